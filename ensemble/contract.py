@@ -1,0 +1,74 @@
+"""Every tensor that crosses a model boundary: name, dtype, shape.
+
+This is the leaf of the import graph: builders write these tables into `config.pbtxt`, the models read and
+write these tensors, clients send and receive them. It knows nothing about Triton, tokens or engines.
+
+Names and dtypes of public tensors are those of NVIDIA's `inflight_batcher_llm` ensemble, `finish_reason`
+is vllm_backend's, so that clients written for either keep working; `messages` is this project's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+DType = Literal["BOOL", "INT32", "INT64", "UINT64", "FP32", "STRING"]
+FinishReason = Literal["stop", "length", "cancelled"]
+FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One named tensor: its Triton dtype, its shape without the batch dimension (-1: any), if it may be absent."""
+
+    name: str
+    dtype: DType
+    dims: tuple[int, ...] = (1,)
+    optional: bool = False
+
+
+# Request
+TEXT_INPUT = TensorSpec("text_input", "STRING", optional=True)
+MESSAGES = TensorSpec("messages", "STRING", optional=True)
+STREAM = TensorSpec("stream", "BOOL", optional=True)
+MAX_TOKENS = TensorSpec("max_tokens", "INT32", optional=True)
+TEMPERATURE = TensorSpec("temperature", "FP32", optional=True)
+TOP_K = TensorSpec("top_k", "INT32", optional=True)
+TOP_P = TensorSpec("top_p", "FP32", optional=True)
+SEED = TensorSpec("seed", "UINT64", optional=True)
+# Sent to the engine alone, with the request id of the request to stop: ends that one.
+STOP = TensorSpec("stop", "BOOL", optional=True)
+
+# Between the models
+INPUT_IDS = TensorSpec("input_ids", "INT32", (-1,), optional=True)
+OUTPUT_IDS = TensorSpec("output_ids", "INT32", (-1,))
+SEQUENCE_ID = TensorSpec("sequence_id", "UINT64")
+
+# Response
+TEXT_OUTPUT = TensorSpec("text_output", "STRING")
+FINISH_REASON = TensorSpec("finish_reason", "STRING")
+NUM_INPUT_TOKENS = TensorSpec("num_input_tokens", "INT32")
+NUM_OUTPUT_TOKENS = TensorSpec("num_output_tokens", "INT32")
+
+SAMPLING_INPUTS = (STREAM, MAX_TOKENS, TEMPERATURE, TOP_K, TOP_P, SEED)
+PROGRESS_OUTPUTS = (FINISH_REASON, NUM_INPUT_TOKENS, NUM_OUTPUT_TOKENS)
+
+
+@dataclass(frozen=True)
+class ModelContract:
+    """What one Triton model takes and gives."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+TOKENIZER = ModelContract(inputs=(TEXT_INPUT, MESSAGES), outputs=(INPUT_IDS,))
+ENGINE = ModelContract(
+    inputs=(INPUT_IDS, *SAMPLING_INPUTS, STOP), outputs=(OUTPUT_IDS, SEQUENCE_ID, *PROGRESS_OUTPUTS)
+)
+DETOKENIZER = ModelContract(
+    inputs=(OUTPUT_IDS, SEQUENCE_ID, *PROGRESS_OUTPUTS), outputs=(TEXT_OUTPUT, *PROGRESS_OUTPUTS)
+)
+GENERATE = ModelContract(
+    inputs=(TEXT_INPUT, MESSAGES, *SAMPLING_INPUTS), outputs=(TEXT_OUTPUT, *PROGRESS_OUTPUTS)
+)
