@@ -43,6 +43,8 @@ STOP = TensorSpec("stop", "BOOL", optional=True)
 INPUT_IDS = TensorSpec("input_ids", "INT32", (-1,), optional=True)
 OUTPUT_IDS = TensorSpec("output_ids", "INT32", (-1,))
 SEQUENCE_ID = TensorSpec("sequence_id", "UINT64")
+# True where a detokenizer follows and acknowledges each response (ensemble/acknowledge.py); absent in a direct call.
+ACKNOWLEDGE = TensorSpec("acknowledge", "BOOL", optional=True)
 
 # Response
 TEXT_OUTPUT = TensorSpec("text_output", "STRING")
@@ -62,9 +64,10 @@ class ModelContract:
     outputs: tuple[TensorSpec, ...]
 
 
-TOKENIZER = ModelContract(inputs=(TEXT_INPUT, MESSAGES), outputs=(INPUT_IDS,))
+TOKENIZER = ModelContract(inputs=(TEXT_INPUT, MESSAGES), outputs=(INPUT_IDS, ACKNOWLEDGE))
 ENGINE = ModelContract(
-    inputs=(INPUT_IDS, *SAMPLING_INPUTS, STOP), outputs=(OUTPUT_IDS, SEQUENCE_ID, *PROGRESS_OUTPUTS)
+    inputs=(INPUT_IDS, ACKNOWLEDGE, *SAMPLING_INPUTS, STOP),
+    outputs=(OUTPUT_IDS, SEQUENCE_ID, *PROGRESS_OUTPUTS),
 )
 DETOKENIZER = ModelContract(
     inputs=(OUTPUT_IDS, SEQUENCE_ID, *PROGRESS_OUTPUTS), outputs=(TEXT_OUTPUT, *PROGRESS_OUTPUTS)

@@ -1,0 +1,162 @@
+"""The console command `deepseek-triton`: arguments in, an exit status out.
+
+The one place that knows every part of the house; each command imports what it needs when it runs, so that a
+machine with only the client installed can still `chat`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0: done; 1: an error, told in one line on stderr; 2: wrong usage; 130: interrupted.
+    """
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 1
+    except ModuleNotFoundError as error:
+        extra = MODULE_EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        return _fail(f"{error.name} is not installed; pip install 'deepseek-triton[{extra}]'")
+
+
+MODULE_EXTRAS = {
+    "gguf": "build", "ml_dtypes": "build", "onnx": "build", "tqdm": "build", "google": "build",
+    "httpx": "client", "tritonclient": "client", "grpc": "client",
+    "onnxruntime": "serve", "tokenizers": "serve", "jinja2": "serve",
+}  # fmt: skip
+
+
+def _parser() -> argparse.ArgumentParser:
+    from ensemble.settings import EngineSettings
+
+    settings = EngineSettings()
+    parser = argparse.ArgumentParser(
+        prog="deepseek-triton", description="Build a Triton model repository from a checkpoint, and serve it."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    build = commands.add_parser("build", help="checkpoint to model repository")
+    build.add_argument("checkpoint", type=Path, help="Hugging Face directory or .gguf file")
+    build.add_argument("--name", required=True, help="name of the served model")
+    build.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
+    build.add_argument("--target", default="onnx", choices=["onnx"], help="default: %(default)s")
+    build.add_argument("--precision", default="fp32", choices=["fp32", "fp16"], help="default: %(default)s")
+    build.add_argument("--max-seq-len", type=int, help="tokens, prompt and answer (default: the model's, at most 2048)")
+    for name, what in (
+        ("num_slots", "sequences generated at once"),
+        ("prefill_chunk", "prompt tokens computed in one step"),
+        ("num_threads", "threads of the engine; 0: one for each core"),
+    ):
+        option = "--" + name.replace("_", "-")
+        build.add_argument(option, type=int, default=getattr(settings, name), help=f"{what} (default: %(default)s)")
+    build.set_defaults(run=_build)
+
+    check = commands.add_parser("check", help="validate a model repository without a server")
+    check.add_argument("repository", type=Path, nargs="?", default=Path("model_repository"))
+    check.set_defaults(run=_check)
+
+    serve = commands.add_parser("serve", help="run tritonserver on a model repository until interrupted")
+    serve.add_argument("repository", type=Path, nargs="?", default=Path("model_repository"))
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    for port, default in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
+        serve.add_argument(f"--{port}-port", type=int, default=default, help="default: %(default)s; 0: any free one")
+    serve.add_argument("--log", type=Path, help="write the server's log here")
+    serve.set_defaults(run=_serve)
+
+    _add_client_commands(commands)
+    return parser
+
+
+def _add_client_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from clients import cli as clients
+
+    generate = commands.add_parser("generate", help="complete a text")
+    clients.add_generate_arguments(generate)
+    generate.set_defaults(run=clients.run_generate)
+    chat = commands.add_parser("chat", help="talk to a model")
+    clients.add_chat_arguments(chat)
+    chat.set_defaults(run=clients.run_chat)
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from builders.errors import BuildError
+    from builders.repository import BuildOptions, build
+    from ensemble.settings import EngineSettings
+
+    bar = _ProgressBar()
+    try:
+        settings = EngineSettings(
+            num_slots=arguments.num_slots, prefill_chunk=arguments.prefill_chunk, num_threads=arguments.num_threads
+        )
+        options = BuildOptions(
+            checkpoint=arguments.checkpoint,
+            name=arguments.name,
+            repository=arguments.repository,
+            target=arguments.target,
+            precision=arguments.precision,
+            max_seq_len=arguments.max_seq_len,
+            settings=settings,
+        )
+        version = build(options, bar.report)
+    except (BuildError, ValueError) as error:
+        bar.close()
+        return _fail(str(error))
+    bar.close()
+    print(f"built {arguments.repository / arguments.name}, version {version}")
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from builders.check import check_repository
+
+    problems = check_repository(arguments.repository)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(f"{arguments.repository}: {len(problems)} problems" if problems else f"{arguments.repository}: sound")
+    return 1 if problems else 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    raise NotImplementedError
+
+
+class _ProgressBar:
+    """Bytes written, on stderr; created when there is something to show."""
+
+    def __init__(self) -> None:
+        self._bar: object | None = None
+
+    def report(self, what: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024)
+        self._bar.update(done - self._bar.n)  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()  # type: ignore[attr-defined]
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

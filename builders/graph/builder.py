@@ -1,0 +1,113 @@
+"""GraphBuilder: nodes one by one into an ONNX graph, weights straight into its external data file.
+
+It knows ONNX's protobuf and files; it knows nothing about transformers. A weight is written when it is added and then
+forgotten, so a build holds no more than the tensors its caller holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+ALIGNMENT = 4096  # bytes; a page, so that a runtime can map each tensor
+BLOCK_BYTES = 64 * 2**20  # converted and written at a time
+IR_VERSIONS = {23: 11, 24: 12}  # opset → the ONNX IR version it came with
+
+Progress = Callable[[int], None]
+
+
+class GraphBuilder:
+    """Collects nodes, inputs and outputs; owns the external data file until `finish`."""
+
+    def __init__(self, directory: Path, name: str, *, opset: int, progress: Progress | None = None) -> None:
+        self.opset = opset
+        self._path = directory / f"{name}.onnx"
+        self._data_name = f"{name}.onnx.data"
+        self._data = (directory / self._data_name).open("wb")
+        self._progress = progress
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: list[TensorProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+
+    def __enter__(self) -> GraphBuilder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._data.close()
+
+    def input(self, name: str, dtype: int, shape: Sequence[int | str], doc: str) -> str:
+        """Declare a graph input; a str in `shape` is a dynamic dimension."""
+        self._inputs.append(helper.make_tensor_value_info(name, dtype, shape, doc_string=doc))
+        return name
+
+    def output(self, name: str, dtype: int, shape: Sequence[int | str], doc: str) -> None:
+        """Declare that the value called `name` leaves the graph."""
+        self._outputs.append(helper.make_tensor_value_info(name, dtype, shape, doc_string=doc))
+
+    def node(self, op_type: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
+        """Add a node with one output, called like the node."""
+        self.nodes(op_type, inputs, [name], name, **attributes)
+        return name
+
+    def nodes(self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], name: str, **attributes: Any) -> None:
+        """Add a node with the outputs named."""
+        self._nodes.append(helper.make_node(op_type, list(inputs), list(outputs), name=name, **attributes))
+
+    def constant(self, name: str, value: NDArray[Any]) -> str:
+        """Add a small constant, stored inside the graph file."""
+        self._initializers.append(numpy_helper.from_array(value, name))
+        return name
+
+    def weight(self, name: str, value: NDArray[Any], dtype: np.dtype[Any], *, transpose: bool = False) -> str:
+        """Write a tensor to the external data file as `dtype`, a 2-D one transposed if asked.
+
+        Args:
+            value: the tensor; converted block by block, so that no whole copy of it is made.
+        """
+        shape = value.shape[::-1] if transpose else value.shape
+        offset = self._data.tell() + -self._data.tell() % ALIGNMENT
+        self._data.seek(offset)
+        source = value.T if transpose else value
+        rows = max(1, BLOCK_BYTES // max(1, source[:1].size * dtype.itemsize))
+        for start in range(0, len(source), rows):
+            block = np.ascontiguousarray(source[start : start + rows], dtype=dtype)
+            self._data.write(block.view(np.uint8).data)
+            if self._progress:
+                self._progress(block.nbytes)
+        tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(dtype), dims=shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        length = self._data.tell() - offset
+        for key, text in (("location", self._data_name), ("offset", str(offset)), ("length", str(length))):
+            tensor.external_data.add(key=key, value=text)
+        self._initializers.append(tensor)
+        return name
+
+    def finish(self, *, producer: str, version: str, doc: str) -> Path:
+        """Write the graph beside its data and check it, types and shapes included.
+
+        Raises:
+            onnx.checker.ValidationError, onnx.shape_inference.InferenceError: the graph is malformed.
+        """
+        self._data.close()
+        graph = helper.make_graph(
+            self._nodes, self._path.stem, self._inputs, self._outputs, self._initializers, doc_string=doc
+        )
+        model = helper.make_model(
+            graph,
+            producer_name=producer,
+            producer_version=version,
+            doc_string=doc,
+            ir_version=IR_VERSIONS[self.opset],
+            opset_imports=[helper.make_opsetid("", self.opset)],
+        )
+        onnx.save(model, self._path)
+        onnx.checker.check_model(str(self._path), full_check=True)
+        return self._path

@@ -1,0 +1,39 @@
+"""Runners, by the target that a manifest names."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from ensemble.engine.runners.base import Runner, RunnerError
+from ensemble.manifest import Manifest
+from ensemble.settings import EngineSettings
+
+
+def load_runner(directory: Path, settings: EngineSettings) -> tuple[Manifest, Runner]:
+    """Check the artefacts in `directory` against their manifest and load them.
+
+    Raises:
+        ManifestError: the artefacts or the installed packages don't fit the manifest.
+        RunnerError: no runner for the manifest's target, or loading failed.
+    """
+    manifest = Manifest.load(directory)
+    manifest.verify(directory, {package: found for package in manifest.requires if (found := _version(package))})
+    if settings.prefill_chunk > manifest.max_seq_len:
+        raise RunnerError(
+            f"prefill_chunk is {settings.prefill_chunk}, must be at most max_seq_len {manifest.max_seq_len}"
+        )
+    if manifest.target == "onnx":
+        from ensemble.engine.runners.onnx import OnnxRunner
+
+        return manifest, OnnxRunner(
+            directory / "model.onnx", num_slots=settings.num_slots, num_threads=settings.num_threads
+        )
+    raise RunnerError(f"{directory} is built for target {manifest.target!r}, which this version has no runner for")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

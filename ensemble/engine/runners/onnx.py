@@ -1,0 +1,103 @@
+"""The ONNX Runtime runner: a CPU, the cache updated in place.
+
+One NumPy buffer for each layer's keys and values, [num_slots, kv_heads, max_seq_len, head_dim]. A binding names a slice
+of each as past input and as present output, so the graph writes into the very memory it reads: no cache is ever copied.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ensemble.engine.runners.base import Ids, Logits, RunnerError
+
+log = logging.getLogger(__name__)
+MIB = 2**20
+
+
+class OnnxRunner:
+    """Runs the graph of `builders/graph/decoder.py` on the CPU.
+
+    Args:
+        path: model.onnx, its external data beside it.
+        num_slots: how many sequences have a cache at once.
+        num_threads: for one operator; 0 takes every core this process may use.
+
+    Raises:
+        RunnerError: the file can't be loaded, or the caches don't fit into memory.
+    """
+
+    def __init__(self, path: Path, *, num_slots: int, num_threads: int = 0) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = num_threads or len(os.sched_getaffinity(0))
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises its own classes, RuntimeError among them
+            raise RunnerError(f"{path} can't be loaded by ONNX Runtime {ort.__version__}: {error}") from error
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        caches = [name for name in inputs if name.startswith("past_")]
+        _, kv_heads, self.max_seq_len, head_dim = inputs[caches[0]].shape
+        self.num_slots = num_slots
+        outputs = {value.name: value for value in self._session.get_outputs()}
+        self.vocab_size = int(outputs["logits"].shape[-1])
+        dtype = np.float16 if inputs[caches[0]].type == "tensor(float16)" else np.float32
+        self.cache_bytes = len(caches) * num_slots * kv_heads * self.max_seq_len * head_dim * np.dtype(dtype).itemsize
+        try:
+            # Zeros, not empty: masked positions are multiplied by 0, and 0 × NaN is NaN.
+            self._caches: dict[str, NDArray[Any]] = {
+                name: np.zeros((num_slots, kv_heads, self.max_seq_len, head_dim), dtype) for name in caches
+            }
+        except MemoryError as error:
+            raise RunnerError(
+                f"{num_slots} slots of {self.max_seq_len} tokens need {self.cache_bytes // MIB} MiB: "
+                "too much for this machine; lower num_slots"
+            ) from error
+        weight_bytes = path.with_name(path.name + ".data").stat().st_size
+        log.info(
+            "KV cache: %d slots x %d tokens x %d bytes = %d MiB; weights: %d MiB; %d threads",
+            num_slots, self.max_seq_len, self.cache_bytes // (num_slots * self.max_seq_len),
+            self.cache_bytes // MIB, weight_bytes // MIB, options.intra_op_num_threads,
+        )  # fmt: skip
+        self._logits = np.empty((num_slots, self.vocab_size), np.float32)
+        self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
+
+    def prefill(self, slot: int, ids: Ids, start: int) -> Logits:
+        return self._run(slot, ids[None, :], np.array([start]), np.array([len(ids)]))[0]
+
+    def decode(self, ids: Ids, positions: Ids) -> Logits:
+        return self._run(0, ids[:, None], positions, np.ones_like(positions))
+
+    def close(self) -> None:
+        self._bindings.clear()
+        self._caches.clear()
+        del self._session
+
+    def _run(self, first_slot: int, ids: Ids, start: Ids, num_tokens: Ids) -> Logits:
+        """ids [n, seq_len], start [n], num_tokens [n] for slots first_slot … first_slot + n - 1 → logits [n, vocab]."""
+        n = len(ids)
+        binding = self._binding(first_slot, n)
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, np.int64))
+        binding.bind_cpu_input("start", np.ascontiguousarray(start, np.int64))
+        binding.bind_cpu_input("num_tokens", np.ascontiguousarray(num_tokens, np.int64))
+        self._session.run_with_iobinding(binding)
+        return self._logits[:n]
+
+    def _binding(self, first_slot: int, n: int) -> ort.IOBinding:
+        key = (first_slot, n)
+        if key not in self._bindings:
+            binding = self._session.io_binding()
+            for name, cache in self._caches.items():
+                value = ort.OrtValue.ortvalue_from_numpy(cache[first_slot : first_slot + n])
+                binding.bind_ortvalue_input(name, value)
+                binding.bind_ortvalue_output(name.replace("past_", "present_"), value)
+            binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits[:n]))
+            self._bindings[key] = binding
+        return self._bindings[key]

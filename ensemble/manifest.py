@@ -1,0 +1,135 @@
+"""manifest.json: what an engine's artefacts are, and what they were built from and with.
+
+Builders write it beside the artefacts, runners read it before they load anything. It knows file names, sizes and
+versions; it knows nothing of how an artefact is made or run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "manifest.json"
+FORMAT = 1
+SMALL_FILE = 64 * 2**20  # bytes; below it a file's hash is checked at every load, above it only its size
+
+
+class ManifestError(Exception):
+    """The manifest is missing or unreadable, or the artefacts, target or runtime don't fit it; one line."""
+
+
+@dataclass(frozen=True)
+class ArtefactFile:
+    """A file beside the manifest: its length in bytes and its SHA-256."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> ArtefactFile:
+        """Measure the file at `path`."""
+        digest = sha256()
+        with path.open("rb") as stream:
+            while block := stream.read(2**20):
+                digest.update(block)
+        return cls(path.stat().st_size, digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What was built from what.
+
+    spec: ModelSpec's fields, as plain values. limits: max_seq_len in tokens. versions: package → version at build time.
+    requires: package → lowest version that can load the artefacts. shapes: graph tensor → its dimensions.
+    command: the command line that builds these artefacts again.
+    """
+
+    name: str
+    target: str
+    precision: str
+    checkpoint: str
+    checkpoint_sha256: str
+    spec: dict[str, Any]
+    limits: dict[str, int]
+    end_ids: tuple[int, ...]
+    shapes: dict[str, list[int | str]]
+    versions: dict[str, str]
+    requires: dict[str, str]
+    files: dict[str, ArtefactFile]
+    command: str
+    format: int = FORMAT
+
+    @property
+    def max_seq_len(self) -> int:
+        """Positions in each slot's cache, in tokens."""
+        return self.limits["max_seq_len"]
+
+    def save(self, directory: Path) -> None:
+        """Write manifest.json into `directory`."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        (directory / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path) -> Manifest:
+        """Read `directory`'s manifest.json.
+
+        Raises:
+            ManifestError: it is missing, unreadable, or lacks a field.
+        """
+        path = directory / FILE_NAME
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ManifestError(f"{path}: {error.strerror}; build the model again") from error
+        except ValueError as error:
+            raise ManifestError(f"{path} is not valid JSON; build the model again") from error
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or set(values) != names:
+            odd = sorted(names ^ set(values)) if isinstance(values, dict) else []
+            raise ManifestError(f"{path} has missing or unknown fields {odd}; build the model again")
+        if values["format"] != FORMAT:
+            raise ManifestError(f"{path} has format {values['format']}, this version reads {FORMAT}")
+        values["end_ids"] = tuple(values["end_ids"])
+        values["files"] = {name: ArtefactFile(**entry) for name, entry in values["files"].items()}
+        return cls(**values)
+
+    def verify(self, directory: Path, installed: Mapping[str, str]) -> None:
+        """Check the artefacts in `directory` and the `installed` package versions against this manifest.
+
+        Raises:
+            ManifestError: says what differs and how to build again.
+        """
+        for difference in self._differences(directory, installed):
+            raise ManifestError(f"{directory}: {difference}; rebuild with: {self.command}")
+
+    def _differences(self, directory: Path, installed: Mapping[str, str]) -> list[str]:
+        found = []
+        for name, expected in self.files.items():
+            path = directory / name
+            if not path.is_file():
+                found.append(f"{name} is missing")
+            elif (size := path.stat().st_size) != expected.bytes:
+                found.append(f"{name} has {size} bytes, the manifest says {expected.bytes}")
+            elif size <= SMALL_FILE and ArtefactFile.of(path) != expected:
+                found.append(f"{name} has changed since it was built")
+        for package, lowest in self.requires.items():
+            version = installed.get(package)
+            if version is None:
+                found.append(f"{package} >= {lowest} is not installed")
+            elif _release(version) < _release(lowest):
+                found.append(f"{package} is {version}, the artefacts need {lowest} or later")
+        return found
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: "1.32.0+cpu" → (1, 32, 0)."""
+    numbers = []
+    for part in version.split("+")[0].split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)

@@ -1,0 +1,362 @@
+"""Text in, token ids out, and back again: tokenizer.json, the chat template, streamed detokenization.
+
+What enters: a client's text or chat messages, as str or as the bytes that Triton hands over. What leaves:
+int32 ids and str. It reads a directory in Hugging Face's layout and needs no transformers; it knows
+nothing about Triton, tensors' names or engines.
+
+    ValueError
+    ├── TextError           the client's input is bad: the message says what, and what to do
+    └── TokenizerLoadError  a file of the tokenizer is missing or damaged: the message names it
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import numpy as np
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int32]
+
+
+class TextError(ValueError):
+    """The client's text or messages cannot be turned into ids."""
+
+
+class TokenizerLoadError(ValueError):
+    """A tokenizer's file is missing, damaged or contradicts another."""
+
+
+class ChatTemplate:
+    """A checkpoint's Jinja chat template, compiled once. It runs in a sandbox: it is data from outside."""
+
+    def __init__(self, source: str, name: str = "chat_template") -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationTag]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise TokenizerLoadError(f"{name} is not a valid template: {error}") from error
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """The prompt that `variables` (messages, add_generation_prompt, tools ...) make."""
+        try:
+            return self._template.render(variables)
+        except Exception as error:  # the template runs on the client's data: whatever it raises is about that
+            raise TextError(f"the model's chat template refused the messages: {_one_line(error)}") from error
+
+
+class Tokenizer:
+    """Text and messages to ids, ids to text, exactly as the checkpoint's own files say.
+
+    BOS and EOS follow `tokenizer_config.json` where it states `add_bos_token` (as transformers' Llama
+    tokenizers do: DeepSeek's tokenizer.json adds none itself), else tokenizer.json's post-processor. A BOS
+    that the text already begins with is never doubled. A chat template writes its own BOS.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        add_bos_token: bool | None = None,
+        add_eos_token: bool | None = None,
+        chat_template: ChatTemplate | None = None,
+    ) -> None:
+        self._backend = backend
+        backend.no_truncation()  # some checkpoints ship the limits of their training runs
+        backend.no_padding()
+        self.bos_token, self.eos_token = bos_token, eos_token
+        self.bos_id = self._special_id("bos_token", bos_token)
+        self.eos_id = self._special_id("eos_token", eos_token)
+        self._bos = [] if self.bos_id is None else [self.bos_id]
+        self._eos = [] if self.eos_id is None else [self.eos_id]
+        for name, is_added, token in (("bos", add_bos_token, self._bos), ("eos", add_eos_token, self._eos)):
+            if is_added and not token:
+                raise TokenizerLoadError(
+                    f"tokenizer_config.json: add_{name}_token is true without {name}_token"
+                )
+        self._add_bos, self._add_eos = add_bos_token, add_eos_token
+        self._chat_template = chat_template
+        self.vocab_size: int = backend.get_vocab_size()  # added tokens included
+        self._special_ids = frozenset(
+            index for index, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        decoder = backend.decoder
+        self._has_byte_fallback = decoder is not None and decoder.decode(["<0x41>"]) == "A"
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Tokenizer:
+        """Read tokenizer.json and, where present, tokenizer_config.json and chat_template.jinja.
+
+        Raises:
+            TokenizerLoadError: a file is missing or damaged; the message names it.
+        """
+        directory = Path(path)
+        file = directory / "tokenizer.json"
+        source = _read(file)
+        try:
+            backend = tokenizers.Tokenizer.from_str(source)
+        except Exception as error:  # the library raises bare Exception on any fault of the file
+            raise TokenizerLoadError(f"{file} is not a tokenizer: {_one_line(error)}") from error
+        file = directory / "tokenizer_config.json"
+        try:
+            config = json.loads(_read(file)) if file.exists() else {}
+            return cls(
+                backend,
+                bos_token=_config_value(config, "bos_token", str),
+                eos_token=_config_value(config, "eos_token", str),
+                add_bos_token=_config_value(config, "add_bos_token", bool),
+                add_eos_token=_config_value(config, "add_eos_token", bool),
+                chat_template=_read_chat_template(directory, config),
+            )
+        except json.JSONDecodeError as error:
+            raise TokenizerLoadError(f"{file} is not JSON: {error}") from error
+
+    def encode(self, text: str | bytes) -> Ids:
+        """Ids [num_tokens] of a prompt, with BOS where the checkpoint wants it."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str | bytes]) -> list[Ids]:
+        """`encode` of each text, in parallel. One bad text fails the call."""
+        prompts = [_text(text, "text_input") for text in texts]
+        if not all(prompts):
+            raise TextError("text_input is empty: send at least one character, or messages")
+        return [self._with_bos_eos(ids) for ids in self._ids(prompts, "text_input", self._add_bos is None)]
+
+    def encode_messages(self, messages_json: str | bytes) -> Ids:
+        """Ids [num_tokens] of a chat, by the checkpoint's template, ready for the assistant's answer.
+
+        The JSON is a list of messages, or an object with `messages` and, where the template has a use for
+        them, `tools`, `add_generation_prompt` and `chat_template_kwargs`.
+        """
+        if self._chat_template is None:
+            raise TextError("this model has no chat template: send text_input instead of messages")
+        variables = parse_messages(messages_json)
+        variables |= {"bos_token": self.bos_token or "", "eos_token": self.eos_token or ""}
+        prompt = self._chat_template.render(variables)
+        if not prompt:
+            raise TextError("the model's chat template made an empty prompt of the messages")
+        return np.array(self._ids([prompt], "messages", False)[0], dtype=np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids` [num_tokens], special tokens and ids outside the vocabulary left out."""
+        text: str = self._backend.decode([int(index) for index in ids], skip_special_tokens=True)
+        return text
+
+    def visible_token(self, index: int) -> str | None:
+        """The vocabulary's spelling of an id that `decode` shows; None for one that it leaves out."""
+        token: str | None = None if index in self._special_ids else self._backend.id_to_token(index)
+        return token or None
+
+    def is_byte_token(self, token: str) -> bool:
+        """Is this one byte of a character that the vocabulary lacks (SentencePiece's `<0xE4>`)?"""
+        return self._has_byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+    def _ids(self, prompts: list[str], field: str, add_special_tokens: bool) -> list[list[int]]:
+        try:
+            encodings = self._backend.encode_batch_fast(prompts, add_special_tokens=add_special_tokens)
+        except UnicodeEncodeError as error:
+            raise TextError(f"{field} holds half a surrogate pair: escape the character whole") from error
+        return [encoding.ids for encoding in encodings]
+
+    def _with_bos_eos(self, ids: list[int]) -> Ids:
+        if self._add_bos and ids[:1] != self._bos:
+            ids = self._bos + ids
+        elif self._add_bos is None and self._bos and ids[:2] == self._bos * 2:
+            ids = ids[1:]
+        if self._add_eos and ids[-1:] != self._eos:
+            ids = ids + self._eos
+        return np.array(ids, dtype=np.int32)
+
+    def _special_id(self, name: str, token: str | None) -> int | None:
+        if token is None:
+            return None
+        index: int | None = self._backend.token_to_id(token)
+        if index is None:
+            raise TokenizerLoadError(f"tokenizer_config.json: {name} {token!r} is not in tokenizer.json")
+        added = self._backend.get_added_tokens_decoder().get(index)
+        if added is None or not added.special:  # DeepSeek Coder's <|EOT|>: its name makes it special
+            self._backend.add_special_tokens([token])
+        return index
+
+
+class IncrementalDetokenizer:
+    """One sequence's ids, as they come, to text that can be sent at once.
+
+    Whatever the pushes, their texts joined are `Tokenizer.decode` of all ids; no half character and no
+    text that a later id could change is ever given out. Each push decodes only its own ids behind the
+    last few of the ids before:
+
+    - A byte-level decoder joins bytes. Four shown ids before hold at least four bytes, so they hold the
+      last whole character and the start of any that is unfinished: they fix how the next bytes decode.
+      Unfinished or invalid bytes at the end show as one U+FFFD, which is held back.
+    - SentencePiece's byte fallback decodes each run of byte tokens as a whole, valid or not, so a run is
+      held back until another token ends it. The one space that it strips lies in the first of the four.
+    """
+
+    _CONTEXT_LEN = 4
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []  # the last shown ids, already given out (but for a last U+FFFD)
+        self._pending: list[int] = []
+        self._byte_run_len = 0  # how many of the last pending ids are byte tokens
+        self._is_final = False
+
+    def push(self, ids: Iterable[int], final: bool = False) -> str:
+        """The text that `ids` complete; with `final`, all that is left. Nothing may follow a final push."""
+        if self._is_final:
+            raise RuntimeError(
+                "push after the final push: make a new IncrementalDetokenizer for each sequence"
+            )
+        self._is_final = final
+        for index in map(int, ids):
+            token = self._tokenizer.visible_token(index)
+            if token is not None:
+                self._pending.append(index)
+                self._byte_run_len = self._byte_run_len + 1 if self._tokenizer.is_byte_token(token) else 0
+        num_ready = len(self._pending) - (0 if final else self._byte_run_len)
+        if num_ready == 0 and not final:
+            return ""
+        window = self._context + self._pending[:num_ready]
+        old = self._tokenizer.decode(self._context).removesuffix("\ufffd")
+        new = self._tokenizer.decode(window)
+        if not final:
+            new = new.removesuffix("\ufffd")
+        self._context, self._pending = window[-self._CONTEXT_LEN :], self._pending[num_ready:]
+        return new[len(old) :]
+
+
+_REQUEST_KEYS = ("messages", "tools", "add_generation_prompt", "chat_template_kwargs")
+
+
+def parse_messages(messages_json: str | bytes) -> dict[str, Any]:
+    """The client's JSON, checked, as a template's variables (transformers' names; None where absent)."""
+    text = _text(messages_json, "messages")
+    try:
+        request = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TextError(f"messages is not JSON: {_one_line(error)}") from error
+    if isinstance(request, list):
+        request = {"messages": request}
+    if not isinstance(request, dict) or not isinstance(request.get("messages"), list):
+        raise TextError('messages must be a JSON list such as [{"role": "user", "content": "Hello"}]')
+    if unknown := sorted(request.keys() - set(_REQUEST_KEYS)):
+        raise TextError(f"messages has an unknown key {unknown[0]!r}: known are {', '.join(_REQUEST_KEYS)}")
+    if not request["messages"]:
+        raise TextError("messages is empty: send at least one message")
+    for key, kind, name in (("tools", list, "list"), ("chat_template_kwargs", dict, "object")):
+        if not isinstance(request.get(key) or kind(), kind):
+            raise TextError(f"{key} must be a JSON {name}")
+    return {
+        **(request.get("chat_template_kwargs") or {}),
+        "messages": [_message(message, f"messages[{i}]") for i, message in enumerate(request["messages"])],
+        "tools": request.get("tools") or None,
+        "documents": None,
+        "add_generation_prompt": request.get("add_generation_prompt", True),
+    }
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise TextError(f"{where} must be an object with role and content")
+    if not isinstance(message.get("role"), str):
+        raise TextError(f"{where}.role must be a string such as user")
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "\n".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+    elif content is None and not message.get("tool_calls"):
+        raise TextError(f"{where}.content is missing: send a string")
+    elif content is not None and not isinstance(content, str):
+        raise TextError(f"{where}.content must be a string or a list of text parts")
+    return {**message, "content": content}
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise TextError(f'{where} must be {{"type": "text", "text": "..."}}: this model reads text alone')
+
+
+def _text(value: str | bytes, field: str) -> str:
+    try:
+        return value if isinstance(value, str) else value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{field} is not UTF-8 (byte {error.start}): encode it as UTF-8") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}`, which marks the assistant's text for training: here its body alone counts."""
+
+    tags = {"generation"}  # noqa: RUF012  # jinja2 declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    # Jinja's own filter escapes HTML, which models have never seen in a prompt.
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerLoadError(f"{file} cannot be read: {_one_line(error)}") from error
+
+
+_T = TypeVar("_T")
+
+
+def _config_value(config: Any, key: str, kind: type[_T]) -> _T | None:
+    if not isinstance(config, dict):
+        raise TokenizerLoadError("tokenizer_config.json must hold a JSON object")
+    value = config.get(key)
+    if kind is str and isinstance(value, dict):  # an AddedToken, written out
+        value = value.get("content")
+    if value is not None and not isinstance(value, kind):
+        raise TokenizerLoadError(f"tokenizer_config.json: {key} must be a {kind.__name__}, got {value!r}")
+    return value
+
+
+def _read_chat_template(directory: Path, config: dict[str, Any]) -> ChatTemplate | None:
+    file = directory / "chat_template.jinja"
+    if file.exists():
+        return ChatTemplate(_read(file), file.name)
+    if isinstance(named := config.get("chat_template"), list):
+        sources = [entry.get("template") for entry in named if entry.get("name") == "default"]
+        if len(sources) != 1:
+            raise TokenizerLoadError("tokenizer_config.json: chat_template must have one entry named default")
+        config = {"chat_template": sources[0]}
+    source = _config_value(config, "chat_template", str)
+    return None if source is None else ChatTemplate(source, "tokenizer_config.json: chat_template")
