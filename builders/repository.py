@@ -7,7 +7,6 @@ build that fails or is interrupted leaves the repository as it was. Building a n
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shlex
 import shutil
@@ -26,6 +25,7 @@ from builders.checkpoint import Checkpoint, open_checkpoint
 from builders.errors import BuildError
 from builders.graph.decoder import DTYPES, build_graph
 from ensemble.manifest import ArtefactFile, Manifest
+from ensemble.pipelines import DETOKENIZER_SUFFIX, ENGINE_SUFFIX, GENERATE_PIPELINE, TOKENIZER_SUFFIX, model_name
 from ensemble.settings import EngineSettings
 
 TARGETS = ("onnx",)
@@ -83,17 +83,20 @@ def build(options: BuildOptions, report: Report = lambda what, done, total: None
     options.repository.mkdir(parents=True, exist_ok=True)
     version = _next_version(options)
     with _staging(options.repository) as staging:
-        directories = {suffix: staging / f"{options.name}{suffix}" / str(version) for suffix in pbtxt.SUFFIXES}
-        for directory in directories.values():
-            directory.mkdir(parents=True)
-        _write_text_models(checkpoint, directories["-tokenizer"], directories["-detokenizer"])
-        _write_engine(checkpoint, options, max_seq_len, directories["-engine"], report)
-        for suffix, text in pbtxt.generate_configs(options.name, options.settings).items():
-            (staging / f"{options.name}{suffix}" / "config.pbtxt").write_text(text, encoding="utf-8")
+        configs = _configs(options)
+        for name, config in configs.items():
+            (staging / name / str(version)).mkdir(parents=True)
+            (staging / name / "config.pbtxt").write_text(pbtxt.to_text(config), encoding="utf-8")
+        tokenizer, detokenizer, engine = (
+            staging / model_name(options.name, suffix) / str(version)
+            for suffix in (TOKENIZER_SUFFIX, DETOKENIZER_SUFFIX, ENGINE_SUFFIX)
+        )
+        _write_text_models(checkpoint, tokenizer, detokenizer)
+        _write_engine(checkpoint, options, max_seq_len, engine, report)
         problems = check_repository(staging)
         if problems:
             raise BuildError(f"the repository just built is wrong, which is a bug: {problems[0]}")
-        _move_into_place(staging, options, version)
+        _move_into_place(staging, options.repository, list(configs), version)
     return version
 
 
@@ -110,14 +113,21 @@ def _max_seq_len(checkpoint: Checkpoint, options: BuildOptions) -> int:
     return max_seq_len
 
 
+def _configs(options: BuildOptions) -> dict[str, pbtxt.ModelConfig]:
+    """Model name → its configuration; the ensemble last."""
+    configs = (
+        pbtxt.tokenizer_config(options.name),
+        pbtxt.detokenizer_config(options.name),
+        pbtxt.engine_config(options.name, options.settings.to_parameters()),
+        pbtxt.ensemble_config(options.name, GENERATE_PIPELINE),
+    )
+    return {config.name: config for config in configs}
+
+
 def _next_version(options: BuildOptions) -> int:
-    found = [
-        int(path.name)
-        for suffix in pbtxt.SUFFIXES
-        for path in (options.repository / f"{options.name}{suffix}").glob("*")
-        if path.name.isdigit()
-    ]
-    return max(found, default=0) + 1
+    """One more than the highest version that any part of the model has."""
+    versions = (path for name in _configs(options) for path in (options.repository / name).glob("*"))
+    return max((int(path.name) for path in versions if path.name.isdigit()), default=0) + 1
 
 
 @contextlib.contextmanager
@@ -217,21 +227,18 @@ def _write_adapter(name: str, directory: Path) -> None:
     shutil.copyfile(Path(ensemble.models.__path__[0]) / f"{name}.py", directory / "model.py")
 
 
-def _move_into_place(staging: Path, options: BuildOptions, version: int) -> None:
+def _move_into_place(staging: Path, repository: Path, names: list[str], version: int) -> None:
     """Rename each model's version in, the ensemble last, so that it never names a version that isn't there."""
     moved: list[Path] = []
     try:
-        for suffix in pbtxt.SUFFIXES:
-            source, target = staging / f"{options.name}{suffix}", options.repository / f"{options.name}{suffix}"
-            target.mkdir(exist_ok=True)
-            (source / str(version)).rename(target / str(version))
-            moved.append(target / str(version))
-        for suffix in pbtxt.SUFFIXES:
-            config = options.repository / f"{options.name}{suffix}" / "config.pbtxt"
-            os.replace(staging / f"{options.name}{suffix}" / "config.pbtxt", config)
-    except OSError:
+        for name in names:
+            (repository / name).mkdir(exist_ok=True)
+            target = repository / name / str(version)
+            (staging / name / str(version)).rename(target)
+            moved.append(target)
+        for name in names:
+            (staging / name / "config.pbtxt").replace(repository / name / "config.pbtxt")
+    except BaseException:  # an interrupt too must not leave half a model
         for path in moved:
             shutil.rmtree(path, ignore_errors=True)
         raise
-
-

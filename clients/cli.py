@@ -204,4 +204,4 @@ def _read_line(is_terminal: bool) -> str | None:
 def _print_error(error: Exception) -> None:
     hint = next((hint for kind, hint in _HINTS.items() if isinstance(error, kind)), None)
     text = " ".join(str(error).split())
-    print(f"error: {text}" + (f": {hint}" if hint else ""), file=sys.stderr)
+    print(f"error: {text}" + (f"; {hint}" if hint else ""), file=sys.stderr)

@@ -78,9 +78,10 @@ class FakeServer(ABC):
 
     url: str
 
-    def __init__(self, script: Script, on_stop: Fail | None = None) -> None:
+    def __init__(self, script: Script, on_stop: Fail | None = None, port: int = 0) -> None:
         self.script = script
         self.on_stop = on_stop
+        self.port = port
         self.hang = threading.Event()
         self._received: list[Received] = []
 
@@ -105,7 +106,7 @@ class FakeServer(ABC):
 
     def play(self, received: Received) -> Iterator[Reply]:
         self._received.append(received)
-        if received.model == MODEL:
+        if not received.model.endswith("-engine"):
             yield from self.script(received)
         elif self.on_stop is not None:
             yield self.on_stop
@@ -129,7 +130,7 @@ class FakeGrpcServer(FakeServer):
             ),
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-        self.url = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self.url = f"127.0.0.1:{self._server.add_insecure_port(f'127.0.0.1:{self.port}')}"
         self._server.start()
         return self
 
@@ -186,7 +187,7 @@ class FakeHttpServer(FakeServer):
         class Handler(_Handler):
             server_of = fake
 
-        self._server = _QuietServer(("127.0.0.1", 0), Handler)
+        self._server = _QuietServer(("127.0.0.1", self.port), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()
@@ -219,8 +220,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        _, v2, models, model, method = self.path.split("/")
-        assert (v2, models) == ("v2", "models"), self.path
+        if not self.path.startswith("/v2/models/"):
+            self.send_error(404)
+            return
+        model, method = self.path.removeprefix("/v2/models/").split("/")
         received = Received(method, model, body.pop("id"), body)
         try:
             self._answer(received)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import random
+import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders
 from tokenizers.models import BPE
@@ -16,7 +17,7 @@ from ensemble.text import IncrementalDetokenizer, Tokenizer
 from tests.real_tokenizers import HARD_TEXTS, deepseek, smollm2
 
 
-def make(tokens: list[str], decoder: object, byte_fallback: bool = False) -> Tokenizer:
+def make(tokens: list[str], decoder: Any, byte_fallback: bool = False) -> Tokenizer:
     vocab = {token: index for index, token in enumerate(tokens)}
     backend = tokenizers.Tokenizer(
         BPE(vocab=vocab, merges=[], unk_token=tokens[0], byte_fallback=byte_fallback, fuse_unk=True)
@@ -50,9 +51,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
 }
 
 
-@pytest.fixture(scope="module", params=TOKENIZERS)
-def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    return TOKENIZERS[request.param]()
+WITH_BYTES = ["smollm2", "deepseek", "sentencepiece"]
 
 
 def stream(tokenizer: Tokenizer, pushes: list[list[int]]) -> Iterator[str]:
@@ -64,50 +63,57 @@ def stream(tokenizer: Tokenizer, pushes: list[list[int]]) -> Iterator[str]:
 def split(ids: list[int], cuts: list[int]) -> list[list[int]]:
     """`ids` in len(cuts) + 1 pushes, some of them empty."""
     edges = [0, *sorted(cut % (len(ids) + 1) for cut in cuts), len(ids)]
-    return [ids[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [ids[start:end] for start, end in itertools.pairwise(edges)]
 
 
-def awkward_ids(tokenizer: Tokenizer) -> list[int]:
-    """Ids that are no text alone: single bytes and parts of characters, spaces, specials, ids out of range."""
-    rng = random.Random(0)
-    sample = rng.sample(range(tokenizer.vocab_size), min(5000, tokenizer.vocab_size))
-    broken = [index for index in sample if "\ufffd" in tokenizer.decode([index])]
-    high_bytes = [i for c in "你é😀ÿ\u200d\ufffd" for i in tokenizer._backend.encode(c).ids]
-    first_ids = list(range(min(400, tokenizer.vocab_size)))  # specials and, in all four, the single bytes
-    return [*broken, *high_bytes, *first_ids, tokenizer.vocab_size - 1, tokenizer.vocab_size + 7]
-
-
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_any_ids_in_any_pushes(tokenizer: Tokenizer, data: st.DataObject) -> None:
-    awkward = AWKWARD.setdefault(id(tokenizer), awkward_ids(tokenizer))
-    token_ids = st.one_of(st.integers(0, tokenizer.vocab_size - 1), st.sampled_from(awkward))
-    ids = data.draw(st.lists(token_ids, max_size=24))
-    cuts = data.draw(st.lists(st.integers(0, 24), max_size=24))
-    texts = list(stream(tokenizer, split(ids, cuts)))
-    assert "".join(texts) == tokenizer.decode(ids)
-
-
-AWKWARD: dict[int, list[int]] = {}
-
-
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
-@given(raw=st.binary(max_size=24), cuts=st.lists(st.integers(0, 24), max_size=24))
-def test_any_bytes_one_token_each(tokenizer: Tokenizer, raw: bytes, cuts: list[int]) -> None:
-    """Bytes that are no UTF-8 too: each is one token where the vocabulary has bytes."""
-    ids = [index for byte in raw if (index := byte_id(tokenizer, byte)) is not None]
-    assert "".join(stream(tokenizer, split(ids, cuts))) == tokenizer.decode(ids)
-
-
-def byte_id(tokenizer: Tokenizer, byte: int) -> int | None:
+def byte_ids(tokenizer: Tokenizer, raw: bytes) -> list[int]:
+    """The token of each single byte; none where the vocabulary has no bytes."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    shown = chr(byte) if byte in printable else chr(256 + others.index(byte))
-    for name in (f"<0x{byte:02X}>", shown):
-        index: int | None = tokenizer._backend.token_to_id(name)
-        if index is not None:
-            return index
-    return None
+    others = [byte for byte in range(256) if byte not in printable]
+    shown = [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in raw]
+    names = [[f"<0x{byte:02X}>", name] for byte, name in zip(raw, shown, strict=True)]
+    found = [[tokenizer._backend.token_to_id(name) for name in pair] for pair in names]
+    return [next(i for i in pair if i is not None) for pair in found if any(i is not None for i in pair)]
+
+
+def token_ids(tokenizer: Tokenizer, *names: str) -> list[int]:
+    ids = [tokenizer._backend.token_to_id(name) for name in names]
+    assert None not in ids
+    return [index for index in ids if index is not None]
+
+
+def segments(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
+    """Ids that meet in the ways that hurt: bytes of characters, bytes of none, runs of specials."""
+
+    def to_ids(raw: bytes) -> list[int]:
+        return byte_ids(tokenizer, raw)
+
+    special = tokenizer.bos_id
+    unknown = tokenizer.vocab_size + 7
+    return st.one_of(
+        st.integers(0, tokenizer.vocab_size - 1).map(lambda index: [index]),
+        st.sampled_from("a é你😀\ufffd\u200d").map(lambda character: to_ids(character.encode())),
+        st.binary(min_size=1, max_size=5).map(to_ids),
+        st.sampled_from([b"\xe4", b"\xf0\x9f", b"\x98", b"\xff", b" "]).map(to_ids),
+        st.tuples(st.sampled_from([special, unknown]), st.integers(1, 6)).map(
+            lambda pair: [pair[0]] * pair[1]
+        ),
+    )
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_any_ids_in_any_pushes(name: str) -> None:
+    tokenizer = TOKENIZERS[name]()
+
+    @settings(max_examples=200, deadline=None)
+    @given(
+        ids=st.lists(segments(tokenizer), max_size=10).map(lambda lists: [i for ids in lists for i in ids]),
+        cuts=st.one_of(st.just(list(range(99))), st.lists(st.integers(0, 24), max_size=12)),
+    )
+    def check(ids: list[int], cuts: list[int]) -> None:
+        assert "".join(stream(tokenizer, split(ids, cuts))) == tokenizer.decode(ids)
+
+    check()
 
 
 @pytest.mark.parametrize("text", HARD_TEXTS)
@@ -121,11 +127,10 @@ def test_hard_texts_token_by_token(load: Callable[[], Tokenizer], text: str) -> 
         assert not any("\ufffd" in part for part in texts)
 
 
-def test_half_a_character_is_held_back_and_flushed(tokenizer: Tokenizer) -> None:
-    ids = [byte_id(tokenizer, byte) for byte in "你".encode()]
-    if None in ids:
-        pytest.skip("no byte tokens in this vocabulary")
-    first, second, third = (index for index in ids if index is not None)
+@pytest.mark.parametrize("name", WITH_BYTES)
+def test_half_a_character_is_held_back_and_flushed(name: str) -> None:
+    tokenizer = TOKENIZERS[name]()
+    first, second, third = byte_ids(tokenizer, "你".encode())
     detokenizer = IncrementalDetokenizer(tokenizer)
     assert [detokenizer.push([first]), detokenizer.push([second])] == ["", ""]
     assert detokenizer.push([third], final=True) == "你"
@@ -141,24 +146,25 @@ def test_text_is_given_out_at_once() -> None:
     ids = tokenizer.encode("The capital of France is Paris.").tolist()
     assert list(stream(tokenizer, [[i] for i in ids])) == [tokenizer.decode([i]) for i in ids]
     tokenizer = sentencepiece()
-    ids = [tokenizer._backend.token_to_id(t) for t in ("▁Hello", "▁", "▁a", "<0x0A>", "<s>", "<0x0A>", "a", "▁的")]
+    ids = [
+        tokenizer._backend.token_to_id(t)
+        for t in ("▁Hello", "▁", "▁a", "<0x0A>", "<s>", "<0x0A>", "a", "▁的")
+    ]
     assert list(stream(tokenizer, [[i] for i in ids])) == ["Hello", " ", " a", "", "", "", "\n\na", " 的"]
 
 
 def test_a_run_of_bytes_does_not_hold_back_the_text_before_it() -> None:
     tokenizer = sentencepiece()
-    hello, byte = (tokenizer._backend.token_to_id(token) for token in ("▁Hello", "<0xE4>"))
+    hello, byte = token_ids(tokenizer, "▁Hello", "<0xE4>")
     assert IncrementalDetokenizer(tokenizer).push([hello, byte]) == "Hello"
 
 
-@pytest.mark.parametrize("byte", [0x41, 0xFF, 0xE4])
-def test_cost_of_a_token_does_not_grow(
-    tokenizer: Tokenizer, byte: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("byte", [0x41, 0x98, 0xE4])
+@pytest.mark.parametrize("name", WITH_BYTES)
+def test_cost_of_a_token_does_not_grow(name: str, byte: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Endless invalid bytes are the worst case: no text boundary ever comes."""
-    index = byte_id(tokenizer, byte)
-    if index is None:
-        pytest.skip("no byte tokens in this vocabulary")
+    tokenizer = TOKENIZERS[name]()
+    (index,) = byte_ids(tokenizer, bytes([byte]))
     num_decoded = 0
     decode = tokenizer.decode
 

