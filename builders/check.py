@@ -15,13 +15,12 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from builders.errors import BuildError
 from builders.pbtxt import PbtxtError, parse_text
 from builders.wiring import Problem, check_wiring
+from ensemble.manifest import FILE_NAME as MANIFEST
 from ensemble.manifest import Manifest, ManifestError
 from ensemble.pipelines import ENGINE_SUFFIX
 from ensemble.settings import EngineSettings, SettingsError
 
 CONFIG = "config.pbtxt"
-
-__all__ = ["CheckError", "Problem", "check_engine_files", "check_repository", "require_sound"]
 
 
 class CheckError(BuildError):
@@ -46,11 +45,9 @@ def check_repository(repository: Path) -> list[Problem]:
     """Everything that is wrong with the model repository; an empty list if it can be served."""
     if not repository.is_dir():
         return [Problem(str(repository), "is not a directory; build the model first")]
-    directories = sorted(
-        path for path in repository.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
+    directories = [repository / name for name in built_models(repository)]
     if not directories:
-        return [Problem(str(repository), "holds no models; build one first")]
+        return [Problem(str(repository), "holds no built models; build one first")]
     problems: list[Problem] = []
     configs: dict[str, ModelConfig] = {}
     for directory in directories:
@@ -64,12 +61,28 @@ def check_repository(repository: Path) -> list[Problem]:
     return problems
 
 
+def built_models(repository: Path) -> list[str]:
+    """Names of the models in `repository`, but for those of which there is only the configuration.
+
+    This project keeps its demo model's configuration under version control; artefacts come with a build.
+    """
+    directories = (path for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path.name for path in directories if {entry.name for entry in path.iterdir()} != {CONFIG})
+
+
+def served_models(repository: Path) -> list[str]:
+    """Names of the ensembles in `repository`, a sound one: what clients ask for."""
+    configs = (_read_config(repository / name, []) for name in built_models(repository))
+    return [config.name for config in configs if config is not None and config.platform == "ensemble"]
+
+
 def check_engine_files(version_dir: Path) -> list[Problem]:
     """Whether the engine's manifest is there and the files that it names have their lengths."""
     try:
         manifest = Manifest.load(version_dir)
     except ManifestError as error:
-        return [Problem(str(version_dir), str(error))]
+        path = version_dir / MANIFEST
+        return [Problem(str(path), str(error).removeprefix(str(path)).lstrip(": "))]
     problems = []
     for name, expected in manifest.files.items():
         path = version_dir / name
@@ -92,7 +105,7 @@ def _read_config(directory: Path, problems: list[Problem]) -> ModelConfig | None
         problems.append(Problem(str(path), f"is unreadable: {error}; build the model again"))
         return None
     except PbtxtError as error:
-        problems.append(Problem(str(path), str(error)))
+        problems.append(Problem(str(path), str(error).removeprefix(f"{path}:")))
         return None
     if config.name != directory.name:
         what = f"name is {config.name!r}, must be the directory's: {directory.name!r}"

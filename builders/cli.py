@@ -7,6 +7,7 @@ machine with only the client installed can still `chat`.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -132,7 +133,36 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    raise NotImplementedError
+    from builders.check import CheckError, built_models, require_sound, served_models
+    from clients.examples import examples
+    from ensemble.server import ServerError, TritonServer
+
+    repository: Path = arguments.repository
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGTERM is how supervisors say Ctrl-C
+        signal.signal(number, signal.default_int_handler)
+    try:
+        require_sound(repository)
+        built = built_models(repository)
+        print(f"starting tritonserver on {repository}", flush=True)
+        with TritonServer(
+            repository,
+            host=arguments.host,
+            http_port=arguments.http_port,
+            grpc_port=arguments.grpc_port,
+            metrics_port=arguments.metrics_port,
+            log_file=arguments.log,
+            # Triton would stop at a model of which there is only the configuration.
+            models=built if len(built) < sum(path.is_dir() for path in repository.iterdir()) else (),
+            progress=lambda name: print(f"ready: {name}", flush=True),
+        ) as server:
+            for model in served_models(repository):
+                for title, command in examples(model, server.http_url, server.grpc_url).items():
+                    print(f"\n# {title}\n{command}")
+            print(f"\nmetrics: {server.metrics_url}\nCtrl-C stops the server", flush=True)
+            status = server.wait()
+            return _fail(f"tritonserver ended by itself with status {status}; see {server.log_path}")
+    except (CheckError, ServerError) as error:
+        return _fail(str(error))
 
 
 class _ProgressBar:

@@ -264,14 +264,17 @@ def merges_of_scores(
 
     SentencePiece merges the neighbours whose joint piece scores highest; BPE merges the pair listed first.
     """
-    ordinary = {piece for piece, index in vocab.items() if types[index] == TokenType.NORMAL}
-    merges = [
-        (-scores[vocab[piece]], vocab[piece], (piece[:cut], piece[cut:]))
+    ordinary = [piece for piece, index in vocab.items() if types[index] == TokenType.NORMAL]
+    known = frozenset(ordinary)
+    pairs = [
+        (scores[vocab[piece]], piece[:cut], piece[cut:])
         for piece in ordinary
         for cut in range(1, len(piece))
-        if piece[:cut] in ordinary and piece[cut:] in ordinary
+        if piece[:cut] in known and piece[cut:] in known
     ]
-    return [pair for *_, pair in sorted(merges)]
+    # Of pairs that make pieces of one score, the longer left part goes first, as in transformers' converter.
+    pairs.sort(key=lambda pair: (-pair[0], -len(pair[1]), -len(pair[2])))
+    return [(left, right) for _, left, right in pairs]
 
 
 def _bpe(metadata: _Metadata, merges: Sequence[tuple[str, str]], **options: Any) -> BPE:

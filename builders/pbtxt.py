@@ -23,6 +23,17 @@ from ensemble.pipelines import (
     model_name,
 )
 
+__all__ = [
+    "ModelConfig",
+    "PbtxtError",
+    "detokenizer_config",
+    "engine_config",
+    "ensemble_config",
+    "parse_text",
+    "to_text",
+    "tokenizer_config",
+]
+
 TEXT_MAX_BATCH_SIZE = 64  # requests that one call of the tokenizer or detokenizer may take
 HEADER = "# Written by `deepseek-triton build`: change the builder, not this file.\n"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, Protocol, TypeVar, cast
 
 from clients.errors import ProtocolError
@@ -40,6 +40,13 @@ class Message:
         _check_text("role", self.role)
         _check_text("content", self.content)
 
+    @classmethod
+    def from_dict(cls, message: Mapping[str, str]) -> Message:
+        """Read OpenAI's form, `{"role": …, "content": …}`; `ValueError` for any other."""
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            raise ValueError(f'each of messages must be {{"role": …, "content": …}}, got {message!r}')
+        return cls(**message)
+
 
 @dataclass(frozen=True)
 class GenerateRequest:
@@ -52,7 +59,7 @@ class GenerateRequest:
     """
 
     prompt: str | None = None
-    messages: Sequence[Message] | None = None
+    messages: Sequence[Message | Mapping[str, str]] | None = None
     max_tokens: int | None = None  # tokens, 1 … 2^31-1
     temperature: float | None = None  # 0 (greedy) …; finite
     top_k: int | None = None  # tokens, 0 (all) … 2^31-1
@@ -71,7 +78,8 @@ class GenerateRequest:
         if self.messages is not None:
             if not self.messages:
                 raise ValueError(f"messages must not be empty, got {self.messages!r}")
-            object.__setattr__(self, "messages", tuple(self.messages))
+            messages = (m if isinstance(m, Message) else Message.from_dict(m) for m in self.messages)
+            object.__setattr__(self, "messages", tuple(messages))
         _check_int("max_tokens", self.max_tokens, 1, MAX_INT32)
         _check_float("temperature", self.temperature, MAX_FLOAT32)
         _check_int("top_k", self.top_k, 0, MAX_INT32)
@@ -88,7 +96,7 @@ class GenerateRequest:
             if value is not None:
                 tensors[spec] = float(value) if spec.dtype == "FP32" else value
         if self.messages is not None:
-            chat = [{"role": message.role, "content": message.content} for message in self.messages]
+            chat = [asdict(cast("Message", message)) for message in self.messages]
             tensors[contract.MESSAGES] = json.dumps(chat, ensure_ascii=False)
         return tensors
 
@@ -174,6 +182,8 @@ class Client(Protocol):
 
 
 def _check_text(name: str, text: str) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be text, got {text!r}")
     try:
         text.encode()
     except UnicodeEncodeError as error:

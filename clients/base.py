@@ -6,8 +6,10 @@ is complete, and that the server must be told when nobody waits for it any more.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import threading
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
@@ -107,12 +109,13 @@ class BaseClient(ABC):
             raise
         finally:
             # Whatever else ends it (an early close, Ctrl-C, a timeout, a broken answer): cancelling the call
-            # alone doesn't reach an engine inside an ensemble, so the engine is told.
-            try:
+            # alone doesn't reach an engine inside an ensemble, so the engine is told, and its last response is
+            # waited for. Triton 2.51 never forgets an ensemble request whose caller hung up before that.
+            if is_over or self._is_closed:
                 responses.close()
-            finally:
-                if not is_over and not self._is_closed:
-                    self._stop(request_id)
+            else:
+                self._stop(request_id)
+                _drain(responses)
 
     def _stop(self, request_id: str) -> None:
         try:
@@ -157,3 +160,18 @@ class BaseClient(ABC):
     @abstractmethod
     def _close_transport(self) -> None:
         """Release the connections."""
+
+
+def _drain(responses: Generator[dict[str, Scalar], None, None]) -> None:
+    """Read what is still on its way up to the last response, for at most `STOP_TIMEOUT_S`, and hang up."""
+
+    def read() -> None:
+        # The request is given up: how it ends, a closed client included, is nobody's business any more.
+        with contextlib.suppress(Exception), contextlib.closing(responses):
+            for _ in responses:
+                pass
+
+    # A thread, since a read can't be interrupted: one that outlasts the wait ends with the request's timeout.
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(STOP_TIMEOUT_S)

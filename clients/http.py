@@ -68,8 +68,6 @@ class HttpClient(BaseClient):
                 for text in bodies:
                     fields = _parse(text, response.status_code)
                     yield {spec.name: fields[spec.name] for spec in outputs if spec.name in fields}
-                if response.is_error:
-                    raise RequestRejected(f"HTTP status {response.status_code}")
         except httpx.TimeoutException as error:
             raise self._timeout(timeout_s) from error
         except httpx.TransportError as error:

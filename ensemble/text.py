@@ -170,9 +170,10 @@ class Tokenizer:
 
     def _ids(self, prompts: list[str], field: str, add_special_tokens: bool) -> list[list[int]]:
         try:
-            encodings = self._backend.encode_batch_fast(prompts, add_special_tokens=add_special_tokens)
+            "".join(prompts).encode("utf-8")
         except UnicodeEncodeError as error:
             raise TextError(f"{field} holds half a surrogate pair: escape the character whole") from error
+        encodings = self._backend.encode_batch_fast(prompts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
     def _with_bos_eos(self, ids: list[int]) -> Ids:

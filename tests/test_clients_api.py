@@ -93,3 +93,14 @@ def test_a_generation_is_its_chunks_joined() -> None:
     for incomplete in ([], chunks[:1]):
         with pytest.raises(ValueError, match="finish_reason"):
             Generation.from_chunks(incomplete)
+
+
+def test_messages_may_be_plain_dicts() -> None:
+    request = GenerateRequest(messages=[{"role": "user", "content": "hi"}])
+    assert request == GenerateRequest(messages=[Message("user", "hi")])
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"role": "user", "content": 3}, "hi", None])
+def test_malformed_messages_are_refused(message: Any) -> None:
+    with pytest.raises(ValueError, match="messages|content"):
+        GenerateRequest(messages=[message])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -64,10 +65,9 @@ def test_generate_prints_the_text_and_a_newline(
 
 
 def test_generate_sends_its_options(server: FakeGrpcServer) -> None:
-    options = "--max-tokens 7 --temperature 0.5 --top-k 40 --top-p 0.25 --seed 9".split()
+    options = ("--max-tokens=7", "--temperature=0.5", "--top-k=40", "--top-p=0.25", "--seed=9")
     assert run("generate", MODEL, "x", "--url", server.url, *options) == 0
-    inputs = server.generated[0].inputs
-    assert inputs == {
+    assert server.generated[0].inputs == {
         "text_input": "x",
         "stream": True,
         "max_tokens": 7,
@@ -222,10 +222,8 @@ def test_chat_on_a_terminal(server: FakeGrpcServer) -> None:
 
     def shows(text: bytes, count: int = 1) -> bool:
         nonlocal screen
-        try:
+        with contextlib.suppress(BlockingIOError):
             screen += os.read(ours, 65536)
-        except BlockingIOError:
-            pass
         return screen.count(text) >= count
 
     with popen(

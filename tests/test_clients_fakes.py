@@ -104,6 +104,12 @@ class FakeServer(ABC):
             if received.model == f"{MODEL}-engine" and received.inputs == {"stop": True}
         ]
 
+    def wait_for_stop(self, timeout_s: float) -> None:
+        """Wait as an engine does that generates: until a request is stopped, or the server."""
+        deadline = time.monotonic() + timeout_s
+        while not self.stopped and not self.hang.is_set() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
     def play(self, received: Received) -> Iterator[Reply]:
         self._received.append(received)
         if not received.model.endswith("-engine"):

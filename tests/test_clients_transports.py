@@ -72,7 +72,7 @@ def hang_after(server_of: list[FakeServer], *texts: str) -> Script:
     def script(received: Received) -> Iterator[Reply]:
         for text in texts:
             yield reply(text)
-        server_of[0].hang.wait(10)
+        server_of[0].wait_for_stop(10)
 
     return script
 

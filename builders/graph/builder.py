@@ -34,6 +34,7 @@ class GraphBuilder:
         self._progress = progress
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: list[TensorProto] = []
+        self._names: set[str] = set()
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
 
@@ -61,9 +62,14 @@ class GraphBuilder:
         """Add a node with the outputs named."""
         self._nodes.append(helper.make_node(op_type, list(inputs), list(outputs), name=name, **attributes))
 
+    def has(self, name: str) -> bool:
+        """Is there a constant or weight called `name`?"""
+        return name in self._names
+
     def constant(self, name: str, value: NDArray[Any]) -> str:
         """Add a small constant, stored inside the graph file."""
         self._initializers.append(numpy_helper.from_array(value, name))
+        self._names.add(name)
         return name
 
     def weight(self, name: str, value: NDArray[Any], dtype: np.dtype[Any], *, transpose: bool = False) -> str:
@@ -88,6 +94,7 @@ class GraphBuilder:
         for key, text in (("location", self._data_name), ("offset", str(offset)), ("length", str(length))):
             tensor.external_data.add(key=key, value=text)
         self._initializers.append(tensor)
+        self._names.add(name)
         return name
 
     def finish(self, *, producer: str, version: str, doc: str) -> Path:

