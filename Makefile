@@ -22,7 +22,7 @@ check: $(VENV)/installed-test  ## style and types
 	$(BIN)/mypy
 
 bench: $(VENV)/installed-test  ## benchmarks/results/serving-*.json
-	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python -m benchmarks.serving
 
 clean:
 	rm -rf $(VENV) .python build *.egg-info

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def small_spec(**changes: Any) -> ModelSpec:
     """Two layers that build in seconds; head_dim is one that TensorRT has fused attention for."""
     values: dict[str, Any] = {
         "architecture": "llama", "vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_layers": 2,
-        "num_heads": 2, "num_kv_heads": 1, "head_dim": 64, "rms_norm_eps": 1e-5, "max_position_embeddings": 256,
+        "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "rms_norm_eps": 1e-5, "max_position_embeddings": 256,
         "tie_word_embeddings": False, "qkv_bias": False, "qk_norm": False,
     }  # fmt: skip
     return ModelSpec(**{**values, **changes})
@@ -37,11 +38,13 @@ def qwen_layer(hidden: int, intermediate: int, heads: int, kv_heads: int, vocab_
 
 
 def random_weights(spec: ModelSpec) -> Callable[[str], NDArray[Any]]:
-    """Weights of the right shapes; one random row repeated, because gigabytes of random numbers take a minute."""
+    """Weights of the right shapes; large ones repeat one random row, because gigabytes of random numbers take a minute."""
     random = np.random.default_rng(0)
 
     def read(name: str) -> NDArray[Any]:
         shape = spec.tensor_shapes()[name]
+        if math.prod(shape) < 2**20:
+            return random.normal(1.0 if "norm" in name else 0.0, 0.1, shape).astype(np.float16)
         row = random.normal(0, 0.02, shape[-1]).astype(np.float16)
         return np.broadcast_to(row, shape)
 

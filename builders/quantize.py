@@ -1,0 +1,251 @@
+"""Checkpoint + Recipe + Calibration → FP8 graph.
+
+The graph is written by the builder of the float one; this file only answers its two questions, a weight and an FP8 layer
+by name, a decoder layer at a time. With compensation, calibration's windows run through the layers already quantised,
+so that each layer makes up for what those before it did. One layer's weights are in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from builders.calibrate import Calibration, CalibrationError, Report, check_finite
+from builders.checkpoint import Checkpoint, open_checkpoint
+from builders.compensate import SecondMoment, compensated_codes, corrected
+from builders.float8 import Float32, encode, least_error_scale, max_scale, round_trip
+from builders.graph.builder import Progress
+from builders.graph.decoder import DTYPES, Logits, build_graph
+from builders.graph.float8 import E4M3_MAX, MIN_TOKEN_SCALE, Float8Linear
+from builders.layers import TAP_OF, TAPS, embed, layer_prefix, layer_session
+from builders.recipe import Recipe
+from builders.smooth import smooth_layer
+
+NETWORK = "fp16"  # of what is not FP8: embedding, head, norms, cache
+SAMPLE_ROWS = 256  # of each layer's input, to choose a static scale on
+
+
+def quantized_graph(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    calibration: Calibration,
+    directory: Path,
+    *,
+    max_seq_len: int,
+    network: str = NETWORK,
+    opset: int = 24,
+    logits: Logits = "last",
+    version: str = "",
+    progress: Progress | None = None,
+    report: Report = lambda what, done, total: None,
+) -> tuple[Path, Recipe]:
+    """Write the FP8 graph's `model.onnx` and `model.onnx.data` into `directory`: `build_graph` for FP8.
+
+    Args:
+        checkpoint: freshly opened: its digest afterwards is that of a float build.
+        network: precision of everything that is not FP8, "fp16" or "fp32".
+        progress: called with the number of bytes of weights just written.
+        report: called with "quantize", the layers done and their number.
+
+    Returns:
+        The path of `model.onnx`, and the recipe with the layers kept by `extra_bytes` named in `keep`.
+
+    Raises:
+        CalibrationError: the calibration is not of this checkpoint, or its windows lead to NaN or infinity.
+    """
+    if recipe.extra_bytes:
+        from builders.sensitivity import keep_most_sensitive
+
+        recipe = keep_most_sensitive(open_checkpoint(checkpoint.path), recipe, calibration, network, report)
+    quantizer = Quantizer(checkpoint, recipe, calibration, network=network, report=report)
+    path = build_graph(
+        checkpoint.spec, quantizer.read, directory,
+        max_seq_len=max_seq_len, precision=network, quantized=quantizer.quantized,
+        opset=opset, logits=logits, version=version, progress=progress,
+    )  # fmt: skip
+    return path, recipe
+
+
+@dataclass
+class _Layer:
+    """The decoder layer being written: names without the layer's prefix."""
+
+    weights: dict[str, Float32]
+    amax: dict[str, Float32]  # tap → [in] largest magnitudes after smoothing
+    linears: dict[str, Float8Linear]
+
+
+class Quantizer:
+    """Answers `build_graph`: `read` a float weight, and the `quantized` form of a module or None.
+
+    Layers must be asked for in order, as the graph's builder does.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        calibration: Calibration,
+        *,
+        network: str = NETWORK,
+        report: Report = lambda what, done, total: None,
+    ) -> None:
+        self.spec, self.recipe, self.calibration = checkpoint.spec, recipe, calibration
+        self._checkpoint, self._report, self._dtype = checkpoint, report, DTYPES[network]
+        self._shapes = checkpoint.spec.tensor_shapes()
+        self._layer, self._current = -1, _Layer({}, {}, {})
+        self._exact: list[Float32] = []  # hidden states of the float model, one array for each window
+        self._rounded: list[Float32] = []  # and of the quantised one
+        self._check_calibration()
+        if recipe.rounding == "compensated":
+            # Read from another opening: the digest of this one counts each tensor once, in the builder's order.
+            embedding = open_checkpoint(checkpoint.path).read("model.embed_tokens.weight")
+            self._exact = embed(embedding, calibration.window_arrays())
+            self._rounded = list(self._exact)
+
+    def read(self, name: str) -> NDArray[Any]:
+        """A float weight by its Hugging Face name, smoothing folded in."""
+        layer, short = _split(name)
+        if layer < 0:
+            return self._checkpoint.read(name)
+        return self._at(layer).weights[short]
+
+    def quantized(self, module: str) -> Float8Linear | None:
+        """A module in FP8, or None where the recipe keeps it."""
+        layer, short = _split(module)
+        return None if layer < 0 else self._at(layer).linears.get(short)
+
+    def _check_calibration(self) -> None:
+        taps = {layer_prefix(i) + tap: tap for i in range(self.spec.num_layers) for tap in TAPS}
+        for name, tap in taps.items():
+            module = name.replace(tap, TAPS[tap][0]) + ".weight"
+            statistics = self.calibration.taps.get(name)
+            if statistics is None or len(statistics.channel_amax) != self._shapes[module][1]:
+                raise CalibrationError(f"the activation ranges lack {name} or have another shape: not of this model")
+
+    def _at(self, layer: int) -> _Layer:
+        if layer != self._layer:
+            if layer != self._layer + 1:
+                raise ValueError(f"layer {layer} asked for after layer {self._layer}: layers come in order")
+            self._report("quantize", layer, self.spec.num_layers)
+            self._layer, self._current = layer, self._load(layer)
+            self._quantize(layer, self._current)
+        return self._current
+
+    def _load(self, layer: int) -> _Layer:
+        prefix = layer_prefix(layer)
+        names = _in_graph_order([name.removeprefix(prefix) for name in self._shapes if name.startswith(prefix)])
+        # A copy, for smoothing works in place.
+        weights = {name: np.array(self._checkpoint.read(prefix + name), np.float32) for name in names}
+        for name, weight in weights.items():
+            check_finite(prefix + name, weight)
+        amax = {tap: np.asarray(self.calibration.taps[prefix + tap].channel_amax, np.float32) for tap in TAPS}
+        if self.recipe.smoothing:
+            divided = smooth_layer(weights, amax, self.spec, self.recipe.smoothing)
+            amax = {tap: amax[tap] / divided[tap] for tap in TAPS}
+        return _Layer(weights, amax, {})
+
+    def _quantize(self, layer: int, current: _Layer) -> None:
+        prefix = layer_prefix(layer)
+        modules = [m for m in TAP_OF if self.recipe.precision_of(prefix + m) == "fp8"]
+        if self.recipe.rounding == "nearest":
+            for module in modules:
+                current.linears[module] = self._linear(module, current, None, self._static_scale(current, module))
+            return
+        self._compensate(layer, current, modules)
+
+    def _static_scale(self, current: _Layer, module: str) -> float | None:
+        if self.recipe.activations == "dynamic":
+            return None
+        return float(max_scale(current.amax[TAP_OF[module]].max(), self._dtype))
+
+    def _compensate(self, layer: int, current: _Layer, modules: list[str]) -> None:
+        """Quantise against the inputs that the quantised layers before give, then run both models through the layer."""
+
+        def read(name: str) -> NDArray[Any]:
+            return current.weights[name.removeprefix(layer_prefix(layer))]
+
+        longest = self.calibration.max_window_len
+        scales = {TAP_OF[module]: self._static_scale(current, module) for module in modules}
+        moments = {tap: SecondMoment(len(current.amax[tap])) for tap in scales}
+        with layer_session(self.spec, layer, read, max_seq_len=longest, outputs=tuple(scales)) as session:
+            for i, (exact, rounded) in enumerate(zip(self._exact, self._rounded, strict=True)):
+                self._exact[i], *references = session.run(exact, tuple(scales))
+                _, *given = session.run(rounded, tuple(scales))
+                for tap, reference, value in zip(scales, references, given, strict=True):
+                    moments[tap].add(_rounded_input(value, scales[tap]), reference)
+        for module in modules:
+            tap = TAP_OF[module]
+            current.linears[module] = self._linear(module, current, moments[tap], scales[tap])
+
+        def quantized(module: str) -> Float8Linear | None:
+            return current.linears.get(module.removeprefix(layer_prefix(layer)))
+
+        with layer_session(self.spec, layer, read, max_seq_len=longest, quantized=quantized) as session:
+            for i, rounded in enumerate(self._rounded):
+                (self._rounded[i],) = session.run(rounded)
+                check_finite(f"the output of layer {layer} in FP8", self._rounded[i])
+
+    def _linear(
+        self, module: str, current: _Layer, moment: SecondMoment | None, input_scale: float | None
+    ) -> Float8Linear:
+        weight, bias = current.weights[f"{module}.weight"], current.weights.get(f"{module}.bias")
+        name = layer_prefix(self._layer) + TAP_OF[module]
+        statistics = self.calibration.taps[name]
+        if moment is not None:
+            weight = corrected(weight, moment, STRENGTH)
+            importance = moment.diagonal()
+        else:
+            importance = np.asarray(statistics.mean_square)
+        scale = self._weight_scale(weight, importance)
+        codes = encode(weight, scale[:, None] if scale.ndim else scale)
+        if moment is not None:
+            codes = compensated_codes(weight, scale, moment)
+        linear = Float8Linear(codes, scale, input_scale, bias)
+        if self.recipe.bias_correction:
+            lost = (weight - linear.dequantized()) @ np.asarray(statistics.mean, np.float32)
+            linear = replace(linear, bias=lost if bias is None else bias + lost)
+        return linear
+
+    def _weight_scale(self, weight: Float32, importance: NDArray[Any]) -> Float32:
+        rows, weights = weight, importance
+        if self.recipe.weights == "per_tensor":
+            rows, weights = weight.reshape(1, -1), np.tile(importance, len(weight))
+        if self.recipe.scales == "max":
+            scale = max_scale(np.abs(rows).max(axis=1), self._dtype)
+        else:
+            scale = least_error_scale(rows, weights, self._dtype)
+        return scale[0] if self.recipe.weights == "per_tensor" else scale
+
+
+STRENGTH = 0.01
+
+
+def _rounded_input(value: Float32, scale: float | None) -> Float32:
+    """What the FP8 matrix multiply is given for `value` [n, in]."""
+    if scale is not None:
+        return round_trip(value, scale)
+    token = np.abs(value).max(axis=1, keepdims=True) / np.float32(E4M3_MAX)
+    return round_trip(value, np.maximum(token, np.float32(MIN_TOKEN_SCALE)))
+
+
+def _split(name: str) -> tuple[int, str]:
+    """`model.layers.3.mlp.up_proj` → (3, "mlp.up_proj"); (-1, name) outside the layers."""
+    parts = name.split(".", 3)
+    if parts[:2] != ["model", "layers"]:
+        return -1, name
+    return int(parts[2]), parts[3]
+
+
+def _in_graph_order(names: Sequence[str]) -> list[str]:
+    """A layer's tensors as the float graph's builder reads them, so that both builds give one digest."""
+    modules = (
+        "input_layernorm", "self_attn.q_proj", "self_attn.q_norm", "self_attn.k_proj", "self_attn.k_norm",
+        "self_attn.v_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    )  # fmt: skip
+    return sorted(names, key=lambda name: (modules.index(name.rsplit(".", 1)[0]), name.endswith(".bias")))

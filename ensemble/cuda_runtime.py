@@ -1,0 +1,134 @@
+"""CUDA's runtime in a dozen calls: memory, one stream, graphs; every error is an exception.
+
+It wraps `cuda.bindings.runtime`, whose functions return (error, values…). Addresses are plain ints. It knows nothing
+of TensorRT or of models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+NON_BLOCKING = 1  # cudaStreamNonBlocking: no implicit order with the default stream
+
+
+class CudaError(Exception):
+    """No CUDA here, or a call failed; one line."""
+
+
+def load_cuda() -> Cuda:
+    """The CUDA of this process.
+
+    Raises:
+        CudaError: the bindings aren't installed.
+    """
+    try:
+        return Cuda(importlib.import_module("cuda.bindings.runtime"))
+    except ImportError as error:
+        raise CudaError("cuda.bindings is not installed; pip install cuda-bindings") from error
+
+
+def device_compute_capability() -> str | None:
+    """This machine's GPU's, as "8.9"; None where there is no GPU or no way to ask it."""
+    try:
+        return load_cuda().compute_capability()
+    except CudaError:
+        return None
+
+
+class Cuda:
+    """The current device. One thread uses it at a time."""
+
+    def __init__(self, runtime: Any) -> None:
+        self._runtime = runtime
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Call the function `name` and return its value, if it has one.
+
+        Raises:
+            CudaError: it failed.
+        """
+        error, *values = getattr(self._runtime, name)(*arguments)
+        if error != self._runtime.cudaError_t.cudaSuccess:
+            _, text = self._runtime.cudaGetErrorString(error)
+            raise CudaError(f"{name}: {text.decode()}")
+        return values[0] if len(values) == 1 else tuple(values)
+
+    def compute_capability(self) -> str:
+        """The device's, as "8.9"."""
+        attributes = self._runtime.cudaDeviceAttr
+        device = self.call("cudaGetDevice")
+        parts = (attributes.cudaDevAttrComputeCapabilityMajor, attributes.cudaDevAttrComputeCapabilityMinor)
+        return ".".join(str(self.call("cudaDeviceGetAttribute", part, device)) for part in parts)
+
+    def free_bytes(self) -> int:
+        """Device memory that is free now."""
+        return int(self.call("cudaMemGetInfo")[0])
+
+    def allocate(self, num_bytes: int) -> int:
+        """The address of `num_bytes` of device memory, all zero."""
+        address = int(self.call("cudaMalloc", num_bytes))
+        self.call("cudaMemset", address, 0, num_bytes)
+        return address
+
+    def free(self, address: int) -> None:
+        """Give device memory back."""
+        self.call("cudaFree", address)
+
+    def pinned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+        """A page-locked array on the host: copies to and from it run beside the GPU's work. Freed with `free_pinned`."""
+        num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        address = int(self.call("cudaMallocHost", num_bytes))
+        return np.frombuffer((ctypes.c_byte * num_bytes).from_address(address), dtype).reshape(shape)
+
+    def free_pinned(self, array: NDArray[Any]) -> None:
+        """Give `pinned`'s memory back; the array must not be used again."""
+        self.call("cudaFreeHost", array.ctypes.data)
+
+    def to_device(self, address: int, array: NDArray[Any], stream: Any) -> None:
+        """Queue a copy of a contiguous pinned array to `address`."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, stream)
+
+    def to_host(self, array: NDArray[Any], address: int, stream: Any) -> None:
+        """Queue a copy from `address` to a contiguous pinned array."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, stream)
+
+    def create_stream(self) -> Any:
+        """A stream that doesn't wait for the default one."""
+        return self.call("cudaStreamCreateWithFlags", NON_BLOCKING)
+
+    def synchronize(self, stream: Any) -> None:
+        """Wait until everything queued on `stream` is done."""
+        self.call("cudaStreamSynchronize", stream)
+
+    def destroy_stream(self, stream: Any) -> None:
+        """Destroy a stream."""
+        self.call("cudaStreamDestroy", stream)
+
+    def capture(self, stream: Any, work: Callable[[], None]) -> Any:
+        """What `work` queues on `stream`, as a graph that can be launched; nothing runs now."""
+        # Thread-local: another thread's cudaMalloc must not break this capture.
+        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.call("cudaStreamBeginCapture", stream, mode)
+        try:
+            work()
+        finally:  # or the stream would stay in capture for good
+            graph = self.call("cudaStreamEndCapture", stream)
+        executable = self.call("cudaGraphInstantiate", graph, 0)
+        self.call("cudaGraphDestroy", graph)
+        return executable
+
+    def launch(self, graph: Any, stream: Any) -> None:
+        """Queue a captured graph."""
+        self.call("cudaGraphLaunch", graph, stream)
+
+    def destroy_graph(self, graph: Any) -> None:
+        """Destroy a captured graph."""
+        self.call("cudaGraphExecDestroy", graph)
