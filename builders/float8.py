@@ -46,7 +46,10 @@ def max_scale(amax: NDArray[Any] | float, dtype: np.dtype[Any]) -> Float32:
 
 
 def least_error_scale(
-    rows: NDArray[Any], importance: NDArray[Any], dtype: np.dtype[Any], candidates: Iterable[float] = SCALE_CANDIDATES
+    rows: NDArray[Any],
+    importance: NDArray[Any],
+    dtype: np.dtype[Any],
+    candidates: Iterable[float] = SCALE_CANDIDATES,
 ) -> Float32:
     """For each row the scale of least Σ importance · (value − rounded)².
 

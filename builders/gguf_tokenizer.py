@@ -107,9 +107,7 @@ BYTE_PAIR_RULES: dict[str, BytePairRules] = {
             _BYTES,
         )
     ),
-    "deepseek-coder": BytePairRules(
-        (_NEWLINE, _split(r"\s?\p{L}+"), _split(r"\s?\p{P}+"), _CJK, _DIGITS, _BYTES)
-    ),
+    "deepseek-coder": BytePairRules((_NEWLINE, _split(r"\s?\p{L}+"), _split(r"\s?\p{P}+"), _CJK, _DIGITS, _BYTES)),
     "deepseek-v3": BytePairRules(
         (
             _split(r"\p{N}{1,3}"),
@@ -144,9 +142,7 @@ def write_tokenizer(reader: GGUFMetadata, directory: str | Path) -> None:
         ]
     )
     if tokenizer.get_vocab_size() != len(tokens):
-        raise GGUFTokenizerError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} ids, the GGUF {len(tokens)}"
-        )
+        raise GGUFTokenizerError(f"the tokenizer has {tokenizer.get_vocab_size()} ids, the GGUF {len(tokens)}")
     bos, eos = metadata.special_token("bos_token_id"), metadata.special_token("eos_token_id")
     if eos is None:
         raise GGUFTokenizerError("tokenizer.ggml.eos_token_id is missing: no text would ever end")
@@ -204,9 +200,7 @@ class _Metadata:
         """A list with one entry for each token."""
         values: list[Any] = self.get(key, list)
         if len(values) != len(self.tokens):
-            raise GGUFTokenizerError(
-                f"tokenizer.ggml.{key} has {len(values)} entries for {len(self.tokens)} tokens"
-            )
+            raise GGUFTokenizerError(f"tokenizer.ggml.{key} has {len(values)} entries for {len(self.tokens)} tokens")
         return values
 
     def special_token(self, key: str) -> str | None:
@@ -248,18 +242,14 @@ def _sentencepiece(metadata: _Metadata) -> tuple[Tokenizer, bool]:
     # The space that SentencePiece puts before a text goes in here and out again in Strip.
     has_prefix = metadata.get("add_space_prefix", bool, True)
     prepend, strip = [normalizers.Prepend("▁")], [decoders.Strip(content=" ", left=1, right=0)]
-    tokenizer.normalizer = normalizers.Sequence(
-        [*(prepend if has_prefix else []), normalizers.Replace(" ", "▁")]
-    )
+    tokenizer.normalizer = normalizers.Sequence([*(prepend if has_prefix else []), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *(strip if has_prefix else [])]
     )
     return tokenizer, True
 
 
-def merges_of_scores(
-    vocab: Mapping[str, int], scores: Sequence[float], types: Sequence[int]
-) -> list[tuple[str, str]]:
+def merges_of_scores(vocab: Mapping[str, int], scores: Sequence[float], types: Sequence[int]) -> list[tuple[str, str]]:
     """The merges of a SentencePiece BPE: every way to make a piece of two, best score first.
 
     SentencePiece merges the neighbours whose joint piece scores highest; BPE merges the pair listed first.
@@ -280,9 +270,7 @@ def merges_of_scores(
 def _bpe(metadata: _Metadata, merges: Sequence[tuple[str, str]], **options: Any) -> BPE:
     try:
         return BPE(vocab=metadata.vocab, merges=merges, **options)
-    except (
-        Exception
-    ) as error:  # the library raises bare Exception: a merge of what is no token, a malformed pair
+    except Exception as error:  # the library raises bare Exception: a merge of what is no token, a malformed pair
         raise GGUFTokenizerError(f"the GGUF's tokens and merges make no tokenizer: {error}") from error
 
 

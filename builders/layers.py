@@ -44,6 +44,7 @@ class LayerSession:
 
         options = ort.SessionOptions()
         options.log_severity_level = 3  # it warns of every cache that is not updated in place
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # NumPy needs the cores in between
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._prefix = layer_prefix(layer)
         cache = np.zeros((1, spec.num_kv_heads, max_seq_len, spec.head_dim), np.float32)

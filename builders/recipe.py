@@ -50,12 +50,15 @@ class Recipe:
     extra_bytes: float = 0.0
 
     def __post_init__(self) -> None:
-        choices = (("weights", Weights), ("activations", Activations), ("rounding", Rounding), ("scales", Scales))
+        choices = (
+            ("weights", Weights),
+            ("activations", Activations),
+            ("rounding", Rounding),
+            ("scales", Scales),
+        )
         for name, literal in choices:
             if getattr(self, name) not in get_args(literal):
-                raise BuildError(
-                    f"recipe: {name} is {getattr(self, name)!r}; one of {', '.join(get_args(literal))}"
-                )
+                raise BuildError(f"recipe: {name} is {getattr(self, name)!r}; one of {', '.join(get_args(literal))}")
         if not 0 <= self.smoothing <= 1:
             raise BuildError(f"recipe: smoothing is {self.smoothing}, must lie between 0 and 1")
         if not 0 <= self.extra_bytes <= 1:

@@ -25,7 +25,13 @@ from builders.checkpoint import Checkpoint, open_checkpoint
 from builders.errors import BuildError
 from builders.graph.decoder import DTYPES, build_graph
 from ensemble.manifest import ArtefactFile, Manifest
-from ensemble.pipelines import DETOKENIZER_SUFFIX, ENGINE_SUFFIX, GENERATE_PIPELINE, TOKENIZER_SUFFIX, model_name
+from ensemble.pipelines import (
+    DETOKENIZER_SUFFIX,
+    ENGINE_SUFFIX,
+    GENERATE_PIPELINE,
+    TOKENIZER_SUFFIX,
+    model_name,
+)
 from ensemble.settings import EngineSettings
 
 TARGETS = ("onnx",)
@@ -65,7 +71,15 @@ class BuildOptions:
 
     def command(self) -> str:
         """The command line that builds this again."""
-        words = ["deepseek-triton", "build", str(self.checkpoint), "--name", self.name, "--target", self.target]
+        words = [
+            "deepseek-triton",
+            "build",
+            str(self.checkpoint),
+            "--name",
+            self.name,
+            "--target",
+            self.target,
+        ]
         words += ["--precision", self.precision, "--repository", str(self.repository)]
         if self.max_seq_len is not None:
             words += ["--max-seq-len", str(self.max_seq_len)]
@@ -107,7 +121,9 @@ def _max_seq_len(checkpoint: Checkpoint, options: BuildOptions) -> int:
     if max_seq_len > limit:
         raise BuildError(f"max_seq_len is {max_seq_len}, the model was trained for {limit} tokens")
     if options.settings.prefill_chunk > max_seq_len:
-        raise BuildError(f"prefill_chunk is {options.settings.prefill_chunk}, must be at most max_seq_len {max_seq_len}")
+        raise BuildError(
+            f"prefill_chunk is {options.settings.prefill_chunk}, must be at most max_seq_len {max_seq_len}"
+        )
     return max_seq_len
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from builders.errors import CheckpointError, UnsupportedError
 
@@ -192,9 +192,11 @@ def _rope_from_hf(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
     # transformers 5 writes rope_parameters, earlier releases rope_theta beside rope_scaling.
     parameters: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    kind: Any = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in get_args(RopeScaling) or kind == "factors":
-        raise UnsupportedError(f"rope scaling {kind!r} is not supported; supported: default, linear, dynamic, llama3, yarn")
+        raise UnsupportedError(
+            f"rope scaling {kind!r} is not supported; supported: default, linear, dynamic, llama3, yarn"
+        )
     if kind == "default":
         return RopeSpec(theta=theta)
     original = parameters.get("original_max_position_embeddings")
@@ -215,7 +217,7 @@ def _rope_from_hf(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
             truncate=bool(parameters.get("truncate", True)),
         )  # fmt: skip
     # Dynamic scaling begins where max_position_embeddings ends, whatever the original length was.
-    return RopeSpec(theta, cast(RopeScaling, kind), factor, max_positions)
+    return RopeSpec(theta, kind, factor, max_positions)
 
 
 def _yarn_attention_factor(parameters: Mapping[str, Any], factor: float) -> float:

@@ -77,9 +77,7 @@ def check_wiring(where: str, ensemble: ModelConfig, models: Mapping[str, ModelCo
         yield Problem(where, f"input {name!r} is used by no step; map it to a step's input, or remove it")
 
 
-def _check_inputs(
-    at: str, input_map: Mapping[str, str], model: ModelConfig, wires: _Wires
-) -> Iterator[Problem]:
+def _check_inputs(at: str, input_map: Mapping[str, str], model: ModelConfig, wires: _Wires) -> Iterator[Problem]:
     ends = {tensor.name: _end(model.name, model, tensor) for tensor in model.input}
     for name, end in ends.items():
         if name not in input_map and not end.optional:
@@ -98,18 +96,14 @@ def _check_inputs(
             what = f"input {name!r} takes {tensor!r}, which no step produces and no client sends"
             yield Problem(at, f"{what}; correct the name in input_map")
         elif tensor not in wires.faulty:
-            what = (
-                f"input {name!r} takes {tensor!r}, which only a later step ({wires.makers[tensor]}) produces"
-            )
+            what = f"input {name!r} takes {tensor!r}, which only a later step ({wires.makers[tensor]}) produces"
             yield Problem(at, f"{what}; put the steps in the order of the data, without cycles")
     sources = {wires.streamed.get(tensor) for tensor in input_map.values() if tensor in wires.ends}
     if len(sources) > 1:
         decoupled = sorted(source for source in sources if source)
         early = sorted(tensor for tensor in input_map.values() if tensor not in wires.streamed)
         what = f"takes {early or 'tensors'} besides what decoupled {decoupled} produce"
-        yield Problem(
-            at, f"{what}, which Triton refuses (server issue 7275); pass it through the last of them"
-        )
+        yield Problem(at, f"{what}, which Triton refuses (server issue 7275); pass it through the last of them")
 
 
 def _check_outputs(at: str, step: ModelConfig, model: ModelConfig, wires: _Wires) -> Iterator[Problem]:

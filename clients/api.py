@@ -194,9 +194,7 @@ def _check_text(name: str, text: str) -> None:
 
 def _check_int(name: str, value: int | None, lowest: int, highest: int) -> None:
     # bool is an int to Python, and no count to us.
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest
-    ):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest):
         raise ValueError(f"{name} must be an integer from {lowest} to {highest}, got {value!r}")
 
 

@@ -84,8 +84,7 @@ def run_chat(args: argparse.Namespace) -> int:
         if not client.is_ready():
             url = args.url or DEFAULT_URLS[args.protocol]
             raise ClientError(
-                f"model {args.model!r} isn't ready at {url}: "
-                "start the server, or check the model's name and --url"
+                f"model {args.model!r} isn't ready at {url}: start the server, or check the model's name and --url"
             )
         is_terminal = sys.stdin.isatty()
         history: list[Message] = []

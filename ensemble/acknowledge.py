@@ -71,7 +71,7 @@ class AcknowledgementSender:
     def send(self, sequence_ids: Iterable[int]) -> None:
         """Acknowledge one response of each sequence; never waits.
 
-        A pipe that is full or has no reader drops the message: a reader that lags 8,192 responses behind is not running.
+        A pipe that is full or has no reader drops the message: a reader 8,192 responses behind is not running.
         """
         message = np.fromiter(sequence_ids, np.uint64).tobytes()
         for _ in range(2):  # the second try is for a restarted engine's new pipe

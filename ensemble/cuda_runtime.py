@@ -1,7 +1,6 @@
 """CUDA's runtime in a dozen calls: memory, one stream, graphs; every error is an exception.
-
-It wraps `cuda.bindings.runtime`, whose functions return (error, values…). Addresses are plain ints. It knows nothing
-of TensorRT or of models.
+ It wraps `cuda.bindings.runtime`, whose functions return (error, values…). Addresses are plain ints. It knows
+nothing of TensorRT or of models.
 """
 
 from __future__ import annotations
@@ -81,10 +80,12 @@ class Cuda:
         self.call("cudaFree", address)
 
     def pinned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
-        """A page-locked array on the host: copies to and from it run beside the GPU's work. Freed with `free_pinned`."""
+        """A page-locked array on the host: copies to and from it run beside the GPU's work. Freed with
+        `free_pinned`."""
         num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         address = int(self.call("cudaMallocHost", num_bytes))
-        return np.frombuffer((ctypes.c_byte * num_bytes).from_address(address), dtype).reshape(shape)
+        memory = memoryview((ctypes.c_byte * num_bytes).from_address(address))
+        return np.ndarray(shape, dtype, buffer=memory)
 
     def free_pinned(self, array: NDArray[Any]) -> None:
         """Give `pinned`'s memory back; the array must not be used again."""

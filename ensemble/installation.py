@@ -80,9 +80,7 @@ def find_tritonserver() -> Installation:
 def _wheel() -> Installation:
     if sys.platform != "linux" or platform.machine() != "x86_64":
         here = f"{sys.platform} {platform.machine()}"
-        raise ServerError(
-            f"no tritonserver on PATH, and none to install on {here}; use NVIDIA's Triton container"
-        )
+        raise ServerError(f"no tritonserver on PATH, and none to install on {here}; use NVIDIA's Triton container")
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
         raise ServerError(f"no tritonserver on PATH; run: pip install --no-deps {WHEEL}")
@@ -97,9 +95,7 @@ def _wheel() -> Installation:
     libraries = package.parent / "nvidia_pytriton.libs"
     # No numpy that the stubs work with has wheels for 3.13.
     if not stub.exists() or sys.version_info >= (3, 13):
-        raise ServerError(
-            f"the tritonserver of {WHEEL} can't run Python {PYTHON} models; use Python 3.10 to 3.12"
-        )
+        raise ServerError(f"the tritonserver of {WHEEL} can't run Python {PYTHON} models; use Python 3.10 to 3.12")
     _check_numpy()
     files = tuple(path for path in backend.iterdir() if path.is_file())
     return Installation(binary, (*files, stub), (libraries, _python_library_dir()))
@@ -112,9 +108,7 @@ def _check_numpy() -> None:
     except importlib.metadata.PackageNotFoundError:
         raise ServerError("numpy is not installed; run: pip install 'numpy<2'") from None
     if int(version.split(".")[0]) >= 2:
-        raise ServerError(
-            f"the tritonserver of {WHEEL} can't work with numpy {version}; run: pip install 'numpy<2'"
-        )
+        raise ServerError(f"the tritonserver of {WHEEL} can't work with numpy {version}; run: pip install 'numpy<2'")
 
 
 def _python_library_dir() -> Path:
@@ -124,9 +118,7 @@ def _python_library_dir() -> Path:
         if (directory / name).exists():
             return directory
     package = f"libpython{PYTHON}"
-    raise ServerError(
-        f"{name} is missing; run: apt-get install {package}, or use a Python built with --enable-shared"
-    )
+    raise ServerError(f"{name} is missing; run: apt-get install {package}, or use a Python built with --enable-shared")
 
 
 def _library_dirs() -> Iterator[Path]:

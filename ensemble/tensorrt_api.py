@@ -1,8 +1,7 @@
 """Which TensorRT is which, and what a plan must say about itself.
-
-Two packages share one Python API: `tensorrt` (datacenter, from NVIDIA's containers) and `tensorrt-rtx` (GeForce and RTX
-cards; builds without a GPU). This is the only module that imports either; builders and the runner get the module as a
-value and never ask which one it is. It knows nothing of graphs, files or CUDA.
+ Two packages share one Python API: `tensorrt` (datacenter, from NVIDIA's containers) and `tensorrt-rtx`
+(GeForce and RTX cards; builds without a GPU). This is the only module that imports either; builders and the
+runner get the module as a value and never ask which one it is. It knows nothing of graphs, files or CUDA.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from typing import Any
 # Profiles of a decoder's plan, in the order in which they are added.
 PREFILL_PROFILE, DECODE_PROFILE = 0, 1
 PLAN_FILE = "model.plan"
-# What the builder adds to the graph's outputs, so that greedy decoding copies 8 bytes a row instead of a vocabulary.
+# What the builder adds to the graph's outputs, so that greedy decoding copies 8 bytes a row instead of a
+# vocabulary.
 BEST_ID, BEST_LOGIT = "best_id", "best_logit"
 # Without a GPU each object that TensorRT makes logs this; it keeps nothing from being built.
 NO_GPU_MESSAGE = "CUDA driver version is insufficient"
@@ -41,7 +41,8 @@ class TensorRTError(Exception):
 
 @dataclass(frozen=True)
 class Distribution:
-    """One of the two packages: what to import, the lowest version that has what is used here, how to install it."""
+    """One of the two packages: what to import, the lowest version that has what is used here, how to install
+    it."""
 
     module: str
     minimum: tuple[int, int]
@@ -61,8 +62,9 @@ class Plan:
     """What a decoder's plan was built with and for; kept in the manifest, checked before the plan is loaded.
 
     version: TensorRT's, exactly; a plan loads in no other. compute_capability: the GPU's, as "8.9".
-    attention: "lengths" (true key/value lengths, lower-right causality) or "mask"; attention_is_fused: whether every
-    attention has a kernel of its own. num_slots, prefill_chunk, max_seq_len: the largest that its profiles allow.
+    attention: "lengths" (true key/value lengths, lower-right causality) or "mask"; attention_is_fused:
+    whether every attention has a kernel of its own. num_slots, prefill_chunk, max_seq_len: the largest that
+    its profiles allow.
     """
 
     target: str

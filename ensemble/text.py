@@ -88,9 +88,7 @@ class Tokenizer:
         self._eos = [] if self.eos_id is None else [self.eos_id]
         for name, is_added, token in (("bos", add_bos_token, self._bos), ("eos", add_eos_token, self._eos)):
             if is_added and not token:
-                raise TokenizerLoadError(
-                    f"tokenizer_config.json: add_{name}_token is true without {name}_token"
-                )
+                raise TokenizerLoadError(f"tokenizer_config.json: add_{name}_token is true without {name}_token")
         self._add_bos, self._add_eos = add_bos_token, add_eos_token
         self._chat_template = chat_template
         self.vocab_size: int = backend.get_vocab_size()  # added tokens included
@@ -223,9 +221,7 @@ class IncrementalDetokenizer:
     def push(self, ids: Iterable[int], final: bool = False) -> str:
         """The text that `ids` complete; with `final`, all that is left. Nothing may follow a final push."""
         if self._is_final:
-            raise RuntimeError(
-                "push after the final push: make a new IncrementalDetokenizer for each sequence"
-            )
+            raise RuntimeError("push after the final push: make a new IncrementalDetokenizer for each sequence")
         self._is_final = final
         for index in map(int, ids):
             token = self._tokenizer.visible_token(index)

@@ -47,7 +47,15 @@ def build() -> None:
         print(f"[1/3] {REPOSITORY / NAME} is there already")
         return
     print(f"[1/3] building {REPOSITORY / NAME} from {weights().name}", flush=True)
-    arguments = [str(weights()), "--name", NAME, "--repository", str(REPOSITORY), "--max-seq-len", str(MAX_SEQ_LEN)]
+    arguments = [
+        str(weights()),
+        "--name",
+        NAME,
+        "--repository",
+        str(REPOSITORY),
+        "--max-seq-len",
+        str(MAX_SEQ_LEN),
+    ]
     if deepseek_triton(["build", *arguments]):
         raise SystemExit(1)
 
@@ -75,7 +83,11 @@ def main() -> int:
         print("[2/3] starting tritonserver", flush=True)
         ready = "      ready: {}".format
         with TritonServer(
-            REPOSITORY, http_port=0, grpc_port=0, metrics_port=0, progress=lambda name: print(ready(name), flush=True)
+            REPOSITORY,
+            http_port=0,
+            grpc_port=0,
+            metrics_port=0,
+            progress=lambda name: print(ready(name), flush=True),
         ) as server:
             ask(server.grpc_url)
     except (ClientError, FileNotFoundError, ServerError) as error:

@@ -29,7 +29,13 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-dynamic": ("llama", {"max_position_embeddings": 48, **rope("dynamic", factor=4.0)}),
     "llama-llama3": (
         "llama",
-        rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
+        rope(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
     ),
     "llama-yarn": ("llama", rope("yarn", factor=4.0, original_max_position_embeddings=64)),
     "qwen2": ("qwen2", {}),
@@ -40,7 +46,10 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3-yarn": (
         "qwen3",
-        {"head_dim": 16, **rope("yarn", factor=4.0, original_max_position_embeddings=64, attention_factor=0.9)},
+        {
+            "head_dim": 16,
+            **rope("yarn", factor=4.0, original_max_position_embeddings=64, attention_factor=0.9),
+        },
     ),
 }
 
@@ -53,7 +62,10 @@ def make_checkpoint(directory: Path, option: str = "llama", dtype: str = "float3
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(model_type, **{**SMALL, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config)
-    for name, parameter in model.named_parameters():  # biases and norms start at 0 and 1: give them something to do
+    for (
+        name,
+        parameter,
+    ) in model.named_parameters():  # biases and norms start at 0 and 1: give them something to do
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
     model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=shard)

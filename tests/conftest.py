@@ -33,8 +33,6 @@ def server(smollm2_repository: Path, tmp_path_factory: pytest.TempPathFactory) -
     if find_spec("pytriton") is None:
         pytest.skip("no tritonserver: pip install --no-deps nvidia-pytriton==0.7.0")
     log = tmp_path_factory.mktemp("log") / "tritonserver.log"
-    with TritonServer(
-        smollm2_repository, http_port=0, grpc_port=0, metrics_port=0, log_file=log
-    ) as server:
+    with TritonServer(smollm2_repository, http_port=0, grpc_port=0, metrics_port=0, log_file=log) as server:
         yield server
         assert server.exit_status is None, f"the server died during the tests:\n{log.read_text()[-3000:]}"

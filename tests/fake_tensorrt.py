@@ -1,8 +1,7 @@
 """A fake of TensorRT's runtime and of CUDA's, for the runner's tests: its engine is ONNX Runtime.
-
-Device memory is host memory at real addresses. A stream runs nothing before it is synchronised, so that a result read
-too early is stale; a capture records instead of running. What NVIDIA's documentation forbids raises AssertionError:
-capturing a context that has never run, touching one that was captured, freeing twice.
+ Device memory is host memory at real addresses. A stream runs nothing before it is synchronised, so that a
+result read too early is stale; a capture records instead of running. What NVIDIA's documentation forbids
+raises AssertionError: capturing a context that has never run, touching one that was captured, freeing twice.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-Op = Callable[[], None]
+Op = Callable[[], object]
 ITEMSIZES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
@@ -35,10 +34,11 @@ class FakeStream:
 class FakeCudaRuntime:
     """Stands in for the module cuda.bindings.runtime."""
 
-    cudaError_t = SimpleNamespace(cudaSuccess=0, cudaErrorMemoryAllocation=2)
-    cudaDeviceAttr = SimpleNamespace(cudaDevAttrComputeCapabilityMajor=75, cudaDevAttrComputeCapabilityMinor=76)
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
-    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+    # CUDA's own names
+    cudaError_t = SimpleNamespace(cudaSuccess=0, cudaErrorMemoryAllocation=2)  # noqa: N815
+    cudaDeviceAttr = SimpleNamespace(cudaDevAttrComputeCapabilityMajor=75, cudaDevAttrComputeCapabilityMinor=76)  # noqa: N815
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
 
     def __init__(self, compute_capability: str = "8.9", memory: int = 2**30) -> None:
         self.compute_capability, self.memory = compute_capability, memory
@@ -80,7 +80,7 @@ class FakeCudaRuntime:
         return (0,)
 
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: FakeStream) -> tuple[int]:  # noqa: N802
-        stream.add(lambda: ctypes.memmove(to, source, size) and None)
+        stream.add(lambda: ctypes.memmove(to, source, size))
         return (0,)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, FakeStream]:  # noqa: N802
@@ -154,7 +154,10 @@ class FakeRuntime:
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> FakeEngine | None:
         path = Path(serialized_engine.decode(errors="replace"))
         if not path.name.endswith(".onnx"):
-            self._logger.log(SimpleNamespace(name="ERROR"), "IRuntime::deserialize: Error Code 1: Serialization (bad magic)")
+            self._logger.log(
+                SimpleNamespace(name="ERROR"),
+                "IRuntime::deserialize: Error Code 1: Serialization (bad magic)",
+            )
             return None
         engine = FakeEngine(self._api, path)
         self._api.engines.append(engine)
@@ -179,7 +182,7 @@ class FakeEngine:
         return len(self.names)
 
     def get_tensor_name(self, index: int) -> str:
-        return self.names[index]
+        return str(self.names[index])
 
     def get_tensor_shape(self, name: str) -> list[int]:
         return self.shapes[name]
@@ -255,4 +258,4 @@ class FakeContext:
 
 def _view(address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, np.dtype[Any]]:
     size = int(np.prod(shape)) * dtype.itemsize
-    return np.frombuffer((ctypes.c_byte * size).from_address(address), dtype).reshape(shape)
+    return np.ndarray(shape, dtype, buffer=memoryview((ctypes.c_byte * size).from_address(address)))

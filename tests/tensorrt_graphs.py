@@ -1,4 +1,5 @@
-"""Graphs for the TensorRT builder's tests: one random layer of any size, and a plain round-to-nearest FP8 version."""
+"""Graphs for the TensorRT builder's tests: one random layer of any size, and a plain round-to-nearest FP8
+version."""
 
 from __future__ import annotations
 
@@ -22,23 +23,26 @@ E4M3_MAX = 448.0
 def small_spec(**changes: Any) -> ModelSpec:
     """Two layers that build in seconds; head_dim is one that TensorRT has fused attention for."""
     values: dict[str, Any] = {
-        "architecture": "llama", "vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_layers": 2,
-        "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "rms_norm_eps": 1e-5, "max_position_embeddings": 256,
-        "tie_word_embeddings": False, "qkv_bias": False, "qk_norm": False,
+        "architecture": "llama", "vocab_size": 320, "hidden_size": 128, "intermediate_size": 256,
+        "num_layers": 2,
+        "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 256, "tie_word_embeddings": False, "qkv_bias": False, "qk_norm": False,
     }  # fmt: skip
     return ModelSpec(**{**values, **changes})
 
 
 def qwen_layer(hidden: int, intermediate: int, heads: int, kv_heads: int, vocab_size: int = 1024) -> ModelSpec:
-    """One layer of a DeepSeek-R1-Distill-Qwen; head and embedding small, which no layer's kernels depend on."""
+    """One layer of a DeepSeek-R1-Distill-Qwen; head and embedding small, which no layer's kernels depend
+    on."""
     return small_spec(
-        architecture="qwen2", vocab_size=vocab_size, hidden_size=hidden, intermediate_size=intermediate, num_layers=1,
-        num_heads=heads, num_kv_heads=kv_heads, head_dim=128, max_position_embeddings=131072, qkv_bias=True,
+        architecture="qwen2", vocab_size=vocab_size, hidden_size=hidden, intermediate_size=intermediate,
+        num_layers=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=128, max_position_embeddings=131072, qkv_bias=True,
     )  # fmt: skip
 
 
 def random_weights(spec: ModelSpec) -> Callable[[str], NDArray[Any]]:
-    """Weights of the right shapes; large ones repeat one random row, because gigabytes of random numbers take a minute."""
+    """Weights of the right shapes; large ones repeat one random row, because gigabytes of random numbers take
+    a minute."""
     random = np.random.default_rng(0)
 
     def read(name: str) -> NDArray[Any]:
@@ -64,7 +68,8 @@ def write_graph(spec: ModelSpec, directory: Path, **options: Any) -> Path:
 
 
 def quantize_to_nearest(path: Path, directory: Path, keep: tuple[str, ...] = ("lm_head",)) -> Path:
-    """The float16 graph at `path` with FP8 weights per output channel and one static scale for each activation."""
+    """The float16 graph at `path` with FP8 weights per output channel and one static scale for each
+    activation."""
     directory.mkdir(parents=True, exist_ok=True)
     model = onnx.load(path)
     graph = model.graph
@@ -84,7 +89,9 @@ def quantize_to_nearest(path: Path, directory: Path, keep: tuple[str, ...] = ("l
             graph.initializer.append(numpy_helper.from_array(scale, f"{name}.scale"))
             quantized, activation, dequantized = f"{node.name}.q", f"{node.name}.dq", f"{name}.dq"
             nodes += [
-                helper.make_node("QuantizeLinear", [node.input[0], "activation_scale", "fp8_zero"], [quantized], quantized),
+                helper.make_node(
+                    "QuantizeLinear", [node.input[0], "activation_scale", "fp8_zero"], [quantized], quantized
+                ),
                 helper.make_node("DequantizeLinear", [quantized, "activation_scale"], [activation], activation),
                 helper.make_node("DequantizeLinear", [name, f"{name}.scale"], [dequantized], dequantized, axis=1),
             ]

@@ -284,9 +284,7 @@ def test_an_ensemble_input_around_the_decoupled_step(repository: Path) -> None:
     edit(repository, "m-detokenizer", add_input)
     edit(repository, "m", lambda c: put(step(c, 2).input_map, "seed", "seed"))
     (found,) = problems(repository)
-    assert found.startswith(
-        "m/config.pbtxt step 2 (m-detokenizer): takes ['seed'] besides what decoupled ['m-engine']"
-    )
+    assert found.startswith("m/config.pbtxt step 2 (m-detokenizer): takes ['seed'] besides what decoupled ['m-engine']")
 
 
 def test_batch_dimension_is_part_of_the_shape(repository: Path) -> None:

@@ -102,9 +102,7 @@ def test_verbose_prints_figures_to_stderr(server: FakeGrpcServer, capsys: pytest
         (("--url", "127.0.0.1:1"), "error: no server at 127.0.0.1:1"),
     ],
 )
-def test_an_error_is_one_line(
-    arguments: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_is_one_line(arguments: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("generate", MODEL, "x", *arguments) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -112,9 +110,7 @@ def test_an_error_is_one_line(
     assert err.count("\n") == 1
 
 
-def test_an_error_of_the_server_says_what_to_do(
-    server: FakeGrpcServer, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_of_the_server_says_what_to_do(server: FakeGrpcServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.script = lambda received: iter([reply("Par"), Fail("out of\n  slots")])
     assert run("generate", MODEL, "x", "--url", server.url) == 1
     out, err = capsys.readouterr()
@@ -133,9 +129,7 @@ def test_a_timeout_says_what_to_do(server: FakeGrpcServer, capsys: pytest.Captur
     assert len(server.stopped) == 1
 
 
-def test_a_missing_library_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delitem(sys.modules, "clients.http", raising=False)
     monkeypatch.setitem(sys.modules, "httpx", None)
     assert run("generate", MODEL, "x", "--protocol", "http") == 1
@@ -162,9 +156,7 @@ def test_chat_ends_at_an_error_without_a_terminal(
     assert capsys.readouterr().err.startswith("error: out of slots")
 
 
-def test_chat_with_a_model_that_is_not_there(
-    server: FakeGrpcServer, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_chat_with_a_model_that_is_not_there(server: FakeGrpcServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("chat", "another", "--url", server.url) == 1
     assert capsys.readouterr().err.startswith(f"error: model 'another' isn't ready at {server.url}: start")
 
@@ -182,9 +174,7 @@ def popen(*arguments: str, **options: object) -> subprocess.Popen[bytes]:
 
 def test_sigint_stops_generate_with_130(server: FakeGrpcServer) -> None:
     server.script = endless
-    with popen(
-        "generate", MODEL, "x", "--url", server.url, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with popen("generate", MODEL, "x", "--url", server.url, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.read(4) == b"word"
         process.send_signal(signal.SIGINT)
@@ -195,9 +185,7 @@ def test_sigint_stops_generate_with_130(server: FakeGrpcServer) -> None:
 
 def test_a_reader_that_leaves_stops_generate(server: FakeGrpcServer) -> None:
     server.script = endless
-    with popen(
-        "generate", MODEL, "x", "--url", server.url, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with popen("generate", MODEL, "x", "--url", server.url, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.read(4) == b"word"
         process.stdout.close()
@@ -211,9 +199,7 @@ def test_chat_on_a_terminal(server: FakeGrpcServer) -> None:
 
     def script(received: Received) -> Iterator[Reply]:
         turn = json.loads(received.inputs["messages"])[-1]["content"]
-        yield from {"long": endless, "bad": lambda _: iter([Fail("no")]), "short": say("Paris")}[turn](
-            received
-        )
+        yield from {"long": endless, "bad": lambda _: iter([Fail("no")]), "short": say("Paris")}[turn](received)
 
     server.script = script
     screen = b""

@@ -172,9 +172,7 @@ def _from_wire(datatype: str, raw: bytes) -> Any:
 def _to_wire(answer: dict[str, Any], message: Any) -> Any:
     response = service_pb2.ModelInferResponse(model_name=message.model_name, id=message.id)
     for name, value in answer.items():
-        array = (
-            np.array([[value.encode()]], object) if isinstance(value, str) else np.array([[value]], np.int32)
-        )
+        array = np.array([[value.encode()]], object) if isinstance(value, str) else np.array([[value]], np.int32)
         datatype = "BYTES" if isinstance(value, str) else "INT32"
         response.outputs.add(name=name, datatype=datatype, shape=[1, 1])
         raw = triton_utils.serialize_byte_tensor(array).item() if datatype == "BYTES" else array.tobytes()

@@ -291,9 +291,7 @@ def test_ctrl_c_stops_the_request(world: World, stream: bool) -> None:
     assert server.stopped == [server.generated[0].request_id]
 
 
-def test_a_stop_that_fails_is_logged_and_hides_nothing(
-    world: World, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_stop_that_fails_is_logged_and_hides_nothing(world: World, caplog: pytest.LogCaptureFixture) -> None:
     server = world.serve(lambda received: iter([reply("Par"), {**reply(""), "finish_reason": "tired"}]))
     server.on_stop = Fail("unknown model: tiny-engine")
     client = world.client(server.url)

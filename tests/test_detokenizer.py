@@ -95,9 +95,7 @@ def segments(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
         st.sampled_from("a é你😀\ufffd\u200d").map(lambda character: to_ids(character.encode())),
         st.binary(min_size=1, max_size=5).map(to_ids),
         st.sampled_from([b"\xe4", b"\xf0\x9f", b"\x98", b"\xff", b" "]).map(to_ids),
-        st.tuples(st.sampled_from([special, unknown]), st.integers(1, 6)).map(
-            lambda pair: [pair[0]] * pair[1]
-        ),
+        st.tuples(st.sampled_from([special, unknown]), st.integers(1, 6)).map(lambda pair: [pair[0]] * pair[1]),
     )
 
 
@@ -146,10 +144,7 @@ def test_text_is_given_out_at_once() -> None:
     ids = tokenizer.encode("The capital of France is Paris.").tolist()
     assert list(stream(tokenizer, [[i] for i in ids])) == [tokenizer.decode([i]) for i in ids]
     tokenizer = sentencepiece()
-    ids = [
-        tokenizer._backend.token_to_id(t)
-        for t in ("▁Hello", "▁", "▁a", "<0x0A>", "<s>", "<0x0A>", "a", "▁的")
-    ]
+    ids = [tokenizer._backend.token_to_id(t) for t in ("▁Hello", "▁", "▁a", "<0x0A>", "<s>", "<0x0A>", "a", "▁的")]
     assert list(stream(tokenizer, [[i] for i in ids])) == ["Hello", " ", " a", "", "", "", "\n\na", " 的"]
 
 

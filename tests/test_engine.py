@@ -18,7 +18,9 @@ END = 0
 class Engine:
     """An EngineLoop driven step by step."""
 
-    def __init__(self, runner: FakeRunner | None = None, prefill_chunk: int = 8, end_ids: tuple[int, ...] = (END,)) -> None:
+    def __init__(
+        self, runner: FakeRunner | None = None, prefill_chunk: int = 8, end_ids: tuple[int, ...] = (END,)
+    ) -> None:
         self.runner = runner or FakeRunner()
         self.acknowledgements = FakeAcknowledgements()
         self.now = 0.0

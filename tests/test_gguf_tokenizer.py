@@ -80,9 +80,7 @@ def test_deepseek_rebuilt_from_gguf_metadata_gives_its_own_ids(tmp_path: Path) -
             "model": "gpt2",
             "pre": "deepseek-v3",
             "tokens": [tokens[i] for i in range(len(tokens))],
-            "token_type": [
-                1 if i not in added else 3 if added[i]["special"] else 4 for i in range(len(tokens))
-            ],
+            "token_type": [1 if i not in added else 3 if added[i]["special"] else 4 for i in range(len(tokens))],
             "merges": [m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]],
             "bos_token_id": 0,
             "eos_token_id": 1,
@@ -102,9 +100,7 @@ SMOLLM2_IDS = {
         *(788, 216, 34, 32, 34, 38, 28, 216, 33, 34, 35, 36, 16738, 1495, 1708, 1885, 35, 30, 37, 32, 30)
     ],
     "中文 हिन्दी": [28589, 29184, 12335, 134, 27011, 30658, 16525, 44757, 37189],
-    "def f(x):\n\t\treturn x  # ok\n\n\n": [
-        *(1604, 275, 24, 104, 727, 3354, 197, 5406, 1792, 216, 907, 10907, 16506)
-    ],
+    "def f(x):\n\t\treturn x  # ok\n\n\n": [*(1604, 275, 24, 104, 727, 3354, 197, 5406, 1792, 216, 907, 10907, 16506)],
     "<|im_start|>user\nI've we'RE<|im_end|>": [1, 4093, 198, 57, 3543, 392, 23, 3256, 2],
 }
 
@@ -127,9 +123,7 @@ def test_smollm2_files() -> None:
         False,
         "<|im_end|>",
     )
-    assert (
-        (smollm2_directory() / "chat_template.jinja").read_text(encoding="utf-8").startswith("{% for message")
-    )
+    assert (smollm2_directory() / "chat_template.jinja").read_text(encoding="utf-8").startswith("{% for message")
 
 
 SAMPLE = "I'VE 1234 a_b é中文!?\n\n  y"
@@ -194,9 +188,7 @@ def test_sentencepiece_round_trip(tmp_path: Path) -> None:
     ids = tokenizer.encode("hello  hello é\n你").tolist()
     tokens = TINY_SENTENCEPIECE["tokens"]
     assert [tokens[i] for i in ids[:4]] == ["<s>", "▁hello", "▁", "▁hello"]
-    assert [tokens[i] for i in ids[4:]] == [
-        *("▁", "<0xC3>", "<0xA9>", "<0x0A>", "<0xE4>", "<0xBD>", "<0xA0>")
-    ]
+    assert [tokens[i] for i in ids[4:]] == [*("▁", "<0xC3>", "<0xA9>", "<0x0A>", "<0xE4>", "<0xBD>", "<0xA0>")]
     assert tokenizer.decode(ids) == "hello  hello é\n你"
     bare = written(tmp_path / "bare", TINY_SENTENCEPIECE, add_space_prefix=False, add_bos_token=False)
     assert [tokens[i] for i in bare.encode("hello")] == ["hello"]
@@ -208,9 +200,7 @@ def by_scores(text: str, scores: dict[str, float]) -> list[str]:
     parts = list(text)
     while True:
         joint = [left + right for left, right in pairwise(parts)]
-        best = max(
-            (piece for piece in joint if piece in scores), key=lambda piece: scores[piece], default=None
-        )
+        best = max((piece for piece in joint if piece in scores), key=lambda piece: scores[piece], default=None)
         if best is None:
             return parts
         at = joint.index(best)

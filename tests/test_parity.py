@@ -24,7 +24,9 @@ Build = Callable[..., tuple[Path, OnnxRunner]]
 
 @pytest.fixture
 def build(tmp_path: Path) -> Build:
-    def build(option: str = "llama", *, dtype: str = "float32", shard: str = "5GB", **graph: Any) -> tuple[Path, OnnxRunner]:
+    def build(
+        option: str = "llama", *, dtype: str = "float32", shard: str = "5GB", **graph: Any
+    ) -> tuple[Path, OnnxRunner]:
         directory = make_checkpoint(tmp_path / "checkpoint", option, dtype, shard)
         return directory, graph_runner(directory, tmp_path, **graph)
 

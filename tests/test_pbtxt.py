@@ -34,9 +34,7 @@ def test_text_reads_back_as_the_same_configuration(part: str) -> None:
 
 
 def test_models_have_the_names_and_batching_that_the_ensemble_relies_on() -> None:
-    found = {
-        part: MessageToDict(config, preserving_proto_field_name=True) for part, config in configs().items()
-    }
+    found = {part: MessageToDict(config, preserving_proto_field_name=True) for part, config in configs().items()}
     assert {part: values["name"] for part, values in found.items()} == {
         "tokenizer": "m-tokenizer",
         "engine": "m-engine",
@@ -63,9 +61,7 @@ def test_tensors_are_the_contracts() -> None:
     inputs = [(t.name, list(t.dims), t.optional) for t in config.input]
     assert inputs == [(spec.name, list(spec.dims), spec.optional) for spec in contract.ENGINE.inputs]
     values = MessageToDict(config, preserving_proto_field_name=True)
-    assert [t["data_type"] for t in values["output"]] == [
-        f"TYPE_{spec.dtype}" for spec in contract.ENGINE.outputs
-    ]
+    assert [t["data_type"] for t in values["output"]] == [f"TYPE_{spec.dtype}" for spec in contract.ENGINE.outputs]
 
 
 def test_the_pipeline_is_whole() -> None:
@@ -132,8 +128,6 @@ def test_settings_survive_the_way_through_triton() -> None:
     settings = EngineSettings(num_slots=5, prefill_chunk=7, num_threads=2, cancel_after_s=0.25)
     assert EngineSettings.from_parameters(settings.to_parameters()) == settings
     config = pbtxt.engine_config("m", {**settings.to_parameters(), "FORCE_CPU_ONLY_INPUT_TENSORS": "no"})
-    text = MessageToJson(
-        config, preserving_proto_field_name=True
-    )  # what a model gets as args["model_config"]
+    text = MessageToJson(config, preserving_proto_field_name=True)  # what a model gets as args["model_config"]
     assert EngineSettings.from_model_config(text) == settings
     assert EngineSettings.from_model_config(json.dumps({})) == EngineSettings()

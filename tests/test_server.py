@@ -284,9 +284,7 @@ def test_one_that_hangs_is_killed_with_its_children(
     monkeypatch.setattr(server, "EXIT_TIMEOUT_S", 0)
     monkeypatch.setattr(server, "KILL_MARGIN_S", 0.5)
     pids = tmp_path / "pids"
-    fake = script(
-        tmp_path / "server", f"trap '' TERM; sleep 600 & echo $$ $! > {pids}; wait; wait; sleep 600"
-    )
+    fake = script(tmp_path / "server", f"trap '' TERM; sleep 600 & echo $$ $! > {pids}; wait; wait; sleep 600")
     with pytest.raises(ServerError, match=r"^tritonserver is not ready after 1 s; loaded so far: nothing$"):
         free_ports(repository, installation=fake, start_timeout_s=1.0).start()
     leader = int(pids.read_text().split()[0])
@@ -314,8 +312,7 @@ def test_log_lines_become_one_reason() -> None:
     end = "error: creating server: Internal - failed to load all models\n"
     assert failure(harmless + wiring + broken + end) == "'a' version 1: ValueError: no"
     assert (
-        failure(broken + broken.replace("'a'", "'b'"))
-        == "'a' version 1: ValueError: no; 'b' version 1: ValueError: no"
+        failure(broken + broken.replace("'a'", "'b'")) == "'a' version 1: ValueError: no; 'b' version 1: ValueError: no"
     )
     assert failure(harmless + wiring + end) == "in ensemble m, no such input"
     assert failure(harmless + end) == "Internal - failed to load all models"

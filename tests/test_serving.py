@@ -30,7 +30,16 @@ pytestmark = pytest.mark.server
 TIMEOUT_S = 120.0
 NUM_SLOTS = 8
 CAPITAL = GenerateRequest(messages=[Message("user", "What is the capital of France?")], max_tokens=40)
-SUBJECTS = ("rivers", "a cat called Tom", "the sea", "def fibonacci(n):", "巴黎", "🚀 rockets", "prime numbers", "bread")
+SUBJECTS = (
+    "rivers",
+    "a cat called Tom",
+    "the sea",
+    "def fibonacci(n):",
+    "巴黎",
+    "🚀 rockets",
+    "prime numbers",
+    "bread",
+)
 
 
 @pytest.fixture
@@ -61,7 +70,9 @@ def test_the_model_answers_streamed_and_not(server: TritonServer, protocol: Prot
     assert [chunk.finish_reason for chunk in chunks] == [""] * (len(chunks) - 1) + ["stop"]
 
 
-@pytest.mark.parametrize("prompt", ["请用中文介绍北京", "Emojis: 😀 👩‍👩‍👧‍👦 🇫🇷", "for i in range(3):\n    print(i)\n\n\tif"])
+@pytest.mark.parametrize(
+    "prompt", ["请用中文介绍北京", "Emojis: 😀 👩‍👩‍👧‍👦 🇫🇷", "for i in range(3):\n    print(i)\n\n\tif"]
+)
 def test_a_stream_joins_to_the_text_of_one_response(client: GrpcClient, prompt: str) -> None:
     # A high temperature makes tokens that are parts of characters.
     request = GenerateRequest(prompt=prompt, max_tokens=60, temperature=1.8, seed=11)
@@ -84,7 +95,9 @@ def test_sixteen_streams_at_once_give_what_each_gives_alone(client: GrpcClient) 
 
 def test_the_seed_decides_a_sampled_text(client: GrpcClient) -> None:
     def text(seed: int) -> str:
-        return client.generate(GenerateRequest(prompt="Once", max_tokens=20, temperature=1.0, top_p=0.95, seed=seed)).text
+        return client.generate(
+            GenerateRequest(prompt="Once", max_tokens=20, temperature=1.0, top_p=0.95, seed=seed)
+        ).text
 
     assert text(1) == text(1)
     assert text(1) != text(2)
@@ -126,7 +139,9 @@ for _ in range({NUM_SLOTS}):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_closed_stream_stops_the_work_on_the_server(server: TritonServer, client: GrpcClient, protocol: ProtocolName) -> None:
+def test_a_closed_stream_stops_the_work_on_the_server(
+    server: TritonServer, client: GrpcClient, protocol: ProtocolName
+) -> None:
     with connect(protocol, NAME, url_of(server, protocol), TIMEOUT_S) as leaving:
         for _ in range(2 * NUM_SLOTS):  # twice as many as there are slots: none may be left behind
             with closing(leaving.stream(GenerateRequest(prompt="1 2 3 4 5 6", max_tokens=480))) as stream:
@@ -137,7 +152,16 @@ def test_a_closed_stream_stops_the_work_on_the_server(server: TritonServer, clie
 
 
 def test_ctrl_c_in_the_terminal_stops_the_work_on_the_server(server: TritonServer, client: GrpcClient) -> None:
-    command = [sys.executable, "-m", "builders.cli", "generate", NAME, "1 2 3 4 5 6 7", "--url", server.grpc_url]
+    command = [
+        sys.executable,
+        "-m",
+        "builders.cli",
+        "generate",
+        NAME,
+        "1 2 3 4 5 6 7",
+        "--url",
+        server.grpc_url,
+    ]
     processes = [
         subprocess.Popen([*command, "--max-tokens", "480"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(NUM_SLOTS)
@@ -230,7 +254,9 @@ def test_the_load_line_says_what_the_memory_is_for(server: TritonServer) -> None
     assert f"KV cache: 8 slots x 512 tokens x {per_token} bytes = {size} MiB" in server.log_path.read_text()
 
 
-def test_the_engine_can_be_called_directly_and_a_gone_caller_is_noticed(server: TritonServer, client: GrpcClient) -> None:
+def test_the_engine_can_be_called_directly_and_a_gone_caller_is_noticed(
+    server: TritonServer, client: GrpcClient
+) -> None:
     # No detokenizer follows: nothing is acknowledged, and the stream must not be taken for abandoned.
     body = {"input_ids": [1, 2, 3, 4], "stream": True, "max_tokens": 60}
     url = f"{server.http_url}/v2/models/{NAME}-engine/generate_stream"

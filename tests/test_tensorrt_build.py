@@ -41,8 +41,8 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def build(graph: Path, output: Path, **options: Any) -> EngineReport:
     defaults: dict[str, Any] = {
-        "target": "tensorrt-rtx", "precision": "fp16", "num_slots": SLOTS, "prefill_chunk": CHUNK, "max_seq_len": 256,
-        "compute_capability": "8.9",
+        "target": "tensorrt-rtx", "precision": "fp16", "num_slots": SLOTS, "prefill_chunk": CHUNK,
+        "max_seq_len": 256, "compute_capability": "8.9",
     }  # fmt: skip
     return build_engine(graph, output, **{**defaults, **options})
 
@@ -50,8 +50,8 @@ def build(graph: Path, output: Path, **options: Any) -> EngineReport:
 def fp8_modules_of_plan(plan: bytes) -> set[str]:
     """Modules that the plan's own listing of kernels multiplies in FP8: both operands of that type.
 
-    Detailed profiling makes TensorRT put the listing into the plan as text. The format is nobody's promise; this test
-    alone reads it, because it tells without a GPU what was compiled.
+    Detailed profiling makes TensorRT put the listing into the plan as text. The format is nobody's promise;
+    this test alone reads it, because it tells without a GPU what was compiled.
     """
     text = plan.decode("latin-1")
     types: dict[str, str] = {}
@@ -161,10 +161,14 @@ def test_the_whole_smollm2_builds(precision: str, compute_capability: str, tmp_p
         graph = quantize_to_nearest(graph, tmp_path / "fp8")
     reported: list[tuple[str, int, int]] = []
     report = build(
-        graph, tmp_path / "model.plan", precision=precision, max_seq_len=512, compute_capability=compute_capability,
-        fp8_modules=modules, progress=lambda *progress: reported.append(progress),
+        graph, tmp_path / "model.plan", precision=precision, max_seq_len=512,
+        compute_capability=compute_capability, fp8_modules=modules, progress=lambda *progress: reported.append(progress),
     )  # fmt: skip
-    assert (report.census.attention, report.census.cache_updates, report.census.rotary_embeddings) == (30, 60, 60)
+    assert (report.census.attention, report.census.cache_updates, report.census.rotary_embeddings) == (
+        30,
+        60,
+        60,
+    )
     assert len(report.census.fp8) == len(modules) and "lm_head" in report.census.not_fp8
     assert (report.plan.attention, report.plan.attention_is_fused) == ("lengths", True)
     done = [step for _, step, _ in reported]
@@ -240,7 +244,9 @@ def test_a_graph_that_tensorrt_cannot_read_names_the_node(
 def test_a_layer_that_is_not_fp8_though_the_recipe_says_so_is_an_error(graphs: dict[str, Path], tmp_path: Path) -> None:
     kept = "model.layers.1.mlp.down_proj"
     graph = quantize_to_nearest(graphs["fp16"], tmp_path / "mixed", keep=("lm_head", kept))
-    with pytest.raises(NotQuantizedError, match=rf"{kept} is not FP8 in TensorRT's network, though the recipe says FP8;"):
+    with pytest.raises(
+        NotQuantizedError, match=rf"{kept} is not FP8 in TensorRT's network, though the recipe says FP8;"
+    ):
         build(graph, tmp_path / "model.plan", precision="fp8", fp8_modules=MODULES)
     assert not (tmp_path / "model.plan").exists()
     report = build(graph, tmp_path / "model.plan", precision="fp8", fp8_modules=[m for m in MODULES if m != kept])
@@ -250,9 +256,21 @@ def test_a_layer_that_is_not_fp8_though_the_recipe_says_so_is_an_error(graphs: d
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"precision": "fp8", "compute_capability": "8.6"}, UnsupportedGpuError, "FP8 needs compute capability 8.9"),
-        ({"compute_capability": "9.0"}, UnsupportedGpuError, "can't build for compute capability 9.0; it can for 7.5"),
-        ({"compute_capability": None}, UnsupportedGpuError, "needs a GPU, and none is here; give a compute capability"),
+        (
+            {"precision": "fp8", "compute_capability": "8.6"},
+            UnsupportedGpuError,
+            "FP8 needs compute capability 8.9",
+        ),
+        (
+            {"compute_capability": "9.0"},
+            UnsupportedGpuError,
+            "can't build for compute capability 9.0; it can for 7.5",
+        ),
+        (
+            {"compute_capability": None},
+            UnsupportedGpuError,
+            "needs a GPU, and none is here; give a compute capability",
+        ),
         ({"compute_capability": "ada"}, EngineError, "compute capability is 'ada', must look like 8.9"),
         ({"target": "cuda"}, EngineError, "target is 'cuda', must be one of tensorrt, tensorrt-rtx"),
         ({"precision": "int4"}, EngineError, "precision is 'int4', must be one of fp32, fp16, fp8"),
@@ -279,7 +297,12 @@ def test_what_cannot_be_built_is_told_in_one_line(
     ],
 )
 def test_no_tensorrt_is_told_with_the_install_command(
-    target: str, module: str, command: str, graphs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str,
+    module: str,
+    command: str,
+    graphs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(EngineError, match=re.escape(f"{module} is not installed; {command}")):

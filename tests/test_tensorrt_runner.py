@@ -32,14 +32,14 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCudaRuntime:
     cuda = FakeCudaRuntime()
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)  # type: ignore[arg-type]  # stands in for it
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
     return cuda
 
 
 @pytest.fixture
 def api(cuda: FakeCudaRuntime, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
     api = FakeTensorRT(cuda, SLOTS, CHUNK)
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", api)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", api)
     return api
 
 
@@ -59,7 +59,8 @@ def ids(count: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 def generate(runner: Runner) -> list[np.ndarray[Any, Any]]:
-    """Prefill in chunks and decode at every batch size twice, prompts arriving in between; every logit that comes back."""
+    """Prefill in chunks and decode at every batch size twice, prompts arriving in between; every logit that
+    comes back."""
     seen, lengths = [], []
     for slot in range(SLOTS):
         prompt = ids(11 + slot, slot)
@@ -139,7 +140,10 @@ def test_close_gives_everything_back(load: Load, cuda: FakeCudaRuntime) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": "1.7.0.5"}, "the plan was built with tensorrt-rtx 1.7.0.5, here is 1.7.1.116; build again"),
+        (
+            {"version": "1.7.0.5"},
+            "the plan was built with tensorrt-rtx 1.7.0.5, here is 1.7.1.116; build again",
+        ),
         ({"compute_capability": "12.0"}, "built for compute capability 12.0, this GPU has 8.9; build again"),
     ],
 )
@@ -166,7 +170,7 @@ def test_too_little_memory_is_told_and_nothing_is_kept(load: Load, cuda: FakeCud
 
 def test_memory_that_runs_out_half_way_is_told_and_nothing_is_kept(load: Load, cuda: FakeCudaRuntime) -> None:
     cuda.memory = (4 * SLOTS * 2 * MAX_SEQ_LEN * 64 * 4) + 4096 + 1000  # the caches and scratch, but no logits
-    with pytest.raises(RunnerError, match="cudaMalloc.*: out of memory"):
+    with pytest.raises(RunnerError, match=r"cudaMalloc.*: out of memory"):
         load()
     assert not cuda.buffers and not cuda.streams
 
@@ -179,13 +183,13 @@ def test_a_plan_that_tensorrt_refuses_is_told_with_its_reason(load: Load, tmp_pa
 
 def test_no_tensorrt_is_told_with_the_install_command(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(RunnerError, match="tensorrt_rtx is not installed; pip install 'tensorrt-rtx>=1.7'"):
+    with pytest.raises(RunnerError, match=r"tensorrt_rtx is not installed; pip install 'tensorrt-rtx>=1\.7'"):
         load()
 
 
 def test_no_cuda_is_told_with_the_install_command(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    with pytest.raises(RunnerError, match="cuda.bindings is not installed; pip install cuda-bindings"):
+    with pytest.raises(RunnerError, match=r"cuda\.bindings is not installed; pip install cuda-bindings"):
         load()
 
 

@@ -106,7 +106,11 @@ def test_the_configuration_fits_the_plan(logits: str, tmp_path: Path) -> None:
     graph = write_graph(small_spec(), tmp_path, logits=logits)
     stateless = write_stateless(graph, tmp_path / "scoring.onnx")
     config = parse_text(to_text(scoring_config("scorer", stateless, LIMITS, target="tensorrt")), tmp_path)
-    assert (config.platform, config.max_batch_size, config.default_model_filename) == ("tensorrt_plan", 6, "model.plan")
+    assert (config.platform, config.max_batch_size, config.default_model_filename) == (
+        "tensorrt_plan",
+        6,
+        "model.plan",
+    )
     assert config.HasField("dynamic_batching") and list(config.instance_group[0].profile) == ["0"]
     inputs = {tensor.name: list(tensor.dims) for tensor in config.input}
     assert inputs == {"input_ids": [-1]} | ({"num_tokens": [1]} if logits == "last" else {})

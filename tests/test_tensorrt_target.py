@@ -28,7 +28,7 @@ DATACENTER = SimpleNamespace(__version__="10.15.1.29")  # builds for the GPU tha
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     def gpu(compute_capability: str | None) -> None:
         monkeypatch.setattr(target_module, "device_compute_capability", lambda: compute_capability)
-        monkeypatch.setitem(sys.modules, "tensorrt", DATACENTER)  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, "tensorrt", DATACENTER)
 
     return gpu
 
@@ -50,7 +50,9 @@ def test_datacenter_tensorrt_builds_for_the_gpu_that_is_here(gpu: Any) -> None:
         ("8.0", "fp8", None, "FP8 needs compute capability 8.9 or later, this is 8.0; use --precision fp16"),
     ],
 )
-def test_datacenter_tensorrt_refuses_other_gpus(here: str | None, precision: str, asked: str | None, message: str, gpu: Any) -> None:
+def test_datacenter_tensorrt_refuses_other_gpus(
+    here: str | None, precision: str, asked: str | None, message: str, gpu: Any
+) -> None:
     gpu(here)
     with pytest.raises(UnsupportedGpuError, match=message):
         resolve_target("tensorrt", precision, asked)
@@ -58,13 +60,13 @@ def test_datacenter_tensorrt_refuses_other_gpus(here: str | None, precision: str
 
 def test_an_old_tensorrt_is_refused(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu("9.0")
-    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.9.0"))  # type: ignore[arg-type]
-    with pytest.raises(EngineError, match="tensorrt is 10.9.0, 10.15 or later is needed; pip install"):
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.9.0"))
+    with pytest.raises(EngineError, match=r"tensorrt is 10\.9\.0, 10.15 or later is needed; pip install"):
         resolve_target("tensorrt", "fp16")
 
 
 def test_the_gpu_is_asked_through_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", FakeCudaRuntime("12.0"))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", FakeCudaRuntime("12.0"))
     assert device_compute_capability() == "12.0"
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     assert device_compute_capability() is None
@@ -80,11 +82,14 @@ def test_the_gpu_is_asked_through_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
             "Attention operation was not supported by a dedicated kernel",
         ),
         (
-            "ITensor::getDimensions: Error Code 4: API Usage Error (mm: `A` is of type Half and `B` is of type Float. "
-            "In validateTypes at /_src/optimizer/matrixMultiplyNode.cpp:38)",
+            "ITensor::getDimensions: Error Code 4: API Usage Error (mm: `A` is of type Half and `B` is of type "
+            "Float. In validateTypes at /_src/optimizer/matrixMultiplyNode.cpp:38)",
             "mm: `A` is of type Half and `B` is of type Float",
         ),
-        ("WeightsContext.cpp:203: Failed to open file: /tmp/model.data", "Failed to open file: /tmp/model.data"),
+        (
+            "WeightsContext.cpp:203: Failed to open file: /tmp/model.data",
+            "Failed to open file: /tmp/model.data",
+        ),
     ],
 )
 def test_tensorrt_errors_become_one_line(text: str, expected: str) -> None:
@@ -138,7 +143,9 @@ class FakeConfig:
 
 
 @pytest.mark.parametrize(("stored", "used"), [(None, b""), (b"ours", b"ours"), (b"another's", b"")])
-def test_a_timing_cache_is_kept_and_one_of_another_gpu_is_not_used(stored: bytes | None, used: bytes, tmp_path: Path) -> None:
+def test_a_timing_cache_is_kept_and_one_of_another_gpu_is_not_used(
+    stored: bytes | None, used: bytes, tmp_path: Path
+) -> None:
     path, config = tmp_path / "timing.cache", FakeConfig()
     if stored is not None:
         path.write_bytes(stored)
@@ -151,13 +158,16 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="directory: Is a directory"):
         write_atomically(tmp_path / "directory", b"plan")
     assert [path.name for path in tmp_path.iterdir()] == ["directory"]
-    with pytest.raises(EngineError, match="model.plan: No such file or directory"):
+    with pytest.raises(EngineError, match=r"model\.plan: No such file or directory"):
         write_atomically(tmp_path / "missing" / "model.plan", b"plan")
 
 
 def test_the_inspectors_table_is_read() -> None:
     tensor = {"Name": "x", "Dimensions": [1], "Format/Datatype": "FP8"}
-    layers = [{"Name": "q_proj", "LayerType": "gemm", "Inputs": [tensor, tensor], "Outputs": [tensor]}, "a bare name"]
+    layers = [
+        {"Name": "q_proj", "LayerType": "gemm", "Inputs": [tensor, tensor], "Outputs": [tensor]},
+        "a bare name",
+    ]
     assert parse_layers(json.dumps({"Layers": layers, "Bindings": []})) == (
         EngineLayer("q_proj", "gemm", ("FP8", "FP8"), ("FP8",)),
         EngineLayer("a bare name", "", (), ()),

@@ -32,9 +32,7 @@ def write_files(
     backend.add_special_tokens(["<s>", "</s>"])
     backend.add_tokens([AddedToken("<eot>", special=False)])
     if adds_bos:
-        backend.post_processor = processors.TemplateProcessing(
-            single=["<s>", "$A"], special_tokens=[("<s>", BOS)]
-        )
+        backend.post_processor = processors.TemplateProcessing(single=["<s>", "$A"], special_tokens=[("<s>", BOS)])
     backend.save(str(directory / "tokenizer.json"))
     if config is not None:
         (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -60,26 +58,20 @@ USER = [{"role": "user", "content": "Hi"}]
 @pytest.mark.parametrize("text", HARD_TEXTS)
 @pytest.mark.parametrize("name", ["deepseek", "smollm2"])
 def test_ids_are_the_librarys_and_come_back_as_the_text(name: str, text: str) -> None:
-    ours, directory = {"deepseek": (deepseek, deepseek_directory), "smollm2": (smollm2, smollm2_directory)}[
-        name
-    ]
+    ours, directory = {"deepseek": (deepseek, deepseek_directory), "smollm2": (smollm2, smollm2_directory)}[name]
     tokenizer, theirs = ours(), tokenizers.Tokenizer.from_file(str(directory() / "tokenizer.json"))
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32
     assert ids.tolist() == theirs.encode(text).ids
     assert tokenizer.decode(ids) == theirs.decode(ids.tolist())
-    if not any(
-        token.special and token.content in text for token in theirs.get_added_tokens_decoder().values()
-    ):
+    if not any(token.special and token.content in text for token in theirs.get_added_tokens_decoder().values()):
         assert tokenizer.decode(ids) == text
     assert tokenizer.encode(text.encode()).tolist() == ids.tolist()
 
 
 def test_batch_is_each_text_alone() -> None:
     batch = smollm2().encode_batch([*HARD_TEXTS, b"bytes"])
-    assert [ids.tolist() for ids in batch] == [
-        smollm2().encode(text).tolist() for text in [*HARD_TEXTS, "bytes"]
-    ]
+    assert [ids.tolist() for ids in batch] == [smollm2().encode(text).tolist() for text in [*HARD_TEXTS, "bytes"]]
 
 
 def test_decode_leaves_out_specials_and_ids_outside_of_the_vocabulary() -> None:
@@ -200,9 +192,7 @@ def test_object_form(tmp_path: Path) -> None:
 def test_text_parts_and_tool_calls() -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
-    messages = parse_messages(json.dumps([{"role": "user", "name": "Ann", "content": parts}, call]))[
-        "messages"
-    ]
+    messages = parse_messages(json.dumps([{"role": "user", "name": "Ann", "content": parts}, call]))["messages"]
     assert messages == [{"role": "user", "name": "Ann", "content": "one\ntwo"}, call]
 
 

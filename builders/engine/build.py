@@ -1,7 +1,6 @@
 """A decoder's ONNX graph → a TensorRT plan with its cache, and a report of what is in it.
-
-One path for both TensorRTs and for float32, float16 and FP8 graphs: types come from the graph. It knows nothing of
-checkpoints or of the model repository.
+ One path for both TensorRTs and for float32, float16 and FP8 graphs: types come from the graph. It knows
+nothing of checkpoints or of the model repository.
 """
 
 from __future__ import annotations
@@ -27,8 +26,9 @@ from ensemble.tensorrt_api import Plan
 class EngineReport:
     """What was built.
 
-    plan: for the manifest. census: of the network that was compiled. plan_bytes: the file's length. seconds: how long it
-    took. layers: the compiled layers, where a GPU of the right kind is here to load the plan; else None.
+    plan: for the manifest. census: of the network that was compiled. plan_bytes: the file's length. seconds:
+    how long it took. layers: the compiled layers, where a GPU of the right kind is here to load the plan;
+    else None.
     """
 
     path: Path

@@ -1,7 +1,7 @@
 """What is in a network: counted before it is compiled, so that a build proves what it built.
-
-What enters is TensorRT's network definition, what leaves is a Census. TensorRT networks are strongly typed: a matrix
-multiply whose two operands are dequantised FP8 is an FP8 matrix multiply, and nothing else can be one.
+ What enters is TensorRT's network definition, what leaves is a Census. TensorRT networks are strongly typed:
+a matrix multiply whose two operands are dequantised FP8 is an FP8 matrix multiply, and nothing else can be
+one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 from builders.engine.errors import NotQuantizedError
 
 ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
-# Layers between a matrix multiply and the dequantisation that feeds it: they move values, they don't change them.
+# Layers between a matrix multiply and the dequantisation that feeds it: they move values, they don't change
+# them.
 TRANSPARENT = ("SHUFFLE", "IDENTITY", "UNSQUEEZE", "SQUEEZE")
 # A linear layer's node is named after its module, or "<module>.<what>" where more nodes make it up.
 NODE_SUFFIXES = (".product", ".matmul")
@@ -25,8 +26,8 @@ NODE_SUFFIXES = (".product", ".matmul")
 class Census:
     """Layers of a network.
 
-    attention, cache_updates, rotary_embeddings: how many of each. fp8, not_fp8: modules of the linear layers by Hugging
-    Face's names, in the network's order.
+    attention, cache_updates, rotary_embeddings: how many of each. fp8, not_fp8: modules of the linear layers
+    by Hugging Face's names, in the network's order.
     """
 
     num_layers: int
@@ -54,7 +55,8 @@ class Census:
     def summary(self) -> str:
         """The counts on one line."""
         return (
-            f"{self.attention} attention, {self.cache_updates} cache updates, {self.rotary_embeddings} rotary, "
+            f"{self.attention} attention, {self.cache_updates} cache updates, "
+            f"{self.rotary_embeddings} rotary, "
             f"{len(self.fp8)} FP8 and {len(self.not_fp8)} other matrix multiplies"
         )
 
@@ -67,9 +69,7 @@ def take_census(api: Any, network: Any) -> Census:
     """Count `network`'s layers."""
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     kinds = Counter(layer.type.name for layer in layers)
-    producers = {
-        layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)
-    }
+    producers = {layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)}
     fp8: list[str] = []
     not_fp8: list[str] = []
     for layer in layers:

@@ -1,7 +1,6 @@
 """One compilation: graph in, plan out, whole or not at all.
-
-It knows TensorRT's builder, its timing cache and how to stop it. What a plan is for, and what becomes of it, is its
-callers' business.
+ It knows TensorRT's builder, its timing cache and how to stop it. What a plan is for, and what becomes of it,
+is its callers' business.
 """
 
 from __future__ import annotations
@@ -28,9 +27,10 @@ log = logging.getLogger(__name__)
 class Job:
     """What to compile.
 
-    model: the graph without its weights, which lie beside `path`. precision: what the graph is in. forms: of attention,
-    in the order in which to try them. gives_best_token: whether greedy decoding's outputs are added. fp8_modules: linear
-    layers that must be FP8 in the network. timing_cache: a file kept from build to build.
+    model: the graph without its weights, which lie beside `path`. precision: what the graph is in. forms: of
+    attention, in the order in which to try them. gives_best_token: whether greedy decoding's outputs are
+    added. fp8_modules: linear layers that must be FP8 in the network. timing_cache: a file kept from build to
+    build.
     """
 
     target: Target
@@ -138,7 +138,8 @@ def write_atomically(path: Path, data: Any) -> None:
 
 
 def _load_timing_cache(config: Any, job: Job) -> Any:
-    """The job's timing cache; an empty one where there is none or another TensorRT wrote it; None: not wanted."""
+    """The job's timing cache; an empty one where there is none or another TensorRT wrote it; None: not
+    wanted."""
     path = job.timing_cache
     if path is None or job.target.cross_compiles:
         return None

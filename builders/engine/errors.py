@@ -1,10 +1,10 @@
 """What can go wrong while an engine is built.
 
-    BuildError
-    └── EngineError               an option, the graph or TensorRT itself
-        ├── UnsupportedGpuError   this GPU can't run what was asked for, or none is here to build on
-        ├── GraphError            TensorRT can't read the graph, or can't compile it; names the node where it can
-        └── NotQuantizedError     a layer that should be FP8 is not
+BuildError
+└── EngineError               an option, the graph or TensorRT itself
+    ├── UnsupportedGpuError   this GPU can't run what was asked for, or none is here to build on ├──
+    GraphError            TensorRT can't read the graph, or can't compile it; names the node where it can
+    └── NotQuantizedError     a layer that should be FP8 is not
 """
 
 from __future__ import annotations

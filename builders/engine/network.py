@@ -1,7 +1,6 @@
 """The ONNX graph inside TensorRT: parsed, its attention made exact, its profiles set.
-
-What enters is the graph's protobuf and TensorRT's objects; what leaves is a network ready to compile. It builds and
-writes nothing.
+ What enters is the graph's protobuf and TensorRT's objects; what leaves is a network ready to compile. It
+builds and writes nothing.
 """
 
 from __future__ import annotations
@@ -24,15 +23,16 @@ MASK = "mask"  # decoder.py's causal mask over the whole cache
 class AttentionForm:
     """How attention is told what it may look at, and whether TensorRT may break it up into single operations.
 
-    name: "lengths" (key/value lengths and lower-right causality), "mask", or "causal" (no cache: the graph's own).
+    name: "lengths" (key/value lengths and lower-right causality), "mask", or "causal" (no cache: the graph's
+    own).
     """
 
     name: str
     is_fused: bool
 
 
-# Tried in this order. Where no fused kernel takes the lengths, one may take the mask; broken-up attention is the last
-# resort, except in float32, for which TensorRT has no fused kernel at all.
+# Tried in this order. Where no fused kernel takes the lengths, one may take the mask; broken-up attention is
+# the last resort, except in float32, for which TensorRT has no fused kernel at all.
 ATTENTION_FORMS: dict[str, tuple[AttentionForm, ...]] = {
     "fp32": (AttentionForm("lengths", False), AttentionForm("mask", False)),
     "fp16": (AttentionForm("lengths", True), AttentionForm("mask", True), AttentionForm("lengths", False)),
@@ -55,7 +55,8 @@ class Profile:
 
 
 def decoder_profiles(num_slots: int, prefill_chunk: int) -> tuple[Profile, Profile]:
-    """Prefill: one slot, up to a chunk; decode: one token for up to all slots. In the order of their numbers."""
+    """Prefill: one slot, up to a chunk; decode: one token for up to all slots. In the order of their
+    numbers."""
     return (
         Profile("prefill", (1, 1, 1), (1, prefill_chunk, prefill_chunk)),
         # A sequence length that can only be 1 makes TensorRT take its decode kernel.
@@ -129,8 +130,8 @@ class Network:
     def _key_value_lengths(self) -> Any:
         """start + seq_len [batch], int32.
 
-        Lower-right causality lets query i see the keys up to i + length - seq_len, which is start + i: what the mask
-        says, in padded rows too. (With start + num_tokens a padded row would lose keys.)
+        Lower-right causality lets query i see the keys up to i + length - seq_len, which is start + i: what
+        the mask says, in padded rows too. (With start + num_tokens a padded row would lose keys.)
         """
         api, network, inputs = self.api, self.network, self.inputs()
         if not hasattr(api, "CausalMaskKind"):
@@ -143,7 +144,8 @@ class Network:
         return lengths
 
     def add_best_token(self) -> None:
-        """Add each row's likeliest token, BEST_ID [batch, 1] int32, and its logit, BEST_LOGIT [batch, 1] float32."""
+        """Add each row's likeliest token, BEST_ID [batch, 1] int32, and its logit, BEST_LOGIT [batch, 1]
+        float32."""
         logits = self.outputs()["logits"]
         top = self.network.add_topk(logits, self.api.TopKOperation.MAX, 1, 1 << 1)
         for name, output in ((BEST_LOGIT, top.get_output(0)), (BEST_ID, top.get_output(1))):
@@ -151,7 +153,8 @@ class Network:
             self.network.mark_output(output)
 
     def add_profiles(self, config: Any, profiles: Sequence[Profile]) -> None:
-        """Set every dynamic dimension of every input: the first is the batch, any other the sequence length."""
+        """Set every dynamic dimension of every input: the first is the batch, any other the sequence
+        length."""
         for wanted in profiles:
             profile = self.builder.create_optimization_profile()
             for tensor in self.inputs().values():
@@ -162,9 +165,7 @@ class Network:
 
 
 def _fill(shape: Sequence[int], batch: int, seq_len: int) -> tuple[int, ...]:
-    return tuple(
-        size if size >= 0 else (batch if axis == 0 else seq_len) for axis, size in enumerate(shape)
-    )
+    return tuple(size if size >= 0 else (batch if axis == 0 else seq_len) for axis, size in enumerate(shape))
 
 
 def has_causal_mask(model: onnx.ModelProto) -> bool:

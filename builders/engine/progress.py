@@ -1,7 +1,6 @@
 """TensorRT's progress, as one number that only grows; and a build that Ctrl-C stops.
-
-TensorRT reports nested phases from its own threads. The tracker turns them into thousandths of the whole; it knows
-nothing of what is built.
+ TensorRT reports nested phases from its own threads. The tracker turns them into thousandths of the whole; it
+knows nothing of what is built.
 """
 
 from __future__ import annotations
@@ -62,7 +61,9 @@ class ProgressTracker:
                 self._tell(1.0)
 
     def _fraction(self) -> float:
-        roots = [name for name, phase in self._phases.items() if phase.parent == name or phase.parent not in self._phases]
+        roots = [
+            name for name, phase in self._phases.items() if phase.parent == name or phase.parent not in self._phases
+        ]
         return max((self._done(name) for name in roots), default=0.0)
 
     def _done(self, name: str) -> float:

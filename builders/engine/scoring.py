@@ -1,7 +1,7 @@
 """A scoring model for Triton's own tensorrt backend: the stateless graph as a plan, and its config.pbtxt.
-
-One profile covers every batch and length up to the limits, so any batch that the dynamic batcher forms can run; CUDA
-graphs are captured for the shapes that are named. Triton batches requests of one length only: clients pad to a few.
+ One profile covers every batch and length up to the limits, so any batch that the dynamic batcher forms can
+run; CUDA graphs are captured for the shapes that are named. Triton batches requests of one length only:
+clients pad to a few.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import onnx
 from google.protobuf import json_format
 
-from builders.engine.compile import Job, compile_graph, read_graph, write_atomically
 from builders.engine.census import Census
+from builders.engine.compile import Job, compile_graph, read_graph, write_atomically
 from builders.engine.errors import EngineError
 from builders.engine.network import STATELESS_FORMS, Profile
 from builders.engine.progress import Progress
@@ -28,8 +28,9 @@ from ensemble.tensorrt_api import PLAN_FILE
 class ScoringLimits:
     """What a scoring plan takes.
 
-    max_batch_size: sequences in one pass. max_seq_len: tokens in each. graph_seq_lens: lengths for which CUDA graphs are
-    captured, at batch sizes 1, 2, 4 … max_batch_size; clients that pad to these skip the launch of each kernel.
+    max_batch_size: sequences in one pass. max_seq_len: tokens in each. graph_seq_lens: lengths for which CUDA
+    graphs are captured, at batch sizes 1, 2, 4 … max_batch_size; clients that pad to these skip the launch of
+    each kernel.
     """
 
     max_batch_size: int

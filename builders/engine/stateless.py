@@ -1,13 +1,15 @@
 """The decoder's graph without its cache: one pass over whole sequences, for scoring.
-
-What enters is decoder.py's graph, quantised or not; what leaves is a graph over the same weight file. Each sequence
-starts at position 0 and attends to itself, so causality is the graph's own `is_causal`: with as many keys as queries
-every runtime reads it the same way. Ids after a sequence's end change nothing before it, so rows may be padded.
+ What enters is decoder.py's graph, quantised or not; what leaves is a graph over the same weight file. Each
+sequence starts at position 0 and attends to itself, so causality is the graph's own `is_causal`: with as many
+keys as queries every runtime reads it the same way. Ids after a sequence's end change nothing before it, so
+rows may be padded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
@@ -22,8 +24,8 @@ Outputs: logits {logits}."""
 def write_stateless(path: Path, output: Path) -> Path:
     """Write the cacheless version of the graph at `path` to `output`, beside it, sharing its weight file.
 
-    Inputs: input_ids [batch, seq_len]; if the graph gives the last logits only, num_tokens [batch, 1] too: Triton
-    batches no tensor without a dimension of its own.
+    Inputs: input_ids [batch, seq_len]; if the graph gives the last logits only, num_tokens [batch, 1] too:
+    Triton batches no tensor without a dimension of its own.
 
     Raises:
         EngineError: `output` lies elsewhere, or the graph isn't decoder.py's in opset 24.
@@ -83,7 +85,8 @@ def _reachable(nodes: list[onnx.NodeProto], outputs: list[str]) -> list[onnx.Nod
     return kept[::-1]
 
 
-def _replace(field: object, values: list[object]) -> None:
-    copies = [type(value).FromString(value.SerializeToString()) for value in values]  # type: ignore[attr-defined]
-    del field[:]  # type: ignore[attr-defined]
-    field.extend(copies)  # type: ignore[attr-defined]
+def _replace(field: Any, values: Sequence[Any]) -> None:
+    """Make `values` the content of a repeated protobuf field, of which they may be part."""
+    copies = [type(value).FromString(value.SerializeToString()) for value in values]
+    del field[:]
+    field.extend(copies)

@@ -1,6 +1,6 @@
 """Which TensorRT builds, and for which GPU.
-
-What enters is a target's name, a precision and perhaps a compute capability; what leaves has all three settled.
+ What enters is a target's name, a precision and perhaps a compute capability; what leaves has all three
+settled.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def resolve_target(name: str, precision: str, compute_capability: str | None = N
     _check_fp8(precision, chosen)
     if known and chosen not in known:
         raise UnsupportedGpuError(
-            f"{name} {api.__version__} can't build for compute capability {chosen}; it can for {', '.join(known)}; "
-            "for others use target tensorrt"
+            f"{name} {api.__version__} can't build for compute capability {chosen}; "
+            f"it can for {', '.join(known)}; for others use target tensorrt"
         )
     if not known and chosen != device:
         raise UnsupportedGpuError(
@@ -88,7 +88,8 @@ def _check_fp8(precision: str, compute_capability: str) -> None:
 
 
 def _known(api: Any) -> list[str]:
-    """The compute capabilities that `api` builds for without such a GPU: SM89 → "8.9"; none for datacenter TensorRT."""
+    """The compute capabilities that `api` builds for without such a GPU: SM89 → "8.9"; none for datacenter
+    TensorRT."""
     names = (name for name in dir(getattr(api, "ComputeCapability", None)) if name.startswith("SM"))
     numbers = sorted(int(name[2:]) for name in names)
     return [f"{number // 10}.{number % 10}" for number in numbers]

@@ -41,7 +41,9 @@ class GraphBuilder:
     def __enter__(self) -> GraphBuilder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self._data.close()
 
     def input(self, name: str, dtype: int, shape: Sequence[int | str], doc: str) -> str:
@@ -58,7 +60,9 @@ class GraphBuilder:
         self.nodes(op_type, inputs, [name], name, **attributes)
         return name
 
-    def nodes(self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], name: str, **attributes: Any) -> None:
+    def nodes(
+        self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], name: str, **attributes: Any
+    ) -> None:
         """Add a node with the outputs named."""
         self._nodes.append(helper.make_node(op_type, list(inputs), list(outputs), name=name, **attributes))
 

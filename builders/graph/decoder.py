@@ -67,7 +67,11 @@ def build_graph(
     with GraphBuilder(directory, "model", opset=opset, progress=progress) as graph:
         decoder = _Decoder(graph, spec, read, max_seq_len, DTYPES[precision], quantized)
         decoder.build(logits)
-        shape = "[batch, vocab_size] of each row's last real token" if logits == "last" else "[batch, seq_len, vocab_size]"
+        shape = (
+            "[batch, vocab_size] of each row's last real token"
+            if logits == "last"
+            else "[batch, seq_len, vocab_size]"
+        )
         return graph.finish(producer=PRODUCER, version=version, doc=DOC.format(logits=shape))
 
 
@@ -107,7 +111,10 @@ class _Decoder:
         simulate: bool = False,
     ) -> None:
         self.g, self.spec, self.read, self.max_seq_len, self.dtype = graph, spec, read, max_seq_len, dtype
-        self.quantized, self.float8 = quantized or (lambda module: None), Float8Nodes(graph, dtype, simulate=simulate)
+        self.quantized, self.float8 = (
+            quantized or (lambda module: None),
+            Float8Nodes(graph, dtype, simulate=simulate),
+        )
         self.onnx_dtype = helper.np_dtype_to_tensor_dtype(dtype)
         self._ints: dict[tuple[int, ...], str] = {}
 
@@ -119,7 +126,9 @@ class _Decoder:
         self._positions("input_ids")
 
         embedding = self._weight("model.embed_tokens.weight")
-        hidden = g.node("Gather", [embedding, "input_ids"], "embed_tokens", axis=0)  # [batch, seq_len, hidden]
+        hidden = g.node(
+            "Gather", [embedding, "input_ids"], "embed_tokens", axis=0
+        )  # [batch, seq_len, hidden]
         for layer in range(spec.num_layers):
             hidden = self._layer(layer, hidden)
         if logits == "last":
@@ -173,17 +182,25 @@ class _Decoder:
         gate = self._swish(self._linear(normed, f"{prefix}.mlp.gate_proj"), f"{prefix}.mlp.act")
         up = self._linear(normed, f"{prefix}.mlp.up_proj")
         product = g.node("Mul", [gate, up], f"{prefix}.mlp.product")
-        return g.node("Add", [hidden, self._linear(product, f"{prefix}.mlp.down_proj")], f"{prefix}.mlp_residual")
+        return g.node(
+            "Add", [hidden, self._linear(product, f"{prefix}.mlp.down_proj")], f"{prefix}.mlp_residual"
+        )
 
     def _attention(self, layer: int, prefix: str, normed: str) -> str:
         g, spec = self.g, self.spec
-        q = self._rotate(self._heads(normed, f"{prefix}.q", spec.num_heads, norm=spec.qk_norm), f"{prefix}.q_rotated")
-        k = self._rotate(self._heads(normed, f"{prefix}.k", spec.num_kv_heads, norm=spec.qk_norm), f"{prefix}.k_rotated")
+        q = self._rotate(
+            self._heads(normed, f"{prefix}.q", spec.num_heads, norm=spec.qk_norm), f"{prefix}.q_rotated"
+        )
+        k = self._rotate(
+            self._heads(normed, f"{prefix}.k", spec.num_kv_heads, norm=spec.qk_norm), f"{prefix}.k_rotated"
+        )
         v = self._heads(normed, f"{prefix}.v", spec.num_kv_heads, norm=False)
         keys = self._cache(layer, "key", k)
         values = self._cache(layer, "value", v)
         # TRT_decomposable lets TensorRT build float32 attention, for which it has no fused kernel.
-        attended = g.node("Attention", [q, keys, values, "mask"], f"{prefix}.attention")  # [batch, heads, seq_len, d]
+        attended = g.node(
+            "Attention", [q, keys, values, "mask"], f"{prefix}.attention"
+        )  # [batch, heads, seq_len, d]
         attended = g.node("Transpose", [attended], f"{prefix}.attention_rows", perm=[0, 2, 1, 3])
         attended = g.node("Reshape", [attended, self._int([0, 0, -1])], f"{prefix}.attention_flat")
         return self._linear(attended, f"{prefix}.o_proj")
@@ -210,7 +227,9 @@ class _Decoder:
             g.node("ScatterND", [past, "scatter_indices", update], present)
         else:
             g.node("TensorScatter", [past, update, "start"], present, axis=-2)
-        g.output(present, self.onnx_dtype, shape, f"{kind} cache of layer {layer}, bound to past_{kind}_{layer}")
+        g.output(
+            present, self.onnx_dtype, shape, f"{kind} cache of layer {layer}, bound to past_{kind}_{layer}"
+        )
         return present
 
     def _scatter_indices(self) -> None:
@@ -220,7 +239,9 @@ class _Decoder:
         rows = g.node("Range", [self._int(0), batch, self._int(1)], "rows")
         rows = g.node("Unsqueeze", [rows, self._int([1, 2])], "row_index")  # [batch, 1, 1]
         heads = g.constant("head_index", np.arange(self.spec.num_kv_heads, dtype=np.int64)[None, :, None])
-        positions = g.node("Unsqueeze", ["position_ids", self._int([1])], "position_index")  # [batch, 1, seq_len]
+        positions = g.node(
+            "Unsqueeze", ["position_ids", self._int([1])], "position_index"
+        )  # [batch, 1, seq_len]
         zero = g.node("Mul", [g.node("Add", [rows, heads], "row_head"), self._int(0)], "row_head_zero")
         full = g.node("Mul", [g.node("Add", [zero, positions], "broadcast"), self._int(0)], "full_zero")
         parts = [
@@ -231,7 +252,9 @@ class _Decoder:
 
     def _rms_norm(self, value: str, module: str) -> str:
         weight = self._weight(f"{module}.weight")
-        return self.g.node("RMSNormalization", [value, weight], module, axis=-1, epsilon=self.spec.rms_norm_eps)
+        return self.g.node(
+            "RMSNormalization", [value, weight], module, axis=-1, epsilon=self.spec.rms_norm_eps
+        )
 
     def _swish(self, value: str, name: str) -> str:
         if self.g.opset >= 24:

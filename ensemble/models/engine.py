@@ -38,9 +38,7 @@ class TritonPythonModel:
         settings = EngineSettings.from_model_config(args["model_config"])
         version = args["model_version"]
         manifest, runner = load_runner(Path(args["model_repository"]) / version, settings)
-        self._acknowledgements = AcknowledgementReceiver(
-            pipe_path(args["model_name"].removesuffix("-engine"), version)
-        )
+        self._acknowledgements = AcknowledgementReceiver(pipe_path(args["model_name"].removesuffix("-engine"), version))
         # From a random base: a restarted engine must not continue the streams of the one before.
         self._sequence_ids = itertools.count(secrets.randbits(31) << 32)
         self._loop = EngineLoop(
@@ -145,6 +143,8 @@ class TritonSink:
             (contract.NUM_INPUT_TOKENS, num_input_tokens),
             (contract.NUM_OUTPUT_TOKENS, num_output_tokens),
         )
-        response = pb_utils.InferenceResponse([pb_utils.Tensor(spec.name, array(spec, value)) for spec, value in values])
+        response = pb_utils.InferenceResponse(
+            [pb_utils.Tensor(spec.name, array(spec, value)) for spec, value in values]
+        )
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if finish_reason else 0
         self._sender.send(response, flags=flags)

@@ -73,7 +73,9 @@ class OnnxRunner:
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
 
     def prefill(self, slot: int, ids: Ids, start: int) -> Logits:
-        return self._run(slot, ids[None, :], np.array([start]), np.array([len(ids)]))[0]
+        logits = self._run(slot, ids[None, :], np.array([start]), np.array([len(ids)]))
+        first: Logits = logits[0]
+        return first
 
     def decode(self, ids: Ids, positions: Ids) -> Logits:
         return self._run(0, ids[:, None], positions, np.ones_like(positions))
@@ -84,7 +86,7 @@ class OnnxRunner:
         del self._session
 
     def _run(self, first_slot: int, ids: Ids, start: Ids, num_tokens: Ids) -> Logits:
-        """ids [n, seq_len], start [n], num_tokens [n] for slots first_slot … first_slot + n - 1 → logits [n, vocab]."""
+        """ids [n, seq_len], start [n], num_tokens [n] for slots first_slot, first_slot + 1, … → logits [n, vocab]."""
         n = len(ids)
         binding = self._binding(first_slot, n)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, np.int64))

@@ -1,12 +1,11 @@
 """The TensorRT runner: a decoder's plan on one GPU, the cache updated in place.
-
-One device buffer for each layer's keys and values, [num_slots, kv_heads, max_seq_len, head_dim], is bound as past input
-and as present output at once. Prefill has an execution context of its profile and is bound to one slot's part of each
-buffer; decode replays CUDA graphs. Everything runs on one stream that doesn't wait for the default one.
-
-No GPU has run this yet: TensorRT for RTX builds its plans without one, and the machines at hand had none that it
-supports. The tests run it against a fake of both APIs whose engine is ONNX Runtime, and check the fake's names against
-the real packages.
+ One device buffer for each layer's keys and values, [num_slots, kv_heads, max_seq_len, head_dim], is bound as
+past input and as present output at once. Prefill has an execution context of its profile and is bound to one
+slot's part of each buffer; decode replays CUDA graphs. Everything runs on one stream that doesn't wait for
+the default one.
+ No GPU has run this yet: TensorRT for RTX builds its plans without one, and the machines at hand had none
+that it supports. The tests run it against a fake of both APIs whose engine is ONNX Runtime, and check the
+fake's names against the real packages.
 """
 
 from __future__ import annotations
@@ -46,7 +45,8 @@ class TensorRTRunner:
         prefill_chunk: the most tokens that `prefill` will be given at once; at most the plan's.
 
     Raises:
-        RunnerError: the plan isn't for this TensorRT or GPU (found before it is loaded), or doesn't fit into memory.
+        RunnerError: the plan isn't for this TensorRT or GPU (found before it is loaded), or doesn't fit into
+        memory.
     """
 
     def __init__(self, path: Path, plan: Plan, *, num_slots: int, prefill_chunk: int) -> None:
@@ -86,15 +86,18 @@ class TensorRTRunner:
         )  # fmt: skip
 
     def prefill(self, slot: int, ids: Ids, start: int) -> Logits:
+        """See Runner."""
         n = len(ids)
         self._host["input_ids"][:n] = ids
         self._host["start"][0], self._host["num_tokens"][0] = start, n
         self._bind(self._prefill_context, slot, batch=1, seq_len=n)
         self._upload(batch=1, seq_len=n)
         self._enqueue(self._prefill_context)
-        return self._download("logits", 1)[0]
+        logits: Logits = self._download("logits", 1)[0]
+        return logits
 
     def decode(self, ids: Ids, positions: Ids) -> Logits:
+        """See Runner."""
         self._decode(ids, positions)
         return self._download("logits", len(ids))
 
@@ -109,6 +112,7 @@ class TensorRTRunner:
         return best[:, 0].astype(np.int64), logits[:, 0]
 
     def close(self) -> None:
+        """Free the plan and the caches; a second call does nothing."""
         for graph in self._graphs.values():
             self._cuda.destroy_graph(graph)
         self._graphs.clear()
@@ -136,9 +140,10 @@ class TensorRTRunner:
         }
         self.cache_bytes = slots * sum(self._slot_bytes.values())
         scratch = int(engine.device_memory_size_v2)
-        if (free := cuda.free_bytes()) < self.cache_bytes + scratch:
+        needed = self.cache_bytes + scratch
+        if (free := cuda.free_bytes()) < needed:
             raise RunnerError(
-                f"{slots} slots of {self.max_seq_len} tokens need {-(-(self.cache_bytes + scratch) // MIB)} MiB, "
+                f"{slots} slots of {self.max_seq_len} tokens need {-(-needed // MIB)} MiB, "
                 f"the GPU has {free // MIB} MiB free; lower num_slots"
             )
         for past, present in self._caches.items():
@@ -183,8 +188,8 @@ class TensorRTRunner:
         if size in self._graphs:
             self._cuda.launch(self._graphs[size], self._stream)
             return
-        # A graph is tied to its context's state, so each size has a context that is never touched again. What this run
-        # computes is what is wanted; TensorRT needs it, too, to set itself up before the capture.
+        # A graph is tied to its context's state, so each size has a context that is never touched again. What
+        # this run computes is what is wanted; TensorRT needs it, too, to set itself up before the capture.
         context = self._contexts[size] = self._context(DECODE_PROFILE)
         self._bind(context, 0, batch=size, seq_len=1)
         self._enqueue(context)
@@ -231,7 +236,9 @@ def captured_size(n: int, num_slots: int) -> int:
 
 def _check_fits(plan: Plan, api: Any, cuda: Cuda) -> None:
     if api.__version__ != plan.version:
-        raise RunnerError(f"the plan was built with {plan.target} {plan.version}, here is {api.__version__}; build again")
+        raise RunnerError(
+            f"the plan was built with {plan.target} {plan.version}, here is {api.__version__}; build again"
+        )
     if (found := cuda.compute_capability()) != plan.compute_capability:
         raise RunnerError(
             f"the plan was built for compute capability {plan.compute_capability}, this GPU has {found}; build again"
