@@ -33,11 +33,11 @@ $(VENV)/bin/python:
 # The demo's tritonserver comes from a wheel whose stubs can't read numpy 2; none of its own dependencies is needed.
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	@echo "installing what the demo needs"
-	$(BIN)/python -m pip install --progress-bar on -q -e '.[build,client,serve]' 'numpy<2'
-	$(BIN)/python -m pip install --progress-bar on -q $(RUNTIME)
+	$(BIN)/python -m pip install -e '.[build,client,serve]' 'numpy<2'
+	$(BIN)/python -m pip install $(RUNTIME)
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
 	@echo "installing what the tests need (torch and transformers among it)"
-	$(BIN)/python -m pip install --progress-bar on -q -e '.[build,client,serve,test,check]' 'numpy<2'
+	$(BIN)/python -m pip install -e '.[build,client,serve,test,check]' 'numpy<2'
 	@touch $@

@@ -19,6 +19,7 @@ for candidate in "${PYTHON:-python3}" python3.12 python3.11 python3.10; do
         command -v "$candidate"
         exit 0
     fi
+    [ "$candidate" != "${PYTHON:-}" ] || echo "$PYTHON is no Python 3.10 to 3.12 with a shared library; looking for another" >&2
 done
 
 echo "no Python 3.10 to 3.12 with a shared library here; fetching one into .python" >&2
