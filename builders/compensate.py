@@ -21,21 +21,19 @@ DAMPING = 0.01  # of the mean of the moment's diagonal, added to it
 
 
 class SecondMoment:
-    """Running X^T X of a layer's input, and X^T Y with another value of it, in diagonal blocks of `MAX_BLOCK` channels."""
+    """Running X^T X of a layer's input, in diagonal blocks of `MAX_BLOCK` channels."""
 
     def __init__(self, channels: int) -> None:
         edges = [*range(0, channels, MAX_BLOCK), channels]
         self.blocks = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
         self.moments = [np.zeros((b.stop - b.start, b.stop - b.start), np.float64) for b in self.blocks]
-        self.cross = [np.zeros_like(moment) for moment in self.moments]
         self.num_rows = 0
 
-    def add(self, rows: Float32, reference: Float32) -> None:
-        """Both [n, channels]: what the layer is given, and what it should have been given."""
-        for block, moment, cross in zip(self.blocks, self.moments, self.cross, strict=True):
+    def add(self, rows: Float32) -> None:
+        """rows [n, channels]"""
+        for block, moment in zip(self.blocks, self.moments, strict=True):
             part = rows[:, block]
             moment += part.T @ part
-            cross += reference[:, block].T @ part
         self.num_rows += len(rows)
 
     def diagonal(self) -> NDArray[np.float64]:
@@ -43,21 +41,8 @@ class SecondMoment:
         return np.concatenate([np.diagonal(moment) for moment in self.moments]) / max(1, self.num_rows)
 
 
-def corrected(weight: Float32, moment: SecondMoment, strength: float) -> Float32:
-    """The weight [out, in] that comes nearest to the reference's output from the inputs that there are.
-
-    Least squares with a ridge towards the given weight, solved for each block: W (C + d) (H + d)^-1.
-    """
-    result = weight.astype(np.float32)
-    for block, h, cross in zip(moment.blocks, moment.moments, moment.cross, strict=True):
-        ridge = np.eye(len(h)) * strength * np.trace(h) / len(h)
-        target = weight[:, block].astype(np.float64) @ (cross + ridge)
-        result[:, block] = np.linalg.solve(h + ridge, target.T).T
-    return result
-
-
 def compensated_codes(weight: Float32, scale: Float32, moment: SecondMoment) -> NDArray[Any]:
-    """E4M3 codes [out, in] of `weight` [out, in] under `scale` ([out] or [])."""
+    """E4M3 codes [out, in] of `weight` [out, in] under `scale` [out]: rows of several layers may be stacked."""
     codes = np.empty(weight.shape, E4M3)
     for block, h in zip(moment.blocks, moment.moments, strict=True):
         codes[:, block] = _block_codes(weight[:, block], scale, h)

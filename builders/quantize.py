@@ -17,17 +17,16 @@ from numpy.typing import NDArray
 
 from builders.calibrate import Calibration, CalibrationError, Report, check_finite
 from builders.checkpoint import Checkpoint, open_checkpoint
-from builders.compensate import SecondMoment, compensated_codes, corrected
+from builders.compensate import SecondMoment, compensated_codes
 from builders.float8 import Float32, encode, least_error_scale, max_scale, round_trip
 from builders.graph.builder import Progress
-from builders.graph.decoder import DTYPES, Logits, build_graph
+from builders.graph.decoder import DTYPES, Logits, Read, build_graph
 from builders.graph.float8 import E4M3_MAX, MIN_TOKEN_SCALE, Float8Linear
 from builders.layers import TAP_OF, TAPS, embed, layer_prefix, layer_session
 from builders.recipe import Recipe
 from builders.smooth import smooth_layer
 
 NETWORK = "fp16"  # of what is not FP8: embedding, head, norms, cache
-SAMPLE_ROWS = 256  # of each layer's input, to choose a static scale on
 
 
 def quantized_graph(
@@ -99,14 +98,12 @@ class Quantizer:
         self._checkpoint, self._report, self._dtype = checkpoint, report, DTYPES[network]
         self._shapes = checkpoint.spec.tensor_shapes()
         self._layer, self._current = -1, _Layer({}, {}, {})
-        self._exact: list[Float32] = []  # hidden states of the float model, one array for each window
-        self._rounded: list[Float32] = []  # and of the quantised one
+        self._hidden: list[Float32] = []  # of the quantised model before this layer, one array for each window
         self._check_calibration()
         if recipe.rounding == "compensated":
             # Read from another opening: the digest of this one counts each tensor once, in the builder's order.
             embedding = open_checkpoint(checkpoint.path).read("model.embed_tokens.weight")
-            self._exact = embed(embedding, calibration.window_arrays())
-            self._rounded = list(self._exact)
+            self._hidden = embed(embedding, calibration.window_arrays())
 
     def read(self, name: str) -> NDArray[Any]:
         """A float weight by its Hugging Face name, smoothing folded in."""
@@ -152,78 +149,87 @@ class Quantizer:
 
     def _quantize(self, layer: int, current: _Layer) -> None:
         prefix = layer_prefix(layer)
-        modules = [m for m in TAP_OF if self.recipe.precision_of(prefix + m) == "fp8"]
-        if self.recipe.rounding == "nearest":
-            for module in modules:
-                current.linears[module] = self._linear(module, current, None, self._static_scale(current, module))
-            return
-        self._compensate(layer, current, modules)
+        modules = [module for module in TAP_OF if self.recipe.precision_of(prefix + module) == "fp8"]
+        input_scales = {TAP_OF[module]: self._input_scale(current, TAP_OF[module]) for module in modules}
+        is_compensated = self.recipe.rounding == "compensated"
+        moments = self._moments(layer, current, input_scales) if is_compensated else {}
+        for tap, input_scale in input_scales.items():
+            readers = [module for module in modules if TAP_OF[module] == tap]
+            current.linears |= self._linears(tap, readers, current, moments.get(tap), input_scale)
+        if is_compensated:
+            self._advance(layer, current)
 
-    def _static_scale(self, current: _Layer, module: str) -> float | None:
+    def _input_scale(self, current: _Layer, tap: str) -> float | None:
         if self.recipe.activations == "dynamic":
             return None
-        return float(max_scale(current.amax[TAP_OF[module]].max(), self._dtype))
+        return float(max_scale(current.amax[tap].max(), self._dtype))
 
-    def _compensate(self, layer: int, current: _Layer, modules: list[str]) -> None:
-        """Quantise against the inputs that the quantised layers before give, then run both models through the layer."""
-
-        def read(name: str) -> NDArray[Any]:
-            return current.weights[name.removeprefix(layer_prefix(layer))]
-
+    def _moments(
+        self, layer: int, current: _Layer, input_scales: dict[str, float | None]
+    ) -> dict[str, SecondMoment]:
+        """The second moments of the layer's inputs, in FP8 as they will be, given what the layers before give."""
+        moments = {tap: SecondMoment(len(current.amax[tap])) for tap in input_scales}
+        taps, read = tuple(input_scales), self._reader(layer, current)
         longest = self.calibration.max_window_len
-        scales = {TAP_OF[module]: self._static_scale(current, module) for module in modules}
-        moments = {tap: SecondMoment(len(current.amax[tap])) for tap in scales}
-        with layer_session(self.spec, layer, read, max_seq_len=longest, outputs=tuple(scales)) as session:
-            for i, (exact, rounded) in enumerate(zip(self._exact, self._rounded, strict=True)):
-                self._exact[i], *references = session.run(exact, tuple(scales))
-                _, *given = session.run(rounded, tuple(scales))
-                for tap, reference, value in zip(scales, references, given, strict=True):
-                    moments[tap].add(_rounded_input(value, scales[tap]), reference)
-        for module in modules:
-            tap = TAP_OF[module]
-            current.linears[module] = self._linear(module, current, moments[tap], scales[tap])
+        with layer_session(self.spec, layer, read, max_seq_len=longest, outputs=taps) as session:
+            for hidden in self._hidden:
+                _, *values = session.run(hidden, taps)
+                for tap, value in zip(taps, values, strict=True):
+                    moments[tap].add(_rounded_input(value, input_scales[tap]))
+        return moments
+
+    def _advance(self, layer: int, current: _Layer) -> None:
+        """Run the windows through the layer as it is now."""
 
         def quantized(module: str) -> Float8Linear | None:
             return current.linears.get(module.removeprefix(layer_prefix(layer)))
 
+        read, longest = self._reader(layer, current), self.calibration.max_window_len
         with layer_session(self.spec, layer, read, max_seq_len=longest, quantized=quantized) as session:
-            for i, rounded in enumerate(self._rounded):
-                (self._rounded[i],) = session.run(rounded)
-                check_finite(f"the output of layer {layer} in FP8", self._rounded[i])
+            for i, hidden in enumerate(self._hidden):
+                (self._hidden[i],) = session.run(hidden)
+                check_finite(f"the output of layer {layer} in FP8", self._hidden[i])
 
-    def _linear(
-        self, module: str, current: _Layer, moment: SecondMoment | None, input_scale: float | None
-    ) -> Float8Linear:
-        weight, bias = current.weights[f"{module}.weight"], current.weights.get(f"{module}.bias")
-        name = layer_prefix(self._layer) + TAP_OF[module]
-        statistics = self.calibration.taps[name]
-        if moment is not None:
-            weight = corrected(weight, moment, STRENGTH)
-            importance = moment.diagonal()
+    def _reader(self, layer: int, current: _Layer) -> Read:
+        return lambda name: current.weights[name.removeprefix(layer_prefix(layer))]
+
+    def _linears(
+        self,
+        tap: str,
+        modules: list[str],
+        current: _Layer,
+        moment: SecondMoment | None,
+        input_scale: float | None,
+    ) -> dict[str, Float8Linear]:
+        """The layers that read one input; they share the work of compensation."""
+        statistics = self.calibration.taps[layer_prefix(self._layer) + tap]
+        importance = np.asarray(statistics.mean_square) if moment is None else moment.diagonal()
+        weights = [current.weights[f"{module}.weight"] for module in modules]
+        scales = [self._weight_scale(weight, importance) for weight in weights]
+        if moment is None:
+            codes = [encode(w, s[:, None] if s.ndim else s) for w, s in zip(weights, scales, strict=True)]
         else:
-            importance = np.asarray(statistics.mean_square)
-        scale = self._weight_scale(weight, importance)
-        codes = encode(weight, scale[:, None] if scale.ndim else scale)
-        if moment is not None:
-            codes = compensated_codes(weight, scale, moment)
-        linear = Float8Linear(codes, scale, input_scale, bias)
-        if self.recipe.bias_correction:
-            lost = (weight - linear.dequantized()) @ np.asarray(statistics.mean, np.float32)
-            linear = replace(linear, bias=lost if bias is None else bias + lost)
-        return linear
+            rows = [np.broadcast_to(s, len(w)) for w, s in zip(weights, scales, strict=True)]
+            stacked = compensated_codes(np.concatenate(weights), np.concatenate(rows), moment)
+            codes = np.split(stacked, np.cumsum([len(weight) for weight in weights])[:-1])
+        linears = {}
+        for module, weight, code, scale in zip(modules, weights, codes, scales, strict=True):
+            linear = Float8Linear(code, scale, input_scale, current.weights.get(f"{module}.bias"))
+            if self.recipe.bias_correction:
+                lost = (weight - linear.dequantized()) @ np.asarray(statistics.mean, np.float32)
+                linear = replace(linear, bias=lost if linear.bias is None else linear.bias + lost)
+            linears[module] = linear
+        return linears
 
     def _weight_scale(self, weight: Float32, importance: NDArray[Any]) -> Float32:
-        rows, weights = weight, importance
+        rows, columns = weight, importance
         if self.recipe.weights == "per_tensor":
-            rows, weights = weight.reshape(1, -1), np.tile(importance, len(weight))
+            rows, columns = weight.reshape(1, -1), np.tile(importance, len(weight))
         if self.recipe.scales == "max":
             scale = max_scale(np.abs(rows).max(axis=1), self._dtype)
         else:
-            scale = least_error_scale(rows, weights, self._dtype)
+            scale = least_error_scale(rows, columns, self._dtype)
         return scale[0] if self.recipe.weights == "per_tensor" else scale
-
-
-STRENGTH = 0.01
 
 
 def _rounded_input(value: Float32, scale: float | None) -> Float32:

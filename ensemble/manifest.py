@@ -6,10 +6,12 @@ versions; it knows nothing of how an artefact is made or run.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +99,17 @@ class Manifest:
         values["files"] = {name: ArtefactFile(**entry) for name, entry in values["files"].items()}
         return cls(**values)
 
-    def verify(self, directory: Path, installed: Mapping[str, str]) -> None:
-        """Check the artefacts in `directory` and the `installed` package versions against this manifest.
+    def verify(self, directory: Path, installed: Mapping[str, str] | None = None) -> None:
+        """Check the artefacts in `directory`, and the `installed` versions of packages, against this manifest.
+
+        Args:
+            installed: package → version; None: what is installed here.
 
         Raises:
             ManifestError: says what differs and how to build again.
         """
-        for difference in self._differences(directory, installed):
+        versions = _installed(self.requires) if installed is None else installed
+        for difference in self._differences(directory, versions):
             raise ManifestError(f"{directory}: {difference}; rebuild with: {self.command}")
 
     def _differences(self, directory: Path, installed: Mapping[str, str]) -> list[str]:
@@ -117,12 +123,20 @@ class Manifest:
             elif size <= SMALL_FILE and ArtefactFile.of(path) != expected:
                 found.append(f"{name} has changed since it was built")
         for package, lowest in self.requires.items():
-            version = installed.get(package)
-            if version is None:
+            found_version = installed.get(package)
+            if found_version is None:
                 found.append(f"{package} >= {lowest} is not installed")
-            elif _release(version) < _release(lowest):
-                found.append(f"{package} is {version}, the artefacts need {lowest} or later")
+            elif _release(found_version) < _release(lowest):
+                found.append(f"{package} is {found_version}, the artefacts need {lowest} or later")
         return found
+
+
+def _installed(packages: Iterable[str]) -> dict[str, str]:
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -29,14 +29,15 @@ def weights() -> Path:
 
 
 def is_built() -> bool:
-    """Whether the newest version in the repository is whole."""
+    """Whether the newest version in the repository is whole and can be loaded here."""
     versions = [path for path in (REPOSITORY / f"{NAME}-engine").glob("*") if path.name.isdigit()]
     if not versions or deepseek_triton(["check", str(REPOSITORY)]):
         return False
     newest = max(versions, key=lambda path: int(path.name))
     try:
-        Manifest.load(newest)
-    except ManifestError:
+        Manifest.load(newest).verify(newest)
+    except ManifestError as error:
+        print(error)
         return False
     return True
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 
 from builders.graph.decoder import build_graph
+from builders.graph.float8 import Float8Linear
 from builders.spec import ModelSpec
 
 E4M3_MAX = 448.0
@@ -36,7 +35,8 @@ def qwen_layer(hidden: int, intermediate: int, heads: int, kv_heads: int, vocab_
     on."""
     return small_spec(
         architecture="qwen2", vocab_size=vocab_size, hidden_size=hidden, intermediate_size=intermediate,
-        num_layers=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=128, max_position_embeddings=131072, qkv_bias=True,
+        num_layers=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=128,
+        max_position_embeddings=131072, qkv_bias=True,
     )  # fmt: skip
 
 
@@ -67,39 +67,32 @@ def write_graph(spec: ModelSpec, directory: Path, **options: Any) -> Path:
     return build_graph(spec, random_weights(spec), directory, **{"max_seq_len": 256, "precision": "fp16", **options})
 
 
-def quantize_to_nearest(path: Path, directory: Path, keep: tuple[str, ...] = ("lm_head",)) -> Path:
-    """The float16 graph at `path` with FP8 weights per output channel and one static scale for each
-    activation."""
-    directory.mkdir(parents=True, exist_ok=True)
-    model = onnx.load(path)
-    graph = model.graph
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    nodes: list[onnx.NodeProto] = []
-    graph.initializer.append(numpy_helper.from_array(np.array(0.02, np.float16), "activation_scale"))
-    graph.initializer.append(helper.make_tensor("fp8_zero", TensorProto.FLOAT8E4M3FN, [], [0.0]))
-    for node in graph.node:
-        if node.op_type == "MatMul" and node.input[1] in weights and not node.name.startswith(keep):
-            weight = weights[node.input[1]]
-            value = numpy_helper.to_array(weight)  # [in, out]
-            scale = (np.abs(value).max(axis=0).astype(np.float32) / E4M3_MAX).astype(np.float16)
-            codes = (value / scale).astype(ml_dtypes.float8_e4m3fn)
-            name = weight.name
-            weight.CopyFrom(TensorProto(name=name, data_type=TensorProto.FLOAT8E4M3FN, dims=value.shape))
-            weight.raw_data = codes.tobytes()
-            graph.initializer.append(numpy_helper.from_array(scale, f"{name}.scale"))
-            quantized, activation, dequantized = f"{node.name}.q", f"{node.name}.dq", f"{name}.dq"
-            nodes += [
-                helper.make_node(
-                    "QuantizeLinear", [node.input[0], "activation_scale", "fp8_zero"], [quantized], quantized
-                ),
-                helper.make_node("DequantizeLinear", [quantized, "activation_scale"], [activation], activation),
-                helper.make_node("DequantizeLinear", [name, f"{name}.scale"], [dequantized], dequantized, axis=1),
-            ]
-            node.input[:] = [activation, dequantized]
-        nodes.append(node)
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
-    target = directory / "model.onnx"
-    onnx.save(model, target, save_as_external_data=True, location="model.onnx.data")
-    return target
+def rounded_to_nearest(
+    read: Callable[[str], NDArray[Any]], *, is_dynamic: bool = False, keep: tuple[str, ...] = ()
+) -> Callable[[str], Float8Linear | None]:
+    """`build_graph`'s `quantized`: every linear layer but the head in FP8, one scale for each output channel."""
+
+    def quantized(module: str) -> Float8Linear | None:
+        if not module.endswith("_proj") or module in keep:
+            return None
+        weight = read(f"{module}.weight")
+        # Of a row that is repeated, one is enough.
+        rows = weight[:1] if weight.strides[0] == 0 else weight
+        scale = (np.abs(rows).max(axis=1) / E4M3_MAX).astype(np.float16).astype(np.float32)
+        codes = (rows / scale[:, None]).astype(ml_dtypes.float8_e4m3fn)
+        scales = np.broadcast_to(scale, len(weight))
+        try:
+            bias = read(f"{module}.bias").astype(np.float32)
+        except KeyError:
+            bias = None
+        return Float8Linear(np.broadcast_to(codes, weight.shape), scales, None if is_dynamic else 0.02, bias)
+
+    return quantized
+
+
+def write_fp8_graph(
+    spec: ModelSpec, directory: Path, *, is_dynamic: bool = False, keep: tuple[str, ...] = (), **options: Any
+) -> Path:
+    """The decoder's graph in FP8 with random weights."""
+    quantized = rounded_to_nearest(random_weights(spec), is_dynamic=is_dynamic, keep=keep)
+    return write_graph(spec, directory, quantized=quantized, **options)

@@ -18,7 +18,14 @@ from builders.engine.build import EngineReport, build_engine
 from builders.engine.errors import EngineError, GraphError, NotQuantizedError, UnsupportedGpuError
 from builders.graph.decoder import build_graph
 from tests.checkpoints import smollm2_path
-from tests.tensorrt_graphs import linear_modules, quantize_to_nearest, qwen_layer, small_spec, write_graph
+from tests.tensorrt_graphs import (
+    linear_modules,
+    qwen_layer,
+    rounded_to_nearest,
+    small_spec,
+    write_fp8_graph,
+    write_graph,
+)
 
 pytest.importorskip("tensorrt_rtx", reason="pip install 'tensorrt-rtx>=1.7'", exc_type=ImportError)
 
@@ -31,11 +38,11 @@ MODULES = linear_modules(small_spec())
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Precision → a small graph in it."""
     directory = tmp_path_factory.mktemp("graphs")
-    fp16 = write_graph(small_spec(), directory / "fp16")
     return {
         "fp32": write_graph(small_spec(), directory / "fp32", precision="fp32"),
-        "fp16": fp16,
-        "fp8": quantize_to_nearest(fp16, directory / "fp8"),
+        "fp16": write_graph(small_spec(), directory / "fp16"),
+        "fp8": write_fp8_graph(small_spec(), directory / "fp8"),
+        "fp8-dynamic": write_fp8_graph(small_spec(), directory / "fp8-dynamic", is_dynamic=True),
     }
 
 
@@ -72,11 +79,12 @@ def fp8_modules_of_plan(plan: bytes) -> set[str]:
 
 
 @pytest.mark.parametrize("compute_capability", COMPUTE_CAPABILITIES)
-@pytest.mark.parametrize("precision", ["fp16", "fp8"])
-def test_a_decoder_builds(precision: str, compute_capability: str, graphs: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["fp16", "fp8", "fp8-dynamic"])
+def test_a_decoder_builds(kind: str, compute_capability: str, graphs: dict[str, Path], tmp_path: Path) -> None:
+    precision = kind.partition("-")[0]
     expected = MODULES if precision == "fp8" else []
     report = build(
-        graphs[precision], tmp_path / "model.plan",
+        graphs[kind], tmp_path / "model.plan",
         precision=precision, compute_capability=compute_capability, fp8_modules=expected,
     )  # fmt: skip
     census = report.census
@@ -88,12 +96,8 @@ def test_a_decoder_builds(precision: str, compute_capability: str, graphs: dict[
     assert report.plan.compute_capability == compute_capability
     assert report.layers is None  # no GPU here
     assert [path.name for path in tmp_path.iterdir()] == ["model.plan"]
-
-
-def test_the_plan_itself_multiplies_in_fp8(graphs: dict[str, Path], tmp_path: Path) -> None:
-    for precision, expected in (("fp8", set(MODULES)), ("fp16", set())):
-        build(graphs[precision], tmp_path / "model.plan", precision=precision)
-        assert fp8_modules_of_plan((tmp_path / "model.plan").read_bytes()) == expected
+    # Not only the network: the compiled program multiplies in FP8.
+    assert fp8_modules_of_plan((tmp_path / "model.plan").read_bytes()) == set(expected)
 
 
 def test_float32_is_built_from_single_operations(graphs: dict[str, Path], tmp_path: Path) -> None:
@@ -143,7 +147,7 @@ def test_attention_gets_lengths_and_lower_right_causality(graphs: dict[str, Path
     ],
 )
 def test_one_layer_at_full_size_builds_in_fp8(name: str, spec: Any, tmp_path: Path) -> None:
-    graph = quantize_to_nearest(write_graph(spec, tmp_path / "fp16"), tmp_path / "fp8")
+    graph = write_fp8_graph(spec, tmp_path / "graph")
     modules = linear_modules(spec)
     report = build(graph, tmp_path / "model.plan", precision="fp8", compute_capability="12.0", fp8_modules=modules)
     assert (report.plan.attention, report.plan.attention_is_fused) == ("lengths", True)
@@ -154,15 +158,17 @@ def test_one_layer_at_full_size_builds_in_fp8(name: str, spec: Any, tmp_path: Pa
 @pytest.mark.parametrize(("precision", "compute_capability"), [("fp16", "8.9"), ("fp8", "12.0")])
 def test_the_whole_smollm2_builds(precision: str, compute_capability: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(smollm2_path())
-    (tmp_path / "fp16").mkdir()
-    graph = build_graph(checkpoint.spec, checkpoint.read, tmp_path / "fp16", max_seq_len=512, precision="fp16")
     modules = linear_modules(checkpoint.spec) if precision == "fp8" else []
-    if precision == "fp8":
-        graph = quantize_to_nearest(graph, tmp_path / "fp8")
+    (tmp_path / "graph").mkdir()
+    graph = build_graph(
+        checkpoint.spec, checkpoint.read, tmp_path / "graph", max_seq_len=512, precision="fp16",
+        quantized=rounded_to_nearest(checkpoint.read) if modules else None,
+    )  # fmt: skip
     reported: list[tuple[str, int, int]] = []
     report = build(
         graph, tmp_path / "model.plan", precision=precision, max_seq_len=512,
-        compute_capability=compute_capability, fp8_modules=modules, progress=lambda *progress: reported.append(progress),
+        compute_capability=compute_capability, fp8_modules=modules,
+        progress=lambda *progress: reported.append(progress),
     )  # fmt: skip
     assert (report.census.attention, report.census.cache_updates, report.census.rotary_embeddings) == (
         30,
@@ -243,7 +249,7 @@ def test_a_graph_that_tensorrt_cannot_read_names_the_node(
 
 def test_a_layer_that_is_not_fp8_though_the_recipe_says_so_is_an_error(graphs: dict[str, Path], tmp_path: Path) -> None:
     kept = "model.layers.1.mlp.down_proj"
-    graph = quantize_to_nearest(graphs["fp16"], tmp_path / "mixed", keep=("lm_head", kept))
+    graph = write_fp8_graph(small_spec(), tmp_path / "graph", keep=(kept,))
     with pytest.raises(
         NotQuantizedError, match=rf"{kept} is not FP8 in TensorRT's network, though the recipe says FP8;"
     ):

@@ -13,10 +13,17 @@ from builders.engine.errors import EngineError
 from builders.engine.scoring import ScoringLimits, build_scoring_engine, scoring_config
 from builders.engine.stateless import write_stateless
 from builders.pbtxt import parse_text, to_text
-from tests.tensorrt_graphs import linear_modules, quantize_to_nearest, small_spec, write_graph
+from builders.spec import ModelSpec
+from tests.tensorrt_graphs import linear_modules, small_spec, write_fp8_graph, write_graph
 
 MAX_SEQ_LEN = 256
 LIMITS = ScoringLimits(max_batch_size=6, max_seq_len=128, graph_seq_lens=(64, 128))
+
+
+def write(spec: ModelSpec, directory: Path, precision: str, logits: str) -> Path:
+    if precision == "fp8":
+        return write_fp8_graph(spec, directory, logits=logits)
+    return write_graph(spec, directory, precision=precision, logits=logits)
 
 
 def run(path: Path, feeds: dict[str, Any]) -> np.ndarray[Any, Any]:
@@ -36,10 +43,7 @@ def run(path: Path, feeds: dict[str, Any]) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize("precision", ["fp32", "fp8"])
 def test_its_logits_are_those_of_the_graph_with_a_cache(precision: str, logits: str, tmp_path: Path) -> None:
     spec = small_spec(qkv_bias=True, qk_norm=True)
-    base = "fp16" if precision == "fp8" else precision
-    graph = write_graph(spec, tmp_path / base, precision=base, logits=logits)
-    if precision == "fp8":
-        graph = quantize_to_nearest(graph, tmp_path / "fp8")
+    graph = write(spec, tmp_path, precision, logits)
     stateless = write_stateless(graph, graph.with_name("scoring.onnx"))
     ids, num_tokens = np.random.default_rng(0).integers(0, 320, (3, 20)), np.array([20, 7, 1])
     expected = run(graph, {"input_ids": ids, "start": np.zeros(3, np.int64), "num_tokens": num_tokens})
@@ -75,10 +79,7 @@ def test_a_graph_that_is_not_a_decoder_with_a_cache_is_refused(tmp_path: Path) -
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "fp8"])
 def test_it_builds(precision: str, logits: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="pip install 'tensorrt-rtx>=1.7'", exc_type=ImportError)
-    base = "fp16" if precision == "fp8" else precision
-    graph = write_graph(small_spec(), tmp_path / base, precision=base, logits=logits)
-    if precision == "fp8":
-        graph = quantize_to_nearest(graph, tmp_path / "fp8")
+    graph = write(small_spec(), tmp_path, precision, logits)
     stateless = write_stateless(graph, graph.with_name("scoring.onnx"))
     modules = linear_modules(small_spec()) if precision == "fp8" else []
     report = build_scoring_engine(

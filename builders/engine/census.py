@@ -19,7 +19,7 @@ ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 # them.
 TRANSPARENT = ("SHUFFLE", "IDENTITY", "UNSQUEEZE", "SQUEEZE")
 # A linear layer's node is named after its module, or "<module>.<what>" where more nodes make it up.
-NODE_SUFFIXES = (".product", ".matmul")
+NODE_SUFFIXES = (".scaled", ".product")
 
 
 @dataclass(frozen=True)

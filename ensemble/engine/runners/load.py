@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ensemble.engine.runners.base import Runner, RunnerError
@@ -18,7 +17,7 @@ def load_runner(directory: Path, settings: EngineSettings) -> tuple[Manifest, Ru
         RunnerError: no runner for the manifest's target, or loading failed.
     """
     manifest = Manifest.load(directory)
-    manifest.verify(directory, {package: found for package in manifest.requires if (found := _version(package))})
+    manifest.verify(directory)
     if settings.prefill_chunk > manifest.max_seq_len:
         raise RunnerError(
             f"prefill_chunk is {settings.prefill_chunk}, must be at most max_seq_len {manifest.max_seq_len}"
@@ -31,9 +30,3 @@ def load_runner(directory: Path, settings: EngineSettings) -> tuple[Manifest, Ru
         )
     raise RunnerError(f"{directory} is built for target {manifest.target!r}, which this version has no runner for")
 
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
