@@ -7,11 +7,12 @@ One tensor is in memory at a time: nothing here holds on to what it returned.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
 # Buffers that older checkpoints carry and every graph recomputes.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+FETCH_AGAIN = "fetch the checkpoint again"
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -85,14 +87,15 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        config = _read_json(path / "config.json")
-        generation = path / "generation_config.json"
-        self.spec = from_hf(config, _read_json(generation) if generation.exists() else None)
+        config, generation = path / "config.json", path / "generation_config.json"
+        with _naming(config):
+            self.spec = from_hf(_read_json(config), _read_json(generation) if generation.exists() else None)
         self._tensors: dict[str, TensorLocation] = {}
         for file in _shards(path):
             for name, location in read_safetensors_header(file).items():
                 if name in self._tensors:
-                    raise CheckpointError(f"{name} is in both {self._tensors[name].file.name} and {file.name}")
+                    other = self._tensors[name].file.name
+                    raise CheckpointError(f"{path}: {name!r} is in both {other} and {file.name}; {FETCH_AGAIN}")
                 self._tensors[name] = location
         found = {name: location.shape for name, location in self._tensors.items()}
         _check_tensors(self.spec, found, path)
@@ -106,9 +109,9 @@ class HuggingFaceCheckpoint:
                 # Read, not mapped: mapped pages would count as this process's memory until the kernel drops them.
                 array = np.fromfile(stream, dtype=np.uint8, count=location.length)
         except OSError as error:
-            raise CheckpointError(f"{location.file}: {error.strerror}") from error
+            raise CheckpointError(f"{location.file}: {error.strerror}; {FETCH_AGAIN}") from error
         if array.size != location.length:
-            raise CheckpointError(f"{location.file} ends inside {name}; fetch the checkpoint again")
+            raise CheckpointError(f"{location.file} ends inside {name}; {FETCH_AGAIN}")
         array = array.view(location.dtype).reshape(location.shape)
         _update_digest(self._digest, name, array)
         return array
@@ -137,36 +140,57 @@ def read_safetensors_header(file: Path) -> dict[str, TensorLocation]:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(f"{file} is not a safetensors file, or was cut short")
+                raise CheckpointError(f"{file} is not a safetensors file, or was cut short; {FETCH_AGAIN}")
             header = json.loads(stream.read(length))
     except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} has a corrupt safetensors header") from error
+        raise CheckpointError(f"{file}: {error.strerror}; {FETCH_AGAIN}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} has a corrupt safetensors header; {FETCH_AGAIN}") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{file} has a corrupt safetensors header")
+        raise CheckpointError(f"{file} has a corrupt safetensors header; {FETCH_AGAIN}")
 
     tensors: dict[str, TensorLocation] = {}
+    ranges: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
-            dtype_name, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-            begin, end = (int(n) for n in entry["data_offsets"])
+            dtype_name, shape = str(entry["dtype"]), tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+            if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+                raise ValueError("sizes must be whole numbers")
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{file} has a corrupt entry for {name}") from error
+            raise CheckpointError(f"{file} has a corrupt entry for {name!r}; {FETCH_AGAIN}") from error
+        ranges.append((begin, end, name))
         if name.endswith(IGNORED_SUFFIXES):
             continue
         if dtype_name not in SAFETENSORS_DTYPES:
             known = ", ".join(SAFETENSORS_DTYPES)
-            raise UnsupportedError(f"{file}: {name} has dtype {dtype_name}; supported: {known}")
+            raise UnsupportedError(
+                f"{file}: {name!r} has dtype {dtype_name!r}; supported: {known}; convert it with save_pretrained"
+            )
         dtype = SAFETENSORS_DTYPES[dtype_name]
-        if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-            raise CheckpointError(f"{file}: {name} has {end - begin} bytes, its shape {list(shape)} needs others")
-        if 8 + length + end > size:
-            raise CheckpointError(f"{file} ends inside {name}; fetch the checkpoint again")
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if end - begin != num_bytes:
+            raise CheckpointError(
+                f"{file}: {name!r} has {end - begin} bytes, its shape {list(shape)} needs {num_bytes}; {FETCH_AGAIN}"
+            )
         tensors[name] = TensorLocation(file, dtype, shape, 8 + length + begin, end - begin)
+    _check_ranges(file, ranges, size - 8 - length)
     return tensors
+
+
+def _check_ranges(file: Path, ranges: list[tuple[int, int, str]], size: int) -> None:
+    """The format wants the tensors end to end over the whole buffer of `size` bytes."""
+    position = 0
+    for begin, end, name in sorted(ranges):
+        if end > size:
+            raise CheckpointError(f"{file} ends inside {name!r}; {FETCH_AGAIN}")
+        if begin != position:
+            raise CheckpointError(f"{file}: {name!r} begins at byte {begin}, not at {position}; {FETCH_AGAIN}")
+        position = end
+    if position != size:
+        raise CheckpointError(f"{file} has {size - position} bytes that belong to no tensor; {FETCH_AGAIN}")
 
 
 # GGUF's tensor names in Hugging Face's; {i} is the layer.
@@ -193,24 +217,25 @@ class GGUFCheckpoint:
     """One GGUF file; its quantised tensors leave as float32."""
 
     def __init__(self, path: Path) -> None:
-        import gguf
-
         self.path = path
         try:
-            self._reader = gguf.GGUFReader(str(path))
+            self._reader = _gguf_reader(path)
             metadata = {name: field.contents() for name, field in self._reader.fields.items()}
         except Exception as error:  # the reader raises whatever its parsing met: IndexError, KeyError, …
-            raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from error
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{path} is not a readable GGUF file ({reason}); {FETCH_AGAIN}") from error
         tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        if "token_embd.weight" not in tensors:
-            raise CheckpointError(f"{path} has no token_embd.weight: not a language model, or cut short")
+        embedding = tensors.get("token_embd.weight")
+        if embedding is None or len(embedding.shape) != 2:
+            raise CheckpointError(f"{path} has no token_embd.weight [vocab, hidden]: not a language model, or corrupt")
         frequencies = tensors.pop(ROPE_FREQUENCIES, None)
-        self.spec = from_gguf(
-            metadata,
-            tensors,
-            vocab_size=int(tensors["token_embd.weight"].shape[1]),
-            frequency_factors=() if frequencies is None else tuple(float(f) for f in frequencies.data),
-        )
+        with _naming(path):
+            self.spec = from_gguf(
+                metadata,
+                tensors,
+                vocab_size=int(embedding.shape[1]),
+                frequency_factors=() if frequencies is None else tuple(map(float, frequencies.data.reshape(-1))),
+            )
         self._permuted = self._permuted_heads()
         names = self._names()
         self._tensors = {names.get(name, name): tensor for name, tensor in tensors.items()}
@@ -237,7 +262,8 @@ class GGUFCheckpoint:
 
         tensor = self._tensors[name]
         try:
-            array: Array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            with np.errstate(all="ignore"):  # whether weights are finite is checked where they are written
+                array: Array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
             raise UnsupportedError(f"{self.path}: {name} has type {tensor.tensor_type.name}: {error}") from error
         array = array.reshape([int(n) for n in reversed(tensor.shape)])
@@ -257,6 +283,32 @@ class GGUFCheckpoint:
         return self._digest.hexdigest()
 
 
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Put the file at fault before a message that doesn't name it."""
+    try:
+        yield
+    except (CheckpointError, UnsupportedError) as error:
+        if str(file.parent) in str(error):
+            raise
+        raise type(error)(f"{file}: {error}") from error
+
+
+def _gguf_reader(path: Path) -> Any:
+    import gguf
+
+    class StrictReader(gguf.GGUFReader):  # type: ignore[misc]  # gguf is untyped
+        """Ends where the file ends: gguf's own goes on, 2⁶⁴ times if an array's length says so."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **options: Any) -> Any:
+            array = super()._get(offset, dtype, count, *args, **options)
+            if len(array) != int(count):
+                raise ValueError(f"it ends before byte {int(offset) + int(count) * np.dtype(dtype).itemsize}")
+            return array
+
+    return StrictReader(str(path))
+
+
 def _check_tensors(spec: ModelSpec, found: Mapping[str, tuple[int, ...]], path: Path) -> None:
     expected = spec.tensor_shapes()
     # A tied head may be stored all the same.
@@ -264,7 +316,7 @@ def _check_tensors(spec: ModelSpec, found: Mapping[str, tuple[int, ...]], path: 
     problems: list[tuple[str, Callable[[str], str]]] = []
     problems += [(name, lambda n: f"{n} is missing") for name in expected if name not in found]
     problems += [
-        (name, lambda n: f"{n} is not part of a {spec.architecture} model")
+        (name, lambda n: f"{n!r} is not part of a {spec.architecture} model with this configuration")
         for name in found
         if name not in expected and name not in tied
     ]
@@ -276,7 +328,7 @@ def _check_tensors(spec: ModelSpec, found: Mapping[str, tuple[int, ...]], path: 
     if problems:
         name, describe = problems[0]
         more = f" (and {len(problems) - 1} more tensors)" if len(problems) > 1 else ""
-        raise CheckpointError(f"{path}: {describe(name)}{more}")
+        raise CheckpointError(f"{path}: {describe(name)}{more}; {FETCH_AGAIN}, or correct its configuration")
 
 
 def _shards(path: Path) -> list[Path]:
@@ -284,8 +336,11 @@ def _shards(path: Path) -> list[Path]:
     if index.exists():
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} has no weight_map")
-        return [path / name for name in sorted(set(weight_map.values()))]
+            raise CheckpointError(f"{index} has no weight_map; {FETCH_AGAIN}")
+        names = weight_map.values()
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise CheckpointError(f"{index}: weight_map must name files beside it; {FETCH_AGAIN}")
+        return [path / name for name in sorted(set(names))]
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{path} holds no .safetensors file; convert the weights with save_pretrained")
@@ -296,11 +351,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+        raise CheckpointError(f"{file}: {error.strerror}; {FETCH_AGAIN}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error}); {FETCH_AGAIN}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file} must hold a JSON object")
+        raise CheckpointError(f"{file} must hold a JSON object; {FETCH_AGAIN}")
     return value
 
 

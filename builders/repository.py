@@ -161,7 +161,8 @@ def _staging(repository: Path) -> Iterator[Path]:
 
 
 def _write_text_models(checkpoint: Checkpoint, tokenizer: Path, detokenizer: Path) -> None:
-    from ensemble.text import Tokenizer, TokenizerLoadError
+    from ensemble.errors import TokenizerLoadError
+    from ensemble.text import Tokenizer
 
     checkpoint.write_tokenizer(tokenizer)
     try:

@@ -94,9 +94,15 @@ class Manifest:
             odd = sorted(names ^ set(values)) if isinstance(values, dict) else []
             raise ManifestError(f"{path} has missing or unknown fields {odd}; build the model again")
         if values["format"] != FORMAT:
-            raise ManifestError(f"{path} has format {values['format']}, this version reads {FORMAT}")
-        values["end_ids"] = tuple(values["end_ids"])
-        values["files"] = {name: ArtefactFile(**entry) for name, entry in values["files"].items()}
+            raise ManifestError(
+                f"{path} has format {values['format']}, this version reads {FORMAT}; rebuild with: {values['command']}"
+            )
+        try:
+            values["end_ids"] = tuple(map(int, values["end_ids"]))
+            values["files"] = {name: ArtefactFile(**entry) for name, entry in values["files"].items()}
+            values["limits"] = {name: int(values["limits"][name]) for name in ("max_seq_len",)}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ManifestError(f"{path} is damaged; build the model again") from error
         return cls(**values)
 
     def verify(self, directory: Path, installed: Mapping[str, str] | None = None) -> None:
@@ -140,10 +146,12 @@ def _installed(packages: Iterable[str]) -> dict[str, str]:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: "1.32.0+cpu" → (1, 32, 0)."""
+    """The leading numbers of a version, ending zeros left out: "1.32.0+cpu" → (1, 32)."""
     numbers = []
     for part in version.split("+")[0].split("."):
         if not part.isdigit():
             break
         numbers.append(int(part))
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
     return tuple(numbers)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 # The likeliest tokens that top_p looks at first; they nearly always hold the mass, and sorting a whole
 # vocabulary of 150,000 takes longer than a small model's step.
 NUCLEUS_CANDIDATES = 1024
+MIN_TEMPERATURE = 1e-5  # below it float32 would overflow, and only the likeliest token is left anyway
 
 
 class SamplingError(ValueError):
@@ -52,7 +53,7 @@ class SamplingParams:
         """Whether the likeliest token is always taken."""
         if self.temperature is None:
             return not self.top_k and self.top_p == 1.0
-        return self.temperature == 0 or self.top_k == 1
+        return self.temperature < MIN_TEMPERATURE or self.top_k == 1
 
 
 class Sampler:
@@ -103,7 +104,9 @@ class Sampler:
 def _largest(weights: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """Ids of the `count` largest weights, largest first, the lower id first among equals."""
     if count < len(weights):
-        ids = np.sort(np.argpartition(weights, len(weights) - count)[-count:])
+        smallest = np.partition(weights, len(weights) - count)[len(weights) - count]
+        above = np.flatnonzero(weights > smallest)
+        ids = np.sort(np.concatenate([above, np.flatnonzero(weights == smallest)[: count - len(above)]]))
     else:
         ids = np.arange(len(weights))
     return ids[np.argsort(-weights[ids], kind="stable")]

@@ -1,63 +1,25 @@
-"""Text in, token ids out, and back again: tokenizer.json, the chat template, streamed detokenization.
+"""Text in, token ids out, and back again: tokenizer.json and streamed detokenization.
 
 What enters: a client's text or chat messages, as str or as the bytes that Triton hands over. What leaves:
 int32 ids and str. It reads a directory in Hugging Face's layout and needs no transformers; it knows
-nothing about Triton, tensors' names or engines.
-
-    ValueError
-    ├── TextError           the client's input is bad: the message says what, and what to do
-    └── TokenizerLoadError  a file of the tokenizer is missing or damaged: the message names it
+nothing about Triton, tensors' names or engines. Chat messages are ensemble/chat.py's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
 import numpy as np
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
+from ensemble.chat import ChatTemplate, parse_messages
+from ensemble.errors import TextError, TokenizerLoadError, one_line, utf8_text
+
 Ids = NDArray[np.int32]
-
-
-class TextError(ValueError):
-    """The client's text or messages cannot be turned into ids."""
-
-
-class TokenizerLoadError(ValueError):
-    """A tokenizer's file is missing, damaged or contradicts another."""
-
-
-class ChatTemplate:
-    """A checkpoint's Jinja chat template, compiled once. It runs in a sandbox: it is data from outside."""
-
-    def __init__(self, source: str, name: str = "chat_template") -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationTag]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise TokenizerLoadError(f"{name} is not a valid template: {error}") from error
-
-    def render(self, variables: Mapping[str, Any]) -> str:
-        """The prompt that `variables` (messages, add_generation_prompt, tools ...) make."""
-        try:
-            return self._template.render(variables)
-        except Exception as error:  # the template runs on the client's data: whatever it raises is about that
-            raise TextError(f"the model's chat template refused the messages: {_one_line(error)}") from error
 
 
 class Tokenizer:
@@ -111,7 +73,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(source)
         except Exception as error:  # the library raises bare Exception on any fault of the file
-            raise TokenizerLoadError(f"{file} is not a tokenizer: {_one_line(error)}") from error
+            raise TokenizerLoadError(f"{file} is not a tokenizer: {one_line(error)}") from error
         file = directory / "tokenizer_config.json"
         try:
             config = json.loads(_read(file)) if file.exists() else {}
@@ -132,7 +94,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[Ids]:
         """`encode` of each text, in parallel. One bad text fails the call."""
-        prompts = [_text(text, "text_input") for text in texts]
+        prompts = [utf8_text(text, "text_input") for text in texts]
         if not all(prompts):
             raise TextError("text_input is empty: send at least one character, or messages")
         return [self._with_bos_eos(ids) for ids in self._ids(prompts, "text_input", self._add_bos is None)]
@@ -240,96 +202,11 @@ class IncrementalDetokenizer:
         return new[len(old) :]
 
 
-_REQUEST_KEYS = ("messages", "tools", "add_generation_prompt", "chat_template_kwargs")
-
-
-def parse_messages(messages_json: str | bytes) -> dict[str, Any]:
-    """The client's JSON, checked, as a template's variables (transformers' names; None where absent)."""
-    text = _text(messages_json, "messages")
-    try:
-        request = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TextError(f"messages is not JSON: {_one_line(error)}") from error
-    if isinstance(request, list):
-        request = {"messages": request}
-    if not isinstance(request, dict) or not isinstance(request.get("messages"), list):
-        raise TextError('messages must be a JSON list such as [{"role": "user", "content": "Hello"}]')
-    if unknown := sorted(request.keys() - set(_REQUEST_KEYS)):
-        raise TextError(f"messages has an unknown key {unknown[0]!r}: known are {', '.join(_REQUEST_KEYS)}")
-    if not request["messages"]:
-        raise TextError("messages is empty: send at least one message")
-    for key, kind, name in (("tools", list, "list"), ("chat_template_kwargs", dict, "object")):
-        if not isinstance(request.get(key) or kind(), kind):
-            raise TextError(f"{key} must be a JSON {name}")
-    return {
-        **(request.get("chat_template_kwargs") or {}),
-        "messages": [_message(message, f"messages[{i}]") for i, message in enumerate(request["messages"])],
-        "tools": request.get("tools") or None,
-        "documents": None,
-        "add_generation_prompt": request.get("add_generation_prompt", True),
-    }
-
-
-def _message(message: Any, where: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise TextError(f"{where} must be an object with role and content")
-    if not isinstance(message.get("role"), str):
-        raise TextError(f"{where}.role must be a string such as user")
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "\n".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
-    elif content is None and not message.get("tool_calls"):
-        raise TextError(f"{where}.content is missing: send a string")
-    elif content is not None and not isinstance(content, str):
-        raise TextError(f"{where}.content must be a string or a list of text parts")
-    return {**message, "content": content}
-
-
-def _part(part: Any, where: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    raise TextError(f'{where} must be {{"type": "text", "text": "..."}}: this model reads text alone')
-
-
-def _text(value: str | bytes, field: str) -> str:
-    try:
-        return value if isinstance(value, str) else value.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TextError(f"{field} is not UTF-8 (byte {error.start}): encode it as UTF-8") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}`, which marks the assistant's text for training: here its body alone counts."""
-
-    tags = {"generation"}  # noqa: RUF012  # jinja2 declares it so
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    # Jinja's own filter escapes HTML, which models have never seen in a prompt.
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
 def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerLoadError(f"{file} cannot be read: {_one_line(error)}") from error
+        raise TokenizerLoadError(f"{file} cannot be read: {one_line(error)}") from error
 
 
 _T = TypeVar("_T")

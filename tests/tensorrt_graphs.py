@@ -3,6 +3,7 @@ version."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -81,10 +82,9 @@ def rounded_to_nearest(
         scale = (np.abs(rows).max(axis=1) / E4M3_MAX).astype(np.float16).astype(np.float32)
         codes = (rows / scale[:, None]).astype(ml_dtypes.float8_e4m3fn)
         scales = np.broadcast_to(scale, len(weight))
-        try:
+        bias: NDArray[np.float32] | None = None
+        with contextlib.suppress(KeyError):
             bias = read(f"{module}.bias").astype(np.float32)
-        except KeyError:
-            bias = None
         return Float8Linear(np.broadcast_to(codes, weight.shape), scales, None if is_dynamic else 0.02, bias)
 
     return quantized

@@ -74,7 +74,7 @@ def fp8_modules_of_plan(plan: bytes) -> set[str]:
     for names, inputs in re.findall(r'fully_connected=\{ name="([^"]*)" output=\{[^}]*\} input=\{([^}]*)\}', text):
         operands = re.findall(r'"([^"]*)"', inputs)[:2]
         if all(types.get(operand) == "fp8_e4m3" for operand in operands):
-            modules |= {re.sub(r"( \[profile \d+\])?_U\d+$", "", name) for name in names.split("+")}
+            modules |= {re.sub(r"(\.scaled)?( \[profile \d+\])?_U\d+$", "", name) for name in names.split("+")}
     return modules
 
 

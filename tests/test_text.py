@@ -14,7 +14,9 @@ import tokenizers
 from tokenizers import AddedToken, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from ensemble.text import ChatTemplate, TextError, Tokenizer, TokenizerLoadError, parse_messages
+from ensemble.chat import ChatTemplate, parse_messages
+from ensemble.errors import TextError, TokenizerLoadError
+from ensemble.text import Tokenizer
 from tests.real_tokenizers import HARD_TEXTS, deepseek, deepseek_directory, smollm2, smollm2_directory
 
 BOS, EOS = 0, 1

@@ -16,6 +16,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from builders.errors import CheckpointError
+
 ALIGNMENT = 4096  # bytes; a page, so that a runtime can map each tensor
 BLOCK_BYTES = 64 * 2**20  # converted and written at a time
 IR_VERSIONS = {23: 11, 24: 12}  # opset → the ONNX IR version it came with
@@ -81,6 +83,9 @@ class GraphBuilder:
 
         Args:
             value: the tensor; converted block by block, so that no whole copy of it is made.
+
+        Raises:
+            CheckpointError: it holds NaN or infinity, or a number that `dtype` can't hold.
         """
         shape = value.shape[::-1] if transpose else value.shape
         offset = self._data.tell() + -self._data.tell() % ALIGNMENT
@@ -88,7 +93,11 @@ class GraphBuilder:
         source = value.T if transpose else value
         rows = max(1, BLOCK_BYTES // max(1, source[:1].size * dtype.itemsize))
         for start in range(0, len(source), rows):
-            block = np.ascontiguousarray(source[start : start + rows], dtype=dtype)
+            with np.errstate(over="ignore"):
+                block = np.ascontiguousarray(source[start : start + rows], dtype=dtype)
+            if dtype.kind == "f" and not np.isfinite(block).all():
+                what = "the checkpoint is corrupt" if dtype.itemsize > 2 else "corrupt, or too large: try --precision fp32"
+                raise CheckpointError(f"{name} holds numbers that are not finite as {dtype.name}; {what}")
             self._data.write(block.view(np.uint8).data)
             if self._progress:
                 self._progress(block.nbytes)

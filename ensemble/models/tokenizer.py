@@ -12,8 +12,9 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from ensemble import contract
+from ensemble.errors import TextError
 from ensemble.models.tensors import RequestError, array, read_inputs, scalar
-from ensemble.text import TextError, Tokenizer
+from ensemble.text import Tokenizer
 
 
 class TritonPythonModel:

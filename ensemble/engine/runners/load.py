@@ -29,4 +29,3 @@ def load_runner(directory: Path, settings: EngineSettings) -> tuple[Manifest, Ru
             directory / "model.onnx", num_slots=settings.num_slots, num_threads=settings.num_threads
         )
     raise RunnerError(f"{directory} is built for target {manifest.target!r}, which this version has no runner for")
-

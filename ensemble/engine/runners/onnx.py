@@ -37,8 +37,8 @@ class OnnxRunner:
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads or len(os.sched_getaffinity(0))
         options.inter_op_num_threads = 1
-        # Threads that spin between operators win a tenth on an idle machine and lose half on a busy one; the server, its
-        # tokenizer and often its clients share these cores.
+        # Threads that spin between operators win a tenth on an idle machine and lose half on a busy one; the
+        # server, its tokenizer and often its clients share these cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         try:

@@ -1,0 +1,115 @@
+"""Chat messages in, a prompt out: the client's JSON, checked, and the checkpoint's Jinja template.
+
+It knows the chat formats of OpenAI and Hugging Face; it knows nothing of tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ensemble.errors import TextError, TokenizerLoadError, one_line, utf8_text
+
+_REQUEST_KEYS = ("messages", "tools", "add_generation_prompt", "chat_template_kwargs")
+
+
+class ChatTemplate:
+    """A checkpoint's Jinja chat template, compiled once. It runs in a sandbox: it is data from outside."""
+
+    def __init__(self, source: str, name: str = "chat_template") -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationTag]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise TokenizerLoadError(f"{name} is not a valid template: {error}") from error
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """The prompt that `variables` (messages, add_generation_prompt, tools ...) make."""
+        try:
+            return self._template.render(variables)
+        except Exception as error:  # the template runs on the client's data: whatever it raises is about that
+            raise TextError(f"the model's chat template refused the messages: {one_line(error)}") from error
+
+
+def parse_messages(messages_json: str | bytes) -> dict[str, Any]:
+    """The client's JSON, checked, as a template's variables (transformers' names; None where absent)."""
+    text = utf8_text(messages_json, "messages")
+    try:
+        request = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TextError(f"messages is not JSON: {one_line(error)}") from error
+    if isinstance(request, list):
+        request = {"messages": request}
+    if not isinstance(request, dict) or not isinstance(request.get("messages"), list):
+        raise TextError('messages must be a JSON list such as [{"role": "user", "content": "Hello"}]')
+    if unknown := sorted(request.keys() - set(_REQUEST_KEYS)):
+        raise TextError(f"messages has an unknown key {unknown[0]!r}: known are {', '.join(_REQUEST_KEYS)}")
+    if not request["messages"]:
+        raise TextError("messages is empty: send at least one message")
+    for key, kind, name in (("tools", list, "list"), ("chat_template_kwargs", dict, "object")):
+        if not isinstance(request.get(key) or kind(), kind):
+            raise TextError(f"{key} must be a JSON {name}")
+    return {
+        **(request.get("chat_template_kwargs") or {}),
+        "messages": [_message(message, f"messages[{i}]") for i, message in enumerate(request["messages"])],
+        "tools": request.get("tools") or None,
+        "documents": None,
+        "add_generation_prompt": request.get("add_generation_prompt", True),
+    }
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise TextError(f"{where} must be an object with role and content")
+    if not isinstance(message.get("role"), str):
+        raise TextError(f"{where}.role must be a string such as user")
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "\n".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+    elif content is None and not message.get("tool_calls"):
+        raise TextError(f"{where}.content is missing: send a string")
+    elif content is not None and not isinstance(content, str):
+        raise TextError(f"{where}.content must be a string or a list of text parts")
+    return {**message, "content": content}
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise TextError(f'{where} must be {{"type": "text", "text": "..."}}: this model reads text alone')
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}`, which marks the assistant's text for training: here its body alone counts."""
+
+    tags = {"generation"}  # noqa: RUF012  # jinja2 declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    # Jinja's own filter escapes HTML, which models have never seen in a prompt.
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
