@@ -98,7 +98,7 @@ def _add_client_commands(commands: argparse._SubParsersAction[argparse.ArgumentP
 def _build(arguments: argparse.Namespace) -> int:
     from builders.errors import BuildError
     from builders.repository import BuildOptions, build
-    from ensemble.settings import EngineSettings
+    from ensemble.settings import EngineSettings, SettingsError
 
     bar = _ProgressBar()
     try:
@@ -117,7 +117,7 @@ def _build(arguments: argparse.Namespace) -> int:
             settings=settings,
         )
         version = build(options, bar.report)
-    except (BuildError, ValueError) as error:
+    except (BuildError, SettingsError) as error:
         bar.close()
         return _fail(str(error))
     bar.close()

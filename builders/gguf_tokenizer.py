@@ -19,10 +19,12 @@ from typing import Any, Protocol, TypeVar
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from builders.errors import CheckpointError
+
 _T = TypeVar("_T")
 
 
-class GGUFTokenizerError(ValueError):
+class GGUFTokenizerError(CheckpointError):
     """The GGUF lacks what its tokenizer needs, or needs what is not supported here."""
 
 

@@ -83,6 +83,9 @@ class BuildOptions:
         words += ["--precision", self.precision, "--repository", str(self.repository)]
         if self.max_seq_len is not None:
             words += ["--max-seq-len", str(self.max_seq_len)]
+        for name in ("num_slots", "prefill_chunk", "num_threads"):
+            if (value := getattr(self.settings, name)) != getattr(EngineSettings, name):
+                words += ["--" + name.replace("_", "-"), str(value)]
         return shlex.join(words)
 
 
@@ -94,9 +97,8 @@ def build(options: BuildOptions, report: Report = lambda what, done, total: None
     """
     checkpoint = open_checkpoint(options.checkpoint)
     max_seq_len = _max_seq_len(checkpoint, options)
-    options.repository.mkdir(parents=True, exist_ok=True)
-    version = _next_version(options)
-    with _staging(options.repository) as staging:
+    with _created(options.repository), _staging(options.repository) as staging:
+        version = _next_version(options)
         configs = _configs(options)
         for name, config in configs.items():
             (staging / name / str(version)).mkdir(parents=True)
@@ -145,30 +147,43 @@ def _next_version(options: BuildOptions) -> int:
 
 
 @contextlib.contextmanager
+def _created(directory: Path) -> Iterator[None]:
+    """Make `directory` if it isn't there; a build that fails takes away again what it made."""
+    with contextlib.ExitStack() as undo:
+        for path in reversed([path for path in (directory, *directory.parents) if not path.exists()]):
+            undo.callback(_remove_empty, path)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            yield
+        except OSError as error:
+            raise BuildError(f"{error.filename or directory}: {error.strerror}; build into another directory") from error
+        undo.pop_all()
+
+
+@contextlib.contextmanager
 def _staging(repository: Path) -> Iterator[Path]:
     # Beside the repository, not inside it: a running server would take it for a model.
     parent = repository.resolve().parent
-    try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{repository.name}-building-", dir=parent))
-    except OSError as error:
-        raise BuildError(f"{parent}: {error.strerror}") from error
+    staging = Path(tempfile.mkdtemp(prefix=f".{repository.name}-building-", dir=parent))
     try:
         yield staging
     except OSError as error:
-        raise BuildError(f"{error.filename or staging}: {error.strerror}") from error
+        is_staged = error.filename is None or Path(error.filename).is_relative_to(staging)
+        where = repository if is_staged else error.filename
+        raise BuildError(f"{where}: {error.strerror}; the repository is as it was: mend this and build again") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write_text_models(checkpoint: Checkpoint, tokenizer: Path, detokenizer: Path) -> None:
-    from ensemble.errors import TokenizerLoadError
     from ensemble.text import Tokenizer
 
-    checkpoint.write_tokenizer(tokenizer)
     try:
+        checkpoint.write_tokenizer(tokenizer)
         vocab_size = Tokenizer.from_directory(tokenizer).vocab_size
-    except TokenizerLoadError as error:
-        raise BuildError(str(error)) from error
+    except ValueError as error:  # a GGUF's tokenizer, or a tokenizer.json: they name the copy, which goes away
+        reason = str(error).replace(f"{tokenizer}/", "")
+        raise BuildError(f"{checkpoint.path}: {reason}; fetch the checkpoint again") from error
     if vocab_size > checkpoint.spec.vocab_size:
         raise BuildError(
             f"{checkpoint.path}: the tokenizer has {vocab_size} tokens, the model {checkpoint.spec.vocab_size}; "
@@ -243,17 +258,32 @@ def _write_adapter(name: str, directory: Path) -> None:
 
 
 def _move_into_place(staging: Path, repository: Path, names: list[str], version: int) -> None:
-    """Rename each model's version in, the ensemble last, so that it never names a version that isn't there."""
-    moved: list[Path] = []
-    try:
+    """Rename each model's version in, the ensemble last, so that it never names a version that isn't there.
+
+    Each step's undoing is set down before the step: an interrupt too must not leave half a model.
+    """
+    with contextlib.ExitStack() as undo:
         for name in names:
-            (repository / name).mkdir(exist_ok=True)
-            target = repository / name / str(version)
+            model, target = repository / name, repository / name / str(version)
+            if not model.exists():
+                undo.callback(_remove_empty, model)
+                model.mkdir()
+            undo.callback(shutil.rmtree, target, ignore_errors=True)
             (staging / name / str(version)).rename(target)
-            moved.append(target)
         for name in names:
-            (staging / name / "config.pbtxt").replace(repository / name / "config.pbtxt")
-    except BaseException:  # an interrupt too must not leave half a model
-        for path in moved:
-            shutil.rmtree(path, ignore_errors=True)
-        raise
+            config = repository / name / "config.pbtxt"
+            undo.callback(_restore, config, config.read_bytes() if config.exists() else None)
+            (staging / name / "config.pbtxt").replace(config)
+        undo.pop_all()
+
+
+def _remove_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
+def _restore(file: Path, content: bytes | None) -> None:
+    if content is None:
+        file.unlink(missing_ok=True)
+    else:
+        file.write_bytes(content)

@@ -100,7 +100,8 @@ class Manifest:
         try:
             values["end_ids"] = tuple(map(int, values["end_ids"]))
             values["files"] = {name: ArtefactFile(**entry) for name, entry in values["files"].items()}
-            values["limits"] = {name: int(values["limits"][name]) for name in ("max_seq_len",)}
+            values["limits"] = {name: int(limit) for name, limit in values["limits"].items()}
+            values["limits"]["max_seq_len"]  # the one that no engine can do without
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ManifestError(f"{path} is damaged; build the model again") from error
         return cls(**values)

@@ -11,6 +11,7 @@ import pytest
 
 from builders.checkpoint import open_checkpoint
 from builders.graph.decoder import build_graph
+from ensemble.engine.runners.base import RunnerError
 from ensemble.engine.runners.onnx import OnnxRunner
 from ensemble.text import Tokenizer
 from tests.checkpoints import OPTIONS, load_reference, make_checkpoint, smollm2_path
@@ -188,3 +189,9 @@ def test_all_logits_are_those_of_every_position(build: Build) -> None:
         expected = load_reference(directory)(torch.tensor(ids)).logits.numpy()
     (logits,) = session.run(["logits"], feeds)
     assert np.abs(logits - expected).max() <= TOLERANCE
+
+
+def test_caches_that_do_not_fit_into_memory_are_refused_at_load(build: Build, tmp_path: Path) -> None:
+    build()
+    with pytest.raises(RunnerError, match=r"slots of 128 tokens need \d+ MiB, \d+ MiB are free; lower num_slots"):
+        OnnxRunner(tmp_path / "model.onnx", num_slots=10**9)

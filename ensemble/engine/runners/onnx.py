@@ -53,16 +53,16 @@ class OnnxRunner:
         self.vocab_size = int(outputs["logits"].shape[-1])
         dtype = np.float16 if inputs[caches[0]].type == "tensor(float16)" else np.float32
         self.cache_bytes = len(caches) * num_slots * kv_heads * self.max_seq_len * head_dim * np.dtype(dtype).itemsize
-        try:
-            # Zeros, not empty: masked positions are multiplied by 0, and 0 × NaN is NaN.
-            self._caches: dict[str, NDArray[Any]] = {
-                name: np.zeros((num_slots, kv_heads, self.max_seq_len, head_dim), dtype) for name in caches
-            }
-        except MemoryError as error:
+        if self.cache_bytes > (available := _available_bytes()):
+            # The kernel would grant it and end this process later, when the caches fill.
             raise RunnerError(
-                f"{num_slots} slots of {self.max_seq_len} tokens need {self.cache_bytes // MIB} MiB: "
-                "too much for this machine; lower num_slots"
-            ) from error
+                f"{num_slots} slots of {self.max_seq_len} tokens need {self.cache_bytes // MIB} MiB, "
+                f"{available // MIB} MiB are free; lower num_slots"
+            )
+        # Zeros, not empty: masked positions are multiplied by 0, and 0 x NaN is NaN.
+        self._caches: dict[str, NDArray[Any]] = {
+            name: np.zeros((num_slots, kv_heads, self.max_seq_len, head_dim), dtype) for name in caches
+        }
         weight_bytes = path.with_name(path.name + ".data").stat().st_size
         log.info(
             "KV cache: %d slots x %d tokens x %d bytes = %d MiB; weights: %d MiB; %d threads",
@@ -106,3 +106,11 @@ class OnnxRunner:
             binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits[:n]))
             self._bindings[key] = binding
         return self._bindings[key]
+
+
+def _available_bytes() -> int:
+    """What the kernel would give without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
