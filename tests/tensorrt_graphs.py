@@ -13,11 +13,13 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from builders.engine.build import EngineReport, build_engine
 from builders.graph.decoder import build_graph
 from builders.graph.float8 import Float8Linear
 from builders.spec import ModelSpec
 
 E4M3_MAX = 448.0
+SLOTS, CHUNK = 4, 32
 
 
 def small_spec(**changes: Any) -> ModelSpec:
@@ -96,3 +98,12 @@ def write_fp8_graph(
     """The decoder's graph in FP8 with random weights."""
     quantized = rounded_to_nearest(random_weights(spec), is_dynamic=is_dynamic, keep=keep)
     return write_graph(spec, directory, quantized=quantized, **options)
+
+
+def build_small(graph: Path, output: Path, **options: Any) -> EngineReport:
+    """`build_engine` with what fits the small graphs; `options` go before."""
+    defaults: dict[str, Any] = {
+        "target": "tensorrt-rtx", "precision": "fp16", "num_slots": SLOTS, "prefill_chunk": CHUNK,
+        "max_seq_len": 256, "compute_capability": "8.9",
+    }  # fmt: skip
+    return build_engine(graph, output, **{**defaults, **options})

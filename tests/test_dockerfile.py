@@ -198,13 +198,17 @@ def make_image(stage: Stage, root: Path) -> Image:
 
 
 @pytest.fixture(scope="module")
-def builder(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    return make_image(STAGES["builder"], tmp_path_factory.mktemp("builder"))
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
+    root = tmp_path_factory.mktemp("builder")
+    yield make_image(STAGES["builder"], root)
+    shutil.rmtree(root)  # hundreds of MB
 
 
 @pytest.fixture(scope="module")
-def serve(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    return make_image(STAGES["serve"], tmp_path_factory.mktemp("serve"))
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
+    root = tmp_path_factory.mktemp("serve")
+    yield make_image(STAGES["serve"], root)
+    shutil.rmtree(root)  # hundreds of MB
 
 
 def test_the_builder_builds(builder: Image) -> None:
