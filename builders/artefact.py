@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from builders.errors import BuildError
 from builders.graph.float8 import Float8Linear
 from builders.layers import TAP_OF
+from builders.spec import ModelSpec
 
 
 class ArtefactError(BuildError):
@@ -38,9 +39,20 @@ class Artefact:
             raise ArtefactError(f"{error.filename or path}: {error.strerror}") from error
         except Exception as error:  # protobuf raises its own DecodeError
             raise ArtefactError(f"{path} is not an ONNX graph: {error}") from error
-        self._tensors = {tensor.name: tensor for tensor in graph.initializer}
+        self._tensors: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
         if "model.embed_tokens.weight" not in self._tensors:
             raise ArtefactError(f"{path} is not a decoder graph of this project: it has no model.embed_tokens.weight")
+
+    def check(self, spec: ModelSpec) -> None:
+        """Is every weight of `spec` here, in its shape?
+
+        Raises:
+            ArtefactError: one is not: the artefact is of another checkpoint.
+        """
+        for name, shape in spec.tensor_shapes().items():
+            found = tuple(self._tensor(name).dims)
+            if found not in (shape, shape[::-1]):
+                raise ArtefactError(f"{self.path}: {name} has shape {list(found)}: not built from this checkpoint")
 
     def read(self, name: str) -> NDArray[np.float32]:
         """A weight [out, in] (as in the checkpoint) as float32; FP8 ones dequantised."""
@@ -76,7 +88,7 @@ class Artefact:
 
     def precision_of(self, module: str) -> str:
         """The dtype that the module's weight is stored in, in ONNX's words: FLOAT8E4M3FN, FLOAT16, FLOAT."""
-        return TensorProto.DataType.Name(self._tensor(f"{module}.weight").data_type)
+        return str(TensorProto.DataType.Name(self._tensor(f"{module}.weight").data_type))
 
     def _tensor(self, name: str) -> TensorProto:
         if name not in self._tensors:

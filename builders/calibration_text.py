@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parent / "data"
 WINDOW_LEN = 512  # tokens
 MAX_TOKENS = 16384  # of a user's file; more would only take longer
-GENERATED_TOKENS = 384  # continuing each prompt
+GENERATED_TOKENS = 320  # continuing each prompt
+PROMPTS_PER_TEXT = 4
 MIN_WINDOW_LEN = 16  # a shorter rest is left out
 
 
@@ -58,7 +59,7 @@ def calibration_windows(
         if fits_in_memory(checkpoint.spec):
             windows += generate_windows(
                 open_checkpoint(checkpoint.path),
-                [ids for _, ids in documents],
+                _prompts(tokenizer),
                 num_tokens=min(GENERATED_TOKENS, checkpoint.spec.max_position_embeddings // 2),
                 report=report,
             )
@@ -72,7 +73,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     Raises:
         BuildError: it has none, or a damaged one.
     """
-    from ensemble.text import Tokenizer, TokenizerLoadError
+    from ensemble.errors import TokenizerLoadError
+    from ensemble.text import Tokenizer
 
     with tempfile.TemporaryDirectory(prefix="deepseek-triton-tokenizer-") as directory:
         checkpoint.write_tokenizer(Path(directory))
@@ -101,7 +103,7 @@ def read_text(path: Path) -> str:
 
 def _chats(tokenizer: Tokenizer) -> list[NDArray[np.int32]]:
     """The built-in conversations in the model's own template, or as plain text where it has none."""
-    from ensemble.text import TextError
+    from ensemble.errors import TextError
 
     chats = json.loads((DATA / "chat.json").read_text(encoding="utf-8"))
     ids = []
@@ -112,6 +114,12 @@ def _chats(tokenizer: Tokenizer) -> list[NDArray[np.int32]]:
         except TextError:  # no template, or one that refuses a system message
             ids.append(tokenizer.encode("\n\n".join(message["content"] for message in messages)))
     return ids
+
+
+def _prompts(tokenizer: Tokenizer) -> list[NDArray[np.int32]]:
+    """Beginnings for the model to continue: paragraphs of each built-in text, and the chats."""
+    texts = [read_text(path).split("\n\n")[:PROMPTS_PER_TEXT] for path in sorted(DATA.glob("*.txt"))]
+    return [tokenizer.encode(paragraph) for paragraphs in texts for paragraph in paragraphs] + _chats(tokenizer)
 
 
 def _windows(ids: Sequence[int] | NDArray[Any]) -> list[NDArray[np.int64]]:

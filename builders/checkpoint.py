@@ -182,10 +182,11 @@ def read_safetensors_header(file: Path) -> dict[str, TensorLocation]:
 
 def _check_ranges(file: Path, ranges: list[tuple[int, int, str]], size: int) -> None:
     """The format wants the tensors end to end over the whole buffer of `size` bytes."""
-    position = 0
-    for begin, end, name in sorted(ranges):
+    for _, end, name in ranges:
         if end > size:
             raise CheckpointError(f"{file} ends inside {name!r}; {FETCH_AGAIN}")
+    position = 0
+    for begin, end, name in sorted(ranges):
         if begin != position:
             raise CheckpointError(f"{file}: {name!r} begins at byte {begin}, not at {position}; {FETCH_AGAIN}")
         position = end

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0: done; 1: an error, told in one line on stderr; 2: wrong usage; 130: interrupted.
     """
-    parser = _parser()
+    parser = make_parser()
     arguments = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
@@ -43,7 +43,8 @@ MODULE_EXTRAS = {
 }  # fmt: skip
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Every command and its options."""
     from ensemble.settings import EngineSettings
 
     settings = EngineSettings()

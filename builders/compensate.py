@@ -1,12 +1,13 @@
 """Rounding with compensation: each input channel's error is made up for by the channels after it.
 
-The method is GPTQ (Frantar et al., arXiv 2210.17323) on the E4M3 grid. What enters is a weight, its scales and the second
-moment of the layer's inputs; what leaves is codes. Large layers are treated in diagonal blocks of the moment, so that
-memory and time stay bounded.
+The method is GPTQ (Frantar et al., arXiv 2210.17323) on the E4M3 grid. What enters is a weight, its scales and the
+second moment of the layer's inputs; what leaves is codes. Large layers are treated in diagonal blocks of the moment, so
+that memory and time stay bounded.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ class SecondMoment:
 
     def __init__(self, channels: int) -> None:
         edges = [*range(0, channels, MAX_BLOCK), channels]
-        self.blocks = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        self.blocks = [slice(a, b) for a, b in pairwise(edges)]
         self.moments = [np.zeros((b.stop - b.start, b.stop - b.start), np.float64) for b in self.blocks]
         self.num_rows = 0
 
@@ -70,7 +71,7 @@ def _block_codes(weight: Float32, scale: Float32, moment: NDArray[np.float64]) -
 
 
 def _inverse_factor(moment: NDArray[np.float64]) -> Float32:
-    """The upper triangular U with U^T U = (H + damping)^-1: row i says how channel i's error spreads over later ones."""
+    """The upper triangular U with U^T U = (H + damping)^-1: row i says how channel i's error spreads."""
     diagonal = np.diagonal(moment)
     damping = max(DAMPING * float(diagonal.mean()), 1e-12)
     inverse = np.linalg.inv(moment + np.eye(len(moment)) * damping)

@@ -1,8 +1,8 @@
-"""A quantised artefact against the float checkpoint, on text: perplexity, accuracy, agreement, divergence, errors by layer.
+"""A quantised artefact against the float checkpoint, on text: perplexity, accuracy, agreement, divergence, errors.
 
 Both models run layer by layer in float32 on ONNX Runtime; FP8 layers are simulated with the codes and scales that the
-artefact holds (`Float8Nodes`), which gives the FP8 graph's own numbers up to the rounding of a float16 network. Peak memory
-is one layer, the head, and the windows' hidden states.
+artefact holds (`Float8Nodes`), which gives the FP8 graph's own numbers up to the rounding of a float16 network. Peak
+memory is one layer, the head, and the windows' hidden states.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Final:
-    """A model's last hidden states, normed, one [seq_len, hidden] for each window, and its head [vocab_size, hidden]."""
+    """A model's last hidden states, normed: [seq_len, hidden] for each window; and its head [vocab_size, hidden]."""
 
     hidden: tuple[Float32, ...]
     head: Float32

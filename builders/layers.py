@@ -1,7 +1,7 @@
 """Running a decoder one layer at a time: hidden states in, hidden states and taps out.
 
-Calibration, compensation and evaluation need every layer's inputs but never the whole model at once: each layer is built
-as a graph of its own, run over all windows, and dropped. Peak memory is one layer and the windows' hidden states.
+Calibration, compensation and evaluation need every layer's inputs but never the whole model at once: each layer is
+built as a graph of its own, run over all windows, and dropped. Peak memory is one layer and the windows' hidden states.
 """
 
 from __future__ import annotations

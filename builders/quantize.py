@@ -1,8 +1,8 @@
 """Checkpoint + Recipe + Calibration → FP8 graph.
 
-The graph is written by the builder of the float one; this file only answers its two questions, a weight and an FP8 layer
-by name, a decoder layer at a time. With compensation, calibration's windows run through the layers already quantised,
-so that each layer makes up for what those before it did. One layer's weights are in memory at a time.
+The graph is written by the builder of the float one; this file only answers its two questions, a weight and an FP8
+layer by name, a decoder layer at a time. With compensation, calibration's windows run through the layers already
+quantised, so that each layer makes up for what those before it did. One layer's weights are in memory at a time.
 """
 
 from __future__ import annotations
@@ -164,9 +164,7 @@ class Quantizer:
             return None
         return float(max_scale(current.amax[tap].max(), self._dtype))
 
-    def _moments(
-        self, layer: int, current: _Layer, input_scales: dict[str, float | None]
-    ) -> dict[str, SecondMoment]:
+    def _moments(self, layer: int, current: _Layer, input_scales: dict[str, float | None]) -> dict[str, SecondMoment]:
         """The second moments of the layer's inputs, in FP8 as they will be, given what the layers before give."""
         moments = {tap: SecondMoment(len(current.amax[tap])) for tap in input_scales}
         taps, read = tuple(input_scales), self._reader(layer, current)
@@ -252,6 +250,7 @@ def _in_graph_order(names: Sequence[str]) -> list[str]:
     """A layer's tensors as the float graph's builder reads them, so that both builds give one digest."""
     modules = (
         "input_layernorm", "self_attn.q_proj", "self_attn.q_norm", "self_attn.k_proj", "self_attn.k_norm",
-        "self_attn.v_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+        "self_attn.v_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj",
+        "mlp.down_proj",
     )  # fmt: skip
     return sorted(names, key=lambda name: (modules.index(name.rsplit(".", 1)[0]), name.endswith(".bias")))

@@ -41,7 +41,8 @@ def smoothing_factors(channel_amax: NDArray[Any], weights: list[Float32], expone
     x, w = np.where(used, channel_amax, 1.0), np.where(used, weight_amax, 1.0)
     factors = np.power(x, exponent) / np.power(w, 1 - exponent)
     factors /= np.exp(np.mean(np.log(factors)))  # the tensor as a whole keeps its size
-    return np.clip(factors, 1 / MAX_FACTOR, MAX_FACTOR).astype(np.float32)
+    clipped: Float32 = np.clip(factors, 1 / MAX_FACTOR, MAX_FACTOR).astype(np.float32)
+    return clipped
 
 
 def smooth_layer(

@@ -41,8 +41,7 @@ class TensorRTError(Exception):
 
 @dataclass(frozen=True)
 class Distribution:
-    """One of the two packages: what to import, the lowest version that has what is used here, how to install
-    it."""
+    """One of the two packages: what to import, the lowest version that has what is used here, how to install it."""
 
     module: str
     minimum: tuple[int, int]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "initializer_range": 0.3, "eos_token_id": 319,
 }  # fmt: skip
+
+END = "<|end|>"
 
 
 def rope(kind: str, **parameters: Any) -> dict[str, Any]:
@@ -54,13 +57,18 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_checkpoint(directory: Path, option: str = "llama", dtype: str = "float32", shard: str = "5GB") -> Path:
-    """Write a random checkpoint as transformers does; the same option always gives the same weights."""
+def make_checkpoint(
+    directory: Path, option: str = "llama", dtype: str = "float32", shard: str = "5GB", **more: Any
+) -> Path:
+    """Write a random checkpoint as transformers does; the same option always gives the same weights.
+
+    `more` changes the option's configuration.
+    """
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     model_type, changes = OPTIONS[option]
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(model_type, **{**SMALL, **changes})
+    config = transformers.AutoConfig.for_model(model_type, **{**SMALL, **changes, **more})
     model = transformers.AutoModelForCausalLM.from_config(config)
     for (
         name,
@@ -69,6 +77,23 @@ def make_checkpoint(directory: Path, option: str = "llama", dtype: str = "float3
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
     model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=shard)
+    return directory
+
+
+def make_tokenizer(directory: Path, vocab_size: int = 320) -> Path:
+    """Write a byte-level tokenizer.json whose last token ends a text, and a chat template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"<|{i}|>" for i in range(256, vocab_size - 1)), END]
+    tokenizer = Tokenizer(models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END, special=True)])
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    config = {"eos_token": END, "chat_template": template}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return directory
 
 

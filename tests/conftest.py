@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,14 +18,15 @@ MAX_SEQ_LEN = 512
 
 
 @pytest.fixture(scope="session")
-def smollm2_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def smollm2_repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A model repository built from SmolLM2's real weights."""
     from builders.repository import BuildOptions, build
 
     repository = tmp_path_factory.mktemp("repository") / "models"
     settings = EngineSettings(prefill_chunk=32)
     build(BuildOptions(smollm2_path(), NAME, repository, max_seq_len=MAX_SEQ_LEN, settings=settings))
-    return repository
+    yield repository
+    shutil.rmtree(repository)  # half a gigabyte, of which pytest would keep three
 
 
 @pytest.fixture(scope="session")

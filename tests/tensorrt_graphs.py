@@ -1,5 +1,4 @@
-"""Graphs for the TensorRT builder's tests: one random layer of any size, and a plain round-to-nearest FP8
-version."""
+"""Graphs for the TensorRT builder's tests: one random layer of any size, and a plain round-to-nearest FP8 version."""
 
 from __future__ import annotations
 
@@ -34,8 +33,7 @@ def small_spec(**changes: Any) -> ModelSpec:
 
 
 def qwen_layer(hidden: int, intermediate: int, heads: int, kv_heads: int, vocab_size: int = 1024) -> ModelSpec:
-    """One layer of a DeepSeek-R1-Distill-Qwen; head and embedding small, which no layer's kernels depend
-    on."""
+    """One layer of a DeepSeek-R1-Distill-Qwen; head and embedding small, which no layer's kernels depend on."""
     return small_spec(
         architecture="qwen2", vocab_size=vocab_size, hidden_size=hidden, intermediate_size=intermediate,
         num_layers=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=128,

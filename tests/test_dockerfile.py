@@ -172,7 +172,7 @@ class Image:
 
 def make_image(stage: Stage, root: Path) -> Image:
     python = root / "python"
-    venv.create(python, with_pip=True)
+    venv.create(python, symlinks=True, with_pip=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment["PATH"] = f"{python / 'bin'}{os.pathsep}{environment['PATH']}"
     directory = root

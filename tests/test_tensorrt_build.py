@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -13,6 +15,7 @@ from builders.checkpoint import open_checkpoint
 from builders.graph.decoder import build_graph
 from tests.checkpoints import smollm2_path
 from tests.tensorrt_graphs import (
+    build_small,
     linear_modules,
     qwen_layer,
     rounded_to_nearest,
@@ -104,6 +107,15 @@ def test_a_graph_with_a_mask_of_another_kind_keeps_it(graphs: dict[str, Path], t
     other = graphs["fp16"].with_name("other.onnx")
     onnx.save(model, other)
     assert build_small(other, tmp_path / "model.plan").plan.attention == "mask"
+
+
+def test_a_tensorrt_without_lower_right_causality_gets_the_mask(
+    graphs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {name: value for name, value in vars(sys.modules["tensorrt_rtx"]).items() if name != "CausalMaskKind"}
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", SimpleNamespace(**names))
+    report = build_small(graphs["fp16"], tmp_path / "model.plan")
+    assert (report.plan.attention, report.plan.attention_is_fused) == ("mask", True)
 
 
 def test_attention_gets_lengths_and_lower_right_causality(graphs: dict[str, Path]) -> None:

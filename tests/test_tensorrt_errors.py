@@ -1,4 +1,4 @@
-"""What can't be built with TensorRT, an interrupted build among it: told in one line, nothing half-written left behind."""
+"""What TensorRT can't build, or is stopped from building: told in one line, nothing half-written left behind."""
 
 from __future__ import annotations
 

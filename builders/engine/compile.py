@@ -138,8 +138,7 @@ def write_atomically(path: Path, data: Any) -> None:
 
 
 def _load_timing_cache(config: Any, job: Job) -> Any:
-    """The job's timing cache; an empty one where there is none or another TensorRT wrote it; None: not
-    wanted."""
+    """The job's timing cache; an empty one where there is none or another TensorRT wrote it; None: not wanted."""
     path = job.timing_cache
     if path is None or job.target.cross_compiles:
         return None

@@ -55,8 +55,7 @@ class Profile:
 
 
 def decoder_profiles(num_slots: int, prefill_chunk: int) -> tuple[Profile, Profile]:
-    """Prefill: one slot, up to a chunk; decode: one token for up to all slots. In the order of their
-    numbers."""
+    """Prefill: one slot, up to a chunk; decode: one token for up to all slots. In the order of their numbers."""
     return (
         Profile("prefill", (1, 1, 1), (1, prefill_chunk, prefill_chunk)),
         # A sequence length that can only be 1 makes TensorRT take its decode kernel.
@@ -117,15 +116,19 @@ class Network:
         """Give every attention `form`; for "lengths" the mask must have been left out by `without_mask`.
 
         Raises:
-            EngineError: this TensorRT doesn't have the form.
+            GraphError: this TensorRT doesn't have the form.
         """
         attentions = self.attentions()
-        lengths = self._key_value_lengths() if form.name == "lengths" and attentions else None
-        for attention in attentions:
-            attention.decomposable = not form.is_fused
-            if lengths is not None:
-                attention.causal_kind = self.api.CausalMaskKind.LOWER_RIGHT
-                attention.key_value_lengths = lengths
+        try:
+            lengths = self._key_value_lengths() if form.name == "lengths" and attentions else None
+            for attention in attentions:
+                attention.decomposable = not form.is_fused
+                if lengths is not None:
+                    attention.causal_kind = self.api.CausalMaskKind.LOWER_RIGHT
+                    attention.key_value_lengths = lengths
+        except (AttributeError, RuntimeError) as error:  # an older API, and how the bindings say no
+            version = self.api.__version__
+            raise GraphError(f"TensorRT {version} has no attention in the form {form.name}: {error}") from error
 
     def _key_value_lengths(self) -> Any:
         """start + seq_len [batch], int32.
@@ -134,8 +137,6 @@ class Network:
         the mask says, in padded rows too. (With start + num_tokens a padded row would lose keys.)
         """
         api, network, inputs = self.api, self.network, self.inputs()
-        if not hasattr(api, "CausalMaskKind"):
-            raise EngineError(f"TensorRT {api.__version__} has no lower-right causality")
         shape = network.add_shape(inputs["input_ids"]).get_output(0)  # [2] int64: batch, seq_len
         seq_len = network.add_slice(shape, (1,), (1,), (1,)).get_output(0)
         total = network.add_elementwise(inputs["start"], seq_len, api.ElementWiseOperation.SUM).get_output(0)
@@ -144,8 +145,7 @@ class Network:
         return lengths
 
     def add_best_token(self) -> None:
-        """Add each row's likeliest token, BEST_ID [batch, 1] int32, and its logit, BEST_LOGIT [batch, 1]
-        float32."""
+        """Add each row's likeliest token, BEST_ID [batch, 1] int32, and its logit, BEST_LOGIT [batch, 1] float32."""
         logits = self.outputs()["logits"]
         top = self.network.add_topk(logits, self.api.TopKOperation.MAX, 1, 1 << 1)
         for name, output in ((BEST_LOGIT, top.get_output(0)), (BEST_ID, top.get_output(1))):
@@ -153,8 +153,7 @@ class Network:
             self.network.mark_output(output)
 
     def add_profiles(self, config: Any, profiles: Sequence[Profile]) -> None:
-        """Set every dynamic dimension of every input: the first is the batch, any other the sequence
-        length."""
+        """Set every dynamic dimension of every input: the first is the batch, any other the sequence length."""
         for wanted in profiles:
             profile = self.builder.create_optimization_profile()
             for tensor in self.inputs().values():

@@ -43,9 +43,7 @@ class GraphBuilder:
     def __enter__(self) -> GraphBuilder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self._data.close()
 
     def input(self, name: str, dtype: int, shape: Sequence[int | str], doc: str) -> str:
@@ -62,9 +60,7 @@ class GraphBuilder:
         self.nodes(op_type, inputs, [name], name, **attributes)
         return name
 
-    def nodes(
-        self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], name: str, **attributes: Any
-    ) -> None:
+    def nodes(self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], name: str, **attributes: Any) -> None:
         """Add a node with the outputs named."""
         self._nodes.append(helper.make_node(op_type, list(inputs), list(outputs), name=name, **attributes))
 
@@ -96,7 +92,9 @@ class GraphBuilder:
             with np.errstate(over="ignore"):
                 block = np.ascontiguousarray(source[start : start + rows], dtype=dtype)
             if dtype.kind == "f" and not np.isfinite(block).all():
-                what = "the checkpoint is corrupt" if dtype.itemsize > 2 else "corrupt, or too large: try --precision fp32"
+                what = (
+                    "the checkpoint is corrupt" if dtype.itemsize > 2 else "corrupt, or too large: try --precision fp32"
+                )
                 raise CheckpointError(f"{name} holds numbers that are not finite as {dtype.name}; {what}")
             self._data.write(block.view(np.uint8).data)
             if self._progress:

@@ -68,9 +68,7 @@ def build_graph(
         decoder = _Decoder(graph, spec, read, max_seq_len, DTYPES[precision], quantized)
         decoder.build(logits)
         shape = (
-            "[batch, vocab_size] of each row's last real token"
-            if logits == "last"
-            else "[batch, seq_len, vocab_size]"
+            "[batch, vocab_size] of each row's last real token" if logits == "last" else "[batch, seq_len, vocab_size]"
         )
         return graph.finish(producer=PRODUCER, version=version, doc=DOC.format(logits=shape))
 
@@ -126,9 +124,7 @@ class _Decoder:
         self._positions("input_ids")
 
         embedding = self._weight("model.embed_tokens.weight")
-        hidden = g.node(
-            "Gather", [embedding, "input_ids"], "embed_tokens", axis=0
-        )  # [batch, seq_len, hidden]
+        hidden = g.node("Gather", [embedding, "input_ids"], "embed_tokens", axis=0)  # [batch, seq_len, hidden]
         for layer in range(spec.num_layers):
             hidden = self._layer(layer, hidden)
         if logits == "last":
@@ -142,7 +138,9 @@ class _Decoder:
             head = self._weight("lm_head.weight", transpose=True)
         scores = g.node("MatMul", [hidden, head], "lm_head")
         g.node("Cast", [scores], "logits", to=TensorProto.FLOAT)
-        shape = ["batch", spec.vocab_size] if logits == "last" else ["batch", "seq_len", spec.vocab_size]
+        shape: list[int | str] = (
+            ["batch", spec.vocab_size] if logits == "last" else ["batch", "seq_len", spec.vocab_size]
+        )
         g.output("logits", TensorProto.FLOAT, shape, "scores over the vocabulary")
 
     def build_layer(self, layer: int, outputs: Sequence[str]) -> None:
@@ -151,7 +149,7 @@ class _Decoder:
         g.input("start", TensorProto.INT64, ["batch"], "position of each row's first token")
         self._positions("hidden")
         for name in (self._layer(layer, "hidden"), *outputs):
-            g.output(name, self.onnx_dtype, ["batch", "seq_len", f"{name}.width"], "see the decoder's graph")
+            g.output(name, self.onnx_dtype, ["batch", "seq_len", f"{name}.width"], "a value of the decoder's graph")
 
     def _positions(self, tokens: str) -> None:
         """`position_ids` [batch, seq_len], and what may be attended: `mask` [batch, 1, seq_len, max_seq_len].
@@ -182,15 +180,11 @@ class _Decoder:
         gate = self._swish(self._linear(normed, f"{prefix}.mlp.gate_proj"), f"{prefix}.mlp.act")
         up = self._linear(normed, f"{prefix}.mlp.up_proj")
         product = g.node("Mul", [gate, up], f"{prefix}.mlp.product")
-        return g.node(
-            "Add", [hidden, self._linear(product, f"{prefix}.mlp.down_proj")], f"{prefix}.mlp_residual"
-        )
+        return g.node("Add", [hidden, self._linear(product, f"{prefix}.mlp.down_proj")], f"{prefix}.mlp_residual")
 
     def _attention(self, layer: int, prefix: str, normed: str) -> str:
         g, spec = self.g, self.spec
-        q = self._rotate(
-            self._heads(normed, f"{prefix}.q", spec.num_heads, norm=spec.qk_norm), f"{prefix}.q_rotated"
-        )
+        q = self._rotate(self._heads(normed, f"{prefix}.q", spec.num_heads, norm=spec.qk_norm), f"{prefix}.q_rotated")
         k = self._rotate(
             self._heads(normed, f"{prefix}.k", spec.num_kv_heads, norm=spec.qk_norm), f"{prefix}.k_rotated"
         )
@@ -198,9 +192,7 @@ class _Decoder:
         keys = self._cache(layer, "key", k)
         values = self._cache(layer, "value", v)
         # TRT_decomposable lets TensorRT build float32 attention, for which it has no fused kernel.
-        attended = g.node(
-            "Attention", [q, keys, values, "mask"], f"{prefix}.attention"
-        )  # [batch, heads, seq_len, d]
+        attended = g.node("Attention", [q, keys, values, "mask"], f"{prefix}.attention")  # [batch, heads, seq_len, d]
         attended = g.node("Transpose", [attended], f"{prefix}.attention_rows", perm=[0, 2, 1, 3])
         attended = g.node("Reshape", [attended, self._int([0, 0, -1])], f"{prefix}.attention_flat")
         return self._linear(attended, f"{prefix}.o_proj")
@@ -220,16 +212,14 @@ class _Decoder:
     def _cache(self, layer: int, kind: str, update: str) -> str:
         """Write `update` [batch, kv_heads, seq_len, head_dim] into the cache at each row's start."""
         g, spec = self.g, self.spec
-        shape = ["batch", spec.num_kv_heads, self.max_seq_len, spec.head_dim]
+        shape: list[int | str] = ["batch", spec.num_kv_heads, self.max_seq_len, spec.head_dim]
         past = g.input(f"past_{kind}_{layer}", self.onnx_dtype, shape, f"{kind} cache of layer {layer}")
         present = f"present_{kind}_{layer}"
         if g.opset < 24:
             g.node("ScatterND", [past, "scatter_indices", update], present)
         else:
             g.node("TensorScatter", [past, update, "start"], present, axis=-2)
-        g.output(
-            present, self.onnx_dtype, shape, f"{kind} cache of layer {layer}, bound to past_{kind}_{layer}"
-        )
+        g.output(present, self.onnx_dtype, shape, f"{kind} cache of layer {layer}, bound to past_{kind}_{layer}")
         return present
 
     def _scatter_indices(self) -> None:
@@ -239,9 +229,7 @@ class _Decoder:
         rows = g.node("Range", [self._int(0), batch, self._int(1)], "rows")
         rows = g.node("Unsqueeze", [rows, self._int([1, 2])], "row_index")  # [batch, 1, 1]
         heads = g.constant("head_index", np.arange(self.spec.num_kv_heads, dtype=np.int64)[None, :, None])
-        positions = g.node(
-            "Unsqueeze", ["position_ids", self._int([1])], "position_index"
-        )  # [batch, 1, seq_len]
+        positions = g.node("Unsqueeze", ["position_ids", self._int([1])], "position_index")  # [batch, 1, seq_len]
         zero = g.node("Mul", [g.node("Add", [rows, heads], "row_head"), self._int(0)], "row_head_zero")
         full = g.node("Mul", [g.node("Add", [zero, positions], "broadcast"), self._int(0)], "full_zero")
         parts = [
@@ -252,9 +240,7 @@ class _Decoder:
 
     def _rms_norm(self, value: str, module: str) -> str:
         weight = self._weight(f"{module}.weight")
-        return self.g.node(
-            "RMSNormalization", [value, weight], module, axis=-1, epsilon=self.spec.rms_norm_eps
-        )
+        return self.g.node("RMSNormalization", [value, weight], module, axis=-1, epsilon=self.spec.rms_norm_eps)
 
     def _swish(self, value: str, name: str) -> str:
         if self.g.opset >= 24:

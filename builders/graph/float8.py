@@ -87,17 +87,13 @@ class Float8Nodes:
             self._inputs[value] = (scale, self._round_trip(divided, name, value), token_scale)
         known, quantized, token_scale = self._inputs[value]
         if known != scale:
-            raise ValueError(
-                f"{value} feeds layers with input scales {known} and {scale}: one value has one scale"
-            )
+            raise ValueError(f"{value} feeds layers with input scales {known} and {scale}: one value has one scale")
         return quantized, token_scale
 
     def _token_scale(self, value: str) -> tuple[str, str]:
         g = self.g
         axes = self._once("last_axis", np.array([-1], np.int64))
-        largest = g.node(
-            "ReduceMax", [g.node("Abs", [value], f"{value}.abs"), axes], f"{value}.amax", keepdims=1
-        )
+        largest = g.node("ReduceMax", [g.node("Abs", [value], f"{value}.abs"), axes], f"{value}.amax", keepdims=1)
         inverse = self._once("inverse_e4m3_max", np.asarray(1.0 / E4M3_MAX, self.dtype))
         smallest = self._once("min_token_scale", np.asarray(MIN_TOKEN_SCALE, self.dtype))
         scale = g.node("Mul", [largest, inverse], f"{value}.amax_scaled")

@@ -1,0 +1,206 @@
+"""`deepseek-triton evaluate`: an artefact, or a recipe, against the float checkpoint on a text file.
+
+Prints one table, and writes quality.json and quality.png where asked. The numbers are made in evaluate.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from builders.artefact import Artefact
+from builders.calibrate import Calibration, Report, calibrate
+from builders.calibration_text import calibration_windows, load_tokenizer, read_text
+from builders.checkpoint import open_checkpoint
+from builders.errors import BuildError
+from builders.evaluate import FloatSource, ModuleError, Quality, compare, module_errors, run_model, text_windows
+from builders.quantize import quantized_graph
+from builders.recipe import RECIPES, Recipe, recipe_named
+
+TABLE_TOKENS = 256  # of the text, for the table of layers
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What to evaluate.
+
+    artefact: model.onnx or its directory; None: quantise `checkpoint` by `recipe` first.
+    num_tokens, window_len: predicted tokens in all, and tokens in a window.
+    """
+
+    checkpoint: Path
+    text: Path
+    artefact: Path | None = None
+    recipe: Recipe = RECIPES["default"]
+    ranges: Path | None = None
+    num_tokens: int = 8176
+    window_len: int = 512
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 1:
+            raise BuildError(f"tokens is {self.num_tokens}, must be positive")
+        if self.window_len < 2:
+            raise BuildError(f"window is {self.window_len}, must be at least 2")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found: the quality, bytes of both artefacts, and each linear layer's error."""
+
+    text: str
+    quality: Quality
+    float_bytes: int
+    artefact_bytes: int
+    modules: tuple[ModuleError, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as quality.json has them."""
+        return asdict(self)
+
+    def table(self, worst: int = 8) -> str:
+        """The result for a terminal, with the `worst` layers by their own error."""
+        q = self.quality
+        lines = [
+            f"text              {self.text}, {q.num_tokens} tokens predicted",
+            f"perplexity        {q.float_perplexity:.3f} float, {q.perplexity:.3f} here: x {q.perplexity_ratio:.4f}",
+            f"accuracy          {q.float_accuracy:.4f} float, {q.accuracy:.4f} here: {q.accuracy_kept:.2%} kept",
+            f"top-1 agreement   {q.agreement:.2%}",
+            f"KL divergence     {q.mean_kl:.5f} mean, {q.p99_kl:.4f} 99th percentile, {q.worst_kl:.3f} worst (nats)",
+            f"bytes             {self.float_bytes:,} float32, {self.artefact_bytes:,} here: "
+            f"x {self.artefact_bytes / self.float_bytes:.4f}",
+            "",
+            f"{'module (largest own errors)':44} {'precision':9} {'bytes':>11} {'own':>8} {'in all':>8}",
+        ]
+        for error in sorted(self.modules, key=lambda e: -e.own)[:worst]:
+            lines.append(
+                f"{error.module:44} {error.precision:9} {error.num_bytes:11,} {error.own:8.4f} {error.accumulated:8.4f}"
+            )
+        return "\n".join(lines)
+
+    def save(self, directory: Path) -> None:
+        """Write quality.json and quality.png.
+
+        Raises:
+            BuildError: the directory can't be written, or matplotlib isn't installed.
+        """
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(self.to_dict(), indent=1) + "\n"
+            (directory / "quality.json").write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise BuildError(f"{error.filename or directory}: {error.strerror}") from error
+        plot(self, directory / "quality.png")
+
+
+def evaluate(options: EvaluateOptions, report: Report = lambda what, done, total: None) -> Evaluation:
+    """Evaluate an artefact, or what a recipe would make, against the float checkpoint.
+
+    Raises:
+        BuildError: a file is missing or unusable, the text is too short, or the artefact is of another checkpoint.
+    """
+    checkpoint = open_checkpoint(options.checkpoint)
+    spec = checkpoint.spec
+    ids = load_tokenizer(checkpoint).encode(read_text(options.text))
+    windows = text_windows(ids, options.window_len, options.num_tokens, spec.vocab_size)
+    with tempfile.TemporaryDirectory(prefix="deepseek-triton-evaluate-") as directory:
+        path = options.artefact or _quantise(options, Path(directory), report)
+        artefact = Artefact(path / "model.onnx" if path.is_dir() else path)
+        artefact.check(spec)
+        reference = run_model(FloatSource(checkpoint), spec, windows, report)
+        quality = compare(reference, run_model(artefact, spec, windows, report), windows)
+        errors = module_errors(FloatSource(checkpoint), artefact, spec, windows[0][:TABLE_TOKENS])
+        return Evaluation(options.text.name, quality, spec.num_parameters() * 4, artefact.num_bytes, tuple(errors))
+
+
+def _quantise(options: EvaluateOptions, directory: Path, report: Report) -> Path:
+    calibration = load_or_calibrate(options.checkpoint, options.ranges, None, report)
+    checkpoint = open_checkpoint(options.checkpoint)
+    path, _ = quantized_graph(
+        checkpoint, options.recipe, calibration, directory, max_seq_len=options.window_len, report=report
+    )
+    return path
+
+
+def load_or_calibrate(checkpoint: Path, ranges: Path | None, text: Path | None, report: Report) -> Calibration:
+    """Activation ranges: read from `ranges` where that file exists, else taken on `text` (None: the built-in set).
+
+    Ranges just taken are saved to `ranges`, if it is given.
+    """
+    if ranges is not None and ranges.exists():
+        return Calibration.load(ranges)
+    windows, sources = calibration_windows(open_checkpoint(checkpoint), text, report=report)
+    calibration = calibrate(open_checkpoint(checkpoint), windows, sources, report)
+    if ranges is not None:
+        calibration.save(ranges)
+    return calibration
+
+
+def plot(evaluation: Evaluation, path: Path) -> None:
+    """Each layer's error, own and accumulated, and the bytes of both artefacts, as PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise BuildError("matplotlib is not installed: pip install matplotlib") from error
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    layers, size = figure.subplots(1, 2, width_ratios=[4, 1])
+    kinds = list(dict.fromkeys(e.module.split(".", 3)[3] for e in evaluation.modules))
+    for i, kind in enumerate(kinds):
+        errors = [e for e in evaluation.modules if e.module.endswith(kind)]
+        positions = [int(e.module.split(".")[2]) for e in errors]
+        layers.plot(positions, [e.own for e in errors], color=f"C{i}", marker="o", markersize=3, label=kind)
+        layers.plot(positions, [e.accumulated for e in errors], color=f"C{i}", linestyle=":")
+    layers.set(xlabel="layer", ylabel="relative output error (solid: own, dotted: accumulated)")
+    layers.set_ylim(bottom=0)
+    layers.legend(fontsize="small")
+    q = evaluation.quality
+    layers.set_title(
+        f"{evaluation.text}: perplexity x {q.perplexity_ratio:.4f}, accuracy kept {q.accuracy_kept:.2%}, "
+        f"KL {q.mean_kl:.4f}", fontsize="medium",
+    )  # fmt: skip
+    sizes = (evaluation.float_bytes / 1e6, evaluation.artefact_bytes / 1e6)
+    size.bar_label(size.bar(["float32", "artefact"], sizes, color=["0.6", "C0"]), fmt="%.0f")
+    size.set(ylabel="megabytes")
+    try:
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+    except OSError as error:
+        raise BuildError(f"{path}: {error.strerror}") from error
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("checkpoint", type=Path, help="Hugging Face directory or .gguf file: the float reference")
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to predict")
+    parser.add_argument("--artefact", type=Path, help="model.onnx, or the directory it is in (default: quantise now)")
+    parser.add_argument("--recipe", default="default", choices=sorted(RECIPES), help="default: %(default)s")
+    parser.add_argument("--ranges", type=Path, help="activation ranges saved by an earlier calibration")
+    parser.add_argument("--tokens", type=int, default=8176, help="tokens to predict (default: %(default)s)")
+    parser.add_argument("--window", type=int, default=512, help="tokens in a window (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="directory for quality.json and quality.png")
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    """Run the command: 0, or 1 after an error told in one line."""
+    try:
+        options = EvaluateOptions(
+            arguments.checkpoint, arguments.text, arguments.artefact, recipe_named(arguments.recipe),
+            arguments.ranges, arguments.tokens, arguments.window,
+        )  # fmt: skip
+        result = evaluate(options, _print_progress)
+        print(result.table())
+        if arguments.output:
+            result.save(arguments.output)
+            print(f"wrote {arguments.output / 'quality.json'} and {arguments.output / 'quality.png'}")
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _print_progress(what: str, done: int, total: int) -> None:
+    end = "\n" if done == total else ""
+    print(f"\r{what} {done}/{total}", end=end, file=sys.stderr, flush=True)
