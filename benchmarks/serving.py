@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.machine import describe
-from builders.repository import BuildOptions, build
+from builders.options import BuildOptions
+from builders.repository import build
 from clients.api import GenerateRequest
 from clients.grpc import GrpcClient
 from ensemble.engine.loop import EngineLoop

@@ -156,7 +156,12 @@ def _check_engine(directory: Path, version_dir: Path, config: ModelConfig) -> It
         yield Problem(where, "model_transaction_policy.decoupled is false, an engine streams: set it to true")
     if file_problems:
         return
-    max_seq_len = Manifest.load(version_dir).max_seq_len
+    manifest = Manifest.load(version_dir)
+    for name in ("num_slots", "prefill_chunk"):
+        value, limit = getattr(settings, name), manifest.engine.get(name)
+        if limit is not None and value > limit:
+            yield Problem(where, f"parameters: {name} is {value}, the plan was built for {limit}: lower it")
+    max_seq_len = manifest.max_seq_len
     if settings.prefill_chunk > max_seq_len:
         what = (
             f"parameters: prefill_chunk is {settings.prefill_chunk}, "

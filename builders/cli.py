@@ -40,34 +40,18 @@ MODULE_EXTRAS = {
     "gguf": "build", "ml_dtypes": "build", "onnx": "build", "tqdm": "build", "google": "build",
     "httpx": "client", "tritonclient": "client", "grpc": "client",
     "onnxruntime": "serve", "tokenizers": "serve", "jinja2": "serve",
+    "cuda": "tensorrt", "matplotlib": "plot",
 }  # fmt: skip
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Every command and its options."""
-    from ensemble.settings import EngineSettings
-
-    settings = EngineSettings()
     parser = argparse.ArgumentParser(
         prog="deepseek-triton", description="Build a Triton model repository from a checkpoint, and serve it."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    build = commands.add_parser("build", help="checkpoint to model repository")
-    build.add_argument("checkpoint", type=Path, help="Hugging Face directory or .gguf file")
-    build.add_argument("--name", required=True, help="name of the served model")
-    build.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
-    build.add_argument("--target", default="onnx", choices=["onnx"], help="default: %(default)s")
-    build.add_argument("--precision", default="fp32", choices=["fp32", "fp16"], help="default: %(default)s")
-    build.add_argument("--max-seq-len", type=int, help="tokens, prompt and answer (default: the model's, at most 2048)")
-    for name, what in (
-        ("num_slots", "sequences generated at once"),
-        ("prefill_chunk", "prompt tokens computed in one step"),
-        ("num_threads", "threads of the engine; 0: one for each core"),
-    ):
-        option = "--" + name.replace("_", "-")
-        build.add_argument(option, type=int, default=getattr(settings, name), help=f"{what} (default: %(default)s)")
-    build.set_defaults(run=_build)
+    _add_build_command(commands)
 
     check = commands.add_parser("check", help="validate a model repository without a server")
     check.add_argument("repository", type=Path, nargs="?", default=Path("model_repository"))
@@ -85,6 +69,36 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from builders.options import PRECISIONS, TARGETS
+    from builders.recipe import RECIPES
+    from ensemble.settings import EngineSettings
+
+    build = commands.add_parser("build", help="checkpoint to model repository")
+    build.add_argument("checkpoint", type=Path, help="Hugging Face directory or .gguf file")
+    build.add_argument("--name", required=True, help="name of the served model")
+    build.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
+    build.add_argument("--target", default="onnx", choices=TARGETS, help="default: %(default)s")
+    build.add_argument("--precision", choices=PRECISIONS, help="default: fp32 for onnx, fp16 for TensorRT")
+    build.add_argument("--max-seq-len", type=int, help="tokens, prompt and answer (default: the model's, at most 2048)")
+    for name, what in (
+        ("num_slots", "sequences generated at once"),
+        ("prefill_chunk", "prompt tokens computed in one step"),
+        ("num_threads", "threads of the engine; 0: one for each core"),
+    ):
+        option, default = "--" + name.replace("_", "-"), getattr(EngineSettings, name)
+        build.add_argument(option, type=int, default=default, help=f"{what} (default: %(default)s)")
+    fp8 = build.add_argument_group("FP8")
+    fp8.add_argument("--recipe", default="default", choices=sorted(RECIPES), help="default: %(default)s")
+    fp8.add_argument("--keep", action="append", default=[], metavar="PATTERN", help="modules that are not quantised")
+    fp8.add_argument("--calibration-text", type=Path, help="text file (default: a built-in set, and the model's own)")
+    fp8.add_argument("--ranges", type=Path, help="activation ranges: read where the file exists, else written")
+    tensorrt = build.add_argument_group("TensorRT")
+    tensorrt.add_argument("--compute-capability", help="of the GPU that will serve, as 8.9 (default: this machine's)")
+    tensorrt.add_argument("--timing-cache", type=Path, help="file kept from build to build")
+    build.set_defaults(run=_build)
+
+
 def _add_client_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from clients import cli as clients
 
@@ -98,7 +112,8 @@ def _add_client_commands(commands: argparse._SubParsersAction[argparse.ArgumentP
 
 def _build(arguments: argparse.Namespace) -> int:
     from builders.errors import BuildError
-    from builders.repository import BuildOptions, build
+    from builders.options import BuildOptions
+    from builders.repository import build
     from ensemble.settings import EngineSettings, SettingsError
 
     bar = _ProgressBar()
@@ -113,9 +128,15 @@ def _build(arguments: argparse.Namespace) -> int:
             name=arguments.name,
             repository=arguments.repository,
             target=arguments.target,
-            precision=arguments.precision,
+            precision=arguments.precision or ("fp32" if arguments.target == "onnx" else "fp16"),
             max_seq_len=arguments.max_seq_len,
             settings=settings,
+            recipe=arguments.recipe,
+            keep=tuple(arguments.keep),
+            calibration_text=arguments.calibration_text,
+            ranges=arguments.ranges,
+            compute_capability=arguments.compute_capability,
+            timing_cache=arguments.timing_cache,
         )
         version = build(options, bar.report)
     except (BuildError, SettingsError) as error:
@@ -170,16 +191,22 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 class _ProgressBar:
-    """Bytes written, on stderr; created when there is something to show."""
+    """One bar on stderr for each thing that is done."""
 
     def __init__(self) -> None:
         self._bar: Any = None
+        self._what = ""
 
     def report(self, what: str, done: int, total: int) -> None:
         from tqdm import tqdm
 
-        if self._bar is None:
-            self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024)
+        if what != self._what:
+            self.close()
+            is_bytes = what == "weights"
+            self._bar = tqdm(
+                total=total, desc=what, unit="B" if is_bytes else "", unit_scale=is_bytes, unit_divisor=1024
+            )
+            self._what = what
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:

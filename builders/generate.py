@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from builders.calibrate import Report
 from builders.checkpoint import Checkpoint
 from builders.graph.decoder import build_graph
+from builders.layers import runnable_opset
 from builders.spec import ModelSpec
 
 PROMPT_LEN = 16  # tokens; all prompts have as many, so that they run as one batch
@@ -54,7 +55,7 @@ def generate_windows(
         return []
     spec, length = checkpoint.spec, PROMPT_LEN + num_tokens
     with tempfile.TemporaryDirectory(prefix="deepseek-triton-float-") as directory:
-        path = build_graph(spec, checkpoint.read, Path(directory), max_seq_len=length)
+        path = build_graph(spec, checkpoint.read, Path(directory), max_seq_len=length, opset=runnable_opset())
         options = ort.SessionOptions()
         options.log_severity_level = 3
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

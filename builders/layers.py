@@ -36,6 +36,14 @@ def layer_prefix(layer: int) -> str:
     return f"model.layers.{layer}."
 
 
+def runnable_opset() -> int:
+    """The opset whose operators the ONNX Runtime installed here has: 24 from its release 1.24 on, else 23."""
+    import onnxruntime as ort
+
+    major, minor = (int(part) for part in ort.__version__.split(".")[:2])
+    return 24 if (major, minor) >= (1, 24) else 23
+
+
 class LayerSession:
     """One layer on ONNX Runtime's CPU, float32, each window a whole sequence."""
 
@@ -79,8 +87,9 @@ def layer_session(
     with tempfile.TemporaryDirectory(prefix="deepseek-triton-layer-") as directory:
         names = [layer_prefix(layer) + name for name in outputs]
         path = build_layer(
-            spec, layer, read, Path(directory), max_seq_len=max_seq_len, quantized=quantized, outputs=names
-        )
+            spec, layer, read, Path(directory),
+            max_seq_len=max_seq_len, opset=runnable_opset(), quantized=quantized, outputs=names,
+        )  # fmt: skip
         yield LayerSession(path, spec, layer, max_seq_len)
 
 

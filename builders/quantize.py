@@ -58,9 +58,11 @@ def quantized_graph(
         CalibrationError: the calibration is not of this checkpoint, or its windows lead to NaN or infinity.
     """
     if recipe.extra_bytes:
-        from builders.sensitivity import keep_most_sensitive
+        from builders.sensitivity import keep_most_sensitive, measure_sensitivity
 
-        recipe = keep_most_sensitive(open_checkpoint(checkpoint.path), recipe, calibration, network, report)
+        again = open_checkpoint(checkpoint.path)
+        ranking = measure_sensitivity(again, recipe, calibration, network, report)
+        recipe = keep_most_sensitive(checkpoint.spec, recipe, ranking, network)
     quantizer = Quantizer(checkpoint, recipe, calibration, network=network, report=report)
     path = build_graph(
         checkpoint.spec, quantizer.read, directory,

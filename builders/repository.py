@@ -7,24 +7,18 @@ build that fails or is interrupted leaves the repository as it was. Building a n
 from __future__ import annotations
 
 import contextlib
-import re
-import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from importlib.metadata import version as package_version
+from collections.abc import Iterator
 from pathlib import Path
-
-import onnx
 
 import ensemble.models
 from builders import pbtxt
+from builders.artefacts import write_artefacts
 from builders.check import require_sound
 from builders.checkpoint import Checkpoint, open_checkpoint
 from builders.errors import BuildError
-from builders.graph.decoder import DTYPES, build_graph
-from ensemble.manifest import ArtefactFile, Manifest
+from builders.options import BuildOptions, Report
 from ensemble.pipelines import (
     DETOKENIZER_SUFFIX,
     ENGINE_SUFFIX,
@@ -32,61 +26,8 @@ from ensemble.pipelines import (
     TOKENIZER_SUFFIX,
     model_name,
 )
-from ensemble.settings import EngineSettings
 
-TARGETS = ("onnx",)
 DEFAULT_MAX_SEQ_LEN = 2048
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# opset → the first ONNX Runtime that runs every operator of the graph in it
-ONNX_RUNTIME_FOR_OPSET = {24: (1, 24), 23: (1, 23)}
-
-# Called with what is done now, and its progress and total in bytes.
-Report = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What to build.
-
-    max_seq_len: tokens in a sequence, prompt and answer; None: the model's own limit, at most 2,048.
-    """
-
-    checkpoint: Path
-    name: str
-    repository: Path = Path("model_repository")
-    target: str = "onnx"
-    precision: str = "fp32"
-    max_seq_len: int | None = None
-    settings: EngineSettings = field(default_factory=EngineSettings)
-
-    def __post_init__(self) -> None:
-        if not NAME.fullmatch(self.name):
-            raise BuildError(f"name is {self.name!r}; use letters, digits, '.', '_' and '-', the first not a sign")
-        if self.target not in TARGETS:
-            raise BuildError(f"target is {self.target!r}; supported: {', '.join(TARGETS)}")
-        if self.precision not in DTYPES:
-            raise BuildError(f"precision is {self.precision!r}; supported: {', '.join(DTYPES)}")
-        if self.max_seq_len is not None and self.max_seq_len < 2:
-            raise BuildError(f"max_seq_len is {self.max_seq_len}, must be at least 2")
-
-    def command(self) -> str:
-        """The command line that builds this again."""
-        words = [
-            "deepseek-triton",
-            "build",
-            str(self.checkpoint),
-            "--name",
-            self.name,
-            "--target",
-            self.target,
-        ]
-        words += ["--precision", self.precision, "--repository", str(self.repository)]
-        if self.max_seq_len is not None:
-            words += ["--max-seq-len", str(self.max_seq_len)]
-        for name in ("num_slots", "prefill_chunk", "num_threads"):
-            if (value := getattr(self.settings, name)) != getattr(EngineSettings, name):
-                words += ["--" + name.replace("_", "-"), str(value)]
-        return shlex.join(words)
 
 
 def build(options: BuildOptions, report: Report = lambda what, done, total: None) -> int:
@@ -108,7 +49,8 @@ def build(options: BuildOptions, report: Report = lambda what, done, total: None
             for suffix in (TOKENIZER_SUFFIX, DETOKENIZER_SUFFIX, ENGINE_SUFFIX)
         )
         _write_text_models(checkpoint, tokenizer, detokenizer)
-        _write_engine(checkpoint, options, max_seq_len, engine, report)
+        write_artefacts(checkpoint, options, max_seq_len, engine, report)
+        _write_adapter("engine", engine)
         require_sound(staging)
         _move_into_place(staging, options.repository, list(configs), version)
     return version
@@ -156,7 +98,9 @@ def _created(directory: Path) -> Iterator[None]:
             directory.mkdir(parents=True, exist_ok=True)
             yield
         except OSError as error:
-            raise BuildError(f"{error.filename or directory}: {error.strerror}; build into another directory") from error
+            raise BuildError(
+                f"{error.filename or directory}: {error.strerror}; build into another directory"
+            ) from error
         undo.pop_all()
 
 
@@ -170,7 +114,9 @@ def _staging(repository: Path) -> Iterator[Path]:
     except OSError as error:
         is_staged = error.filename is None or Path(error.filename).is_relative_to(staging)
         where = repository if is_staged else error.filename
-        raise BuildError(f"{where}: {error.strerror}; the repository is as it was: mend this and build again") from error
+        raise BuildError(
+            f"{where}: {error.strerror}; the repository is as it was: mend this and build again"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -193,64 +139,6 @@ def _write_text_models(checkpoint: Checkpoint, tokenizer: Path, detokenizer: Pat
         shutil.copyfile(path, detokenizer / path.name)
     _write_adapter("tokenizer", tokenizer)
     _write_adapter("detokenizer", detokenizer)
-
-
-def _write_engine(
-    checkpoint: Checkpoint, options: BuildOptions, max_seq_len: int, directory: Path, report: Report
-) -> None:
-    spec, itemsize = checkpoint.spec, DTYPES[options.precision].itemsize
-    total = checkpoint.spec.num_parameters() * itemsize + max_seq_len * spec.head_dim * itemsize
-    free = shutil.disk_usage(directory).free
-    if free < total:
-        raise BuildError(f"{directory.parent}: {total // 2**20} MiB needed, {free // 2**20} MiB free; make room")
-
-    done = 0
-
-    def advance(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        report("weights", done, total)
-
-    opset = _opset()
-    path = build_graph(
-        spec, checkpoint.read, directory,
-        max_seq_len=max_seq_len, precision=options.precision, opset=opset,
-        version=package_version("deepseek-triton"), progress=advance,
-    )  # fmt: skip
-    _write_adapter("engine", directory)
-    packages = ("deepseek-triton", "numpy", "onnx", "onnxruntime", "tokenizers")
-    Manifest(
-        name=options.name,
-        target=options.target,
-        precision=options.precision,
-        checkpoint=checkpoint.path.name,
-        checkpoint_sha256=checkpoint.digest(),
-        spec=spec.to_dict(),
-        limits={"max_seq_len": max_seq_len},
-        end_ids=spec.eos_token_ids,
-        shapes=_shapes(path),
-        versions={package: package_version(package) for package in packages},
-        requires={"onnxruntime": ".".join(map(str, ONNX_RUNTIME_FOR_OPSET[opset]))},
-        files={file.name: ArtefactFile.of(file) for file in (path, path.with_name(path.name + ".data"))},
-        command=options.command(),
-    ).save(directory)
-
-
-def _opset() -> int:
-    """The newest opset that the ONNX Runtime installed here can run; Python 3.10 has none later than 1.23."""
-    installed = tuple(int(part) for part in package_version("onnxruntime").split(".")[:2])
-    for opset, needed in ONNX_RUNTIME_FOR_OPSET.items():
-        if installed >= needed:
-            return opset
-    raise BuildError(f"onnxruntime {package_version('onnxruntime')} is too old; pip install 'onnxruntime>=1.23'")
-
-
-def _shapes(path: Path) -> dict[str, list[int | str]]:
-    graph = onnx.load(path, load_external_data=False).graph
-    return {
-        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
-        for value in (*graph.input, *graph.output)
-    }
 
 
 def _write_adapter(name: str, directory: Path) -> None:

@@ -8,22 +8,25 @@ a byte budget then says how many of the first stay in the network's precision.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from builders.calibrate import Calibration, Report
 from builders.checkpoint import Checkpoint
 from builders.evaluate import Final, compare
+from builders.float8 import Float32
 from builders.graph.decoder import DTYPES
 from builders.graph.float8 import Float8Linear
-from builders.layers import TAPS, embed, final_norm, layer_prefix, layer_session
+from builders.layers import TAPS, Ids, embed, final_norm, layer_prefix, layer_session
 from builders.quantize import Quantizer
 from builders.recipe import Recipe
 from builders.spec import ModelSpec
 
-WINDOW_LEN = 192  # tokens that the ranking is measured on: many models run, each once
+# What the ranking is measured on: little, for there are many models to run; of different texts, for they differ.
+NUM_WINDOWS = 4
+WINDOW_LEN = 64  # tokens
 
 
 @dataclass(frozen=True)
@@ -51,18 +54,18 @@ def measure_sensitivity(
         checkpoint: read once, in order: open another for the build.
     """
     spec = checkpoint.spec
-    window = max(calibration.window_arrays(), key=len)[:WINDOW_LEN]
+    windows = _sample_windows(calibration)
     simple = replace(recipe, rounding="nearest", extra_bytes=0.0, bias_correction=False)
     quantizer = Quantizer(checkpoint, simple, calibration, network=network)
     embedding = quantizer.read("model.embed_tokens.weight")
-    exact = embed(embedding, [window])[0]
+    exact = embed(embedding, windows)
     groups: list[tuple[str, ...]] = []
-    streams: list[NDArray[np.float32]] = []
+    streams: list[list[Float32]] = []
     for layer in range(spec.num_layers):
         report("rank layers", layer, spec.num_layers)
-        with layer_session(spec, layer, quantizer.read, max_seq_len=len(window)) as session:
-            streams = [session.run(stream)[0] for stream in streams]
-            (next_exact,) = session.run(exact)
+        with layer_session(spec, layer, quantizer.read, max_seq_len=WINDOW_LEN) as session:
+            streams = [[session.run(hidden)[0] for hidden in stream] for stream in streams]
+            next_exact = [session.run(hidden)[0] for hidden in exact]
         for modules in TAPS.values():
             names = (layer_prefix(layer) + module for module in modules)
             group = tuple(name for name in names if recipe.precision_of(name) == "fp8")
@@ -72,37 +75,40 @@ def measure_sensitivity(
             def quantized(module: str, group: tuple[str, ...] = group) -> Float8Linear | None:
                 return quantizer.quantized(module) if module in group else None
 
-            with layer_session(spec, layer, quantizer.read, max_seq_len=len(window), quantized=quantized) as session:
-                streams.append(session.run(exact)[0])
+            with layer_session(spec, layer, quantizer.read, max_seq_len=WINDOW_LEN, quantized=quantized) as session:
+                streams.append([session.run(hidden)[0] for hidden in exact])
             groups.append(group)
         exact = next_exact
     report("rank layers", spec.num_layers, spec.num_layers)
     norm = quantizer.read("model.norm.weight")
     head = np.asarray(embedding if spec.tie_word_embeddings else quantizer.read("lm_head.weight"), np.float32)
-    reference = Final((final_norm(exact, norm, spec.rms_norm_eps),), head)
+    reference = Final(tuple(final_norm(hidden, norm, spec.rms_norm_eps) for hidden in exact), head)
     ranking = []
     for group, stream in zip(groups, streams, strict=True):
-        candidate = Final((final_norm(stream, norm, spec.rms_norm_eps),), head)
-        kl = compare(reference, candidate, [window]).mean_kl
+        candidate = Final(tuple(final_norm(hidden, norm, spec.rms_norm_eps) for hidden in stream), head)
+        kl = compare(reference, candidate, windows).mean_kl
         ranking.append(Sensitivity(group, kl, _extra_bytes(spec, group, network)))
     return sorted(ranking, key=lambda s: (-s.mean_kl / s.extra_bytes, s.modules))
 
 
 def keep_most_sensitive(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    calibration: Calibration,
-    network: str = "fp16",
-    report: Report = lambda what, done, total: None,
+    spec: ModelSpec, recipe: Recipe, ranking: Sequence[Sensitivity], network: str = "fp16"
 ) -> Recipe:
-    """The recipe with `keep` extended by the most sensitive layers that `extra_bytes` has room for."""
-    budget = int(recipe.extra_bytes * float8_bytes(checkpoint.spec, recipe, network))
+    """The recipe with `keep` extended by the first layers of the ranking that `extra_bytes` has room for."""
+    budget = int(recipe.extra_bytes * float8_bytes(spec, recipe, network))
     kept: list[str] = []
-    for candidate in measure_sensitivity(checkpoint, recipe, calibration, network, report):
+    for candidate in ranking:
         if candidate.extra_bytes <= budget:
             kept += candidate.modules
             budget -= candidate.extra_bytes
     return replace(recipe, keep=(*recipe.keep, *sorted(kept)), extra_bytes=0.0)
+
+
+def _sample_windows(calibration: Calibration) -> list[Ids]:
+    windows = calibration.window_arrays()
+    longest = sorted(windows, key=len, reverse=True)[: max(NUM_WINDOWS, len(windows) // 2)]
+    step = max(1, len(longest) // NUM_WINDOWS)
+    return [window[:WINDOW_LEN] for window in longest[::step][:NUM_WINDOWS]]
 
 
 def float8_bytes(spec: ModelSpec, recipe: Recipe, network: str) -> int:

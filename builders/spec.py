@@ -308,9 +308,7 @@ def from_gguf(
     )
 
 
-def _rope_from_gguf(
-    values: Mapping[str, Any], max_positions: int, frequency_factors: tuple[float, ...]
-) -> RopeSpec:
+def _rope_from_gguf(values: Mapping[str, Any], max_positions: int, frequency_factors: tuple[float, ...]) -> RopeSpec:
     kind = values.get("rope.scaling.type", "none")
     if kind not in ("none", "linear", "yarn"):
         raise UnsupportedError(f"rope scaling {kind!r} is not supported in GGUF; supported: none, linear, yarn")

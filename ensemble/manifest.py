@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,7 +47,8 @@ class Manifest:
 
     spec: ModelSpec's fields, as plain values. limits: max_seq_len in tokens. versions: package → version at build time.
     requires: package → lowest version that can load the artefacts. shapes: graph tensor → its dimensions.
-    command: the command line that builds these artefacts again.
+    command: the command line that builds these artefacts again. recipe: how an FP8 graph was quantised, else empty.
+    engine: what a TensorRT plan was compiled with and for, and what is in it; else empty.
     """
 
     name: str
@@ -63,6 +64,8 @@ class Manifest:
     requires: dict[str, str]
     files: dict[str, ArtefactFile]
     command: str
+    recipe: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
     @property

@@ -20,6 +20,11 @@ MIN_TEMPERATURE = 1e-5  # below it float32 would overflow, and only the likelies
 class SamplingError(ValueError):
     """A sampling parameter is out of range, or the logits can't be sampled; the message is one line."""
 
+    @classmethod
+    def not_finite(cls) -> SamplingError:
+        """The error for logits that hold NaN or infinity."""
+        return cls("the model's logits are not finite; the checkpoint or its precision is at fault")
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -71,7 +76,7 @@ class Sampler:
         """
         best = int(logits.argmax())  # the first NaN, where there is one
         if not np.isfinite(logits[best]):
-            raise SamplingError("the model's logits are not finite; the checkpoint or its precision is at fault")
+            raise SamplingError.not_finite()
         if self._random is None:
             return best
         temperature = 1.0 if self._params.temperature is None else self._params.temperature

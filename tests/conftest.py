@@ -20,7 +20,8 @@ MAX_SEQ_LEN = 512
 @pytest.fixture(scope="session")
 def smollm2_repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A model repository built from SmolLM2's real weights."""
-    from builders.repository import BuildOptions, build
+    from builders.options import BuildOptions
+    from builders.repository import build
 
     repository = tmp_path_factory.mktemp("repository") / "models"
     settings = EngineSettings(prefill_chunk=32)

@@ -80,6 +80,7 @@ def build_layer(
     directory: Path,
     *,
     max_seq_len: int,
+    opset: int,
     quantized: Quantized | None = None,
     outputs: Sequence[str] = (),
 ) -> Path:
@@ -88,7 +89,7 @@ def build_layer(
     Input `hidden` [batch, seq_len, hidden], besides `start` and the layer's cache; outputs the layer's own, first, and
     `outputs`: other values by name. FP8 layers are simulated (`Float8Nodes`): the same numbers, much faster on a CPU.
     """
-    with GraphBuilder(directory, "layer", opset=24) as graph:
+    with GraphBuilder(directory, "layer", opset=opset) as graph:
         decoder = _Decoder(graph, spec, read, max_seq_len, DTYPES["fp32"], quantized, simulate=True)
         decoder.build_layer(layer, outputs)
         return graph.finish(producer=PRODUCER, version="", doc=f"Layer {layer} of a decoder.")

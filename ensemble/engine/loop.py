@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ensemble.engine.runners.base import Runner
+from ensemble.engine.runners.base import GreedyRunner, Runner
 from ensemble.engine.scheduler import Scheduler, Step
 from ensemble.engine.sequence import Sequence
 from ensemble.sampling import SamplingError
@@ -150,6 +150,15 @@ class EngineLoop:
                 positions[slot] = position
         for slot, sequence in by_slot.items():
             ids[slot] = sequence.output_ids[-1]
+        if isinstance(self._runner, GreedyRunner) and all(s.params.is_greedy for s in sequences):
+            tokens, scores = self._runner.decode_greedy(ids, positions)
+            for slot, sequence in by_slot.items():
+                sequence.num_computed += 1
+                if np.isfinite(scores[slot]):
+                    sequence.append(int(tokens[slot]), self._end_ids)
+                else:
+                    self._fail(sequence, str(SamplingError.not_finite()))
+            return
         logits = self._runner.decode(ids, positions)
         for slot, sequence in by_slot.items():
             sequence.num_computed += 1

@@ -5,7 +5,7 @@ A runner owns `num_slots` caches of `max_seq_len` positions. It knows nothing of
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,3 +40,11 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Free the weights and the caches."""
+
+
+@runtime_checkable
+class GreedyRunner(Runner, Protocol):
+    """A runner that can choose the likeliest token itself, where its logits are."""
+
+    def decode_greedy(self, ids: Ids, positions: Ids) -> tuple[Ids, Logits]:
+        """As `decode`, but gives each slot's likeliest token [n] and its logit [n]."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from ensemble.engine.runners.base import Runner, RunnerError
 from ensemble.manifest import Manifest
 from ensemble.settings import EngineSettings
+from ensemble.tensorrt_api import PLAN_FILE, TARGETS, Plan, TensorRTError
 
 
 def load_runner(directory: Path, settings: EngineSettings) -> tuple[Manifest, Runner]:
@@ -27,5 +28,15 @@ def load_runner(directory: Path, settings: EngineSettings) -> tuple[Manifest, Ru
 
         return manifest, OnnxRunner(
             directory / "model.onnx", num_slots=settings.num_slots, num_threads=settings.num_threads
+        )
+    if manifest.target in TARGETS:
+        from ensemble.engine.runners.tensorrt import TensorRTRunner
+
+        try:
+            plan = Plan.from_dict({name: value for name, value in manifest.engine.items() if name != "census"})
+        except TensorRTError as error:
+            raise RunnerError(f"{directory}: {error}; {manifest.command}") from error
+        return manifest, TensorRTRunner(
+            directory / PLAN_FILE, plan, num_slots=settings.num_slots, prefill_chunk=settings.prefill_chunk
         )
     raise RunnerError(f"{directory} is built for target {manifest.target!r}, which this version has no runner for")

@@ -1,0 +1,176 @@
+"""Checkpoint → an engine's version directory: the graph or the plan, and the manifest that says what it is.
+
+One path for every target: the ONNX graph is always made; for TensorRT it is then compiled, and only the plan is kept.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from builders.checkpoint import Checkpoint
+from builders.errors import BuildError
+from builders.graph.builder import Progress
+from builders.graph.decoder import DTYPES, build_graph
+from builders.options import BuildOptions, Report
+from builders.recipe import Recipe, recipe_named
+from builders.spec import ModelSpec
+from ensemble.manifest import ArtefactFile, Manifest
+
+PACKAGES = ("deepseek-triton", "numpy", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "tokenizers")
+# opset → the first ONNX Runtime that runs every operator of the graph in it
+ONNX_RUNTIME_FOR_OPSET = {24: (1, 24), 23: (1, 23)}
+TENSORRT_OPSET = 24
+# What is not FP8 in an FP8 graph: embedding, head, norms and cache.
+NETWORK_OF = {"fp32": "fp32", "fp16": "fp16", "fp8": "fp16"}
+
+
+def write_artefacts(
+    checkpoint: Checkpoint, options: BuildOptions, max_seq_len: int, directory: Path, report: Report
+) -> None:
+    """Write the artefacts of `options.target` and manifest.json into `directory`.
+
+    Raises:
+        BuildError: no room, no ONNX Runtime or TensorRT that fits, calibration or compilation failed.
+    """
+    spec = checkpoint.spec
+    _require_room(spec, options, directory)
+    files: tuple[Path, ...]
+    engine: dict[str, Any] = {}
+    requires: dict[str, str] = {}
+    if options.target == "onnx":
+        opset = _onnx_opset()
+        graph, recipe = _write_graph(checkpoint, options, max_seq_len, opset, directory, report)
+        files, shapes = (graph, graph.with_name(graph.name + ".data")), _shapes(graph)
+        requires = {"onnxruntime": ".".join(map(str, ONNX_RUNTIME_FOR_OPSET[opset]))}
+    else:
+        with tempfile.TemporaryDirectory(prefix="graph-", dir=directory.parent) as temporary:
+            graph, recipe = _write_graph(checkpoint, options, max_seq_len, TENSORRT_OPSET, Path(temporary), report)
+            plan, engine = _compile(graph, spec, options, recipe, max_seq_len, directory, report)
+            files, shapes = (plan,), _shapes(graph)
+    Manifest(
+        name=options.name,
+        target=options.target,
+        precision=options.precision,
+        checkpoint=checkpoint.path.name,
+        checkpoint_sha256=checkpoint.digest(),
+        spec=spec.to_dict(),
+        limits={"max_seq_len": max_seq_len},
+        end_ids=spec.eos_token_ids,
+        shapes=shapes,
+        versions=_versions(),
+        requires=requires,
+        files={file.name: ArtefactFile.of(file) for file in files},
+        command=options.command(),
+        recipe=recipe.to_dict() if recipe else {},
+        engine=engine,
+    ).save(directory)
+
+
+def _write_graph(
+    checkpoint: Checkpoint, options: BuildOptions, max_seq_len: int, opset: int, directory: Path, report: Report
+) -> tuple[Path, Recipe | None]:
+    """The ONNX graph, and for FP8 the recipe with every kept layer named."""
+    network, version = NETWORK_OF[options.precision], package_version("deepseek-triton")
+    advance = _weights_progress(checkpoint.spec, options.precision, max_seq_len, report)
+    if options.precision != "fp8":
+        path = build_graph(
+            checkpoint.spec, checkpoint.read, directory,
+            max_seq_len=max_seq_len, precision=network, opset=opset, version=version, progress=advance,
+        )  # fmt: skip
+        return path, None
+    from builders.evaluate_cli import load_or_calibrate
+    from builders.quantize import quantized_graph
+
+    recipe = recipe_named(options.recipe)
+    recipe = replace(recipe, keep=recipe.keep + options.keep)
+    calibration = load_or_calibrate(options.checkpoint, options.ranges, options.calibration_text, report)
+    return quantized_graph(
+        checkpoint, recipe, calibration, directory,
+        max_seq_len=max_seq_len, network=network, opset=opset, version=version, report=report,
+    )  # fmt: skip
+
+
+def _compile(
+    graph: Path,
+    spec: ModelSpec,
+    options: BuildOptions,
+    recipe: Recipe | None,
+    max_seq_len: int,
+    directory: Path,
+    report: Report,
+) -> tuple[Path, dict[str, Any]]:
+    """The plan's path, and what the manifest says of it."""
+    from builders.engine.build import build_engine
+    from ensemble.tensorrt_api import PLAN_FILE
+
+    modules = [name.removesuffix(".weight") for name in spec.tensor_shapes() if name.endswith(".weight")]
+    built = build_engine(
+        graph, directory / PLAN_FILE,
+        target=options.target,
+        precision=options.precision,
+        num_slots=options.settings.num_slots,
+        prefill_chunk=options.settings.prefill_chunk,
+        max_seq_len=max_seq_len,
+        compute_capability=options.compute_capability,
+        fp8_modules=[m for m in modules if recipe and recipe.precision_of(m) == "fp8"],
+        timing_cache=options.timing_cache,
+        progress=report,
+    )  # fmt: skip
+    return built.path, built.plan.to_dict() | {"census": built.census.to_dict()}
+
+
+def _weights_progress(spec: ModelSpec, precision: str, max_seq_len: int, report: Report) -> Progress:
+    itemsize = DTYPES[NETWORK_OF[precision]].itemsize
+    total = (spec.num_parameters() + max_seq_len * spec.head_dim) * itemsize
+    done = 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        report("weights", done, total)
+
+    return advance
+
+
+def _require_room(spec: ModelSpec, options: BuildOptions, directory: Path) -> None:
+    needed = spec.num_parameters() * (4 if options.precision == "fp32" else 2)
+    if options.target != "onnx":
+        needed *= 2  # the graph, for as long as it is compiled, and the plan
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise BuildError(f"{options.repository}: {needed // 2**20} MiB needed, {free // 2**20} MiB free; make room")
+
+
+def _onnx_opset() -> int:
+    """The newest opset that the ONNX Runtime installed here can run; Python 3.10 has none later than 1.23."""
+    installed = tuple(int(part) for part in package_version("onnxruntime").split(".")[:2])
+    for opset, needed in ONNX_RUNTIME_FOR_OPSET.items():
+        if installed >= needed:
+            return opset
+    raise BuildError(f"onnxruntime {package_version('onnxruntime')} is too old; pip install 'onnxruntime>=1.23'")
+
+
+def _shapes(path: Path) -> dict[str, list[int | str]]:
+    graph = onnx.load(path, load_external_data=False).graph
+    return {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = package_version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,84 @@
+"""What a build is asked for: validated once, and told again as the command line that repeats it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from builders.errors import BuildError
+from ensemble.settings import EngineSettings
+
+TARGETS = ("onnx", "tensorrt", "tensorrt-rtx")
+PRECISIONS = ("fp32", "fp16", "fp8")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+# Called with what is done now, and its progress and total in units of its own (bytes for "weights").
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build.
+
+    max_seq_len: tokens in a sequence, prompt and answer; None: the model's own limit, at most 2,048.
+    recipe, keep: for fp8, a name in `builders.recipe.RECIPES` and patterns of modules that are not quantised.
+    calibration_text: for fp8, a text file; None: the built-in set and text of the model's own. ranges: a file of
+        activation ranges, read where it exists, else written. compute_capability: of the GPU that will serve, as
+        "8.9", for TensorRT; None: this machine's. timing_cache: TensorRT's, kept between builds.
+    """
+
+    checkpoint: Path
+    name: str
+    repository: Path = Path("model_repository")
+    target: str = "onnx"
+    precision: str = "fp32"
+    max_seq_len: int | None = None
+    settings: EngineSettings = field(default_factory=EngineSettings)
+    recipe: str = "default"
+    keep: tuple[str, ...] = ()
+    calibration_text: Path | None = None
+    ranges: Path | None = None
+    compute_capability: str | None = None
+    timing_cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise BuildError(f"name is {self.name!r}; use letters, digits, '.', '_' and '-', the first not a sign")
+        if self.target not in TARGETS:
+            raise BuildError(f"target is {self.target!r}; supported: {', '.join(TARGETS)}")
+        if self.precision not in PRECISIONS:
+            raise BuildError(f"precision is {self.precision!r}; supported: {', '.join(PRECISIONS)}")
+        if self.max_seq_len is not None and self.max_seq_len < 2:
+            raise BuildError(f"max_seq_len is {self.max_seq_len}, must be at least 2")
+        if self.precision != "fp8":
+            for name in ("keep", "calibration_text", "ranges"):
+                if getattr(self, name):
+                    raise BuildError(f"{name} is for precision fp8, this is {self.precision}")
+        if self.target == "onnx":
+            for name in ("compute_capability", "timing_cache"):
+                if getattr(self, name):
+                    raise BuildError(f"{name} is for TensorRT, the target is onnx")
+
+    def command(self) -> str:
+        """The command line that builds this again."""
+        words = ["deepseek-triton", "build", str(self.checkpoint), "--name", self.name, "--target", self.target]
+        words += ["--precision", self.precision, "--repository", str(self.repository)]
+        optional = ("max_seq_len", "calibration_text", "ranges", "compute_capability", "timing_cache")
+        for name in optional:
+            if getattr(self, name) is not None:
+                words += [_option(name), str(getattr(self, name))]
+        if self.precision == "fp8":
+            words += ["--recipe", self.recipe]
+        for pattern in self.keep:
+            words += ["--keep", pattern]
+        for name in ("num_slots", "prefill_chunk", "num_threads"):
+            if (value := getattr(self.settings, name)) != getattr(EngineSettings, name):
+                words += [_option(name), str(value)]
+        return shlex.join(words)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
