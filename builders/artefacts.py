@@ -20,6 +20,7 @@ from builders.errors import BuildError
 from builders.graph.builder import Progress
 from builders.graph.decoder import DTYPES, build_graph
 from builders.options import BuildOptions, Report
+from builders.pbtxt import ModelConfig
 from builders.recipe import Recipe, recipe_named
 from builders.spec import ModelSpec
 from ensemble.manifest import ArtefactFile, Manifest
@@ -55,23 +56,79 @@ def write_artefacts(
             graph, recipe = _write_graph(checkpoint, options, max_seq_len, TENSORRT_OPSET, Path(temporary), report)
             plan, engine = _compile(graph, spec, options, recipe, max_seq_len, directory, report)
             files, shapes = (plan,), _shapes(graph)
-    Manifest(
+    manifest = _manifest(checkpoint, options, max_seq_len, recipe, engine, files, shapes)
+    replace(manifest, requires=requires).save(directory)
+
+
+def write_scoring_artefacts(
+    checkpoint: Checkpoint, options: BuildOptions, max_seq_len: int, directory: Path, report: Report
+) -> ModelConfig:
+    """Write a plan without a cache, for Triton's own tensorrt backend, into `directory`; returns its configuration.
+
+    One pass over whole sequences, `num_slots` of them at most, logits of each one's last token.
+
+    Raises:
+        BuildError: as `write_artefacts`.
+    """
+    from builders.engine.scoring import ScoringLimits, build_scoring_engine, scoring_config
+    from builders.engine.stateless import write_stateless
+    from ensemble.tensorrt_api import PLAN_FILE
+
+    spec = checkpoint.spec
+    _require_room(spec, options, directory)
+    limits = ScoringLimits(options.settings.num_slots, max_seq_len)
+    with tempfile.TemporaryDirectory(prefix="graph-", dir=directory.parent) as temporary:
+        graph, recipe = _write_graph(checkpoint, options, max_seq_len, TENSORRT_OPSET, Path(temporary), report)
+        stateless = write_stateless(graph, graph.with_name("scoring.onnx"))
+        built = build_scoring_engine(
+            stateless, directory / PLAN_FILE, limits,
+            target=options.target,
+            precision=options.precision,
+            compute_capability=options.compute_capability,
+            fp8_modules=_fp8_modules(spec, recipe),
+            timing_cache=options.timing_cache,
+            progress=report,
+        )  # fmt: skip
+        engine: dict[str, Any] = {"version": built.version, "compute_capability": built.compute_capability}
+        engine |= {"max_batch_size": limits.max_batch_size, "census": built.census.to_dict()}
+        shapes = _shapes(stateless)
+        config = scoring_config(options.name, stateless, limits, target=options.target)
+    _manifest(checkpoint, options, max_seq_len, recipe, engine, (built.path,), shapes).save(directory)
+    return config
+
+
+def _manifest(
+    checkpoint: Checkpoint,
+    options: BuildOptions,
+    max_seq_len: int,
+    recipe: Recipe | None,
+    engine: dict[str, Any],
+    files: tuple[Path, ...],
+    shapes: dict[str, list[int | str]],
+) -> Manifest:
+    return Manifest(
         name=options.name,
         target=options.target,
         precision=options.precision,
         checkpoint=checkpoint.path.name,
         checkpoint_sha256=checkpoint.digest(),
-        spec=spec.to_dict(),
+        spec=checkpoint.spec.to_dict(),
         limits={"max_seq_len": max_seq_len},
-        end_ids=spec.eos_token_ids,
+        end_ids=checkpoint.spec.eos_token_ids,
         shapes=shapes,
         versions=_versions(),
-        requires=requires,
+        requires={},
         files={file.name: ArtefactFile.of(file) for file in files},
         command=options.command(),
         recipe=recipe.to_dict() if recipe else {},
         engine=engine,
-    ).save(directory)
+    )
+
+
+def _fp8_modules(spec: ModelSpec, recipe: Recipe | None) -> list[str]:
+    """Linear layers that must be FP8, by the recipe that was carried out."""
+    modules = (name.removesuffix(".weight") for name in spec.tensor_shapes() if name.endswith(".weight"))
+    return [module for module in modules if recipe and recipe.precision_of(module) == "fp8"]
 
 
 def _write_graph(
@@ -111,7 +168,6 @@ def _compile(
     from builders.engine.build import build_engine
     from ensemble.tensorrt_api import PLAN_FILE
 
-    modules = [name.removesuffix(".weight") for name in spec.tensor_shapes() if name.endswith(".weight")]
     built = build_engine(
         graph, directory / PLAN_FILE,
         target=options.target,
@@ -120,7 +176,7 @@ def _compile(
         prefill_chunk=options.settings.prefill_chunk,
         max_seq_len=max_seq_len,
         compute_capability=options.compute_capability,
-        fp8_modules=[m for m in modules if recipe and recipe.precision_of(m) == "fp8"],
+        fp8_modules=_fp8_modules(spec, recipe),
         timing_cache=options.timing_cache,
         progress=report,
     )  # fmt: skip

@@ -117,6 +117,9 @@ def _check_model(directory: Path, config: ModelConfig) -> Iterator[Problem]:
     versions = _served_versions(directory, config)
     if not versions:
         yield Problem(str(directory), "has no version that is served; needs a directory named 1")
+    if config.platform == "tensorrt_plan":
+        for version in versions:
+            yield from _check_plan(directory, directory / str(version), config)
     if config.backend != "python":
         return
     model_file = config.default_model_filename or "model.py"
@@ -140,6 +143,15 @@ def _served_versions(directory: Path, config: ModelConfig) -> list[int]:
     if policy == "specific":
         return [version for version in found if version in config.version_policy.specific.versions]
     return found[-(config.version_policy.latest.num_versions or 1) :]
+
+
+def _check_plan(directory: Path, version_dir: Path, config: ModelConfig) -> Iterator[Problem]:
+    problems = check_engine_files(version_dir)
+    yield from problems
+    limit = None if problems else Manifest.load(version_dir).engine.get("max_batch_size")
+    if limit is not None and config.max_batch_size > limit:
+        what = f"max_batch_size is {config.max_batch_size}, the plan was built for {limit}: lower it"
+        yield Problem(str(directory / CONFIG), what)
 
 
 def _check_engine(directory: Path, version_dir: Path, config: ModelConfig) -> Iterator[Problem]:

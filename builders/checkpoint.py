@@ -30,7 +30,11 @@ SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
+# DeepSeek's FP8 checkpoints: each 128 × 128 block of a weight has a factor, in a tensor of the weight's name and this.
+SCALE_SUFFIX = "_scale_inv"
+SCALE_BLOCK = 128
 # Buffers that older checkpoints carry and every graph recomputes.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -83,7 +87,7 @@ class TensorLocation:
 
 
 class HuggingFaceCheckpoint:
-    """config.json, safetensors in one or many shards, tokenizer.json."""
+    """config.json, safetensors in one or many shards, tokenizer.json; block-scaled FP8 weights leave as float32."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -97,11 +101,19 @@ class HuggingFaceCheckpoint:
                     other = self._tensors[name].file.name
                     raise CheckpointError(f"{path}: {name!r} is in both {other} and {file.name}; {FETCH_AGAIN}")
                 self._tensors[name] = location
-        found = {name: location.shape for name, location in self._tensors.items()}
+        scales = {name for name in self._tensors if name.endswith(SCALE_SUFFIX)}
+        found = {name: location.shape for name, location in self._tensors.items() if name not in scales}
         _check_tensors(self.spec, found, path)
+        _check_scales(self._tensors, scales, path)
         self._digest = hashlib.sha256()
 
     def read(self, name: str) -> Array:
+        array = self._stored(name)
+        if array.dtype != SAFETENSORS_DTYPES["F8_E4M3"]:
+            return array
+        return dequantize_blocks(array, self._stored(name + SCALE_SUFFIX))
+
+    def _stored(self, name: str) -> Array:
         location = self._tensors[name]
         try:
             with location.file.open("rb") as stream:
@@ -192,6 +204,36 @@ def _check_ranges(file: Path, ranges: list[tuple[int, int, str]], size: int) -> 
         position = end
     if position != size:
         raise CheckpointError(f"{file} has {size - position} bytes that belong to no tensor; {FETCH_AGAIN}")
+
+
+def dequantize_blocks(codes: Array, scales: Array) -> NDArray[np.float32]:
+    """Codes [out, in] times the factor of each 128 × 128 block, scales [out / 128, in / 128] rounded up → float32.
+
+    Source: `weight_dequant` of DeepSeek-V3's inference/kernel.py.
+    """
+    values = np.empty(codes.shape, np.float32)
+    for block, factors in enumerate(np.asarray(scales, np.float32)):
+        rows = slice(block * SCALE_BLOCK, (block + 1) * SCALE_BLOCK)
+        columns = np.repeat(factors, SCALE_BLOCK)[: codes.shape[1]]
+        np.multiply(codes[rows].astype(np.float32), columns, out=values[rows])
+    return values
+
+
+def _check_scales(tensors: Mapping[str, TensorLocation], scales: set[str], path: Path) -> None:
+    """Every FP8 weight has its factors, of the right shape, and no other tensor has any."""
+    fp8 = {name for name, tensor in tensors.items() if tensor.dtype == SAFETENSORS_DTYPES["F8_E4M3"]}
+    for name in sorted({name.removesuffix(SCALE_SUFFIX) for name in scales} - fp8):
+        raise CheckpointError(f"{path}: {name + SCALE_SUFFIX!r} belongs to no FP8 weight; {FETCH_AGAIN}")
+    for name in sorted(fp8):
+        if name + SCALE_SUFFIX not in scales:
+            raise CheckpointError(f"{path}: {name!r} is FP8 and {name + SCALE_SUFFIX} is missing; {FETCH_AGAIN}")
+        expected = tuple(-(-n // SCALE_BLOCK) for n in tensors[name].shape)
+        found = tensors[name + SCALE_SUFFIX].shape
+        if len(expected) != 2 or found != expected:
+            raise CheckpointError(
+                f"{path}: {name + SCALE_SUFFIX} has shape {list(found)}, {list(expected)} is needed for blocks of "
+                f"{SCALE_BLOCK} × {SCALE_BLOCK}; {FETCH_AGAIN}"
+            )
 
 
 # GGUF's tensor names in Hugging Face's; {i} is the layer.

@@ -29,11 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
-    except ModuleNotFoundError as error:
-        extra = MODULE_EXTRAS.get((error.name or "").split(".")[0])
+    except (ModuleNotFoundError, RuntimeError) as error:
+        missing = error.__cause__ or error  # tritonclient makes a RuntimeError of what it misses
+        name = missing.name or "" if isinstance(missing, ModuleNotFoundError) else ""
+        extra = MODULE_EXTRAS.get(name.split(".")[0])
         if extra is None:
             raise
-        return _fail(f"{error.name} is not installed; pip install 'deepseek-triton[{extra}]'")
+        return _fail(f"{name} is not installed; pip install 'deepseek-triton[{extra}]'")
 
 
 MODULE_EXTRAS = {
@@ -70,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from builders.options import PRECISIONS, TARGETS
+    from builders.options import PRECISIONS, TARGETS, TASKS
     from builders.recipe import RECIPES
     from ensemble.settings import EngineSettings
 
@@ -79,6 +81,7 @@ def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
     build.add_argument("--name", required=True, help="name of the served model")
     build.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
     build.add_argument("--target", default="onnx", choices=TARGETS, help="default: %(default)s")
+    build.add_argument("--task", default="generate", choices=TASKS, help="default: %(default)s; score: target tensorrt")
     build.add_argument("--precision", choices=PRECISIONS, help="default: fp32 for onnx, fp16 for TensorRT")
     build.add_argument("--max-seq-len", type=int, help="tokens, prompt and answer (default: the model's, at most 2048)")
     for name, what in (
@@ -128,6 +131,7 @@ def _build(arguments: argparse.Namespace) -> int:
             name=arguments.name,
             repository=arguments.repository,
             target=arguments.target,
+            task=arguments.task,
             precision=arguments.precision or ("fp32" if arguments.target == "onnx" else "fp16"),
             max_seq_len=arguments.max_seq_len,
             settings=settings,

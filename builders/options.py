@@ -13,6 +13,7 @@ from ensemble.settings import EngineSettings
 
 TARGETS = ("onnx", "tensorrt", "tensorrt-rtx")
 PRECISIONS = ("fp32", "fp16", "fp8")
+TASKS = ("generate", "score")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 # Called with what is done now, and its progress and total in units of its own (bytes for "weights").
@@ -23,6 +24,8 @@ Report = Callable[[str, int, int], None]
 class BuildOptions:
     """What to build.
 
+    task: "generate" makes the ensemble that streams text; "score" one pass without a cache, for Triton's own tensorrt
+        backend, in which num_slots is the largest batch.
     max_seq_len: tokens in a sequence, prompt and answer; None: the model's own limit, at most 2,048.
     recipe, keep: for fp8, a name in `builders.recipe.RECIPES` and patterns of modules that are not quantised.
     calibration_text: for fp8, a text file; None: the built-in set and text of the model's own. ranges: a file of
@@ -34,6 +37,7 @@ class BuildOptions:
     name: str
     repository: Path = Path("model_repository")
     target: str = "onnx"
+    task: str = "generate"
     precision: str = "fp32"
     max_seq_len: int | None = None
     settings: EngineSettings = field(default_factory=EngineSettings)
@@ -47,6 +51,12 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
             raise BuildError(f"name is {self.name!r}; use letters, digits, '.', '_' and '-', the first not a sign")
+        if self.task not in TASKS:
+            raise BuildError(f"task is {self.task!r}; supported: {', '.join(TASKS)}")
+        if self.task == "score" and self.target != "tensorrt":
+            raise BuildError(
+                f"task score is for Triton's own tensorrt backend: needs target tensorrt, not {self.target}"
+            )
         if self.target not in TARGETS:
             raise BuildError(f"target is {self.target!r}; supported: {', '.join(TARGETS)}")
         if self.precision not in PRECISIONS:
@@ -70,6 +80,8 @@ class BuildOptions:
         for name in optional:
             if getattr(self, name) is not None:
                 words += [_option(name), str(getattr(self, name))]
+        if self.task != "generate":
+            words += ["--task", self.task]
         if self.precision == "fp8":
             words += ["--recipe", self.recipe]
         for pattern in self.keep:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import ensemble.models
 from builders import pbtxt
-from builders.artefacts import write_artefacts
+from builders.artefacts import write_artefacts, write_scoring_artefacts
 from builders.check import require_sound
 from builders.checkpoint import Checkpoint, open_checkpoint
 from builders.errors import BuildError
@@ -40,20 +40,50 @@ def build(options: BuildOptions, report: Report = lambda what, done, total: None
     max_seq_len = _max_seq_len(checkpoint, options)
     with _created(options.repository), _staging(options.repository) as staging:
         version = _next_version(options)
-        configs = _configs(options)
-        for name, config in configs.items():
-            (staging / name / str(version)).mkdir(parents=True)
-            (staging / name / "config.pbtxt").write_text(pbtxt.to_text(config), encoding="utf-8")
-        tokenizer, detokenizer, engine = (
-            staging / model_name(options.name, suffix) / str(version)
-            for suffix in (TOKENIZER_SUFFIX, DETOKENIZER_SUFFIX, ENGINE_SUFFIX)
-        )
-        _write_text_models(checkpoint, tokenizer, detokenizer)
-        write_artefacts(checkpoint, options, max_seq_len, engine, report)
-        _write_adapter("engine", engine)
+        write = _write_scorer if options.task == "score" else _write_generator
+        write(checkpoint, options, max_seq_len, staging, version, report)
         require_sound(staging)
-        _move_into_place(staging, options.repository, list(configs), version)
+        _move_into_place(staging, options.repository, _model_names(options), version)
     return version
+
+
+def _write_generator(
+    checkpoint: Checkpoint, options: BuildOptions, max_seq_len: int, staging: Path, version: int, report: Report
+) -> None:
+    """Tokenizer, engine, detokenizer and the ensemble that joins them."""
+    for config in (
+        pbtxt.tokenizer_config(options.name),
+        pbtxt.detokenizer_config(options.name),
+        pbtxt.engine_config(options.name, options.settings.to_parameters()),
+        pbtxt.ensemble_config(options.name, GENERATE_PIPELINE),
+    ):
+        (staging / config.name / str(version)).mkdir(parents=True)
+        _write_config(staging, config)
+    tokenizer, detokenizer, engine, _ = (staging / name / str(version) for name in _model_names(options))
+    _write_text_models(checkpoint, tokenizer, detokenizer)
+    write_artefacts(checkpoint, options, max_seq_len, engine, report)
+    _write_adapter("engine", engine)
+
+
+def _write_scorer(
+    checkpoint: Checkpoint, options: BuildOptions, max_seq_len: int, staging: Path, version: int, report: Report
+) -> None:
+    """One stateless model."""
+    directory = staging / options.name / str(version)
+    directory.mkdir(parents=True)
+    _write_config(staging, write_scoring_artefacts(checkpoint, options, max_seq_len, directory, report))
+
+
+def _write_config(repository: Path, config: pbtxt.ModelConfig) -> None:
+    (repository / config.name / "config.pbtxt").write_text(pbtxt.to_text(config), encoding="utf-8")
+
+
+def _model_names(options: BuildOptions) -> list[str]:
+    """The models that make up `options.name`, in the order in which they are moved in: the ensemble last."""
+    if options.task == "score":
+        return [options.name]
+    suffixes = (TOKENIZER_SUFFIX, DETOKENIZER_SUFFIX, ENGINE_SUFFIX)
+    return [*(model_name(options.name, suffix) for suffix in suffixes), options.name]
 
 
 def _max_seq_len(checkpoint: Checkpoint, options: BuildOptions) -> int:
@@ -71,20 +101,9 @@ def _max_seq_len(checkpoint: Checkpoint, options: BuildOptions) -> int:
     return max_seq_len
 
 
-def _configs(options: BuildOptions) -> dict[str, pbtxt.ModelConfig]:
-    """Model name → its configuration; the ensemble last."""
-    configs = (
-        pbtxt.tokenizer_config(options.name),
-        pbtxt.detokenizer_config(options.name),
-        pbtxt.engine_config(options.name, options.settings.to_parameters()),
-        pbtxt.ensemble_config(options.name, GENERATE_PIPELINE),
-    )
-    return {config.name: config for config in configs}
-
-
 def _next_version(options: BuildOptions) -> int:
     """One more than the highest version that any part of the model has."""
-    versions = (path for name in _configs(options) for path in (options.repository / name).glob("*"))
+    versions = (path for name in _model_names(options) for path in (options.repository / name).glob("*"))
     return max((int(path.name) for path in versions if path.name.isdigit()), default=0) + 1
 
 

@@ -104,7 +104,9 @@ def test_an_engine_that_was_killed_leaves_a_pipe_that_the_next_one_replaces(
     receiver.close()
 
 
-def test_a_pipe_that_nobody_reads_never_blocks(receiver: AcknowledgementReceiver, sender: AcknowledgementSender) -> None:
+def test_a_pipe_that_nobody_reads_never_blocks(
+    receiver: AcknowledgementReceiver, sender: AcknowledgementSender
+) -> None:
     start = time.monotonic()
     for number in range(3 * PIPE_BYTES // 8 // 64):
         sender.send([number] * 64)
@@ -135,7 +137,9 @@ def test_a_new_engine_takes_the_place_of_whatever_lies_there(path: Path, sender:
     receiver.close()
 
 
-def test_closing_twice_is_harmless_for_a_sender(receiver: AcknowledgementReceiver, sender: AcknowledgementSender) -> None:
+def test_closing_twice_is_harmless_for_a_sender(
+    receiver: AcknowledgementReceiver, sender: AcknowledgementSender
+) -> None:
     sender.send([1])
     sender.close()
     sender.close()

@@ -181,7 +181,7 @@ def test_tokenizer_encodes_text_and_messages(tokenizer: Any) -> None:
 def test_tokenizer_answers_a_bad_request_and_the_others_beside_it(
     tokenizer: Any, values: dict[TensorSpec, Any], message: str
 ) -> None:
-    good = request({contract.TEXT_INPUT: "good".encode()})
+    good = request({contract.TEXT_INPUT: b"good"})
     before, bad, after = tokenizer.execute([good, request(values), good])
     assert message in bad.error.message_ and bad.error.code_ == TritonError.INVALID_ARG
     for response in (before, after):

@@ -515,9 +515,7 @@ def test_gguf_tensors_at_fault(tmp_path: Path) -> None:
     assert "has no token_embd.weight" in message_of(write_gguf(path, spec, missing))
     reshaped = {**tensors, "model.layers.0.mlp.up_proj.weight": np.ones((8, 8), np.float32)}
     assert "up_proj.weight has shape [8, 8], expected [12, 8]" in message_of(write_gguf(path, spec, reshaped))
-    assert "architecture 'gemma'" in message_of(
-        write_gguf(path, spec, tensors, architecture="gemma"), UnsupportedError
-    )
+    assert "architecture 'gemma'" in message_of(write_gguf(path, spec, tensors, architecture="gemma"), UnsupportedError)
     integers = {**tensors, NORM: np.ones(8, np.int32)}
     assert f"{NORM} has type I32" in message_of(write_gguf(path, spec, integers), UnsupportedError)
 

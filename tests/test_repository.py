@@ -16,7 +16,8 @@ from builders import pbtxt, repository
 from builders.check import check_repository
 from builders.errors import BuildError, CheckpointError
 from builders.graph.builder import GraphBuilder
-from builders.repository import DEFAULT_MAX_SEQ_LEN, BuildOptions, build
+from builders.options import BuildOptions
+from builders.repository import DEFAULT_MAX_SEQ_LEN, build
 from ensemble.engine.runners.load import load_runner
 from ensemble.manifest import Manifest
 from ensemble.pipelines import GENERATE_PIPELINE
@@ -221,9 +222,7 @@ def unsound(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
 
 
 def _moving(method: str, number: int, error: BaseException) -> Break:
-    return lambda monkeypatch, checkpoint: monkeypatch.setattr(
-        Path, method, _nth(number, error, getattr(Path, method))
-    )
+    return lambda monkeypatch, checkpoint: monkeypatch.setattr(Path, method, _nth(number, error, getattr(Path, method)))
 
 
 def after_moving(method: str, number: int) -> Break:

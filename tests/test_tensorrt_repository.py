@@ -1,0 +1,51 @@
+"""`build` for TensorRT, end to end: a repository whose engine is a plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from builders.check import check_repository
+from builders.options import BuildOptions
+from builders.repository import build
+from ensemble.engine.runners.base import RunnerError
+from ensemble.engine.runners.load import load_runner
+from ensemble.manifest import Manifest
+from ensemble.settings import EngineSettings
+from ensemble.tensorrt_api import TARGETS
+from tests.checkpoints import make_checkpoint, make_tokenizer
+
+pytest.importorskip("tensorrt_rtx", reason="pip install 'tensorrt-rtx>=1.7'", exc_type=ImportError)
+
+
+def test_build_makes_a_repository_of_a_plan_and_of_a_scoring_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", "qwen2")
+    make_tokenizer(checkpoint)
+    options = BuildOptions(
+        checkpoint, "tiny", tmp_path / "models",
+        target="tensorrt-rtx", precision="fp16", max_seq_len=64, compute_capability="8.9",
+        settings=EngineSettings(num_slots=2, prefill_chunk=16),
+    )  # fmt: skip
+    build(options)
+    directory = options.repository / "tiny-engine" / "1"
+    manifest = Manifest.load(directory)
+    manifest.verify(directory)
+    assert {path.name for path in directory.iterdir()} == {"manifest.json", "model.plan", "model.py"}
+    assert manifest.engine["attention"] in ("lengths", "mask") and manifest.engine["compute_capability"] == "8.9"
+    with pytest.raises(RunnerError, match=r"CUDA|cuda"):  # no GPU here
+        load_runner(directory, options.settings)
+
+    # Datacenter TensorRT can't be had without its container: its API is TensorRT for RTX's.
+    monkeypatch.setitem(TARGETS, "tensorrt", TARGETS["tensorrt-rtx"])
+    scorer = replace(options, name="scorer", target="tensorrt", task="score")
+    build(scorer)
+    assert check_repository(options.repository) == []
+    config = options.repository / "scorer" / "config.pbtxt"
+    assert 'platform: "tensorrt_plan"' in config.read_text() and "dynamic_batching" in config.read_text()
+    config.write_text(config.read_text().replace("max_batch_size: 2", "max_batch_size: 3"))
+    (problem,) = check_repository(options.repository)
+    assert "max_batch_size is 3, the plan was built for 2" in str(problem)
