@@ -73,7 +73,7 @@ def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], block: NDArray[
         }  # fmt: skip
         offset += _num_bytes(shape)
     text = json.dumps(header).encode()
-    data = memoryview(block.view(np.uint8))
+    data = block.view(np.uint8).data
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         left = offset

@@ -38,6 +38,13 @@ class Source(Protocol):
         """A linear layer in FP8, or None."""
 
 
+class StoredSource(Source, Protocol):
+    """A source that knows what a layer takes."""
+
+    def stored_bytes(self, module: str) -> int:
+        """Bytes of the module's weight and its scales."""
+
+
 class Readable(Protocol):
     """What has float weights by name."""
 
@@ -53,6 +60,9 @@ class FloatSource:
 
     def quantized(self, module: str) -> Float8Linear | None:
         return None
+
+    def stored_bytes(self, module: str) -> int:
+        return self.read(f"{module}.weight").size * 4
 
 
 @dataclass(frozen=True)
@@ -166,7 +176,7 @@ def _compare_positions(exact: Float32, rounded: Float32, targets: Ids) -> NDArra
     return np.stack([np.asarray(column, np.float64) for column in (*losses, *hits, np.maximum(kl, 0))])
 
 
-def module_errors(reference: Source, candidate: Source, spec: ModelSpec, window: Ids) -> list[ModuleError]:
+def module_errors(reference: Source, candidate: StoredSource, spec: ModelSpec, window: Ids) -> list[ModuleError]:
     """Each linear layer's error on one window of token ids [seq_len], in the order of the layers."""
     names = tuple(TAP_OF)
     exact = embed(reference.read("model.embed_tokens.weight"), [window])[0]
@@ -183,12 +193,11 @@ def module_errors(reference: Source, candidate: Source, spec: ModelSpec, window:
             rounded, *accumulated = session.run(rounded, names)
         exact = next_exact
         for module, want, alone, all_before in zip(names, wanted, own, accumulated, strict=True):
-            linear = candidate.quantized(prefix + module)
             errors.append(
                 ModuleError(
                     prefix + module,
-                    "network" if linear is None else "fp8",
-                    want.shape[1] if linear is None else linear.num_bytes(2),
+                    "network" if candidate.quantized(prefix + module) is None else "fp8",
+                    candidate.stored_bytes(prefix + module),
                     _relative_error(want, alone),
                     _relative_error(want, all_before),
                 )

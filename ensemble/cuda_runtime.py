@@ -1,5 +1,6 @@
 """CUDA's runtime in a dozen calls: memory, one stream, graphs; every error is an exception.
- It wraps `cuda.bindings.runtime`, whose functions return (error, values…). Addresses are plain ints. It knows
+
+It wraps `cuda.bindings.runtime`, whose functions return (error, values…). Addresses are plain ints. It knows
 nothing of TensorRT or of models.
 """
 

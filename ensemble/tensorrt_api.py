@@ -1,5 +1,6 @@
 """Which TensorRT is which, and what a plan must say about itself.
- Two packages share one Python API: `tensorrt` (datacenter, from NVIDIA's containers) and `tensorrt-rtx`
+
+Two packages share one Python API: `tensorrt` (datacenter, from NVIDIA's containers) and `tensorrt-rtx`
 (GeForce and RTX cards; builds without a GPU). This is the only module that imports either; builders and the
 runner get the module as a value and never ask which one it is. It knows nothing of graphs, files or CUDA.
 """

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+
+from builders.spec import ModelSpec, from_hf
 
 SMALL: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "initializer_range": 0.3, "eos_token_id": 319,
 }  # fmt: skip
+
+Array = NDArray[Any]
+Tensors = dict[str, Array]
 
 END = "<|end|>"
 
@@ -55,6 +64,42 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+
+
+TINY: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "eos_token_id": 15,
+}  # fmt: skip
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "F64": np.float64}
+DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+
+
+def random_tensors(spec: ModelSpec, seed: int = 0) -> Tensors:
+    random = np.random.default_rng(seed)
+    return {name: random.normal(size=shape).astype(np.float32) for name, shape in spec.tensor_shapes().items()}
+
+
+def safetensors_bytes(tensors: Tensors, change: Callable[[dict[str, Any]], object] = lambda header: None) -> bytes:
+    """A file with these tensors; `change` makes its header lie."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, array in tensors.items():
+        offsets = [offset, offset + array.nbytes]
+        header[name] = {"dtype": DTYPE_NAMES[array.dtype], "shape": list(array.shape), "data_offsets": offsets}
+        offset += array.nbytes
+    change(header)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + b"".join(array.tobytes() for array in tensors.values())
+
+
+def write_tiny(directory: Path, tensors: Tensors | None = None, **changes: Any) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {**TINY, **changes}
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = random_tensors(from_hf(config)) if tensors is None else tensors
+    (directory / "model.safetensors").write_bytes(safetensors_bytes(tensors))
+    return directory
 
 
 def make_checkpoint(

@@ -1,5 +1,6 @@
 """A fake of TensorRT's runtime and of CUDA's, for the runner's tests: its engine is ONNX Runtime.
- Device memory is host memory at real addresses. A stream runs nothing before it is synchronised, so that a
+
+Device memory is host memory at real addresses. A stream runs nothing before it is synchronised, so that a
 result read too early is stale; a capture records instead of running. What NVIDIA's documentation forbids
 raises AssertionError: capturing a context that has never run, touching one that was captured, freeing twice.
 """

@@ -17,8 +17,7 @@ from builders.repository import build
 from ensemble import server
 from ensemble.installation import Installation, ServerError
 from ensemble.settings import EngineSettings
-from tests.checkpoints import make_tokenizer
-from tests.test_checkpoint import write_tiny
+from tests.checkpoints import make_tokenizer, write_tiny
 
 SMALL_ENGINE = ("--max-seq-len", "32", "--prefill-chunk", "8", "--num-slots", "2")
 

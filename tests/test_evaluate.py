@@ -98,6 +98,7 @@ def test_errors_by_module_grow_along_the_quantised_model(
     assert [e.module for e in errors[:2]] == ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]
     assert len(errors) == 21 and all(e.precision == "fp8" for e in errors)
     assert all(0.01 < e.own < 0.3 for e in errors)
+    assert errors[0].num_bytes == 64 * 64 + 2 * 64
     later = errors[7:]
     assert np.mean([e.accumulated for e in later]) > 1.2 * np.mean([e.own for e in later])
     nothing = module_errors(FloatSource(source), FloatSource(source), source.spec, windows[0])
@@ -128,7 +129,7 @@ def test_an_artefact_gives_its_own_numbers(checkpoint: Path, artefact: Artefact,
     for name in source.spec.tensor_shapes():
         assert np.array_equal(exact.read(name), source.read(name)), name
     assert exact.quantized("model.layers.0.mlp.up_proj") is None
-    assert exact.num_bytes > 2.5 * artefact.num_bytes
+    assert exact.num_bytes > 2 * artefact.num_bytes
 
 
 def test_what_is_no_artefact_of_this_checkpoint_is_refused(artefact: Artefact, tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_what_is_no_artefact_of_this_checkpoint_is_refused(artefact: Artefact, t
         Artefact(tmp_path / "model.onnx")
     (tmp_path / "model.onnx").write_bytes(b"no protobuf")
     (tmp_path / "model.onnx.data").write_bytes(b"")
-    with pytest.raises(ArtefactError, match="not an ONNX graph|not a decoder graph"):
+    with pytest.raises(ArtefactError, match=r"not an ONNX graph|not a decoder graph"):
         Artefact(tmp_path / "model.onnx")
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from builders import pbtxt, repository
 from builders.check import check_repository
+from builders.checkpoint import open_checkpoint
 from builders.errors import BuildError, CheckpointError
 from builders.graph.builder import GraphBuilder
 from builders.options import BuildOptions
@@ -22,8 +23,7 @@ from ensemble.engine.runners.load import load_runner
 from ensemble.manifest import Manifest
 from ensemble.pipelines import GENERATE_PIPELINE
 from ensemble.settings import EngineSettings
-from tests.checkpoints import make_checkpoint, make_tokenizer
-from tests.test_checkpoint import TINY, write_tiny
+from tests.checkpoints import TINY, make_checkpoint, make_tokenizer, write_tiny
 
 SETTINGS = EngineSettings(num_slots=2, prefill_chunk=8, num_threads=1)
 MAX_SEQ_LEN = 32
@@ -200,7 +200,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
         file.write_bytes(file.read_bytes()[:-8])
         return source
 
-    real = repository.open_checkpoint
+    real = open_checkpoint
     monkeypatch.setattr(repository, "open_checkpoint", opened)
 
 

@@ -175,11 +175,11 @@ def test_values_out_of_range_are_named(changes: dict[str, Any], message: str) ->
     assert "\n" not in str(error.value)
 
 
-def gguf(architecture: str = "llama", **changes: Any) -> dict[str, Any]:
+def gguf(architecture: str = "llama", changes: dict[str, Any] | None = None) -> dict[str, Any]:
     values = {
         "embedding_length": 64, "feed_forward_length": 112, "block_count": 3, "context_length": 256,
         "attention.head_count": 4, "attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-5,
-        "rope.freq_base": 5e5, "rope.dimension_count": 16, **changes,
+        "rope.freq_base": 5e5, "rope.dimension_count": 16, **(changes or {}),
     }  # fmt: skip
     return {
         "general.architecture": architecture,
@@ -211,13 +211,13 @@ def test_gguf_end_tokens_are_all_that_it_names_once_each() -> None:
 
 
 def test_gguf_rope_scalings() -> None:
-    scaled = {"rope.scaling.factor": 4.0}
-    assert read_gguf(gguf(**{"rope.scaling.type": "none", **scaled})).rope == RopeSpec(5e5)
-    assert read_gguf(gguf(**{"rope.scaling.type": "linear", **scaled})).rope == RopeSpec(5e5, "linear", 4.0)
+    scaled: dict[str, Any] = {"rope.scaling.factor": 4.0}
+    assert read_gguf(gguf(changes={"rope.scaling.type": "none", **scaled})).rope == RopeSpec(5e5)
+    assert read_gguf(gguf(changes={"rope.scaling.type": "linear", **scaled})).rope == RopeSpec(5e5, "linear", 4.0)
     yarn = {"rope.scaling.type": "yarn", "rope.scaling.original_context_length": 64, **scaled}
-    assert read_gguf(gguf(**yarn)).rope == ROPES["yarn"][1]
+    assert read_gguf(gguf(changes=yarn)).rope == ROPES["yarn"][1]
     betas = {"rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 2.0, "rope.scaling.attn_factor": 0.5}
-    rope = read_gguf(gguf(**yarn, **betas)).rope
+    rope = read_gguf(gguf(changes={**yarn, **betas})).rope
     assert (rope.beta_fast, rope.beta_slow) == (16.0, 2.0)
     assert rope.attention_factor == pytest.approx(0.5 * (0.1 * math.log(4) + 1))
 
@@ -235,14 +235,14 @@ def test_gguf_frequency_factors_divide_the_frequencies() -> None:
     [
         ({}, (), UnsupportedError, "architecture None"),
         (gguf("gemma"), (), UnsupportedError, "'gemma' is not supported; supported: llama"),
-        (gguf(**{"embedding_length": ...}), (), CheckpointError, "embedding_length is missing"),
-        (gguf(**{"attention.head_count": [4, 4, 2]}), (), CheckpointError, r"head_count is \[4, 4, 2\]"),
-        (gguf(**{"attention.layer_norm_rms_epsilon": ...}), (), CheckpointError, "epsilon is missing"),
-        (gguf(**{"rope.dimension_count": 8}), (), UnsupportedError, "rope.dimension_count 8"),
-        (gguf(**{"attention.value_length": 8}), (), UnsupportedError, "attention.value_length 8"),
-        (gguf(**{"rope.scaling.type": "longrope"}), (), UnsupportedError, "longrope.*none, linear, yarn"),
-        (gguf(**{"rope.scaling.type": "linear"}), (), CheckpointError, "rope.scaling.factor is missing"),
-        (gguf(**{"block_count": 2**31}), (), CheckpointError, "block_count is"),
+        (gguf(changes={"embedding_length": ...}), (), CheckpointError, "embedding_length is missing"),
+        (gguf(changes={"attention.head_count": [4, 4, 2]}), (), CheckpointError, r"head_count is \[4, 4, 2\]"),
+        (gguf(changes={"attention.layer_norm_rms_epsilon": ...}), (), CheckpointError, "epsilon is missing"),
+        (gguf(changes={"rope.dimension_count": 8}), (), UnsupportedError, "rope.dimension_count 8"),
+        (gguf(changes={"attention.value_length": 8}), (), UnsupportedError, "attention.value_length 8"),
+        (gguf(changes={"rope.scaling.type": "longrope"}), (), UnsupportedError, "longrope.*none, linear, yarn"),
+        (gguf(changes={"rope.scaling.type": "linear"}), (), CheckpointError, "rope.scaling.factor is missing"),
+        (gguf(changes={"block_count": 2**31}), (), CheckpointError, "block_count is"),
         (gguf(), (1.0,) * 7, CheckpointError, "7 factors, head_dim 16 needs 8"),
         (gguf(), (1.0,) * 7 + (0.0,), CheckpointError, "holds 0.0"),
         (gguf(), (1.0,) * 7 + (math.nan,), CheckpointError, "holds nan"),

@@ -1,5 +1,6 @@
 """A decoder's ONNX graph → a TensorRT plan with its cache, and a report of what is in it.
- One path for both TensorRTs and for float32, float16 and FP8 graphs: types come from the graph. It knows
+
+One path for both TensorRTs and for float32, float16 and FP8 graphs: types come from the graph. It knows
 nothing of checkpoints or of the model repository.
 """
 

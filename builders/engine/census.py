@@ -1,5 +1,6 @@
 """What is in a network: counted before it is compiled, so that a build proves what it built.
- What enters is TensorRT's network definition, what leaves is a Census. TensorRT networks are strongly typed:
+
+What enters is TensorRT's network definition, what leaves is a Census. TensorRT networks are strongly typed:
 a matrix multiply whose two operands are dequantised FP8 is an FP8 matrix multiply, and nothing else can be
 one.
 """

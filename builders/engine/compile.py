@@ -1,5 +1,6 @@
 """One compilation: graph in, plan out, whole or not at all.
- It knows TensorRT's builder, its timing cache and how to stop it. What a plan is for, and what becomes of it,
+
+It knows TensorRT's builder, its timing cache and how to stop it. What a plan is for, and what becomes of it,
 is its callers' business.
 """
 

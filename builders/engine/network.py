@@ -1,5 +1,6 @@
 """The ONNX graph inside TensorRT: parsed, its attention made exact, its profiles set.
- What enters is the graph's protobuf and TensorRT's objects; what leaves is a network ready to compile. It
+
+What enters is the graph's protobuf and TensorRT's objects; what leaves is a network ready to compile. It
 builds and writes nothing.
 """
 

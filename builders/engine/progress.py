@@ -1,5 +1,6 @@
 """TensorRT's progress, as one number that only grows; and a build that Ctrl-C stops.
- TensorRT reports nested phases from its own threads. The tracker turns them into thousandths of the whole; it
+
+TensorRT reports nested phases from its own threads. The tracker turns them into thousandths of the whole; it
 knows nothing of what is built.
 """
 

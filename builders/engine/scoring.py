@@ -1,5 +1,6 @@
 """A scoring model for Triton's own tensorrt backend: the stateless graph as a plan, and its config.pbtxt.
- One profile covers every batch and length up to the limits, so any batch that the dynamic batcher forms can
+
+One profile covers every batch and length up to the limits, so any batch that the dynamic batcher forms can
 run; CUDA graphs are captured for the shapes that are named. Triton batches requests of one length only:
 clients pad to a few.
 """

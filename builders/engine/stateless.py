@@ -1,5 +1,6 @@
 """The decoder's graph without its cache: one pass over whole sequences, for scoring.
- What enters is decoder.py's graph, quantised or not; what leaves is a graph over the same weight file. Each
+
+What enters is decoder.py's graph, quantised or not; what leaves is a graph over the same weight file. Each
 sequence starts at position 0 and attends to itself, so causality is the graph's own `is_causal`: with as many
 keys as queries every runtime reads it the same way. Ids after a sequence's end change nothing before it, so
 rows may be padded.

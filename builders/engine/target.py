@@ -1,5 +1,6 @@
 """Which TensorRT builds, and for which GPU.
- What enters is a target's name, a precision and perhaps a compute capability; what leaves has all three
+
+What enters is a target's name, a precision and perhaps a compute capability; what leaves has all three
 settled.
 """
 

@@ -192,7 +192,6 @@ class _Decoder:
         v = self._heads(normed, f"{prefix}.v", spec.num_kv_heads, norm=False)
         keys = self._cache(layer, "key", k)
         values = self._cache(layer, "value", v)
-        # TRT_decomposable lets TensorRT build float32 attention, for which it has no fused kernel.
         attended = g.node("Attention", [q, keys, values, "mask"], f"{prefix}.attention")  # [batch, heads, seq_len, d]
         attended = g.node("Transpose", [attended], f"{prefix}.attention_rows", perm=[0, 2, 1, 3])
         attended = g.node("Reshape", [attended, self._int([0, 0, -1])], f"{prefix}.attention_flat")

@@ -43,10 +43,6 @@ class Float8Linear:
         values *= self.scale[:, None] if self.scale.ndim else self.scale
         return values
 
-    def num_bytes(self, itemsize: int) -> int:
-        """Bytes of codes and weight scales; `itemsize` is that of the network's dtype."""
-        return self.weight.size + self.scale.size * itemsize
-
 
 class Float8Nodes:
     """Adds FP8 linear layers to one graph; layers that share an input share its quantisation.

@@ -1,9 +1,11 @@
 """The TensorRT runner: a decoder's plan on one GPU, the cache updated in place.
- One device buffer for each layer's keys and values, [num_slots, kv_heads, max_seq_len, head_dim], is bound as
+
+One device buffer for each layer's keys and values, [num_slots, kv_heads, max_seq_len, head_dim], is bound as
 past input and as present output at once. Prefill has an execution context of its profile and is bound to one
 slot's part of each buffer; decode replays CUDA graphs. Everything runs on one stream that doesn't wait for
 the default one.
- No GPU has run this yet: TensorRT for RTX builds its plans without one, and the machines at hand had none
+
+No GPU has run this yet: TensorRT for RTX builds its plans without one, and the machines at hand had none
 that it supports. The tests run it against a fake of both APIs whose engine is ONNX Runtime, and check the
 fake's names against the real packages.
 """
