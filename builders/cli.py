@@ -55,6 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     _add_build_command(commands)
 
+    _add_evaluate_command(commands)
+
     check = commands.add_parser("check", help="validate a model repository without a server")
     check.add_argument("repository", type=Path, nargs="?", default=Path("model_repository"))
     check.set_defaults(run=_check)
@@ -100,6 +102,21 @@ def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
     tensorrt.add_argument("--compute-capability", help="of the GPU that will serve, as 8.9 (default: this machine's)")
     tensorrt.add_argument("--timing-cache", type=Path, help="file kept from build to build")
     build.set_defaults(run=_build)
+
+
+def _add_evaluate_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from builders.recipe import RECIPES
+
+    evaluate = commands.add_parser("evaluate", help="what FP8 costs in quality, against the float checkpoint")
+    evaluate.add_argument("checkpoint", type=Path, help="Hugging Face directory or .gguf file: the float reference")
+    evaluate.add_argument("--text", type=Path, required=True, help="UTF-8 text to predict")
+    evaluate.add_argument("--artefact", type=Path, help="model.onnx, or the directory it is in (default: quantise now)")
+    evaluate.add_argument("--recipe", default="default", choices=sorted(RECIPES), help="default: %(default)s")
+    evaluate.add_argument("--ranges", type=Path, help="activation ranges: read where the file exists, else written")
+    evaluate.add_argument("--tokens", type=int, default=8176, help="tokens to predict (default: %(default)s)")
+    evaluate.add_argument("--window", type=int, default=512, help="tokens in a window (default: %(default)s)")
+    evaluate.add_argument("--output", type=Path, help="directory for quality.json and quality.png")
+    evaluate.set_defaults(run=_evaluate)
 
 
 def _add_client_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -149,6 +166,12 @@ def _build(arguments: argparse.Namespace) -> int:
     bar.close()
     print(f"built {arguments.repository / arguments.name}, version {version}")
     return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from builders.evaluate_cli import run_evaluate
+
+    return run_evaluate(arguments)
 
 
 def _check(arguments: argparse.Namespace) -> int:
