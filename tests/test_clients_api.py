@@ -102,5 +102,5 @@ def test_messages_may_be_plain_dicts() -> None:
 
 @pytest.mark.parametrize("message", [{"role": "user"}, {"role": "user", "content": 3}, "hi", None])
 def test_malformed_messages_are_refused(message: Any) -> None:
-    with pytest.raises(ValueError, match="messages|content"):
+    with pytest.raises(ValueError, match=r"messages|content"):
         GenerateRequest(messages=[message])

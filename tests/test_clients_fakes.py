@@ -205,6 +205,8 @@ class FakeHttpServer(FakeServer):
 
 
 class _QuietServer(ThreadingHTTPServer):
+    request_queue_size = 128  # many threads may connect at once, on a busy machine
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], ConnectionError):  # clients that hang up are part of the play
             super().handle_error(request, client_address)

@@ -305,12 +305,12 @@ def test_sixteen_threads_share_one_client(world: World) -> None:
     everyone = threading.Barrier(16)
 
     def echo(received: Received) -> Iterator[Reply]:
-        everyone.wait(10)  # broken unless all 16 are being answered at once
+        everyone.wait(60)  # broken unless all 16 are being answered at once
         for part in (received.inputs["text_input"], " and back"):
             yield reply(part)
         yield reply("", "stop")
 
-    server, client = world.start(echo)
+    server, client = world.start(echo, timeout_s=60)
 
     def ask(number: int) -> str:
         request = replace(REQUEST, prompt=f"thread {number}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ def build(tmp_path: Path) -> Build:
     return build
 
 
-def graph_runner(checkpoint: Path, directory: Path, num_slots: int = 4, **graph: Any) -> OnnxRunner:
+def graph_runner(checkpoint: Path, parent: Path, num_slots: int = 4, **graph: Any) -> OnnxRunner:
+    # A directory for each: ONNX Runtime maps the weights, and a file that is written anew under it is a bus error.
+    directory = Path(tempfile.mkdtemp(dir=parent))
     source = open_checkpoint(checkpoint)
     path = build_graph(source.spec, source.read, directory, **{"max_seq_len": MAX_SEQ_LEN, **graph})
     return OnnxRunner(path, num_slots=num_slots, num_threads=2)
@@ -171,14 +174,14 @@ def test_fp16_graph_stays_near_the_float32_one(build: Build, tmp_path: Path) -> 
     assert half.cache_bytes * 2 == runner.cache_bytes
 
 
-def test_all_logits_are_those_of_every_position(build: Build) -> None:
+def test_all_logits_are_those_of_every_position(build: Build, tmp_path: Path) -> None:
     import onnxruntime
 
     from builders.graph.decoder import build_graph
 
     directory, _ = build()
     source = open_checkpoint(directory)
-    path = build_graph(source.spec, source.read, directory, max_seq_len=MAX_SEQ_LEN, logits="all")
+    path = build_graph(source.spec, source.read, tmp_path, max_seq_len=MAX_SEQ_LEN, logits="all")
     session = onnxruntime.InferenceSession(str(path))
     ids = prompt(20)[None]
     feeds = {"input_ids": ids, "start": np.zeros(1, np.int64), "num_tokens": np.array([20])}
@@ -192,6 +195,8 @@ def test_all_logits_are_those_of_every_position(build: Build) -> None:
 
 
 def test_caches_that_do_not_fit_into_memory_are_refused_at_load(build: Build, tmp_path: Path) -> None:
-    build()
+    directory, _ = build()
+    source = open_checkpoint(directory)
+    build_graph(source.spec, source.read, tmp_path, max_seq_len=MAX_SEQ_LEN)
     with pytest.raises(RunnerError, match=r"slots of 128 tokens need \d+ MiB, \d+ MiB are free; lower num_slots"):
         OnnxRunner(tmp_path / "model.onnx", num_slots=10**9)

@@ -32,6 +32,8 @@ class GraphBuilder:
         self.opset = opset
         self._path = directory / f"{name}.onnx"
         self._data_name = f"{name}.onnx.data"
+        # A new file, not the old one cut short: a session that maps the old one's pages would be killed by SIGBUS.
+        (directory / self._data_name).unlink(missing_ok=True)
         self._data = (directory / self._data_name).open("wb")
         self._progress = progress
         self._nodes: list[onnx.NodeProto] = []
