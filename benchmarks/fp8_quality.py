@@ -53,7 +53,7 @@ TRIED: dict[str, Recipe] = {
 COLUMNS = ("perplexity_ratio", "accuracy_kept", "agreement", "mean_kl", "worst_kl")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int | str:
     """Run every recipe, or those whose name contains --only."""
     parser = argparse.ArgumentParser(description="FP8 recipes compared on SmolLM2-135M")
     parser.add_argument("text", type=Path, help="UTF-8 text to predict")
@@ -98,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     arguments.text.name, quality, spec.num_parameters() * 4, artefact.num_bytes, errors
                 )
                 plot(evaluation, RESULTS / "fp8-quality.png")
+    if not rows:
+        return f"no row's name contains {arguments.only!r}"
     _write(rows, arguments.text.name, spec.num_parameters() * 4)
     return 0
 
@@ -113,7 +115,9 @@ def _line(row: dict[str, Any], float_bytes: int) -> str:
 
 def _write(new: list[dict[str, Any]], text: str, float_bytes: int) -> None:
     file = RESULTS / "fp8-quality.json"
-    old = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    last = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"text": text, "rows": []}
+    # Rows measured on another text, or on more or less of it, don't belong in one table with these.
+    old = [r for r in last["rows"] if last["text"] == text and r["num_tokens"] == new[0]["num_tokens"]]
     known = {row["name"]: row for row in (*old, *new)}
     rows = [known[name] for name in TRIED if name in known]
     machine = {
