@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from builders.artefact import Artefact
-from builders.calibration_text import load_tokenizer, read_text
+from builders.calibration_text import load_or_calibrate, load_tokenizer, read_text
 from builders.checkpoint import open_checkpoint
 from builders.evaluate import FloatSource, compare, module_errors, run_model, text_windows
-from builders.evaluate_cli import TABLE_TOKENS, Evaluation, load_or_calibrate, plot
+from builders.evaluate_cli import TABLE_TOKENS, Evaluation, plot
 from builders.quantize import quantized_graph
 from builders.recipe import RECIPES, Recipe
 from builders.sensitivity import Sensitivity, keep_most_sensitive, measure_sensitivity
@@ -115,7 +115,7 @@ def _line(row: dict[str, Any], float_bytes: int) -> str:
 
 def _write(new: list[dict[str, Any]], text: str, float_bytes: int) -> None:
     file = RESULTS / "fp8-quality.json"
-    last = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"text": text, "rows": []}
+    last: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"text": text, "rows": []}
     # Rows measured on another text, or on more or less of it, don't belong in one table with these.
     old = [r for r in last["rows"] if last["text"] == text and r["num_tokens"] == new[0]["num_tokens"]]
     known = {row["name"]: row for row in (*old, *new)}

@@ -143,7 +143,7 @@ def _write_graph(
             max_seq_len=max_seq_len, precision=network, opset=opset, version=version, progress=advance,
         )  # fmt: skip
         return path, None
-    from builders.evaluate_cli import load_or_calibrate
+    from builders.calibration_text import load_or_calibrate
     from builders.quantize import quantized_graph
 
     recipe = recipe_named(options.recipe)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from builders.calibrate import CalibrationError, Report
+from builders.calibrate import Calibration, CalibrationError, Report, calibrate
 from builders.checkpoint import Checkpoint, open_checkpoint
 from builders.errors import BuildError
 
@@ -27,6 +27,20 @@ MAX_TOKENS = 16384  # of a user's file; more would only take longer
 GENERATED_TOKENS = 320  # continuing each prompt
 PROMPTS_PER_TEXT = 4
 MIN_WINDOW_LEN = 16  # a shorter rest is left out
+
+
+def load_or_calibrate(checkpoint: Path, ranges: Path | None, text: Path | None, report: Report) -> Calibration:
+    """Activation ranges: read from `ranges` where that file exists, else taken on `text` (None: the built-in set).
+
+    Ranges just taken are saved to `ranges`, if it is given.
+    """
+    if ranges is not None and ranges.exists():
+        return Calibration.load(ranges)
+    windows, sources = calibration_windows(open_checkpoint(checkpoint), text, report=report)
+    calibration = calibrate(open_checkpoint(checkpoint), windows, sources, report)
+    if ranges is not None:
+        calibration.save(ranges)
+    return calibration
 
 
 def calibration_windows(

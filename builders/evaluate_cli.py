@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from builders.artefact import Artefact
-from builders.calibrate import Calibration, Report, calibrate
-from builders.calibration_text import calibration_windows, load_tokenizer, read_text
+from builders.calibrate import Report
+from builders.calibration_text import load_or_calibrate, load_tokenizer, read_text
 from builders.checkpoint import open_checkpoint
 from builders.errors import BuildError
 from builders.evaluate import FloatSource, ModuleError, Quality, compare, module_errors, run_model, text_windows
@@ -126,20 +126,6 @@ def _quantise(options: EvaluateOptions, directory: Path, report: Report) -> Path
     return path
 
 
-def load_or_calibrate(checkpoint: Path, ranges: Path | None, text: Path | None, report: Report) -> Calibration:
-    """Activation ranges: read from `ranges` where that file exists, else taken on `text` (None: the built-in set).
-
-    Ranges just taken are saved to `ranges`, if it is given.
-    """
-    if ranges is not None and ranges.exists():
-        return Calibration.load(ranges)
-    windows, sources = calibration_windows(open_checkpoint(checkpoint), text, report=report)
-    calibration = calibrate(open_checkpoint(checkpoint), windows, sources, report)
-    if ranges is not None:
-        calibration.save(ranges)
-    return calibration
-
-
 def plot(evaluation: Evaluation, path: Path) -> None:
     """Each layer's error, own and accumulated, and the bytes of both artefacts, as PNG."""
     try:
@@ -169,18 +155,6 @@ def plot(evaluation: Evaluation, path: Path) -> None:
         figure.savefig(path, dpi=110, metadata={"Software": None})
     except OSError as error:
         raise BuildError(f"{path}: {error.strerror}") from error
-
-
-def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("checkpoint", type=Path, help="Hugging Face directory or .gguf file: the float reference")
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to predict")
-    parser.add_argument("--artefact", type=Path, help="model.onnx, or the directory it is in (default: quantise now)")
-    parser.add_argument("--recipe", default="default", choices=sorted(RECIPES), help="default: %(default)s")
-    parser.add_argument("--ranges", type=Path, help="activation ranges saved by an earlier calibration")
-    parser.add_argument("--tokens", type=int, default=8176, help="tokens to predict (default: %(default)s)")
-    parser.add_argument("--window", type=int, default=512, help="tokens in a window (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="directory for quality.json and quality.png")
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:

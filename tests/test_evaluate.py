@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ import pytest
 
 from builders.artefact import Artefact, ArtefactError
 from builders.calibrate import calibrate
+from builders.calibration_text import load_or_calibrate
 from builders.checkpoint import open_checkpoint
+from builders.cli import main
 from builders.evaluate import EvaluationError, Final, FloatSource, compare, module_errors, run_model, text_windows
-from builders.evaluate_cli import add_evaluate_arguments, load_or_calibrate, run_evaluate
 from builders.graph.decoder import build_graph
 from builders.quantize import quantized_graph
 from builders.recipe import RECIPES
@@ -148,9 +148,7 @@ def test_what_is_no_artefact_of_this_checkpoint_is_refused(artefact: Artefact, t
 
 
 def command(*arguments: str | Path) -> int:
-    parser = argparse.ArgumentParser()
-    add_evaluate_arguments(parser)
-    return run_evaluate(parser.parse_args([str(argument) for argument in arguments]))
+    return main(["evaluate", *map(str, arguments)])
 
 
 def test_the_command_evaluates_an_artefact_and_draws_it(

