@@ -42,7 +42,7 @@ def write_artefacts(
         BuildError: no room, no ONNX Runtime or TensorRT that fits, calibration or compilation failed.
     """
     spec = checkpoint.spec
-    _require_room(spec, options, directory)
+    _require_means(spec, options, directory)
     files: tuple[Path, ...]
     engine: dict[str, Any] = {}
     requires: dict[str, str] = {}
@@ -75,7 +75,7 @@ def write_scoring_artefacts(
     from ensemble.tensorrt_api import PLAN_FILE
 
     spec = checkpoint.spec
-    _require_room(spec, options, directory)
+    _require_means(spec, options, directory)
     limits = ScoringLimits(options.settings.num_slots, max_seq_len)
     with tempfile.TemporaryDirectory(prefix="graph-", dir=directory.parent) as temporary:
         graph, recipe = _write_graph(checkpoint, options, max_seq_len, TENSORRT_OPSET, Path(temporary), report)
@@ -196,7 +196,12 @@ def _weights_progress(spec: ModelSpec, precision: str, max_seq_len: int, report:
     return advance
 
 
-def _require_room(spec: ModelSpec, options: BuildOptions, directory: Path) -> None:
+def _require_means(spec: ModelSpec, options: BuildOptions, directory: Path) -> None:
+    """TensorRT, a GPU that it can build for, and room on the disk: told before minutes of quantising, not after."""
+    if options.target != "onnx":
+        from builders.engine.target import resolve_target
+
+        resolve_target(options.target, options.precision, options.compute_capability)
     needed = spec.num_parameters() * (4 if options.precision == "fp32" else 2)
     if options.target != "onnx":
         needed *= 2  # the graph, for as long as it is compiled, and the plan
