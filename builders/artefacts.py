@@ -151,7 +151,7 @@ def _write_graph(
     calibration = load_or_calibrate(options.checkpoint, options.ranges, options.calibration_text, report)
     return quantized_graph(
         checkpoint, recipe, calibration, directory,
-        max_seq_len=max_seq_len, network=network, opset=opset, version=version, report=report,
+        max_seq_len=max_seq_len, network=network, opset=opset, version=version, progress=advance, report=report,
     )  # fmt: skip
 
 
