@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from builders.options import BuildOptions, Report
 from builders.pbtxt import ModelConfig
 from builders.recipe import Recipe, recipe_named
 from builders.spec import ModelSpec
-from ensemble.manifest import ArtefactFile, Manifest
+from ensemble.manifest import ArtefactFile, Manifest, installed_versions
 
 PACKAGES = ("deepseek-triton", "numpy", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "tokenizers")
 # opset → the first ONNX Runtime that runs every operator of the graph in it
@@ -116,7 +115,7 @@ def _manifest(
         limits={"max_seq_len": max_seq_len},
         end_ids=checkpoint.spec.eos_token_ids,
         shapes=shapes,
-        versions=_versions(),
+        versions=installed_versions(PACKAGES),
         requires={},
         files={file.name: ArtefactFile.of(file) for file in files},
         command=options.command(),
@@ -225,13 +224,3 @@ def _shapes(path: Path) -> dict[str, list[int | str]]:
         value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
         for value in (*graph.input, *graph.output)
     }
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = package_version(package)
-        except PackageNotFoundError:
-            continue
-    return versions

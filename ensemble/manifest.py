@@ -118,7 +118,7 @@ class Manifest:
         Raises:
             ManifestError: says what differs and how to build again.
         """
-        versions = _installed(self.requires) if installed is None else installed
+        versions = installed_versions(self.requires) if installed is None else installed
         for difference in self._differences(directory, versions):
             raise ManifestError(f"{directory}: {difference}; rebuild with: {self.command}")
 
@@ -141,7 +141,8 @@ class Manifest:
         return found
 
 
-def _installed(packages: Iterable[str]) -> dict[str, str]:
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Package → version, for those of `packages` that are installed here."""
     versions = {}
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):

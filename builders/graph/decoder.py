@@ -51,8 +51,7 @@ def build_graph(
 
     Args:
         spec: the decoder's dimensions.
-        read: gives a weight by its Hugging Face name; called once for each, in the order of `spec.tensor_shapes()`
-            except that fused projections are read together.
+        read: gives a weight by its Hugging Face name; called once for each.
         max_seq_len: positions in the cache of each sequence, in tokens.
         precision: "fp32" or "fp16", for weights, cache and arithmetic alike; logits leave as float32.
         quantized: gives a linear layer by its module's name in FP8, or None: that layer has `precision`, and so has
@@ -110,10 +109,8 @@ class _Decoder:
         simulate: bool = False,
     ) -> None:
         self.g, self.spec, self.read, self.max_seq_len, self.dtype = graph, spec, read, max_seq_len, dtype
-        self.quantized, self.float8 = (
-            quantized or (lambda module: None),
-            Float8Nodes(graph, dtype, simulate=simulate),
-        )
+        self.quantized = quantized or (lambda module: None)
+        self.float8 = Float8Nodes(graph, dtype, simulate=simulate)
         self.onnx_dtype = helper.np_dtype_to_tensor_dtype(dtype)
         self._ints: dict[tuple[int, ...], str] = {}
 
