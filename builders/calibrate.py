@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from builders.checkpoint import Checkpoint
 from builders.errors import BuildError
+from builders.files import write_atomically
 from builders.layers import TAPS, Ids, embed, layer_prefix, layer_session
 
 MIN_TOKENS = 128  # fewer say too little about a range
@@ -66,12 +67,7 @@ class Calibration:
     def save(self, path: Path) -> None:
         """Write JSON, atomically."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, separators=(",", ":"))
-        part = path.with_name(path.name + ".part")
-        try:
-            part.write_text(text.replace('"model.layers.', '\n"model.layers.'), encoding="utf-8")
-            part.replace(path)
-        except OSError as error:
-            raise CalibrationError(f"{path}: {error.strerror}") from error
+        write_atomically(path, text.replace('"model.layers.', '\n"model.layers.').encode(), CalibrationError)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:

@@ -12,11 +12,12 @@ import onnx
 import pytest
 
 import builders.engine.target as target_module
-from builders.engine.compile import Job, _load_timing_cache, write_atomically
+from builders.engine.compile import Job, _load_timing_cache
 from builders.engine.errors import EngineError, UnsupportedGpuError
 from builders.engine.inspector import EngineLayer, parse_layers
 from builders.engine.progress import ProgressTracker
 from builders.engine.target import Target, resolve_target
+from builders.files import write_atomically
 from ensemble.cuda_runtime import device_compute_capability
 from ensemble.tensorrt_api import Messages
 from tests.fake_tensorrt import FakeCudaRuntime
@@ -156,10 +157,10 @@ def test_a_timing_cache_is_kept_and_one_of_another_gpu_is_not_used(
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "directory").mkdir()
     with pytest.raises(EngineError, match="directory: Is a directory"):
-        write_atomically(tmp_path / "directory", b"plan")
+        write_atomically(tmp_path / "directory", b"plan", EngineError)
     assert [path.name for path in tmp_path.iterdir()] == ["directory"]
     with pytest.raises(EngineError, match=r"model\.plan: No such file or directory"):
-        write_atomically(tmp_path / "missing" / "model.plan", b"plan")
+        write_atomically(tmp_path / "missing" / "model.plan", b"plan", EngineError)
 
 
 def test_the_inspectors_table_is_read() -> None:

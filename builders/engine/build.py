@@ -14,12 +14,13 @@ from pathlib import Path
 import onnx
 
 from builders.engine.census import Census
-from builders.engine.compile import Job, compile_graph, read_graph, write_atomically
+from builders.engine.compile import Job, compile_graph, read_graph
 from builders.engine.errors import EngineError
 from builders.engine.inspector import EngineLayer, inspect_plan
 from builders.engine.network import ATTENTION_FORMS, decoder_profiles, has_causal_mask
 from builders.engine.progress import Progress
 from builders.engine.target import resolve_target
+from builders.files import write_atomically
 from ensemble.tensorrt_api import Plan
 
 
@@ -89,7 +90,7 @@ def build_engine(
             gives_best_token=True, fp8_modules=fp8_modules, timing_cache=timing_cache, progress=progress,
         )
     )  # fmt: skip
-    write_atomically(output_path, compiled.plan)
+    write_atomically(output_path, compiled.plan, EngineError)
     plan = Plan(
         settled.name, settled.version, settled.compute_capability, compiled.form.name, compiled.form.is_fused,
         num_slots, prefill_chunk, max_seq_len,

@@ -7,7 +7,6 @@ is its callers' business.
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from builders.engine.errors import EngineError, GraphError
 from builders.engine.network import AttentionForm, Network, Profile, without_mask
 from builders.engine.progress import Progress, ProgressTracker, make_monitor, run_cancellable
 from builders.engine.target import Target
+from builders.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def _compile(job: Job, form: AttentionForm) -> Compiled:
         where = _node(job.model, network.messages.errors)
         raise GraphError(f"TensorRT can't compile {job.path.name}: {where}{network.messages.reason()}")
     if cache is not None and job.timing_cache is not None:
-        write_atomically(job.timing_cache, cache.serialize())
+        write_atomically(job.timing_cache, cache.serialize(), EngineError)
     return Compiled(plan, form, census)
 
 
@@ -116,26 +116,6 @@ def read_graph(path: Path) -> onnx.ModelProto:
         raise EngineError(f"{path}: {error.strerror}") from error
     except Exception as error:  # protobuf's DecodeError, whose module differs between versions
         raise EngineError(f"{path} is not an ONNX graph: {error}") from error
-
-
-def write_atomically(path: Path, data: Any) -> None:
-    """Write a buffer to `path`, whole or not at all.
-
-    Raises:
-        EngineError: there is no room, or no right to write there.
-    """
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(prefix=f".{path.name}-", dir=path.parent, delete=False) as stream:
-            temporary = Path(stream.name)
-            stream.write(data)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise EngineError(f"{path}: {error.strerror}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def _load_timing_cache(config: Any, job: Job) -> Any:

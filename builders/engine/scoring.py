@@ -16,11 +16,12 @@ import onnx
 from google.protobuf import json_format
 
 from builders.engine.census import Census
-from builders.engine.compile import Job, compile_graph, read_graph, write_atomically
+from builders.engine.compile import Job, compile_graph, read_graph
 from builders.engine.errors import EngineError
 from builders.engine.network import STATELESS_FORMS, Profile
 from builders.engine.progress import Progress
 from builders.engine.target import resolve_target
+from builders.files import write_atomically
 from builders.pbtxt import ModelConfig
 from ensemble.tensorrt_api import PLAN_FILE
 
@@ -98,7 +99,7 @@ def build_scoring_engine(
             fp8_modules=fp8_modules, timing_cache=timing_cache, progress=progress,
         )
     )  # fmt: skip
-    write_atomically(output_path, compiled.plan)
+    write_atomically(output_path, compiled.plan, EngineError)
     size = output_path.stat().st_size
     return ScoringReport(output_path, compiled.census, size, settled.version, settled.compute_capability)
 
