@@ -24,7 +24,7 @@ from builders.artefact import Artefact
 from builders.calibration_text import load_or_calibrate, load_tokenizer, read_text
 from builders.checkpoint import open_checkpoint
 from builders.evaluate import FloatSource, compare, module_errors, run_model, text_windows
-from builders.evaluate_cli import TABLE_TOKENS, Evaluation, plot
+from builders.evaluation import TABLE_TOKENS, Evaluation, plot
 from builders.quantize import quantized_graph
 from builders.recipe import RECIPES, Recipe
 from builders.sensitivity import Sensitivity, keep_most_sensitive, measure_sensitivity

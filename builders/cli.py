@@ -169,9 +169,31 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from builders.evaluate_cli import run_evaluate
+    from builders.errors import BuildError
+    from builders.evaluation import EvaluateOptions, evaluate
+    from builders.recipe import recipe_named
 
-    return run_evaluate(arguments)
+    bar = _ProgressBar()
+    try:
+        options = EvaluateOptions(
+            checkpoint=arguments.checkpoint,
+            text=arguments.text,
+            artefact=arguments.artefact,
+            recipe=recipe_named(arguments.recipe),
+            ranges=arguments.ranges,
+            num_tokens=arguments.tokens,
+            window_len=arguments.window,
+        )
+        result = evaluate(options, bar.report)
+        bar.close()
+        print(result.table())
+        if arguments.output:
+            result.save(arguments.output)
+            print(f"wrote {arguments.output / 'quality.json'} and {arguments.output / 'quality.png'}")
+    except BuildError as error:
+        bar.close()
+        return _fail(str(error))
+    return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:

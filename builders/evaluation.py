@@ -1,13 +1,11 @@
-"""`deepseek-triton evaluate`: an artefact, or a recipe, against the float checkpoint on a text file.
+"""An artefact, or a recipe, against the float checkpoint on a text file: options in, table, JSON and plot out.
 
-Prints one table, and writes quality.json and quality.png where asked. The numbers are made in evaluate.py.
+The numbers are made in evaluate.py; the command `deepseek-triton evaluate` is cli.py's.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from builders.checkpoint import open_checkpoint
 from builders.errors import BuildError
 from builders.evaluate import FloatSource, ModuleError, Quality, compare, module_errors, run_model, text_windows
 from builders.quantize import quantized_graph
-from builders.recipe import RECIPES, Recipe, recipe_named
+from builders.recipe import RECIPES, Recipe
 
 TABLE_TOKENS = 256  # of the text, for the table of layers
 
@@ -155,26 +153,3 @@ def plot(evaluation: Evaluation, path: Path) -> None:
         figure.savefig(path, dpi=110, metadata={"Software": None})
     except OSError as error:
         raise BuildError(f"{path}: {error.strerror}") from error
-
-
-def run_evaluate(arguments: argparse.Namespace) -> int:
-    """Run the command: 0, or 1 after an error told in one line."""
-    try:
-        options = EvaluateOptions(
-            arguments.checkpoint, arguments.text, arguments.artefact, recipe_named(arguments.recipe),
-            arguments.ranges, arguments.tokens, arguments.window,
-        )  # fmt: skip
-        result = evaluate(options, _print_progress)
-        print(result.table())
-        if arguments.output:
-            result.save(arguments.output)
-            print(f"wrote {arguments.output / 'quality.json'} and {arguments.output / 'quality.png'}")
-    except BuildError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _print_progress(what: str, done: int, total: int) -> None:
-    end = "\n" if done == total else ""
-    print(f"\r{what} {done}/{total}", end=end, file=sys.stderr, flush=True)
