@@ -37,6 +37,10 @@ class FakeRunner:
             rows.append(self._logits(slot, int(position) + 1))
         return np.stack(rows)
 
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        self.calls.append(("copy_prefix", num_tokens))
+        self.cache[target, :num_tokens] = self.cache[source, :num_tokens]
+
     def close(self) -> None:
         self.is_closed = True
 

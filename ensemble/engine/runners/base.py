@@ -5,6 +5,8 @@ A runner owns `num_slots` caches of `max_seq_len` positions. It knows nothing of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -38,8 +40,67 @@ class Runner(Protocol):
         until the next call.
         """
 
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """Copy the first `num_tokens` positions of slot `source`'s cache into slot `target`'s."""
+
     def close(self) -> None:
         """Free the weights and the caches."""
+
+
+@dataclass(frozen=True)
+class PromptChunk:
+    """Part of a prompt: `ids` [n] for `slot`, at positions start, start + 1, …."""
+
+    slot: int
+    ids: Ids
+    start: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How a runner chooses one row's token where its logits are; fields as in SamplingParams, temperature 0 is greedy.
+
+    The random number is a function of `seed` and `step`, the count of tokens that the sequence has generated, and of
+    nothing else: a sequence draws the same tokens alone and in a full batch.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a decode step gave: tokens [n] and their log probabilities [n] where a Draw was given (elsewhere neither
+    means anything), and logits [k, vocab_size] of the k rows that were asked for. Valid until the next call.
+    """
+
+    tokens: Ids
+    log_probs: Logits
+    logits: Logits
+
+
+@runtime_checkable
+class DrawingRunner(Runner, Protocol):
+    """A runner that chooses tokens itself and computes while the caller does something else."""
+
+    def can_draw(self, draw: Draw) -> bool:
+        """Whether this runner can choose a token that way; where it can't, ask for the row's logits."""
+
+    def prefill_many(self, chunks: Sequence[PromptChunk]) -> Logits:
+        """`prefill` of several slots' chunks at once: the logits [len(chunks), vocab_size] of each chunk's last token.
+
+        The chunks together hold at most the `prefill_chunk` tokens that the runner was made for.
+        """
+
+    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
+        """Begin a `decode` and return without waiting; draws[i] is row i's, None for a row that draws nothing."""
+
+    def finish_decode(self) -> Decoded:
+        """Wait for the step that `start_decode` began; its `logits_rows`' logits are those of `Decoded`."""
 
 
 @runtime_checkable

@@ -80,6 +80,10 @@ class OnnxRunner:
     def decode(self, ids: Ids, positions: Ids) -> Logits:
         return self._run(0, ids[:, None], positions, np.ones_like(positions))
 
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        for cache in self._caches.values():
+            cache[target, :, :num_tokens] = cache[source, :, :num_tokens]
+
     def close(self) -> None:
         self._bindings.clear()
         self._caches.clear()
