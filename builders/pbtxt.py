@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 TEXT_MAX_BATCH_SIZE = 64  # requests that one call of the tokenizer or detokenizer may take
+MAX_QUEUE_SIZE = 4096  # requests that may wait for the tokenizer; Triton refuses one more
 HEADER = "# Written by `deepseek-triton build`: change the builder, not this file.\n"
 
 
@@ -44,12 +45,16 @@ class PbtxtError(BuildError):
 
 def tokenizer_config(served_name: str, parameters: Mapping[str, str] | None = None) -> ModelConfig:
     """The configuration of `served_name`'s tokenizer."""
-    return _text_model(model_name(served_name, TOKENIZER_SUFFIX), TOKENIZER, parameters)
+    config = _text_model(model_name(served_name, TOKENIZER_SUFFIX), TOKENIZER, parameters)
+    config.dynamic_batching.default_queue_policy.max_queue_size = MAX_QUEUE_SIZE
+    return config
 
 
 def detokenizer_config(served_name: str, parameters: Mapping[str, str] | None = None) -> ModelConfig:
     """The configuration of `served_name`'s detokenizer."""
-    return _text_model(model_name(served_name, DETOKENIZER_SUFFIX), DETOKENIZER, parameters)
+    config = _text_model(model_name(served_name, DETOKENIZER_SUFFIX), DETOKENIZER, parameters)
+    config.model_transaction_policy.decoupled = True  # a heartbeat is answered with nothing
+    return config
 
 
 def engine_config(served_name: str, parameters: Mapping[str, str]) -> ModelConfig:

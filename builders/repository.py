@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ensemble.models
@@ -60,7 +60,9 @@ def _write_generator(
         (staging / config.name / str(version)).mkdir(parents=True)
         _write_config(staging, config)
     tokenizer, detokenizer, engine, _ = (staging / name / str(version) for name in _model_names(options))
-    _write_text_models(checkpoint, tokenizer, detokenizer)
+    _write_tokenizer(checkpoint, (tokenizer, detokenizer, engine))
+    _write_adapter("tokenizer", tokenizer)
+    _write_adapter("detokenizer", detokenizer)
     write_artefacts(checkpoint, options, max_seq_len, engine, report)
     _write_adapter("engine", engine)
 
@@ -140,24 +142,25 @@ def _staging(repository: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write_text_models(checkpoint: Checkpoint, tokenizer: Path, detokenizer: Path) -> None:
+def _write_tokenizer(checkpoint: Checkpoint, directories: Sequence[Path]) -> None:
+    """The tokenizer's files, for each model that needs them; the engine does for stop words and guides."""
     from ensemble.text import Tokenizer
 
+    first, *others = directories
     try:
-        checkpoint.write_tokenizer(tokenizer)
-        vocab_size = Tokenizer.from_directory(tokenizer).vocab_size
+        checkpoint.write_tokenizer(first)
+        vocab_size = Tokenizer.from_directory(first).vocab_size
     except ValueError as error:  # a GGUF's tokenizer, or a tokenizer.json: they name the copy, which goes away
-        reason = str(error).replace(f"{tokenizer}/", "")
+        reason = str(error).replace(f"{first}/", "")
         raise BuildError(f"{checkpoint.path}: {reason}; fetch the checkpoint again") from error
     if vocab_size > checkpoint.spec.vocab_size:
         raise BuildError(
             f"{checkpoint.path}: the tokenizer has {vocab_size} tokens, the model {checkpoint.spec.vocab_size}; "
             "they don't belong together"
         )
-    for path in tokenizer.iterdir():
-        shutil.copyfile(path, detokenizer / path.name)
-    _write_adapter("tokenizer", tokenizer)
-    _write_adapter("detokenizer", detokenizer)
+    for path in first.iterdir():
+        for other in others:
+            shutil.copyfile(path, other / path.name)
 
 
 def _write_adapter(name: str, directory: Path) -> None:

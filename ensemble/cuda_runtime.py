@@ -102,6 +102,11 @@ class Cuda:
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, stream)
 
+    def copy_rows(self, target: int, source: int, *, pitch: int, width: int, rows: int, stream: Any) -> None:
+        """Queue a copy on the device: `rows` pieces of `width` bytes, `pitch` bytes apart in both places."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self.call("cudaMemcpy2DAsync", target, pitch, source, pitch, width, rows, kind, stream)
+
     def create_stream(self) -> Any:
         """A stream that doesn't wait for the default one."""
         return self.call("cudaStreamCreateWithFlags", NON_BLOCKING)

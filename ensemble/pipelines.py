@@ -10,18 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ensemble.contract import (
-    ACKNOWLEDGE,
+    ANSWER_INPUTS,
     DETOKENIZER,
     ENGINE,
     GENERATE,
     INPUT_IDS,
-    MESSAGES,
     OUTPUT_IDS,
-    PROGRESS_OUTPUTS,
-    SAMPLING_INPUTS,
-    SEQUENCE_ID,
-    TEXT_INPUT,
-    TEXT_OUTPUT,
+    PROGRESS,
+    PROMPT_INFO,
+    PROMPT_INPUTS,
     TOKENIZER,
     ModelContract,
     TensorSpec,
@@ -68,15 +65,15 @@ def _private(*tensors: TensorSpec) -> dict[str, str]:
 
 # Everything the detokenizer takes comes from the engine: Triton (server issue 7275) refuses an ensemble in
 # which a step after a decoupled one also takes a tensor from before it.
-_TOKENIZED = _private(INPUT_IDS, ACKNOWLEDGE)
-_GENERATED = _private(OUTPUT_IDS, SEQUENCE_ID, *PROGRESS_OUTPUTS)
+_TOKENIZED = _private(INPUT_IDS, PROMPT_INFO)
+_GENERATED = _private(OUTPUT_IDS, PROGRESS)
 
 GENERATE_PIPELINE = Pipeline(
     "generate",
     GENERATE,
     (
-        Step(TOKENIZER_SUFFIX, TOKENIZER, _public(TEXT_INPUT, MESSAGES), _TOKENIZED),
-        Step(ENGINE_SUFFIX, ENGINE, {**_TOKENIZED, **_public(*SAMPLING_INPUTS)}, _GENERATED),
-        Step(DETOKENIZER_SUFFIX, DETOKENIZER, _GENERATED, _public(TEXT_OUTPUT, *PROGRESS_OUTPUTS)),
+        Step(TOKENIZER_SUFFIX, TOKENIZER, _public(*PROMPT_INPUTS), _TOKENIZED),
+        Step(ENGINE_SUFFIX, ENGINE, {**_TOKENIZED, **_public(*ANSWER_INPUTS)}, _GENERATED),
+        Step(DETOKENIZER_SUFFIX, DETOKENIZER, _GENERATED, _public(*DETOKENIZER.outputs)),
     ),
 )

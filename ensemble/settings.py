@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
 
-_INTEGERS = ("num_slots", "prefill_chunk", "num_threads")
-_NUMBERS = ("cancel_after_s",)
+PrefixReuse = Literal["prompt", "all", "off"]
+PREFIX_REUSES: tuple[PrefixReuse, ...] = get_args(PrefixReuse)
 
 
 class SettingsError(ValueError):
@@ -20,28 +21,52 @@ class SettingsError(ValueError):
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How an engine runs; none of it changes what it answers.
+    """How an engine runs.
 
-    num_slots: sequences in flight at once. prefill_chunk: prompt tokens in one step. num_threads: CPU threads
-    of the runner, 0 for all cores. cancel_after_s: seconds without an acknowledgement after which a streamed
-    sequence is taken as abandoned.
+    num_slots: sequences in flight at once.
+    prefill_chunk: prompt tokens in one step while nothing else runs.
+    max_prefill_stall: beside running sequences a step computes so much of the prompts as takes this many times as long
+        as their next token.
+    prefix_reuse: what of a finished sequence's cache a later prompt may begin with: "prompt" what was computed as a
+        prompt, which gives the very bits that computing it again would; "all" its answer too, whose last bits may
+        differ; "off" nothing.
+    num_threads: CPU threads of the runner, 0 for all cores.
+    max_queue_size: sequences that may wait for a slot; one more is refused.
+    priority_levels: 1 is the most urgent; a request without a priority has the middle one.
+    queue_timeout_ms, timeout_ms: the longest wait for a slot, and the longest time for a whole request, in ms, for
+        requests that don't say; 0: none.
+    cancel_after_s: seconds without an acknowledgement after which a request is taken as abandoned.
     """
 
     num_slots: int = 8
     prefill_chunk: int = 64
+    max_prefill_stall: float = 1.5
+    prefix_reuse: PrefixReuse = "prompt"
     num_threads: int = 0
+    max_queue_size: int = 1024
+    priority_levels: int = 3
+    queue_timeout_ms: int = 0
+    timeout_ms: int = 0
     cancel_after_s: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, lowest in (("num_slots", 1), ("prefill_chunk", 1), ("num_threads", 0)):
+        for name, lowest in _INTEGERS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise SettingsError(f"{name} is {value!r}, must be an integer of at least {lowest}")
-        seconds = self.cancel_after_s
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-            raise SettingsError(f"cancel_after_s is {seconds!r}, must be a number of seconds")
-        if not (math.isfinite(seconds) and seconds > 0):
-            raise SettingsError(f"cancel_after_s is {seconds!r}, must be finite and above 0")
+        for name, what in _NUMBERS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise SettingsError(f"{name} is {value!r}, must be {what}")
+            if not (math.isfinite(value) and value > 0):
+                raise SettingsError(f"{name} is {value!r}, must be finite and above 0")
+        if self.prefix_reuse not in PREFIX_REUSES:
+            raise SettingsError(f"prefix_reuse is {self.prefix_reuse!r}, must be one of {', '.join(PREFIX_REUSES)}")
+
+    @property
+    def default_priority(self) -> int:
+        """The level of a request that names none."""
+        return (self.priority_levels + 1) // 2
 
     def to_parameters(self) -> dict[str, str]:
         """These settings as the text values of config.pbtxt's `parameters`."""
@@ -59,20 +84,29 @@ class EngineSettings:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(ours) - known):
             raise SettingsError(f"unknown engine parameter {unknown[0]!r}, must be one of {sorted(known)}")
-        values: dict[str, int | float] = {}
-        for names, convert in ((_INTEGERS, int), (_NUMBERS, float)):
-            for name in names:
-                if name not in ours:
-                    continue
-                try:
-                    values[name] = convert(ours[name])
-                except ValueError:
-                    kind = "an integer" if convert is int else "a number"
-                    raise SettingsError(f"{name} is {ours[name]!r}, must be {kind}") from None
-        return cls(**values)  # type: ignore[arg-type]  # __post_init__ checks each type
+        values: dict[str, Any] = {}
+        for name, text in ours.items():
+            convert, kind = _KINDS.get(name, (str, ""))
+            try:
+                values[name] = convert(text)
+            except ValueError:
+                raise SettingsError(f"{name} is {text!r}, must be {kind}") from None
+        return cls(**values)
 
     @classmethod
     def from_model_config(cls, model_config: str) -> EngineSettings:
         """Read the JSON that a Python model gets as `args["model_config"]`."""
         parameters = json.loads(model_config).get("parameters", {})
         return cls.from_parameters({name: value["string_value"] for name, value in parameters.items()})
+
+
+# Integers with their lowest values, numbers with what they are.
+_INTEGERS = {
+    "num_slots": 1, "prefill_chunk": 1, "num_threads": 0, "max_queue_size": 1, "priority_levels": 1,
+    "queue_timeout_ms": 0, "timeout_ms": 0,
+}  # fmt: skip
+_NUMBERS = {"max_prefill_stall": "a number", "cancel_after_s": "a number of seconds"}
+_KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
+    **dict.fromkeys(_INTEGERS, (int, "an integer")),
+    **dict.fromkeys(_NUMBERS, (float, "a number")),
+}

@@ -18,7 +18,7 @@ PREFILL_PROFILE, DECODE_PROFILE = 0, 1
 PLAN_FILE = "model.plan"
 # What the builder adds to the graph's outputs, so that greedy decoding copies 8 bytes a row instead of a
 # vocabulary.
-BEST_ID, BEST_LOGIT = "best_id", "best_logit"
+BEST_ID, BEST_LOG_PROB = "best_id", "best_log_prob"
 # Without a GPU each object that TensorRT makes logs this; it keeps nothing from being built.
 NO_GPU_MESSAGE = "CUDA driver version is insufficient"
 

@@ -38,7 +38,7 @@ class FakeCudaRuntime:
     # CUDA's own names
     cudaError_t = SimpleNamespace(cudaSuccess=0, cudaErrorMemoryAllocation=2)  # noqa: N815
     cudaDeviceAttr = SimpleNamespace(cudaDevAttrComputeCapabilityMajor=75, cudaDevAttrComputeCapabilityMinor=76)  # noqa: N815
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)  # noqa: N815
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
 
     def __init__(self, compute_capability: str = "8.9", memory: int = 2**30) -> None:
@@ -82,6 +82,13 @@ class FakeCudaRuntime:
 
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: FakeStream) -> tuple[int]:  # noqa: N802
         stream.add(lambda: ctypes.memmove(to, source, size))
+        return (0,)
+
+    def cudaMemcpy2DAsync(  # noqa: N802
+        self, to: int, pitch: int, source: int, source_pitch: int, width: int, rows: int, kind: int, stream: FakeStream
+    ) -> tuple[int]:
+        for row in range(rows):
+            self.cudaMemcpyAsync(to + row * pitch, source + row * source_pitch, width, kind, stream)
         return (0,)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, FakeStream]:  # noqa: N802
@@ -175,7 +182,7 @@ class FakeEngine:
         values = [*self.session.get_inputs(), *self.session.get_outputs()]
         self.shapes = {value.name: [d if isinstance(d, int) else -1 for d in value.shape] for value in values}
         self.dtypes = {value.name: np.dtype(ITEMSIZES[value.type]) for value in values}
-        self.names = [*self.shapes, "best_id", "best_logit"]
+        self.names = [*self.shapes, "best_id", "best_log_prob"]
         self.contexts: list[FakeContext] = []
 
     @property
@@ -253,8 +260,9 @@ class FakeContext:
             if value.name == "logits":
                 best = result.argmax(axis=1)[:, None]
                 _view(addresses["best_id"], best.shape, np.dtype(np.int32))[...] = best
-                top = np.take_along_axis(result, best, axis=1)
-                _view(addresses["best_logit"], best.shape, np.dtype(np.float32))[...] = top
+                below = result - np.take_along_axis(result, best, axis=1)
+                log_prob = -np.log(np.exp(below).sum(axis=1, keepdims=True))
+                _view(addresses["best_log_prob"], best.shape, np.dtype(np.float32))[...] = log_prob
 
 
 def _view(address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, np.dtype[Any]]:

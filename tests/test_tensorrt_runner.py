@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ensemble.engine.runners.base import Runner, RunnerError
+from ensemble.engine.runners.base import Draw, DrawingRunner, PromptChunk, Runner, RunnerError
 from ensemble.engine.runners.onnx import OnnxRunner
 from ensemble.engine.runners.tensorrt import TensorRTRunner, captured_size
 from ensemble.tensorrt_api import Plan, TensorRTError
@@ -120,12 +120,30 @@ def test_a_rounded_up_batch_leaves_a_prompt_half_way_through_alone(load: Load) -
 
 def test_greedy_tokens_come_from_the_device(load: Load) -> None:
     runner = load()
+    greedy = Draw(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, step=0)
+    assert isinstance(runner, DrawingRunner)
+    assert runner.can_draw(greedy) and not runner.can_draw(replace(greedy, temperature=0.5))
+    prompts = runner.prefill_many([PromptChunk(slot, ids(6, slot), 0) for slot in range(3)])
     for slot in range(3):
-        runner.prefill(slot, ids(6, slot), 0)
+        np.testing.assert_array_equal(prompts[slot], runner.prefill(slot, ids(6, slot), 0))
     logits = runner.decode(ids(3), np.array([6, 6, 6])).copy()
-    best, scores = runner.decode_greedy(ids(3), np.array([6, 6, 6]))
-    assert best.dtype == np.int64 and best.tolist() == logits.argmax(axis=1).tolist()
-    np.testing.assert_array_equal(scores, logits.max(axis=1))
+    runner.start_decode(ids(3), np.array([6, 6, 6]), [greedy, None, greedy], [1])
+    decoded = runner.finish_decode()
+    best = logits.argmax(axis=1)
+    assert decoded.tokens.dtype == np.int64 and decoded.tokens.tolist() == best.tolist()
+    expected = logits - np.log(np.exp(logits.astype(np.float64)).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(decoded.log_probs, expected[np.arange(3), best], atol=1e-5)
+    np.testing.assert_array_equal(decoded.logits, logits[[1]])
+    runner.close()
+
+
+def test_a_copied_prefix_goes_on_like_the_original(load: Load) -> None:
+    runner = load()
+    prompt = ids(7)
+    alone = runner.prefill(0, prompt, 0).copy()
+    runner.prefill(4, ids(7, 5), 0)
+    runner.copy_prefix(0, 4, 5)
+    np.testing.assert_array_equal(runner.prefill(4, prompt[5:], 5), alone)
     runner.close()
 
 

@@ -15,7 +15,7 @@ import onnx
 
 from builders.engine.errors import EngineError, GraphError
 from builders.engine.target import Target
-from ensemble.tensorrt_api import BEST_ID, BEST_LOGIT, Messages, make_logger
+from ensemble.tensorrt_api import BEST_ID, BEST_LOG_PROB, Messages, make_logger
 
 MASK = "mask"  # decoder.py's causal mask over the whole cache
 
@@ -146,10 +146,18 @@ class Network:
         return lengths
 
     def add_best_token(self) -> None:
-        """Add each row's likeliest token, BEST_ID [batch, 1] int32, and its logit, BEST_LOGIT [batch, 1] float32."""
-        logits = self.outputs()["logits"]
-        top = self.network.add_topk(logits, self.api.TopKOperation.MAX, 1, 1 << 1)
-        for name, output in ((BEST_LOGIT, top.get_output(0)), (BEST_ID, top.get_output(1))):
+        """Add each row's likeliest token, BEST_ID [batch, 1] int32, and its log probability, BEST_LOG_PROB [batch, 1]
+        float32: minus the logarithm of the sum of exp(logit - best logit).
+        """
+        api, network, logits = self.api, self.network, self.outputs()["logits"]
+        vocabulary = 1 << 1
+        top = network.add_topk(logits, api.TopKOperation.MAX, 1, vocabulary)
+        below = network.add_elementwise(logits, top.get_output(0), api.ElementWiseOperation.SUB).get_output(0)
+        weights = network.add_unary(below, api.UnaryOperation.EXP).get_output(0)
+        total = network.add_reduce(weights, api.ReduceOperation.SUM, vocabulary, keep_dims=True).get_output(0)
+        log_total = network.add_unary(total, api.UnaryOperation.LOG).get_output(0)
+        log_prob = network.add_unary(log_total, api.UnaryOperation.NEG).get_output(0)
+        for name, output in ((BEST_LOG_PROB, log_prob), (BEST_ID, top.get_output(1))):
             output.name = name
             self.network.mark_output(output)
 

@@ -1,6 +1,6 @@
 """The engine's loop: schedule → run → emit, on one thread.
 
-It knows runners, sequences and sinks; it knows nothing of Triton, of text, or of how a runner computes. Other threads
+It knows runners, requests and sinks; it knows nothing of Triton, of text, or of how a runner computes. Other threads
 reach it through `submit` and `stop` only.
 """
 
@@ -10,39 +10,34 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
-
-from ensemble.engine.runners.base import GreedyRunner, Runner
-from ensemble.engine.scheduler import Scheduler, Step
-from ensemble.engine.sequence import Sequence
-from ensemble.sampling import SamplingError
+from ensemble.engine.budget import PrefillBudget
+from ensemble.engine.decoding import Decoder, Outcome
+from ensemble.engine.liveness import Acknowledgements, Liveness
+from ensemble.engine.metrics import EngineMetrics
+from ensemble.engine.runners.base import DrawingRunner, Logits, OutOfMemory, PromptChunk, Runner
+from ensemble.engine.scheduler import Chunk, Scheduler, Step
+from ensemble.engine.sequence import FailureKind, Request
+from ensemble.engine.sequence import Sequence as TokenSequence
+from ensemble.guided import GuideError
+from ensemble.sampling import Sampled
+from ensemble.settings import EngineSettings
 
 log = logging.getLogger(__name__)
 
-# Responses of one stream on their way to the detokenizer. One would wait for each acknowledgement; with two, the next
-# is under way meanwhile, and what is ready while both are out travels together.
-MAX_UNACKNOWLEDGED = 2
 
-
-class Acknowledgements(Protocol):
-    """Where the detokenizer says what it has received."""
-
-    def drain(self) -> Iterable[int]:
-        """Sequence ids, one for each response received since the last call."""
+class QueueFull(Exception):
+    """As many sequences wait as may."""
 
 
 class EngineLoop:
-    """Runs every submitted sequence to its end.
+    """Runs every submitted request to its end.
 
     Args:
         runner: the model; the loop closes it.
-        end_ids: tokens that end a sequence.
-        prefill_chunk: prompt tokens computed in one step.
+        settings: how to schedule, and when to give up.
         acknowledgements: the detokenizer's.
-        cancel_after_s: a stream whose response stays unacknowledged so long has lost its client.
         clock: seconds, monotonic.
     """
 
@@ -50,20 +45,27 @@ class EngineLoop:
         self,
         runner: Runner,
         *,
-        end_ids: Iterable[int],
-        prefill_chunk: int,
+        settings: EngineSettings,
         acknowledgements: Acknowledgements,
-        cancel_after_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.metrics = EngineMetrics(slots=runner.num_slots)
+        self.clock = clock
         self._runner = runner
-        self._end_ids = frozenset(end_ids)
-        self._scheduler = Scheduler(runner.num_slots, prefill_chunk)
+        self._decoder = Decoder(runner)
+        self._max_queue_size = settings.max_queue_size
+        self._budget = PrefillBudget(settings.prefill_chunk, settings.max_prefill_stall)
+        self._scheduler = Scheduler(
+            runner.num_slots,
+            runner.max_seq_len,
+            self._budget,
+            reuses_prompts=settings.prefix_reuse != "off",
+            reuses_answers=settings.prefix_reuse == "all",
+        )
+        self._liveness = Liveness(settings.cancel_after_s)
         self._acknowledgements = acknowledgements
-        self._cancel_after_s = cancel_after_s
-        self._clock = clock
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._by_id: dict[int, Sequence] = {}
+        self._requests: dict[int, Request] = {}  # by stream id
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -71,154 +73,243 @@ class EngineLoop:
         self._thread.start()
 
     def close(self) -> None:
-        """End every sequence with an error, then the thread, then the runner."""
+        """End every request with an error, then the thread, then the runner."""
         self._inbox.put(None)
         self._thread.join()
 
-    def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence.
+    def submit(self, request: Request) -> None:
+        """Queue a request.
 
         Raises:
             ValueError: the prompt is empty, holds an unknown id, or leaves no room to generate.
+            QueueFull: too many wait already.
         """
-        length, limit = len(sequence.prompt_ids), self._runner.max_seq_len
+        length, limit = len(request.prompt_ids), self._runner.max_seq_len
         if length == 0:
             raise ValueError("the prompt is empty; give at least one token")
         if length >= limit:
             raise ValueError(f"the prompt has {length} tokens, the context holds {limit}; shorten the prompt")
-        low, high = int(sequence.prompt_ids.min()), int(sequence.prompt_ids.max())
+        low, high = int(request.prompt_ids.min()), int(request.prompt_ids.max())
         if low < 0 or high >= self._runner.vocab_size:
             raise ValueError(f"input_ids must lie in 0 … {self._runner.vocab_size - 1}, got {low if low < 0 else high}")
-        sequence.max_new_tokens = min(sequence.params.max_tokens or limit, limit - length)
-        self._inbox.put(lambda: self._add(sequence))
+        if self._scheduler.num_waiting + self._inbox.qsize() >= self._max_queue_size:
+            self.metrics.requests_refused_total += 1
+            raise QueueFull(f"{self._max_queue_size} requests wait already, as many as may; try again later")
+        request.max_new_tokens = min(request.params.max_tokens or limit, limit - length)
+        self._inbox.put(lambda: self._add(request))
 
     def stop(self, request_id: str, done: Callable[[], None]) -> None:
-        """Cancel the sequences of `request_id`, if there are any left, then call `done`."""
+        """Cancel the requests that have `request_id`, if there are any left, then call `done`."""
         self._inbox.put(lambda: self._stop(request_id, done))
 
     def run(self) -> None:
         """The loop itself; returns after `close`."""
         while self._receive():
-            step = self._scheduler.schedule()
-            if step:
-                self._run(step)
-                self._emit()
-        for sequence in self._scheduler.sequences:
-            self._fail(sequence, "the engine is shutting down")
+            self.step()
+        for request in list(self._requests.values()):
+            self._fail(request, "the engine is shutting down", "unavailable")
         self._runner.close()
+
+    def step(self) -> None:
+        """Schedule, start the decode, send what the last step gave while it runs, finish it, then prefill."""
+        step = self._scheduler.schedule()
+        self._prepare(step)
+        started_at = self._start_decode(step)
+        self._emit()
+        if started_at is not None:
+            self._finish_decode(step.decode, started_at)
+        if step.prefill:
+            self._prefill(step.prefill, is_beside_decode=started_at is not None)
 
     def _receive(self) -> bool:
         """Take in what other threads asked for, waiting if there is nothing else to do; False: close."""
-        is_idle = not self._scheduler.sequences
         while True:
             try:
-                message = self._inbox.get(block=is_idle)
+                message = self._inbox.get(block=not self._requests)
             except queue.Empty:
                 return True
             if message is None:
                 return False
             message()
-            is_idle = not self._scheduler.sequences
 
-    def _run(self, step: Step) -> None:
-        if step.prefill is not None:
-            try:
-                self._prefill(step.prefill, step.prefill_tokens)
-            except Exception as error:  # whatever a runner raises ends this request, not the engine
-                self._failed_step("prefill", (step.prefill,), error)
-        if step.decode:
-            try:
-                self._decode(step.decode)
-            except Exception as error:
-                self._failed_step("decode", step.decode, error)
+    def _prepare(self, step: Step) -> None:
+        now = self.clock()
+        for copy in step.copies:
+            self._runner.copy_prefix(copy.source, copy.target, copy.num_tokens)
+        for sequence in step.admitted:
+            sequence.first_scheduled_at = now
+            self.metrics.prompt_tokens_total += len(sequence.request.prompt_ids)
+            self.metrics.prefix_hit_tokens_total += sequence.num_computed
+            self.metrics.prefix_hits_total += sequence.num_computed > 0
+            if sequence.index == 0:
+                self.metrics.queue_time_seconds.observe(now - sequence.request.arrived_at)
+        self.metrics.slots_used = self._scheduler.num_running
+        self.metrics.sequences_waiting = self._scheduler.num_waiting
 
-    def _prefill(self, sequence: Sequence, num_tokens: int) -> None:
-        assert sequence.slot is not None
-        start = sequence.num_computed
-        ids = sequence.prompt_ids[start : start + num_tokens]
-        logits = self._runner.prefill(sequence.slot, ids, start)
-        sequence.num_computed += num_tokens
-        if sequence.is_prefilled:
-            self._append(sequence, logits)
-
-    def _decode(self, sequences: tuple[Sequence, ...]) -> None:
-        by_slot = {s.slot: s for s in sequences if s.slot is not None}
-        num_rows = max(by_slot) + 1
-        ids, positions = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.int64)
-        for slot, position in self._scheduler.positions().items():
-            if slot < num_rows:
-                positions[slot] = position
-        for slot, sequence in by_slot.items():
-            ids[slot] = sequence.output_ids[-1]
-        if isinstance(self._runner, GreedyRunner) and all(s.params.is_greedy for s in sequences):
-            tokens, scores = self._runner.decode_greedy(ids, positions)
-            for slot, sequence in by_slot.items():
-                sequence.num_computed += 1
-                if np.isfinite(scores[slot]):
-                    sequence.append(int(tokens[slot]), self._end_ids)
-                else:
-                    self._fail(sequence, str(SamplingError.not_finite()))
-            return
-        logits = self._runner.decode(ids, positions)
-        for slot, sequence in by_slot.items():
-            sequence.num_computed += 1
-            self._append(sequence, logits[slot])
-
-    def _append(self, sequence: Sequence, logits: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> None:
+    def _start_decode(self, step: Step) -> float | None:
+        """When the decode began; None if there is none."""
+        if not step.decode:
+            return None
+        started_at = self.clock()
         try:
-            sequence.append(sequence.sampler.sample(logits), self._end_ids)
-        except SamplingError as error:
-            self._fail(sequence, str(error))
+            self._decoder.start(step.decode, self._scheduler.positions())
+        except Exception as error:  # whatever a runner raises ends its sequences, not the engine
+            self._failed_step("decode", step.decode, error)
+            return None
+        return started_at
+
+    def _finish_decode(self, sequences: Sequence[TokenSequence], started_at: float) -> None:
+        try:
+            outcomes = self._decoder.finish()
+        except Exception as error:
+            self._failed_step("decode", sequences, error)
+            return
+        now = self.clock()
+        self._budget.observe_decode(now - started_at)
+        for sequence, outcome in outcomes:
+            sequence.num_computed += 1
+            self._take(sequence, outcome, now)
+
+    def _prefill(self, chunks: Sequence[Chunk], *, is_beside_decode: bool) -> None:
+        chunks = [chunk for chunk in chunks if chunk.sequence.slot is not None]  # not cancelled since it was planned
+        started_at = self.clock()
+        computed: list[tuple[TokenSequence, Logits]] = []
+        if isinstance(self._runner, DrawingRunner):
+            groups = [chunks] if chunks else []
+        else:
+            groups = [[chunk] for chunk in chunks]
+        for group in groups:
+            try:
+                computed += self._prefill_group(group)
+            except Exception as error:
+                self._failed_step("prefill", [chunk.sequence for chunk in group], error)
+        now = self.clock()
+        if is_beside_decode:
+            self._budget.observe_prefill(sum(chunk.num_tokens for chunk in chunks), now - started_at)
+        if computed:
+            outcomes = self._decoder.choose([sequence for sequence, _ in computed], [row for _, row in computed])
+            for (sequence, _), outcome in zip(computed, outcomes, strict=True):
+                self._take(sequence, outcome, now)
+
+    def _prefill_group(self, chunks: Sequence[Chunk]) -> list[tuple[TokenSequence, Logits]]:
+        """Compute the chunks; the sequences whose prompts are whole now, each with its last token's logits."""
+        parts = []
+        for chunk in chunks:
+            sequence, start = chunk.sequence, chunk.sequence.num_computed
+            assert sequence.slot is not None
+            ids = sequence.request.prompt_ids[start : start + chunk.num_tokens]
+            parts.append(PromptChunk(sequence.slot, ids, start))
+        if isinstance(self._runner, DrawingRunner):
+            rows = self._runner.prefill_many(parts)
+        else:
+            rows = [self._runner.prefill(part.slot, part.ids, part.start) for part in parts]
+        done = []
+        for chunk, row in zip(chunks, rows, strict=True):
+            sequence = chunk.sequence
+            sequence.num_computed += chunk.num_tokens
+            if sequence.is_prefilled:
+                done.append((sequence, row.copy()))  # the row is the runner's until its next call
+                if sequence.index == 0:
+                    for sibling in sequence.request.sequences[1:]:
+                        self._scheduler.add(sibling)
+        return done
+
+    def _take(self, sequence: TokenSequence, outcome: Outcome, now: float) -> None:
+        """Give a sequence its next token, or the error that kept it from having one."""
+        if sequence.finish_reason is not None:  # cancelled while the step ran
+            return
+        request, previous, num_tokens = sequence.request, sequence.last_token_at, len(sequence.output_ids)
+        if isinstance(outcome, Sampled):
+            try:
+                sequence.append(outcome, now)
+            except GuideError as error:
+                outcome = error
+        if not isinstance(outcome, Sampled):
+            if len(request.sequences) == 1:
+                self._fail(request, str(outcome))
+                return
+            sequence.finish("error")
+        elif previous is None:
+            if sequence.index == 0:
+                self.metrics.time_to_first_token_seconds.observe(now - request.arrived_at)
+        else:
+            self.metrics.inter_token_latency_seconds.observe(now - previous)
+        self.metrics.generated_tokens_total += len(sequence.output_ids) - num_tokens
+        if sequence.finish_reason is not None:
+            self._scheduler.remove(sequence)
 
     def _emit(self) -> None:
-        for sequence_id in self._acknowledgements.drain():
-            if (sequence := self._by_id.get(sequence_id)) and sequence.unacknowledged:
-                sequence.unacknowledged.pop(0)
-        now = self._clock()
-        for sequence in list(self._by_id.values()):
-            if sequence.finish_reason is None and self._is_abandoned(sequence, now):
-                sequence.finish_reason = "cancelled"
-            if sequence.finish_reason is not None:
-                self._finish(sequence)
-            elif sequence.stream and sequence.pending and len(sequence.unacknowledged) < MAX_UNACKNOWLEDGED:
-                self._send(sequence, now)
+        now = self.clock()
+        for stream_id in self._acknowledgements.drain():
+            if request := self._requests.get(stream_id):
+                self._liveness.acknowledged(request, now)
+        for request in list(self._requests.values()):
+            self._check(request, now)
+            if request.stream_id not in self._requests:
+                continue
+            if request.is_finished:
+                self._finish(request)
+            elif request.is_streamed and self._liveness.may_send(request):
+                updates = [sequence.take_update() for sequence in request.sequences if sequence.has_news]
+                if updates:
+                    self._liveness.sent(request, now)
+                    self.metrics.responses_total += 1
+                    request.sink.send(request, updates)
+            if self._liveness.needs_heartbeat(request, now):
+                self._liveness.sent(request, now)
+                request.sink.send(request, ())
 
-    def _is_abandoned(self, sequence: Sequence, now: float) -> bool:
-        if sequence.sink.is_cancelled():
-            return True
-        return bool(sequence.unacknowledged) and now - sequence.unacknowledged[0] > self._cancel_after_s
+    def _check(self, request: Request, now: float) -> None:
+        """Cancel a request that nobody waits for any more; fail one that has run out of time."""
+        if request.is_finished:
+            return
+        if self._liveness.is_abandoned(request, now):
+            self._cancel(request)
+        elif now > request.deadline or (request.is_waiting and now > request.queue_deadline):
+            self.metrics.requests_expired_total += 1
+            waited = f"{(now - request.arrived_at) * 1e3:.0f} ms"
+            num_tokens = sum(len(sequence.output_ids) for sequence in request.sequences)
+            where = "waiting for a slot" if request.is_waiting else f"having generated {num_tokens} tokens"
+            self._fail(request, f"the request ran out of time after {waited}, {where}", "unavailable")
 
-    def _send(self, sequence: Sequence, now: float) -> None:
-        ids, sequence.pending = sequence.pending, []
-        if sequence.expects_acknowledgement:
-            sequence.unacknowledged.append(now)
-        sequence.sink.send(sequence, ids)
-
-    def _add(self, sequence: Sequence) -> None:
-        self._by_id[sequence.sequence_id] = sequence
-        self._scheduler.add(sequence)
+    def _add(self, request: Request) -> None:
+        self._requests[request.stream_id] = request
+        request.last_sent_at = self.clock()
+        self.metrics.requests_total += 1
+        self._scheduler.add(request.sequences[0])  # the others follow when it is prefilled
 
     def _stop(self, request_id: str, done: Callable[[], None]) -> None:
-        stopped = [s for s in self._by_id.values() if s.request_id == request_id]
-        for sequence in stopped:
-            sequence.finish_reason = "cancelled"
-            self._finish(sequence)
+        for request in [r for r in self._requests.values() if r.request_id == request_id]:
+            self._cancel(request)
+            self._finish(request)
         done()
 
-    def _finish(self, sequence: Sequence) -> None:
-        self._forget(sequence)
-        sequence.sink.send(sequence, sequence.pending)
+    def _cancel(self, request: Request) -> None:
+        self.metrics.requests_cancelled_total += 1
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                sequence.finish("cancelled")
+                self._scheduler.remove(sequence)
 
-    def _fail(self, sequence: Sequence, message: str) -> None:
-        self._forget(sequence)
-        sequence.sink.fail(message)
+    def _finish(self, request: Request) -> None:
+        del self._requests[request.stream_id]
+        self.metrics.responses_total += 1
+        request.sink.send(request, [sequence.take_update() for sequence in request.sequences if sequence.has_news])
 
-    def _failed_step(self, what: str, sequences: Iterable[Sequence], error: Exception) -> None:
+    def _fail(self, request: Request, message: str, kind: FailureKind = "internal") -> None:
+        del self._requests[request.stream_id]
+        self.metrics.requests_failed_total += 1
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                sequence.finish("error")
+                self._scheduler.remove(sequence)
+        request.sink.fail(message, kind)
+
+    def _failed_step(self, what: str, sequences: Iterable[TokenSequence], error: Exception) -> None:
         log.error("%s failed", what, exc_info=error)
-        for sequence in sequences:
-            if sequence.sequence_id in self._by_id:
-                self._fail(sequence, f"{what} failed: {error}")
-
-    def _forget(self, sequence: Sequence) -> None:
-        self._scheduler.remove(sequence)
-        del self._by_id[sequence.sequence_id]
+        requests = list({id(s.request): s.request for s in sequences}.values())
+        if isinstance(error, OutOfMemory):  # the others may go on without the newest
+            requests = [max(requests, key=lambda request: request.stream_id)]
+        for request in requests:
+            if request.stream_id in self._requests:
+                self._fail(request, f"{what} failed: {error}")

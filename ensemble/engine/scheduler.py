@@ -1,77 +1,139 @@
 """The scheduler: which sequence has which slot, and what the next step computes.
 
-A step is at most one chunk of one prompt and one token for every running sequence, so a long prompt delays running
-streams by one chunk at a time. Waiting sequences are served in order; a free slot is taken lowest first, which keeps
-the decoded range `0 … highest active slot` short.
+A step is a budget's worth of prompts and one token for every running sequence. The waiting are served by priority and
+then in order; further sequences of one request wait until the first has computed their common prompt, which they then
+find in its slot.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import deque
+import itertools
 from dataclasses import dataclass
 
+import numpy as np
+
+from ensemble.engine.budget import PrefillBudget
 from ensemble.engine.sequence import Sequence
+from ensemble.engine.slots import Copy, Slots
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The next `num_tokens` of a sequence's prompt."""
+
+    sequence: Sequence
+    num_tokens: int
 
 
 @dataclass(frozen=True)
 class Step:
-    """What to run now: a chunk of `prefill`'s prompt, if any, and one token for each of `decode`."""
+    """What to run now: `copies` first and in order, then chunks of prompts and one token for each of `decode`."""
 
-    prefill: Sequence | None
-    prefill_tokens: int
+    admitted: tuple[Sequence, ...]
+    copies: tuple[Copy, ...]
+    prefill: tuple[Chunk, ...]
     decode: tuple[Sequence, ...]
 
     def __bool__(self) -> bool:
-        return self.prefill is not None or bool(self.decode)
+        return bool(self.prefill or self.decode)
 
 
 class Scheduler:
-    """Assigns slots and plans steps; pure bookkeeping, no model and no clock."""
+    """Assigns slots and plans steps; pure bookkeeping, no model and no clock.
 
-    def __init__(self, num_slots: int, prefill_chunk: int) -> None:
-        self.prefill_chunk = prefill_chunk
-        self._free = list(range(num_slots))  # a heap
-        self._waiting: deque[Sequence] = deque()
+    Args:
+        num_slots: how many sequences run at once.
+        max_seq_len: positions of a slot. A step writes to idle slots too: there, the last position takes the harm.
+        budget: how much of the prompts a step computes.
+        reuses_prompts, reuses_answers: what a finished sequence leaves for later prompts.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        max_seq_len: int,
+        budget: PrefillBudget,
+        *,
+        reuses_prompts: bool = True,
+        reuses_answers: bool = False,
+    ) -> None:
+        self._num_slots = num_slots
+        self._last_position = max_seq_len - 1
+        self._budget = budget
+        self._slots = Slots(num_slots, is_reused=reuses_prompts)
+        self._reuses_answers = reuses_answers
+        self._waiting: list[tuple[int, int, Sequence]] = []  # a heap by priority, then order of arrival
+        self._order = itertools.count()
         self._running: dict[int, Sequence] = {}  # slot → sequence, in order of admission
 
     @property
-    def sequences(self) -> list[Sequence]:
-        """Every unfinished sequence, running ones first."""
-        return [*self._running.values(), *self._waiting]
+    def num_waiting(self) -> int:
+        """Sequences without a slot."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Slots that a sequence has."""
+        return len(self._running)
 
     @property
     def num_free_slots(self) -> int:
-        """Slots that hold no sequence."""
-        return len(self._free)
+        """Slots that no sequence has."""
+        return self._slots.num_free
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence behind those that wait already."""
-        self._waiting.append(sequence)
+        """Queue a sequence behind those of its priority that wait already."""
+        heapq.heappush(self._waiting, (sequence.request.priority, next(self._order), sequence))
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is; its slot is free at once."""
         if sequence.slot is None:
-            self._waiting.remove(sequence)
+            self._waiting = [entry for entry in self._waiting if entry[2] is not sequence]
+            heapq.heapify(self._waiting)
             return
+        self._hold(sequence)
         del self._running[sequence.slot]
-        heapq.heappush(self._free, sequence.slot)
+        self._slots.give_back(sequence.slot)
         sequence.slot = None
 
     def schedule(self) -> Step:
         """Admit what fits and plan the next step; an empty step means that there is nothing to do."""
-        while self._free and self._waiting:
-            sequence = self._waiting.popleft()
-            sequence.slot = heapq.heappop(self._free)
-            self._running[sequence.slot] = sequence
-        prefill = next((s for s in self._running.values() if not s.is_prefilled), None)
-        tokens = 0 if prefill is None else min(self.prefill_chunk, len(prefill.prompt_ids) - prefill.num_computed)
+        admitted, copies = [], []
+        while self._slots.num_free and self._waiting:
+            sequence = heapq.heappop(self._waiting)[2]
+            for other in self._running.values():
+                self._hold(other)  # as far as it is now
+            placement = self._slots.take(sequence.request.prompt_ids)
+            sequence.slot, sequence.num_computed = placement.slot, placement.num_reused
+            self._running[placement.slot] = sequence
+            admitted.append(sequence)
+            copies += placement.copies
         decode = tuple(s for s in self._running.values() if s.is_prefilled)
-        return Step(prefill, tokens, decode)
+        return Step(tuple(admitted), tuple(copies), self._chunks(bool(decode)), decode)
 
     def positions(self) -> dict[int, int]:
-        """For each running slot, the first position it doesn't use yet: where its next token goes.
+        """For each slot, a position that a decode step may write to without harm.
 
-        A decode step writes to every slot below the highest that it advances; here it does no harm.
+        A decode step writes to every slot below the highest that it advances: a running one's next token goes there
+        anyway, and a free one's cache is never used up to its last position.
         """
-        return {slot: sequence.num_computed for slot, sequence in self._running.items()}
+        free = dict.fromkeys(range(self._num_slots), self._last_position)
+        return free | {slot: sequence.num_computed for slot, sequence in self._running.items()}
+
+    def _chunks(self, is_decoding: bool) -> tuple[Chunk, ...]:
+        chunks, left = [], self._budget.tokens(is_decoding=is_decoding)
+        for sequence in self._running.values():
+            if left > 0 and not sequence.is_prefilled:
+                num_tokens = min(left, len(sequence.request.prompt_ids) - sequence.num_computed)
+                chunks.append(Chunk(sequence, num_tokens))
+                left -= num_tokens
+        return tuple(chunks)
+
+    def _hold(self, sequence: Sequence) -> None:
+        """Note how much of the sequence's cache may be found by others."""
+        assert sequence.slot is not None
+        ids = sequence.request.prompt_ids
+        if self._reuses_answers and sequence.is_prefilled:
+            ids = np.concatenate([ids, np.array(sequence.output_ids, np.int64)])
+        self._slots.hold(sequence.slot, ids[: min(sequence.num_computed, self._last_position)])

@@ -1,29 +1,37 @@
-"""Sequence: one request on its way through the engine.
+"""Request and Sequence: one client's request, and each answer to it, on their way through the engine.
 
-Holds what was asked, how far its prompt is in the cache and what was generated. It knows nothing of Triton; what goes
-back to the client goes through its `Sink`.
+A request asks for one or more sequences of the same prompt. Both hold what was asked and how far it is; neither knows
+Triton. What goes back to the client goes through the request's Sink.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ids
+import math
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ensemble.contract import FinishReason
-from ensemble.sampling import Sampler, SamplingParams
+from ensemble.engine.thinking import Thinking
+from ensemble.guided import Guide
+from ensemble.progress import Head, LogProbs, Update
+from ensemble.sampling import Sampled, Sampler, SamplingParams
+from ensemble.text_rules import BadWords, StopMatcher
+
+FailureKind = Literal["invalid", "unavailable", "internal"]
+NEVER = math.inf
 
 
 class Sink(Protocol):
-    """Where a sequence's output goes. Called from the engine's thread only."""
+    """Where a request's output goes. Called from the engine's thread only."""
 
-    def send(self, sequence: Sequence, ids: Ids[int]) -> None:
-        """Deliver `ids`; final if `sequence.finish_reason` is set."""
+    def send(self, request: Request, updates: Items[Update]) -> None:
+        """Deliver `updates`; the last response if `request.is_finished`."""
 
-    def fail(self, message: str) -> None:
+    def fail(self, message: str, kind: FailureKind) -> None:
         """End the request with an error."""
 
     def is_cancelled(self) -> bool:
@@ -32,41 +40,143 @@ class Sink(Protocol):
 
 @dataclass(eq=False)
 class Sequence:
-    """One request: `prompt_ids` [n] int64, and its state.
+    """One answer, and its state.
 
-    num_computed counts the tokens in the cache; pending holds generated tokens that were not sent yet.
+    num_computed counts the tokens in its slot's cache; num_sent the output tokens that the client has; num_ready those
+    that it may have: the last few may yet turn out to be part of a stop word.
     """
 
-    sequence_id: int
-    request_id: str
-    prompt_ids: NDArray[np.int64]
-    params: SamplingParams
-    sink: Sink
-    stream: bool = False
-    expects_acknowledgement: bool = False
+    request: Request
+    index: int
+    sampler: Sampler
+    stop_matcher: StopMatcher | None = None
+    bad_words: BadWords | None = None
+    guide: Guide | None = None
+    thinking: Thinking | None = None
     slot: int | None = None
     num_computed: int = 0
-    max_new_tokens: int = 0
+    num_ready: int = 0
+    num_sent: int = 0
+    num_cut_chars: int = 0
     output_ids: list[int] = field(default_factory=list)
-    pending: list[int] = field(default_factory=list)
-    unacknowledged: list[float] = field(default_factory=list)  # when each was sent, oldest first, in seconds
+    log_probs: list[float] = field(default_factory=list)
+    top_log_probs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    total_log_prob: float = 0.0
+    first_scheduled_at: float | None = None  # seconds, as all times here, on the loop's clock
+    first_token_at: float | None = None
+    last_token_at: float | None = None
     finish_reason: FinishReason | None = None
-    sampler: Sampler = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.sampler = Sampler(self.params)
+    is_reported: bool = False  # the client has the finish_reason
 
     @property
     def is_prefilled(self) -> bool:
         """Whether the whole prompt is in the cache."""
-        return self.num_computed >= len(self.prompt_ids)
+        return self.num_computed >= len(self.request.prompt_ids)
 
-    def append(self, token: int, end_ids: frozenset[int]) -> None:
-        """Take the next token; ends the sequence at an end token (which is no output) or at its length limit."""
-        if token in end_ids:
-            self.finish_reason = "stop"
+    @property
+    def is_guided(self) -> bool:
+        """Whether the guide decides about the next token: it begins where the reasoning ends."""
+        return self.guide is not None and (self.thinking is None or not self.thinking.is_open)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is anything that the client doesn't have."""
+        return self.num_sent < self.num_ready or (self.finish_reason is not None and not self.is_reported)
+
+    def append(self, sampled: Sampled, now: float) -> None:
+        """Take the next token, which sampler and bad words have already; ends the sequence at an end token (which is no output), a stop word or its length."""
+        token = sampled.token
+        if self.is_guided and self.guide is not None:
+            self.guide.accept(token)
+        if self.first_token_at is None:
+            self.first_token_at = now
+        self.last_token_at = now
+        if token in self.sampler.end_ids:
+            self.finish("stop")
             return
         self.output_ids.append(token)
-        self.pending.append(token)
-        if len(self.output_ids) >= self.max_new_tokens:
-            self.finish_reason = "length"
+        if self.request.params.num_log_probs is not None and sampled.log_prob is not None:
+            self.log_probs.append(sampled.log_prob)
+            self.total_log_prob += sampled.log_prob
+            self.top_log_probs.append(sampled.top)
+        if self.thinking is not None:
+            self.thinking.push(token)
+        if self.stop_matcher is None:
+            self.num_ready = len(self.output_ids)
+        else:
+            state = self.stop_matcher.push(token)
+            self.num_ready = state.num_safe_tokens
+            if state.is_stop:
+                self.num_cut_chars = state.num_cut_chars
+                self.finish("stop")
+                return
+        if len(self.output_ids) >= self.request.max_new_tokens:
+            self.finish("length")
+
+    def finish(self, reason: FinishReason) -> None:
+        """Nothing more comes; what was held back goes out."""
+        self.finish_reason = reason
+        self.num_ready = len(self.output_ids)
+
+    def take_update(self) -> Update:
+        """What the client doesn't have yet, as sent from now on."""
+        start, end = self.num_sent, self.num_ready
+        self.num_sent, self.is_reported = end, self.finish_reason is not None
+        request = self.request
+        return Update(
+            index=self.index,
+            ids=tuple(self.output_ids[start:end]),
+            num_output_tokens=end,
+            finish_reason=self.finish_reason,
+            num_cut_chars=self.num_cut_chars,
+            log_probs=None if request.params.num_log_probs is None else self._log_probs(start, end),
+            times_ns=self._times_ns() if request.returns_times else None,
+        )
+
+    def _log_probs(self, start: int, end: int) -> LogProbs:
+        top = tuple(self.top_log_probs[start:end]) if self.request.params.num_log_probs else ()
+        return LogProbs(tuple(self.log_probs[start:end]), self.total_log_prob, top)
+
+    def _times_ns(self) -> tuple[int, int, int, int]:
+        times = (self.request.arrived_at, self.first_scheduled_at, self.first_token_at, self.last_token_at)
+        arrival, scheduled, first, last = (0 if time is None else int(time * 1e9) for time in times)
+        return arrival, scheduled, first, last
+
+
+@dataclass(eq=False)
+class Request:
+    """What one client asked for: prompt_ids [n] int64 and how to answer.
+
+    stream_id is unique among all engines' requests; request_id is the client's own and may be empty or used twice.
+    queue_deadline and deadline: when it must have a slot, and when it must be done, on the loop's clock.
+    """
+
+    stream_id: int
+    request_id: str
+    prompt_ids: NDArray[np.int64]
+    params: SamplingParams
+    sink: Sink
+    is_streamed: bool = False
+    expects_acknowledgement: bool = False
+    head: Head | None = None
+    priority: int = 1
+    arrived_at: float = 0.0
+    queue_deadline: float = NEVER
+    deadline: float = NEVER
+    returns_times: bool = False
+    returns_input_count: bool = True
+    returns_output_count: bool = True
+    max_new_tokens: int = 0
+    sequences: list[Sequence] = field(default_factory=list)
+    unacknowledged: list[float] = field(default_factory=list)  # when each was sent, oldest first
+    last_sent_at: float = 0.0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every sequence has come to its end."""
+        return all(sequence.finish_reason is not None for sequence in self.sequences)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether no sequence has had a slot yet."""
+        return all(sequence.first_scheduled_at is None for sequence in self.sequences)

@@ -1,7 +1,8 @@
-"""Triton's adapter for the detokenizer: `output_ids` → `text_output`, and the acknowledgement to the engine.
+"""Triton's adapter for the detokenizer: `output_ids` → a client's outputs, and the acknowledgement to the engine.
 
 Copied into the model repository as model.py. A stream's responses arrive in order; what a stream has left over from one
-to the next is kept under its `sequence_id`.
+to the next is kept under its id. Decoupled, though it sends one response at most: a heartbeat of the engine is
+acknowledged and goes no further.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ import triton_python_backend_utils as pb_utils
 from ensemble import contract
 from ensemble.acknowledge import AcknowledgementSender, pipe_path
 from ensemble.models.tensors import array, read_inputs, scalar
-from ensemble.text import IncrementalDetokenizer, Tokenizer
+from ensemble.progress import Progress
+from ensemble.streams import Outputs, Stream
+from ensemble.text import Tokenizer
 
 # A cancelled stream never sends its last response; its state goes when so many others have been used since.
 MAX_STREAMS = 16384
 
 
 class TritonPythonModel:
-    """One response of the engine in, one response to the client out."""
+    """One response of the engine in, one response to the client out, or none."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the tokenizer that lies beside this file."""
@@ -30,33 +33,38 @@ class TritonPythonModel:
         self._tokenizer = Tokenizer.from_directory(Path(args["model_repository"]) / version)
         name = args["model_name"].removesuffix("-detokenizer")
         self._acknowledgements = AcknowledgementSender(pipe_path(name, version))
-        self._streams: OrderedDict[int, IncrementalDetokenizer] = OrderedDict()
+        self._streams: OrderedDict[int, Stream] = OrderedDict()
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """Decode every request, then acknowledge them all at once."""
-        inputs = [read_inputs(request) for request in requests]
-        responses = [self._respond(tensors) for tensors in inputs]
-        self._acknowledgements.send(scalar(tensors, contract.SEQUENCE_ID) for tensors in inputs)
-        return responses
+    def execute(self, requests: list[Any]) -> None:
+        """Answer every request, then acknowledge them all at once."""
+        arrived = [_read(request) for request in requests]
+        for request, progress in zip(requests, arrived, strict=True):
+            sender = request.get_response_sender()
+            if progress.updates:
+                sender.send(_response(self._outputs(progress)))
+            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self._acknowledgements.send(progress.stream_id for progress in arrived)
 
     def finalize(self) -> None:
         """Close the pipe."""
         self._acknowledgements.close()
 
-    def _respond(self, tensors: dict[str, Any]) -> Any:
-        text = self._decode(
-            scalar(tensors, contract.SEQUENCE_ID),
-            tensors[contract.OUTPUT_IDS.name].reshape(-1).tolist(),
-            is_final=bool(scalar(tensors, contract.FINISH_REASON)),
-        )
-        outputs = [pb_utils.Tensor(contract.TEXT_OUTPUT.name, array(contract.TEXT_OUTPUT, text.encode()))]
-        outputs += [pb_utils.Tensor(spec.name, tensors[spec.name]) for spec in contract.PROGRESS_OUTPUTS]
-        return pb_utils.InferenceResponse(outputs)
-
-    def _decode(self, sequence_id: int, ids: list[int], *, is_final: bool) -> str:
-        detokenizer = self._streams.pop(sequence_id, None) or IncrementalDetokenizer(self._tokenizer)
-        if not is_final:
-            self._streams[sequence_id] = detokenizer
+    def _outputs(self, progress: Progress) -> Outputs:
+        stream = self._streams.pop(progress.stream_id, None) or Stream(self._tokenizer, progress.head)
+        outputs = stream.push(progress)
+        if not stream.is_finished:
+            self._streams[progress.stream_id] = stream
             if len(self._streams) > MAX_STREAMS:
                 self._streams.popitem(last=False)
-        return detokenizer.push(ids, final=is_final)
+        return outputs
+
+
+def _read(request: Any) -> Progress:
+    tensors = read_inputs(request)
+    ids = tensors[contract.OUTPUT_IDS.name].reshape(-1).tolist()
+    return Progress.from_json(scalar(tensors, contract.PROGRESS), ids)
+
+
+def _response(outputs: Outputs) -> Any:
+    tensors = [pb_utils.Tensor(spec.name, array(spec, values)) for spec, values in outputs.items()]
+    return pb_utils.InferenceResponse(tensors)

@@ -11,6 +11,7 @@ import logging
 import secrets
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,22 @@ import triton_python_backend_utils as pb_utils
 
 from ensemble import contract
 from ensemble.acknowledge import AcknowledgementReceiver, pipe_path
-from ensemble.engine.loop import EngineLoop
+from ensemble.engine.admission import Admission
+from ensemble.engine.loop import EngineLoop, QueueFull
 from ensemble.engine.runners.load import load_runner
-from ensemble.engine.sequence import Sequence
+from ensemble.engine.sequence import FailureKind, Request
+from ensemble.models.metrics import MetricsPublisher
+from ensemble.models.options import read_options
 from ensemble.models.tensors import RequestError, array, read_inputs, scalar
-from ensemble.sampling import SamplingError, SamplingParams
+from ensemble.progress import Progress, Update
 from ensemble.settings import EngineSettings
 
 CANCELLATION_POLL_S = 0.1  # asking the server crosses to its process and back
+ERROR_CODES: dict[FailureKind, int] = {
+    "invalid": pb_utils.TritonError.INVALID_ARG,
+    "unavailable": pb_utils.TritonError.UNAVAILABLE,
+    "internal": pb_utils.TritonError.INTERNAL,
+}
 
 
 class TritonPythonModel:
@@ -37,18 +46,18 @@ class TritonPythonModel:
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
         settings = EngineSettings.from_model_config(args["model_config"])
         version = args["model_version"]
-        manifest, runner = load_runner(Path(args["model_repository"]) / version, settings)
-        self._acknowledgements = AcknowledgementReceiver(pipe_path(args["model_name"].removesuffix("-engine"), version))
+        directory = Path(args["model_repository"]) / version
+        served_name = args["model_name"].removesuffix("-engine")
+        manifest, runner = load_runner(directory, settings)
+        self._admission = Admission(directory, runner.vocab_size, manifest.end_ids, settings)
+        self._acknowledgements = AcknowledgementReceiver(pipe_path(served_name, version))
         # From a random base: a restarted engine must not continue the streams of the one before.
-        self._sequence_ids = itertools.count(secrets.randbits(31) << 32)
-        self._loop = EngineLoop(
-            runner,
-            end_ids=manifest.end_ids,
-            prefill_chunk=settings.prefill_chunk,
-            acknowledgements=self._acknowledgements,
-            cancel_after_s=settings.cancel_after_s,
-        )
+        self._stream_ids = itertools.count(secrets.randbits(31) << 32)
+        self._loop = EngineLoop(runner, settings=settings, acknowledgements=self._acknowledgements)
         self._loop.start()
+        labels = {"model": served_name, "version": version}
+        self._metrics = MetricsPublisher(self._loop.metrics, pb_utils.MetricFamily, labels)
+        self._metrics.start()
 
     def execute(self, requests: list[Any]) -> None:
         """Queue every request; one that is at fault is answered at once."""
@@ -56,12 +65,15 @@ class TritonPythonModel:
             sink = TritonSink(request.get_response_sender())
             try:
                 self._accept(request, sink)
-            except (RequestError, SamplingError, ValueError) as error:
-                sink.fail(str(error), pb_utils.TritonError.INVALID_ARG)
+            except QueueFull as error:
+                sink.fail(str(error), "unavailable")
+            except (RequestError, ValueError) as error:
+                sink.fail(str(error), "invalid")
 
     def finalize(self) -> None:
         """End what still runs."""
         self._loop.close()
+        self._metrics.close()
         self._acknowledgements.close()
 
     def _accept(self, request: Any, sink: TritonSink) -> None:
@@ -73,25 +85,17 @@ class TritonPythonModel:
             return
         if contract.INPUT_IDS.name not in inputs:
             raise RequestError("input_ids is missing")
-        top_p, top_k = scalar(inputs, contract.TOP_P), scalar(inputs, contract.TOP_K)
-        params = SamplingParams(
-            max_tokens=scalar(inputs, contract.MAX_TOKENS),
-            temperature=scalar(inputs, contract.TEMPERATURE),
-            top_k=0 if top_k is None else top_k,
-            top_p=1.0 if top_p is None else top_p,
-            seed=scalar(inputs, contract.SEED),
-        )
-        is_acknowledged = bool(scalar(inputs, contract.ACKNOWLEDGE))
-        sink.polls_cancellation = not is_acknowledged
+        options = read_options(inputs)
+        # Through an ensemble the server never says that the client has gone; only a direct caller's can be asked for.
+        sink.polls_cancellation = options.prompt_info is None
         self._loop.submit(
-            Sequence(
-                sequence_id=next(self._sequence_ids),
+            self._admission.make_request(
+                stream_id=next(self._stream_ids),
                 request_id=request.request_id(),
                 prompt_ids=inputs[contract.INPUT_IDS.name].reshape(-1).astype(np.int64),
-                params=params,
+                options=options,
                 sink=sink,
-                stream=bool(scalar(inputs, contract.STREAM)),
-                expects_acknowledgement=is_acknowledged,
+                now=self._loop.clock(),
             )
         )
 
@@ -101,28 +105,31 @@ class TritonSink:
 
     def __init__(self, sender: Any) -> None:
         self._sender = sender
-        # Through an ensemble the server never says that the client has gone; only a direct caller's can be asked for.
         self.polls_cancellation = False
         self._next_poll = 0.0
+        self._is_begun = False
 
-    def send(self, sequence: Sequence, ids: Any) -> None:
-        """Deliver `ids` with the sequence's progress."""
-        self._send(
-            ids,
-            sequence_id=sequence.sequence_id,
-            finish_reason=sequence.finish_reason or "",
-            num_input_tokens=len(sequence.prompt_ids),
-            num_output_tokens=len(sequence.output_ids),
+    def send(self, request: Request, updates: Sequence[Update]) -> None:
+        """Deliver `updates` with the request's progress; none: a heartbeat."""
+        head = None if self._is_begun or not updates else request.head
+        self._is_begun = self._is_begun or bool(updates)
+        progress = Progress(
+            stream_id=request.stream_id,
+            updates=tuple(updates),
+            head=head,
+            num_input_tokens=len(request.prompt_ids) if request.returns_input_count else None,
+            shows_output_tokens=request.returns_output_count,
+            shows_index=len(request.sequences) > 1,
         )
+        self._send(progress, is_last=request.is_finished and bool(updates))
 
     def send_stopped(self) -> None:
         """Answer a stop request."""
-        self._send([], sequence_id=0, finish_reason="cancelled", num_input_tokens=0, num_output_tokens=0)
+        self._send(Progress(0, (Update(0, (), 0, "cancelled"),)), is_last=True)
 
-    def fail(self, message: str, code: int | None = None) -> None:
+    def fail(self, message: str, kind: FailureKind = "internal") -> None:
         """End the request with an error."""
-        code = pb_utils.TritonError.INTERNAL if code is None else code
-        response = pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+        response = pb_utils.InferenceResponse(error=pb_utils.TritonError(message, ERROR_CODES[kind]))
         self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def is_cancelled(self) -> bool:
@@ -133,18 +140,8 @@ class TritonSink:
         self._next_poll = now + CANCELLATION_POLL_S
         return bool(self._sender.is_cancelled())
 
-    def _send(
-        self, ids: Any, *, sequence_id: int, finish_reason: str, num_input_tokens: int, num_output_tokens: int
-    ) -> None:
-        values = (
-            (contract.OUTPUT_IDS, ids),
-            (contract.SEQUENCE_ID, sequence_id),
-            (contract.FINISH_REASON, finish_reason.encode()),
-            (contract.NUM_INPUT_TOKENS, num_input_tokens),
-            (contract.NUM_OUTPUT_TOKENS, num_output_tokens),
-        )
-        response = pb_utils.InferenceResponse(
-            [pb_utils.Tensor(spec.name, array(spec, value)) for spec, value in values]
-        )
-        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if finish_reason else 0
-        self._sender.send(response, flags=flags)
+    def _send(self, progress: Progress, *, is_last: bool) -> None:
+        values = ((contract.OUTPUT_IDS, progress.ids), (contract.PROGRESS, progress.to_json().encode()))
+        tensors = [pb_utils.Tensor(spec.name, array(spec, value)) for spec, value in values]
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
+        self._sender.send(pb_utils.InferenceResponse(tensors), flags=flags)

@@ -1,4 +1,4 @@
-"""Triton's adapter for the tokenizer: `text_input` or `messages` → `input_ids`.
+"""Triton's adapter for the tokenizer: `text_input` or `messages` → `input_ids`, and what is to be known of them.
 
 Copied into the model repository as model.py. It translates tensors and errors, nothing else: text is
 `ensemble/text.py`'s business.
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
 
 from ensemble import contract
 from ensemble.errors import TextError
 from ensemble.models.tensors import RequestError, array, read_inputs, scalar
+from ensemble.progress import PromptInfo
 from ensemble.text import Tokenizer
 
 
@@ -30,16 +32,23 @@ class TritonPythonModel:
 
     def _respond(self, request: Any) -> Any:
         try:
-            ids = self._encode(request)
+            ids, info = self._encode(read_inputs(request))
         except (RequestError, TextError) as error:
             invalid = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
             return pb_utils.InferenceResponse(error=invalid)
-        values = ((contract.INPUT_IDS, ids), (contract.ACKNOWLEDGE, True))
+        values = ((contract.INPUT_IDS, ids), (contract.PROMPT_INFO, info.to_json().encode()))
         return pb_utils.InferenceResponse([pb_utils.Tensor(spec.name, array(spec, value)) for spec, value in values])
 
-    def _encode(self, request: Any) -> Any:
-        inputs = read_inputs(request)
+    def _encode(self, inputs: dict[str, NDArray[Any]]) -> tuple[Any, PromptInfo]:
         text, messages = scalar(inputs, contract.TEXT_INPUT), scalar(inputs, contract.MESSAGES)
+        enable_thinking = scalar(inputs, contract.ENABLE_THINKING)
+        separate_reasoning = scalar(inputs, contract.SEPARATE_REASONING)
         if (text is None) == (messages is None):
             raise RequestError("give either text_input or messages")
-        return self._tokenizer.encode(text) if messages is None else self._tokenizer.encode_messages(messages)
+        if messages is None:
+            if enable_thinking is not None:
+                raise RequestError("enable_thinking is for messages: with text_input, the text decides")
+            return self._tokenizer.encode(text), self._tokenizer.prompt_info(text, separate_reasoning)
+        chat = self._tokenizer.encode_chat(messages, enable_thinking)
+        is_reasoning_open = None if separate_reasoning is False else chat.is_reasoning_open
+        return chat.ids, PromptInfo(is_reasoning_open, chat.has_tools)

@@ -20,6 +20,10 @@ class RunnerError(Exception):
     """The runner can't be loaded, or a step failed; the message is one line."""
 
 
+class OutOfMemory(RunnerError):
+    """A step doesn't fit into memory; the runner can go on with smaller ones."""
+
+
 class Runner(Protocol):
     """A model with `num_slots` KV caches."""
 
@@ -101,11 +105,3 @@ class DrawingRunner(Runner, Protocol):
 
     def finish_decode(self) -> Decoded:
         """Wait for the step that `start_decode` began; its `logits_rows`' logits are those of `Decoded`."""
-
-
-@runtime_checkable
-class GreedyRunner(Runner, Protocol):
-    """A runner that can choose the likeliest token itself, where its logits are."""
-
-    def decode_greedy(self, ids: Ids, positions: Ids) -> tuple[Ids, Logits]:
-        """As `decode`, but gives each slot's likeliest token [n] and its logit [n]."""

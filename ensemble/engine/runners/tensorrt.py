@@ -13,6 +13,7 @@ fake's names against the real packages.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensemble.cuda_runtime import Cuda, CudaError, load_cuda
-from ensemble.engine.runners.base import Ids, Logits, RunnerError
+from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, PromptChunk, RunnerError
 from ensemble.tensorrt_api import (
     BEST_ID,
-    BEST_LOGIT,
+    BEST_LOG_PROB,
     DECODE_PROFILE,
     PREFILL_PROFILE,
     Messages,
@@ -58,6 +59,8 @@ class TensorRTRunner:
         self._host: dict[str, NDArray[Any]] = {}
         self._stream: Any = None
         self._prefill_context: Any = None
+        self._num_rows = 0
+        self._logits_rows: Sequence[int] = ()
         self._messages = Messages()
         for name, wanted, limit in (
             ("num_slots", num_slots, plan.num_slots),
@@ -103,15 +106,38 @@ class TensorRTRunner:
         self._decode(ids, positions)
         return self._download("logits", len(ids))
 
-    def decode_greedy(self, ids: Ids, positions: Ids) -> tuple[Ids, Logits]:
-        """As `decode`, but chosen on the GPU: each slot's likeliest token [n] and its logit [n].
+    def can_draw(self, draw: Draw) -> bool:
+        """The likeliest token alone: the plan chooses it."""
+        return draw.temperature == 0
 
-        Eight bytes a slot are copied to the host instead of the whole vocabulary's logits.
-        """
+    def prefill_many(self, chunks: Sequence[PromptChunk]) -> Logits:
+        """See DrawingRunner; one chunk after the other, for a plan's prefill is bound to one slot."""
+        return np.stack([self.prefill(chunk.slot, chunk.ids, chunk.start).copy() for chunk in chunks])
+
+    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
+        """See DrawingRunner. Eight bytes a slot are copied to the host, and all logits only if some are asked for."""
+        self._num_rows, self._logits_rows = len(ids), logits_rows
         self._decode(ids, positions)
-        best = self._download(BEST_ID, len(ids), wait=False)
-        logits = self._download(BEST_LOGIT, len(ids))
-        return best[:, 0].astype(np.int64), logits[:, 0]
+        for name in (BEST_ID, BEST_LOG_PROB, *(("logits",) if logits_rows else ())):
+            self._download(name, len(ids), wait=False)
+
+    def finish_decode(self) -> Decoded:
+        """See DrawingRunner."""
+        self._cuda.synchronize(self._stream)
+        host, n = self._host, self._num_rows
+        return Decoded(
+            host[BEST_ID][:n, 0].astype(np.int64), host[BEST_LOG_PROB][:n, 0], host["logits"][list(self._logits_rows)]
+        )
+
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """See Runner."""
+        for name, size in self._slot_bytes.items():
+            _, num_heads, max_seq_len, _ = self._engine.get_tensor_shape(name)
+            pitch, address = size // num_heads, self._device[name]  # a head's whole row
+            self._cuda.copy_rows(
+                address + target * size, address + source * size,
+                pitch=pitch, width=pitch // max_seq_len * num_tokens, rows=num_heads, stream=self._stream,
+            )  # fmt: skip
 
     def close(self) -> None:
         """Free the plan and the caches; a second call does nothing."""
@@ -161,7 +187,7 @@ class TensorRTRunner:
             "num_tokens": ((slots,), np.int64),
             "logits": ((slots, self.vocab_size), np.float32),
             BEST_ID: ((slots, 1), np.int32),
-            BEST_LOGIT: ((slots, 1), np.float32),
+            BEST_LOG_PROB: ((slots, 1), np.float32),
         }
         for name, (shape, dtype) in shapes.items():
             self._host[name] = cuda.pinned(shape, dtype)

@@ -1,0 +1,160 @@
+"""What a client asks for → a Request that the loop can run.
+
+Everything that can be wrong with a request is found here, before it waits for a slot: on the thread that takes requests
+in, so that compiling a guide delays no running stream. It knows the model's tokenizer; it knows nothing of Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble.engine.sequence import NEVER, Request, Sequence, Sink
+from ensemble.engine.thinking import Thinking, ThinkingTags
+from ensemble.guided import Guide, GuideCompiler
+from ensemble.progress import Head, PromptInfo
+from ensemble.reasoning import CLOSE_TAG, OPEN_TAG
+from ensemble.sampling import Sampler, SamplingParams
+from ensemble.settings import EngineSettings
+from ensemble.text import Tokenizer
+from ensemble.text_rules import BadWords, StopMatcher
+
+MAX_TIMEOUT_MS = 2**31 - 1
+
+
+class OptionError(ValueError):
+    """An option has a value that it can't have, or that the model has no use for; one line for the client."""
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """What a client asks for beside its prompt; None: the model's or the engine's own choice.
+
+    prompt_info: what the tokenizer knows of the prompt; None for a direct call, which no detokenizer follows.
+    thinking_token_budget: tokens of reasoning. priority: 1 is the most urgent. The timeouts are in ms.
+    """
+
+    params: SamplingParams
+    prompt_info: PromptInfo | None = None
+    stop_words: tuple[str, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    guide_type: str | None = None
+    guide: str | None = None
+    thinking_token_budget: int | None = None
+    is_streamed: bool = False
+    echoes_prompt: bool = False
+    returns_times: bool = False
+    returns_input_count: bool = True
+    returns_output_count: bool = True
+    priority: int | None = None
+    queue_timeout_ms: int | None = None
+    timeout_ms: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("thinking_token_budget", "queue_timeout_ms", "timeout_ms"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise OptionError(f"{name} is {value}, must be at least 0")
+        if self.guide is not None and self.guide_type is None:
+            raise OptionError("guided_decoding_guide is given without guided_decoding_guide_type; give both")
+
+
+class Admission:
+    """Makes requests for one engine.
+
+    Args:
+        directory: holds the model's tokenizer files.
+        vocab_size: the model's, in tokens.
+        end_ids: the tokens that end a text unless the request says otherwise.
+        settings: the engine's: priorities and default timeouts.
+    """
+
+    def __init__(self, directory: Path, vocab_size: int, end_ids: Collection[int], settings: EngineSettings) -> None:
+        self._tokenizer = Tokenizer.from_directory(directory)
+        self._guides = GuideCompiler(directory, vocab_size, end_ids)
+        self._vocab_size = vocab_size
+        self._end_ids = frozenset(end_ids)
+        self._settings = settings
+        open_id, close_id = (self._tokenizer.token_id(tag) for tag in (OPEN_TAG, CLOSE_TAG))
+        self._thinking_tags = None if open_id is None or close_id is None else ThinkingTags(open_id, close_id)
+
+    def make_request(
+        self,
+        stream_id: int,
+        request_id: str,
+        prompt_ids: NDArray[np.int64],
+        options: RequestOptions,
+        sink: Sink,
+        now: float,
+    ) -> Request:
+        """The request of `prompt_ids` [n], which has arrived at `now`, in seconds.
+
+        Raises:
+            OptionError, GuideError, SamplingError, ValueError: an option is at fault.
+        """
+        params, info, settings = options.params, options.prompt_info, self._settings
+        if params.end_id is not None and params.end_id >= self._vocab_size:
+            raise OptionError(f"end_id is {params.end_id}, the model has {self._vocab_size} tokens")
+        if params.end_id is not None and options.guide_type is not None:
+            raise OptionError("end_id can't be given with guided decoding: the guide says where the text ends")
+        head = None
+        if info is not None:
+            head = Head(info, tuple(prompt_ids.tolist()) if options.echoes_prompt else ())
+        request = Request(
+            stream_id=stream_id,
+            request_id=request_id,
+            prompt_ids=prompt_ids,
+            params=params,
+            sink=sink,
+            is_streamed=options.is_streamed,
+            expects_acknowledgement=info is not None,
+            head=head,
+            priority=self._priority(options.priority),
+            arrived_at=now,
+            queue_deadline=_deadline(now, options.queue_timeout_ms, settings.queue_timeout_ms),
+            deadline=_deadline(now, options.timeout_ms, settings.timeout_ms),
+            returns_times=options.returns_times,
+            returns_input_count=options.returns_input_count,
+            returns_output_count=options.returns_output_count,
+        )
+        guide = None if options.guide_type is None else self._guides.compile(options.guide_type, options.guide or "")
+        for index in range(params.num_return_sequences):
+            request.sequences.append(self._make_sequence(request, index, options, guide))
+        return request
+
+    def _make_sequence(self, request: Request, index: int, options: RequestOptions, guide: Guide | None) -> Sequence:
+        return Sequence(
+            request=request,
+            index=index,
+            sampler=Sampler(options.params, request.prompt_ids.tolist(), self._end_ids, index),
+            stop_matcher=StopMatcher(self._tokenizer, options.stop_words) if options.stop_words else None,
+            bad_words=BadWords(self._tokenizer, options.bad_words) if options.bad_words else None,
+            guide=None if guide is None else guide.copy(),
+            thinking=self._thinking(options),
+        )
+
+    def _thinking(self, options: RequestOptions) -> Thinking | None:
+        info, budget = options.prompt_info, options.thinking_token_budget
+        is_open = info is not None and bool(info.is_reasoning_open)
+        if self._thinking_tags is None:
+            if budget is not None:
+                raise OptionError("thinking_token_budget is given, but this model's tokenizer has no token <think>")
+            return None
+        return Thinking(self._thinking_tags, is_open=is_open, budget=budget)
+
+    def _priority(self, priority: int | None) -> int:
+        levels = self._settings.priority_levels
+        if priority is None or priority == 0:  # Triton's word for the default
+            return self._settings.default_priority
+        if not 1 <= priority <= levels:
+            raise OptionError(f"priority is {priority}, must be 1 (most urgent) to {levels}, or 0 for the default")
+        return priority
+
+
+def _deadline(now: float, asked_ms: int | None, default_ms: int) -> float:
+    timeout_ms = default_ms if asked_ms is None else asked_ms
+    return now + timeout_ms / 1e3 if timeout_ms else NEVER

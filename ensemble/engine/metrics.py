@@ -1,0 +1,66 @@
+"""What an engine counts: pure numbers, no Triton. `ensemble/models/metrics.py` publishes them.
+
+Times are seconds. A histogram is kept as Prometheus has it: counts up to each bound, a sum and a count.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field, fields
+
+LATENCY_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+INTERVAL_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
+
+
+@dataclass
+class Histogram:
+    """Observations by upper bound; `counts` has one more, for what is above all bounds, and is not cumulative."""
+
+    bounds: tuple[float, ...]
+    counts: list[int] = field(default_factory=list)
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count `value`, `times` times."""
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class EngineMetrics:
+    """One engine's numbers. The field names, after `deepseek_`, are the names under which they are published."""
+
+    time_to_first_token_seconds: Histogram = field(
+        default_factory=lambda: Histogram(LATENCY_BOUNDS), metadata=_help("From a request's arrival to its first token")
+    )
+    inter_token_latency_seconds: Histogram = field(
+        default_factory=lambda: Histogram(INTERVAL_BOUNDS), metadata=_help("Between two tokens of a sequence")
+    )
+    queue_time_seconds: Histogram = field(
+        default_factory=lambda: Histogram(LATENCY_BOUNDS), metadata=_help("From a request's arrival to its slot")
+    )
+    requests_total: int = field(default=0, metadata=_help("Requests accepted"))
+    requests_cancelled_total: int = field(default=0, metadata=_help("Requests whose client stopped or went away"))
+    requests_failed_total: int = field(default=0, metadata=_help("Requests accepted that ended with an error"))
+    requests_refused_total: int = field(default=0, metadata=_help("Requests refused because the queue was full"))
+    requests_expired_total: int = field(default=0, metadata=_help("Requests that ran into a time limit"))
+    prompt_tokens_total: int = field(default=0, metadata=_help("Tokens of prompts admitted"))
+    prefix_hit_tokens_total: int = field(default=0, metadata=_help("Tokens of prompts found in a cache"))
+    prefix_hits_total: int = field(default=0, metadata=_help("Prompts of which a part was found in a cache"))
+    generated_tokens_total: int = field(default=0, metadata=_help("Tokens generated"))
+    responses_total: int = field(default=0, metadata=_help("Responses sent, heartbeats not counted"))
+    slots: int = field(default=0, metadata=_help("Sequences that can run at once"))
+    slots_used: int = field(default=0, metadata=_help("Sequences that run"))
+    sequences_waiting: int = field(default=0, metadata=_help("Sequences that wait for a slot"))
+
+
+def descriptions() -> dict[str, str]:
+    """Field of EngineMetrics → what it is."""
+    return {field.name: field.metadata["help"] for field in fields(EngineMetrics)}

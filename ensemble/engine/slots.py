@@ -1,0 +1,111 @@
+"""Slots: which is free, and what each one's cache still holds for a prompt that begins the same way.
+
+A finished sequence leaves its tokens' keys and values behind. A new prompt that begins with them continues from there,
+in the same slot or by a copy. It plans in token ids and slot numbers; it computes nothing and knows no requests.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+MIN_REUSED_TOKENS = 16  # fewer, such as a BOS that every prompt has, aren't worth a copy
+NO_IDS = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The first `num_tokens` positions of slot `source` go to slot `target`."""
+
+    source: int
+    target: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a prompt goes: do the `copies` in order, then `slot` holds its first `num_reused` tokens."""
+
+    slot: int
+    num_reused: int = 0
+    copies: tuple[Copy, ...] = ()
+
+
+@dataclass
+class _Held:
+    """What a slot's cache holds; `last_use` is a count, not a time."""
+
+    ids: Ids
+    last_use: int
+
+
+class Slots:
+    """The lowest free slot is taken first, which keeps the decoded range `0 … highest active slot` short.
+
+    What that slot held moves to the free slot that was used longest ago, so that it can still be found. With
+    `is_reused` false nothing is ever found.
+    """
+
+    def __init__(self, num_slots: int, *, is_reused: bool = True) -> None:
+        self._free = list(range(num_slots))  # a heap
+        self._held = [_Held(NO_IDS, 0) for _ in range(num_slots)]
+        self._uses = itertools.count(1)
+        self._is_reused = is_reused
+
+    @property
+    def num_free(self) -> int:
+        """Slots that no sequence has."""
+        return len(self._free)
+
+    def take(self, prompt: Ids) -> Placement:
+        """Take a free slot for `prompt` [n]; there must be one."""
+        slot = heapq.heappop(self._free)
+        if not self._is_reused:
+            return Placement(slot)
+        source, num_reused = self._longest_match(prompt, slot)
+        copies = []
+        if source != slot:
+            if (refuge := self._refuge(slot, source)) is not None:
+                copies.append(Copy(slot, refuge, len(self._held[slot].ids)))
+                self._held[refuge] = self._held[slot]
+            if num_reused:
+                copies.append(Copy(source, slot, num_reused))
+        self.hold(slot, prompt[:num_reused])
+        return Placement(slot, num_reused, tuple(copies))
+
+    def hold(self, slot: int, ids: Ids) -> None:
+        """Note that the cache of `slot` holds `ids`, and may be copied from."""
+        self._held[slot] = _Held(ids, next(self._uses))
+
+    def give_back(self, slot: int) -> None:
+        """Free `slot`; what it holds can be found until it is taken again."""
+        heapq.heappush(self._free, slot)
+
+    def _longest_match(self, prompt: Ids, preferred: int) -> tuple[int, int]:
+        """The slot that holds most of the prompt's beginning, and how many tokens; the last token is never reused,
+        for its logits are wanted."""
+        best, most = preferred, 0
+        for slot in (preferred, *(slot for slot in range(len(self._held)) if slot != preferred)):
+            if (length := _common_prefix(self._held[slot].ids, prompt[:-1])) > most:
+                best, most = slot, length
+        return (best, most) if most >= MIN_REUSED_TOKENS else (preferred, 0)
+
+    def _refuge(self, slot: int, source: int) -> int | None:
+        """The free slot, other than `source`, that what `slot` holds should move to, if it holds anything worth it."""
+        held = self._held[slot]
+        others = [free for free in self._free if free != source]
+        oldest = min(others, key=lambda free: self._held[free].last_use, default=None)
+        if oldest is None or len(held.ids) < MIN_REUSED_TOKENS or self._held[oldest].last_use > held.last_use:
+            return None
+        return oldest
+
+
+def _common_prefix(a: Ids, b: Ids) -> int:
+    length = min(len(a), len(b))
+    differs = a[:length] != b[:length]
+    return int(differs.argmax()) if differs.any() else length
