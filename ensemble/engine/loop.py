@@ -166,7 +166,7 @@ class EngineLoop:
 
     def _append(self, sequence: Sequence, logits: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> None:
         try:
-            sequence.append(sequence.sampler.sample(logits), self._end_ids)
+            sequence.append(sequence.sampler.sample(logits).token, self._end_ids)
         except SamplingError as error:
             self._fail(sequence, str(error))
 
