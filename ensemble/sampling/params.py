@@ -96,8 +96,8 @@ class SamplingParams:
             raise SamplingError(f"min_tokens is {self.min_tokens}, must be at most max_tokens, {self.max_tokens}")
         if self.num_return_sequences > 1 and self.is_greedy:
             raise SamplingError(
-                f"num_return_sequences is {self.num_return_sequences}, but without a temperature they are all the same; "
-                "give one above 0"
+                f"num_return_sequences is {self.num_return_sequences}, but the likeliest text is always the same; "
+                "give a temperature above 0"
             )
 
     @property
