@@ -201,6 +201,18 @@ class IncrementalDetokenizer:
         self._context, self._pending = window[-self._CONTEXT_LEN :], self._pending[num_ready:]
         return new[len(old) :]
 
+    @property
+    def is_in_byte_run(self) -> bool:
+        """Whether the last ids are byte tokens, which only another kind of token or the end turns into text."""
+        return self._byte_run_len > 0
+
+    def peek(self, ids: Iterable[int] = ()) -> str:
+        """What `push(ids, final=True)` would give; nothing changes."""
+        other = IncrementalDetokenizer(self._tokenizer)
+        other._context, other._pending = self._context, list(self._pending)
+        other._byte_run_len = self._byte_run_len
+        return other.push(ids, final=True)
+
 
 def _read(file: Path) -> str:
     try:

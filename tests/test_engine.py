@@ -260,10 +260,10 @@ def test_close_ends_what_runs_and_closes_the_runner() -> None:
 
 
 def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch() -> None:
-    alone = Engine()
+    alone = Engine(end_ids=())
     reference = alone.submit([1, 2], temperature=1.5, seed=7, max_tokens=15)
     alone.run()
-    crowd = Engine()
+    crowd = Engine(end_ids=())
     others = [crowd.submit([n], temperature=0.7, seed=n, max_tokens=9) for n in (3, 4)]
     sink = crowd.submit([1, 2], temperature=1.5, seed=7, max_tokens=15)
     crowd.run()

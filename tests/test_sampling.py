@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ensemble.sampling import NUCLEUS_CANDIDATES, Sampler, SamplingError, SamplingParams
+from ensemble.sampling import Sampler, SamplingError, SamplingParams
+from ensemble.sampling.candidates import NUCLEUS_CANDIDATES
 
 Logits = NDArray[np.float32]
 LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.15, 0.05], np.float32)) + np.float32(3)
@@ -35,7 +36,7 @@ def probabilities(logits: Iterable[float], temperature: float = 1.0, top_k: int 
 
 def draw(logits: Logits, count: int = DRAWS, **params: Any) -> list[int]:
     sampler = Sampler(SamplingParams(**{"seed": 7, "temperature": 1.0, **params}))
-    return [sampler.sample(logits) for _ in range(count)]
+    return [sampler.sample(logits).token for _ in range(count)]
 
 
 def chi_square(tokens: list[int], expected: list[float]) -> float:
@@ -99,7 +100,7 @@ def test_of_equal_tokens_the_lower_ids_are_kept() -> None:
     assert set(draw(even, top_k=1)) == {10}
     assert set(draw(even, top_k=2)) == {10, 3000}
     assert set(draw(even, top_k=5)) == {0, 1, 2, 10, 3000}
-    assert Sampler(SamplingParams()).sample(np.ones(9, np.float32)) == 0
+    assert Sampler(SamplingParams()).sample(np.ones(9, np.float32)).token == 0
 
 
 def test_a_nucleus_wider_than_the_candidates_looked_at_first() -> None:
@@ -121,7 +122,7 @@ def test_greedy_takes_the_likeliest() -> None:
     ):
         assert params.is_greedy
         sampler = Sampler(params)
-        assert [sampler.sample(LOGITS) for _ in range(20)] == [1] * 20
+        assert [sampler.sample(LOGITS).token for _ in range(20)] == [1] * 20
 
 
 def test_without_a_temperature_top_k_or_top_p_mean_sampling_at_1() -> None:
@@ -148,7 +149,7 @@ def test_the_seed_decides_the_tokens() -> None:
 def test_another_sampler_s_draws_change_nothing() -> None:
     alone = draw(LOGITS, 50)
     samplers = [Sampler(SamplingParams(temperature=1.0, seed=seed)) for seed in (7, 8)]
-    together = [[sampler.sample(LOGITS) for sampler in samplers] for _ in range(50)]
+    together = [[sampler.sample(LOGITS).token for sampler in samplers] for _ in range(50)]
     assert [pair[0] for pair in together] == alone
 
 

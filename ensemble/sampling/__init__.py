@@ -1,0 +1,21 @@
+"""How one sequence's next token is chosen: its parameters, validated once, and its sampler.
+
+It sees one row of logits at a time; it knows nothing of batches, slots or text.
+"""
+
+from __future__ import annotations
+
+from ensemble.sampling.errors import SamplingError
+from ensemble.sampling.params import MAX_LOG_PROBS, MAX_RETURN_SEQUENCES, SamplingParams
+from ensemble.sampling.sampler import Sampled, Sampler, TokenRule, choose
+
+__all__ = [
+    "MAX_LOG_PROBS",
+    "MAX_RETURN_SEQUENCES",
+    "Sampled",
+    "Sampler",
+    "SamplingError",
+    "SamplingParams",
+    "TokenRule",
+    "choose",
+]

@@ -1,0 +1,54 @@
+"""Repetition, presence and frequency penalties of one sequence.
+
+Each step touches the tokens that were seen, not the vocabulary, and counts are kept, not counted again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble.sampling.params import MAX_FLOAT32, SamplingParams
+
+
+class Penalties:
+    """Which tokens a sequence has seen, how often it generated each, and what that costs them.
+
+    Repetition counts prompt and output, as in Hugging Face, vLLM and TensorRT-LLM. Presence and frequency count the
+    output alone, as in OpenAI and vLLM (TensorRT-LLM counts the prompt too).
+    """
+
+    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int]) -> None:
+        self._params = params
+        seen = (
+            np.unique(np.fromiter(prompt_ids, np.int64)) if params.repetition_penalty != 1.0 else np.empty(0, np.int64)
+        )
+        self._num_seen = len(seen)
+        self._ids = seen  # [capacity], the first num_seen valid
+        self._counts = np.zeros(len(seen), np.int64)  # how often each was generated
+        self._index = {token: index for index, token in enumerate(seen.tolist())}
+
+    def push(self, token: int) -> None:
+        """Count a generated token."""
+        index = self._index.setdefault(token, self._num_seen)
+        if index == self._num_seen:
+            if index == len(self._ids):
+                more = max(64, index)
+                self._ids = np.concatenate([self._ids, np.zeros(more, np.int64)])
+                self._counts = np.concatenate([self._counts, np.zeros(more, np.int64)])
+            self._ids[index] = token
+            self._num_seen += 1
+        self._counts[index] += 1
+
+    def apply(self, logits: NDArray[np.float32]) -> None:
+        """Change `logits` [vocab_size] in place. What float32 can't hold becomes its largest; -inf stays."""
+        ids, counts = self._ids[: self._num_seen], self._counts[: self._num_seen]
+        params = self._params
+        before = logits[ids]
+        values = before.astype(np.float64)
+        if params.repetition_penalty != 1.0:
+            values = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        values -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+        logits[ids] = np.where(before == -np.inf, -np.inf, values.clip(-MAX_FLOAT32, MAX_FLOAT32))
