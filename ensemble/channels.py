@@ -32,7 +32,8 @@ class ChannelSplitter:
 
     def push(self, text: str, final: bool = False) -> Channels:
         """What `text` completes in each channel; with `final`, all that is left."""
-        reasoning, calls = "", ()
+        reasoning = ""
+        calls: tuple[ToolCallDelta, ...] = ()
         if self._reasoning is not None:
             reasoning, text = self._reasoning.push(text, final)
         if self._tool_calls is not None:

@@ -48,6 +48,12 @@ class ChatTemplate:
         self.has_reasoning = OPEN_TAG in source or CLOSE_TAG in source
         self.tool_format: ToolFormat | None = detect_format(source)
 
+    @property
+    def markers(self) -> frozenset[str]:
+        """The spellings that set reasoning and tool calls apart in this model's text."""
+        tags = {OPEN_TAG, CLOSE_TAG} if self.has_reasoning else set()
+        return frozenset(tags) if self.tool_format is None else self.tool_format.markers | tags
+
     def render(self, variables: Mapping[str, Any], enable_thinking: bool | None = None) -> str:
         """The prompt that `variables` (messages, add_generation_prompt, tools ...) make.
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ensemble.chat import ChatTemplate, parse_messages
 from ensemble.errors import TextError, TokenizerLoadError, one_line, utf8_text
-from ensemble.reasoning import CLOSE_TAG, OPEN_TAG, opens_reasoning
+from ensemble.reasoning import opens_reasoning
 from ensemble.tool_calls.formats import ToolFormat
 
 Ids = NDArray[np.int32]
@@ -41,9 +41,9 @@ class Tokenizer:
     tokenizers do: DeepSeek's tokenizer.json adds none itself), else tokenizer.json's post-processor. A BOS
     that the text already begins with is never doubled. A chat template writes its own BOS.
 
-    `shown` are spellings of tokens that `decode` shows though they are special: the markers that
-    ensemble/reasoning.py and ensemble/tool_calls/ read. DeepSeek's and Qwen's own tokenizer.json have them as
-    ordinary added tokens; converters, to GGUF above all, make them special.
+    `shown` are spellings of tokens that `decode` shows though they are special; by default the markers of the
+    chat template, which ensemble/reasoning.py and ensemble/tool_calls/ read. DeepSeek's own tokenizer.json has
+    them as ordinary added tokens; a converted checkpoint may have them as special ones.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Tokenizer:
         add_bos_token: bool | None = None,
         add_eos_token: bool | None = None,
         chat_template: ChatTemplate | None = None,
-        shown: frozenset[str] = frozenset(),
+        shown: frozenset[str] | None = None,
     ) -> None:
         self._backend = backend
         backend.no_truncation()  # some checkpoints ship the limits of their training runs
@@ -71,6 +71,8 @@ class Tokenizer:
         self._add_bos, self._add_eos = add_bos_token, add_eos_token
         self._chat_template = chat_template
         self.vocab_size: int = backend.get_vocab_size()  # added tokens included
+        if shown is None:
+            shown = frozenset() if chat_template is None else chat_template.markers
         self._hidden_ids = frozenset(
             index
             for index, token in backend.get_added_tokens_decoder().items()
@@ -82,8 +84,6 @@ class Tokenizer:
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
         """Read tokenizer.json and, where present, tokenizer_config.json and chat_template.jinja.
-
-        The markers of reasoning and tool calls that the template knows are shown.
 
         Raises:
             TokenizerLoadError: a file is missing or damaged; the message names it.
@@ -98,15 +98,13 @@ class Tokenizer:
         file = directory / "tokenizer_config.json"
         try:
             config = json.loads(_read(file)) if file.exists() else {}
-            chat_template = _read_chat_template(directory, config)
             return cls(
                 backend,
                 bos_token=_config_value(config, "bos_token", str),
                 eos_token=_config_value(config, "eos_token", str),
                 add_bos_token=_config_value(config, "add_bos_token", bool),
                 add_eos_token=_config_value(config, "add_eos_token", bool),
-                chat_template=chat_template,
-                shown=_markers(chat_template),
+                chat_template=_read_chat_template(directory, config),
             )
         except json.JSONDecodeError as error:
             raise TokenizerLoadError(f"{file} is not JSON: {error}") from error
@@ -263,13 +261,6 @@ def _config_value(config: Any, key: str, kind: type[_T]) -> _T | None:
     if value is not None and not isinstance(value, kind):
         raise TokenizerLoadError(f"tokenizer_config.json: {key} must be a {kind.__name__}, got {value!r}")
     return value
-
-
-def _markers(template: ChatTemplate | None) -> frozenset[str]:
-    if template is None:
-        return frozenset()
-    tags = frozenset((OPEN_TAG, CLOSE_TAG)) if template.has_reasoning else frozenset()
-    return tags if template.tool_format is None else tags | template.tool_format.markers
 
 
 def _read_chat_template(directory: Path, config: dict[str, Any]) -> ChatTemplate | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from ensemble.tool_calls.match import JSON_NAME, NAME, SPACE, WORD, Maybe, Step
+from ensemble.tool_calls.match import JSON_NAME, NAME, SPACE, Maybe, Step
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,18 @@ class ToolFormat:
 _CALLS, _CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _CALL, _CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
 _V31_HEAD: tuple[Step, ...] = (Maybe(_CALLS), SPACE, _CALL, SPACE, NAME, SPACE, "<｜tool▁sep｜>", SPACE)
-_V3_HEAD: tuple[Step, ...] = (Maybe(_CALLS), SPACE, _CALL, SPACE, WORD, SPACE, "<｜tool▁sep｜>", SPACE, NAME, SPACE)
+_V3_HEAD: tuple[Step, ...] = (
+    Maybe(_CALLS),
+    SPACE,
+    _CALL,
+    SPACE,
+    "function",
+    SPACE,
+    "<｜tool▁sep｜>",
+    SPACE,
+    NAME,
+    SPACE,
+)
 _FENCE: tuple[Step, ...] = (Maybe("```json"), SPACE)
 _NO_ARGUMENTS: tuple[Step, ...] = (*_FENCE, Maybe("```"), SPACE, _CALL_END)
 DEEPSEEK: Final = ToolFormat(

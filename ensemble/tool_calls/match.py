@@ -69,8 +69,7 @@ def _json_string(text: str) -> str | None:
 
 
 SPACE = Run(re.compile(r"\s{0,64}"))
-WORD = Run(re.compile(rf"[^\s<>{{}}\"`]{{0,{MAX_NAME_LEN}}}"))
-NAME = Name(WORD.pattern, lambda text: text or None)
+NAME = Name(re.compile(rf"[^\s<>{{}}\[\]\"`,]{{0,{MAX_NAME_LEN}}}"), lambda text: text or None)
 JSON_NAME = Name(re.compile(rf'"(?:[^"\\\n]|\\.?){{0,{MAX_NAME_LEN}}}"?'), _json_string)
 
 
