@@ -131,7 +131,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise TextError(f"{where}.content is missing: send a string")
     elif content is not None and not isinstance(content, str):
         raise TextError(f"{where}.content must be a string or a list of text parts")
-    return {**message, "content": content}
+    # Some templates take an empty list for calls.
+    return {**{key: value for key, value in message.items() if key != "tool_calls" or value}, "content": content}
 
 
 def _part(part: Any, where: str) -> str:

@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 from ensemble.chat import ChatTemplate, parse_messages
 from ensemble.errors import TextError, TokenizerLoadError
 from ensemble.text import Tokenizer
-from ensemble.tool_calls.formats import HERMES
+from ensemble.tool_calls.formats import DEEPSEEK, HERMES
 from tests import chat_templates
 from tests.real_tokenizers import HARD_TEXTS, deepseek, deepseek_directory, smollm2, smollm2_directory
 
@@ -283,7 +283,7 @@ def test_the_templates_markers_are_shown_though_special(tmp_path: Path, template
 
 
 def test_deepseeks_own_markers_are_ordinary_tokens() -> None:
-    text = "<think>Hm</think><｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+    text = "<think>Hm</think>".join(["", *sorted(DEEPSEEK.markers), "Hi"])
     assert deepseek().decode(deepseek().encode(text)) == text
 
 

@@ -223,6 +223,13 @@ def test_arguments_stream() -> None:
         parser.push("a")
 
 
+def test_openais_form() -> None:
+    first, later = ToolCallDelta(0, "call_a", "f", "{"), ToolCallDelta(0, None, None, "}")
+    function = {"name": "f", "arguments": "{"}
+    assert first.as_openai() == {"index": 0, "id": "call_a", "type": "function", "function": function}
+    assert later.as_openai() == {"index": 0, "function": {"arguments": "}"}}
+
+
 def test_ids_are_unique() -> None:
     ids = {random_id() for _ in range(1000)}
     assert len(ids) == 1000 and all(identity.startswith("call_") and len(identity) == 29 for identity in ids)

@@ -95,6 +95,22 @@ def test_malformed_arguments_are_sent_on(template: str) -> None:
     assert "Par" in render(template, USER, assistant(arguments='{"city": "Par'), ANSWER)
 
 
+@pytest.mark.parametrize("calls", [None, []])
+def test_no_calls_are_none(calls: list[Any] | None) -> None:
+    """V3.1's template takes an empty list for calls."""
+    prompt = render(chat_templates.DEEPSEEK_V31, USER, {"role": "assistant", "content": "Sunny.", "tool_calls": calls})
+    assert "Sunny.<｜end▁of▁sentence｜>" in prompt and "tool▁calls" not in prompt
+
+
+def test_content_may_have_to_be_a_string() -> None:
+    """As in a template that looks for `</think>` in every content."""
+    template = (
+        "{% for message in messages %}{% if '</think>' in message.content %}{% endif %}"
+        "{% for call in message.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}{% endfor %}"
+    )
+    assert render(template, USER, assistant(None), ANSWER) == f'{{"name": "weather", "arguments": {REWRITTEN}}}'
+
+
 def test_a_template_without_calls() -> None:
     with pytest.raises(TextError, match="chat template refused"):
         render(chat_templates.PLAIN + "{{ raise_exception('no tools') if messages[-1].role == 'tool' }}", USER, ANSWER)

@@ -15,6 +15,7 @@ import json
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ensemble.markers import find_first, partial_len
 from ensemble.tool_calls.formats import ToolFormat
@@ -30,6 +31,14 @@ class ToolCallDelta:
     id: str | None
     name: str | None
     arguments: str  # the next characters of the arguments' JSON
+
+    def as_openai(self) -> dict[str, Any]:
+        """An element of `delta.tool_calls` in OpenAI's stream; of a whole answer, of `message.tool_calls`."""
+        function = (
+            {"arguments": self.arguments} if self.name is None else {"name": self.name, "arguments": self.arguments}
+        )
+        head = {} if self.id is None else {"id": self.id, "type": "function"}
+        return {"index": self.index, **head, "function": function}
 
 
 def random_id() -> str:
