@@ -1,6 +1,7 @@
 """Chat messages in, a prompt out: the client's JSON, checked, and the checkpoint's Jinja template.
 
-It knows the chat formats of OpenAI and Hugging Face; it knows nothing of tokens.
+It knows the chat formats of OpenAI and Hugging Face; it knows nothing of tokens. The form of tool calls is
+ensemble/tool_messages.py's.
 """
 
 from __future__ import annotations
@@ -8,16 +9,23 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ensemble.errors import TextError, TokenizerLoadError, one_line, utf8_text
+from ensemble.reasoning import CLOSE_TAG, OPEN_TAG, opens_reasoning
+from ensemble.tool_calls.formats import ToolFormat, detect_format
+from ensemble.tool_messages import CallForm, check_tool_calls, find_form, has_tool_messages
 
+# What templates call the switch: Qwen3's and the newer DeepSeek-V3.1's.
+_THINKING_VARIABLES = ("enable_thinking", "thinking")
 _REQUEST_KEYS = ("messages", "tools", "add_generation_prompt", "chat_template_kwargs")
 
 
@@ -33,11 +41,50 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
+            variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise TokenizerLoadError(f"{name} is not a valid template: {error}") from error
+        self.thinking_variable: str | None = next((v for v in _THINKING_VARIABLES if v in variables), None)
+        self.has_reasoning = OPEN_TAG in source or CLOSE_TAG in source
+        self.tool_format: ToolFormat | None = detect_format(source)
 
-    def render(self, variables: Mapping[str, Any]) -> str:
-        """The prompt that `variables` (messages, add_generation_prompt, tools ...) make."""
+    @property
+    def markers(self) -> frozenset[str]:
+        """The spellings that set reasoning and tool calls apart in this model's text."""
+        tags = {OPEN_TAG, CLOSE_TAG} if self.has_reasoning else set()
+        return frozenset(tags) if self.tool_format is None else self.tool_format.markers | tags
+
+    def render(self, variables: Mapping[str, Any], enable_thinking: bool | None = None) -> str:
+        """The prompt that `variables` (messages, add_generation_prompt, tools ...) make.
+
+        `enable_thinking` goes to the template under the name it knows; None leaves the choice to the template,
+        or to `variables`.
+
+        Raises:
+            TextError: the template refused the messages, or cannot switch thinking as asked.
+        """
+        if enable_thinking is not None and self.thinking_variable is not None:
+            variables = {**variables, self.thinking_variable: enable_thinking}
+        messages = variables.get("messages", ())
+        if has_tool_messages(messages):
+            variables = {**variables, "messages": self._call_form.shape(messages)}
+        prompt = self._render(variables)
+        if enable_thinking is not None:
+            self._check_thinking(prompt, enable_thinking)
+        return prompt
+
+    def _check_thinking(self, prompt: str, is_wanted: bool) -> None:
+        if not is_wanted and opens_reasoning(prompt):
+            raise TextError("enable_thinking is false, but this model always thinks: its chat template opens <think>")
+        if self.thinking_variable is None and not opens_reasoning(prompt):
+            raise TextError("enable_thinking is given, but this model's chat template has no such switch: leave it out")
+
+    @cached_property
+    def _call_form(self) -> CallForm:
+        others = {"tools": None, "documents": None, "add_generation_prompt": False, "bos_token": "", "eos_token": ""}
+        return find_form(lambda messages: self._render({**others, "messages": messages}))
+
+    def _render(self, variables: Mapping[str, Any]) -> str:
         try:
             return self._template.render(variables)
         except Exception as error:  # the template runs on the client's data: whatever it raises is about that
@@ -76,6 +123,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise TextError(f"{where} must be an object with role and content")
     if not isinstance(message.get("role"), str):
         raise TextError(f"{where}.role must be a string such as user")
+    check_tool_calls(message, where)
     content = message.get("content")
     if isinstance(content, list):
         content = "\n".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
@@ -83,7 +131,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise TextError(f"{where}.content is missing: send a string")
     elif content is not None and not isinstance(content, str):
         raise TextError(f"{where}.content must be a string or a list of text parts")
-    return {**message, "content": content}
+    # Some templates take an empty list for calls.
+    return {**{key: value for key, value in message.items() if key != "tool_calls" or value}, "content": content}
 
 
 def _part(part: Any, where: str) -> str:

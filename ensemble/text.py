@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,8 +19,19 @@ from numpy.typing import NDArray
 
 from ensemble.chat import ChatTemplate, parse_messages
 from ensemble.errors import TextError, TokenizerLoadError, one_line, utf8_text
+from ensemble.reasoning import opens_reasoning
+from ensemble.tool_calls.formats import ToolFormat
 
 Ids = NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class Chat:
+    """A chat's prompt, and what reading the answer needs to know of it."""
+
+    ids: Ids  # [num_tokens]
+    is_reasoning_open: bool | None  # the prompt ends in an opened <think>; None: the model knows no reasoning
+    has_tools: bool  # the client gave tools
 
 
 class Tokenizer:
@@ -28,6 +40,10 @@ class Tokenizer:
     BOS and EOS follow `tokenizer_config.json` where it states `add_bos_token` (as transformers' Llama
     tokenizers do: DeepSeek's tokenizer.json adds none itself), else tokenizer.json's post-processor. A BOS
     that the text already begins with is never doubled. A chat template writes its own BOS.
+
+    `shown` are spellings of tokens that `decode` shows though they are special; by default the markers of the
+    chat template, which ensemble/reasoning.py and ensemble/tool_calls/ read. DeepSeek's own tokenizer.json has
+    them as ordinary added tokens; a converted checkpoint may have them as special ones.
     """
 
     def __init__(
@@ -39,6 +55,7 @@ class Tokenizer:
         add_bos_token: bool | None = None,
         add_eos_token: bool | None = None,
         chat_template: ChatTemplate | None = None,
+        shown: frozenset[str] | None = None,
     ) -> None:
         self._backend = backend
         backend.no_truncation()  # some checkpoints ship the limits of their training runs
@@ -54,8 +71,12 @@ class Tokenizer:
         self._add_bos, self._add_eos = add_bos_token, add_eos_token
         self._chat_template = chat_template
         self.vocab_size: int = backend.get_vocab_size()  # added tokens included
-        self._special_ids = frozenset(
-            index for index, token in backend.get_added_tokens_decoder().items() if token.special
+        if shown is None:
+            shown = frozenset() if chat_template is None else chat_template.markers
+        self._hidden_ids = frozenset(
+            index
+            for index, token in backend.get_added_tokens_decoder().items()
+            if token.special and token.content not in shown
         )
         decoder = backend.decoder
         self._has_byte_fallback = decoder is not None and decoder.decode(["<0x41>"]) == "A"
@@ -99,29 +120,48 @@ class Tokenizer:
             raise TextError("text_input is empty: send at least one character, or messages")
         return [self._with_bos_eos(ids) for ids in self._ids(prompts, "text_input", self._add_bos is None)]
 
-    def encode_messages(self, messages_json: str | bytes) -> Ids:
-        """Ids [num_tokens] of a chat, by the checkpoint's template, ready for the assistant's answer.
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model writes tool calls, as far as its chat template tells."""
+        return None if self._chat_template is None else self._chat_template.tool_format
+
+    def encode_messages(self, messages_json: str | bytes, enable_thinking: bool | None = None) -> Ids:
+        """Ids [num_tokens] of a chat: `encode_chat`'s."""
+        return self.encode_chat(messages_json, enable_thinking).ids
+
+    def encode_chat(self, messages_json: str | bytes, enable_thinking: bool | None = None) -> Chat:
+        """A chat, by the checkpoint's template, ready for the assistant's answer.
 
         The JSON is a list of messages, or an object with `messages` and, where the template has a use for
-        them, `tools`, `add_generation_prompt` and `chat_template_kwargs`.
+        them, `tools`, `add_generation_prompt` and `chat_template_kwargs`. `enable_thinking` overrides a
+        `chat_template_kwargs` that says otherwise.
+
+        Raises:
+            TextError: the JSON, a message or the wish to switch thinking can't be had; the message says why.
         """
-        if self._chat_template is None:
+        template = self._chat_template
+        if template is None:
             raise TextError("this model has no chat template: send text_input instead of messages")
         variables = parse_messages(messages_json)
         variables |= {"bos_token": self.bos_token or "", "eos_token": self.eos_token or ""}
-        prompt = self._chat_template.render(variables)
+        prompt = template.render(variables, enable_thinking)
         if not prompt:
             raise TextError("the model's chat template made an empty prompt of the messages")
-        return np.array(self._ids([prompt], "messages", False)[0], dtype=np.int32)
+        return Chat(
+            ids=np.array(self._ids([prompt], "messages", False)[0], dtype=np.int32),
+            is_reasoning_open=opens_reasoning(prompt) if template.has_reasoning else None,
+            has_tools=variables["tools"] is not None,
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids` [num_tokens], special tokens and ids outside the vocabulary left out."""
-        text: str = self._backend.decode([int(index) for index in ids], skip_special_tokens=True)
+        """The text of `ids` [num_tokens], hidden special tokens and ids outside the vocabulary left out."""
+        visible = [index for index in map(int, ids) if index not in self._hidden_ids]
+        text: str = self._backend.decode(visible, skip_special_tokens=False)
         return text
 
     def visible_token(self, index: int) -> str | None:
         """The vocabulary's spelling of an id that `decode` shows; None for one that it leaves out."""
-        token: str | None = None if index in self._special_ids else self._backend.id_to_token(index)
+        token: str | None = None if index in self._hidden_ids else self._backend.id_to_token(index)
         return token or None
 
     def is_byte_token(self, token: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from tokenizers import AddedToken, decoders
 from tokenizers.models import BPE
 
 from ensemble.text import IncrementalDetokenizer, Tokenizer
-from tests.real_tokenizers import HARD_TEXTS, deepseek, smollm2
+from tests.real_tokenizers import HARD_TEXTS, deepseek, smollm2, smollm2_directory
 
 
 def make(tokens: list[str], decoder: Any, byte_fallback: bool = False) -> Tokenizer:
@@ -43,15 +44,23 @@ def metaspace() -> Tokenizer:
     return make(["<unk>", "<s>", *PIECES], decoders.Metaspace())
 
 
+@functools.cache
+def smollm2_shown() -> Tokenizer:
+    """A special token among the text, as a marker of tool calls is in some converted checkpoints."""
+    backend = tokenizers.Tokenizer.from_file(str(smollm2_directory() / "tokenizer.json"))
+    return Tokenizer(backend, bos_token="<|im_start|>", shown=frozenset(["<|im_start|>"]))
+
+
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "smollm2": smollm2,
+    "smollm2_shown": smollm2_shown,
     "deepseek": deepseek,
     "sentencepiece": sentencepiece,
     "metaspace": metaspace,
 }
 
 
-WITH_BYTES = ["smollm2", "deepseek", "sentencepiece"]
+WITH_BYTES = ["smollm2", "smollm2_shown", "deepseek", "sentencepiece"]
 
 
 def stream(tokenizer: Tokenizer, pushes: list[list[int]]) -> Iterator[str]:
@@ -146,6 +155,14 @@ def test_text_is_given_out_at_once() -> None:
     tokenizer = sentencepiece()
     ids = [tokenizer._backend.token_to_id(t) for t in ("▁Hello", "▁", "▁a", "<0x0A>", "<s>", "<0x0A>", "a", "▁的")]
     assert list(stream(tokenizer, [[i] for i in ids])) == ["Hello", " ", " a", "", "", "", "\n\na", " 的"]
+
+
+def test_shown_special_tokens_are_text() -> None:
+    tokenizer = smollm2_shown()
+    ids = token_ids(tokenizer, "<|im_start|>", "Hi", "<|im_end|>", "<|im_start|>", "Ġyou")
+    assert tokenizer.decode(ids) == "<|im_start|>Hi<|im_start|> you"
+    assert list(stream(tokenizer, [[i] for i in ids])) == ["<|im_start|>", "Hi", "", "<|im_start|>", " you"]
+    assert smollm2().decode(ids) == "Hi you"
 
 
 def test_a_run_of_bytes_does_not_hold_back_the_text_before_it() -> None:

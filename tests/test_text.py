@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,19 @@ from tokenizers.models import BPE
 from ensemble.chat import ChatTemplate, parse_messages
 from ensemble.errors import TextError, TokenizerLoadError
 from ensemble.text import Tokenizer
+from ensemble.tool_calls.formats import DEEPSEEK, HERMES
+from tests import chat_templates
 from tests.real_tokenizers import HARD_TEXTS, deepseek, deepseek_directory, smollm2, smollm2_directory
 
 BOS, EOS = 0, 1
 
 
 def write_files(
-    directory: Path, config: dict[str, Any] | None = None, template: str | None = None, adds_bos: bool = False
+    directory: Path,
+    config: dict[str, Any] | None = None,
+    template: str | None = None,
+    adds_bos: bool = False,
+    specials: Sequence[str] = (),
 ) -> Path:
     """A byte-level tokenizer without merges: <s>, </s>, <eot> and all bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -31,7 +38,7 @@ def write_files(
     backend = tokenizers.Tokenizer(BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<s>", "</s>"])
+    backend.add_special_tokens(["<s>", "</s>", *specials])
     backend.add_tokens([AddedToken("<eot>", special=False)])
     if adds_bos:
         backend.post_processor = processors.TemplateProcessing(single=["<s>", "$A"], special_tokens=[("<s>", BOS)])
@@ -193,7 +200,7 @@ def test_object_form(tmp_path: Path) -> None:
 
 def test_text_parts_and_tool_calls() -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f"}}]}
     messages = parse_messages(json.dumps([{"role": "user", "name": "Ann", "content": parts}, call]))["messages"]
     assert messages == [{"role": "user", "name": "Ann", "content": "one\ntwo"}, call]
 
@@ -250,6 +257,63 @@ def test_template_refuses(tmp_path: Path, template: str, message: str) -> None:
 def test_no_template(tmp_path: Path) -> None:
     with pytest.raises(TextError, match="no chat template: send text_input"):
         Tokenizer.from_directory(write_files(tmp_path)).encode_messages(json.dumps(USER))
+
+
+# --- Reasoning and tools
+
+
+MARKERS = ["<think>", "</think>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁end｜>", "<tool_call>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "shown"),
+    [
+        (None, []),
+        (chat_templates.PLAIN, []),
+        (chat_templates.QWEN25, ["<tool_call>"]),
+        (chat_templates.QWEN3, ["<think>", "</think>", "<tool_call>"]),
+        (chat_templates.DEEPSEEK_V31, ["<think>", "</think>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁end｜>"]),
+    ],
+)
+def test_the_templates_markers_are_shown_though_special(tmp_path: Path, template: str | None, shown: list[str]) -> None:
+    tokenizer = Tokenizer.from_directory(write_files(tmp_path, {"eos_token": "</s>"}, template, specials=MARKERS))
+    ids = tokenizer.encode("".join(MARKERS) + "Hi</s>")
+    assert len(ids) == len(MARKERS) + 3
+    assert tokenizer.decode(ids) == "".join(shown) + "Hi"
+
+
+def test_deepseeks_own_markers_are_ordinary_tokens() -> None:
+    text = "<think>Hm</think>".join(["", *sorted(DEEPSEEK.markers), "Hi"])
+    assert deepseek().decode(deepseek().encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("template", "enable_thinking", "is_open"),
+    [
+        (chat_templates.DEEPSEEK_R1, None, True),
+        (chat_templates.DEEPSEEK_V31, True, True),
+        (chat_templates.DEEPSEEK_V31, None, False),
+        (chat_templates.QWEN3, True, False),  # the model opens it itself
+        (chat_templates.QWEN3, False, False),
+        (chat_templates.QWEN25, None, None),
+    ],
+)
+def test_what_a_chat_says_of_its_answer(
+    tmp_path: Path, template: str, enable_thinking: bool | None, is_open: bool | None
+) -> None:
+    tokenizer = Tokenizer.from_directory(write_files(tmp_path, template=template))
+    answer = tokenizer.encode_chat(json.dumps(USER), enable_thinking)
+    assert (answer.is_reasoning_open, answer.has_tools) == (is_open, False)
+    assert answer.ids.tolist() == tokenizer.encode_messages(json.dumps(USER), enable_thinking).tolist()
+    with_tools = tokenizer.encode_chat(json.dumps({"messages": USER, "tools": [{"type": "function"}]}))
+    assert with_tools.has_tools
+    assert not tokenizer.encode_chat(json.dumps({"messages": USER, "tools": []})).has_tools
+
+
+def test_tool_format_is_the_templates(tmp_path: Path) -> None:
+    assert Tokenizer.from_directory(write_files(tmp_path)).tool_format is None
+    assert Tokenizer.from_directory(write_files(tmp_path, template=chat_templates.QWEN3)).tool_format is HERMES
+    assert smollm2().tool_format is None
 
 
 # --- Files
