@@ -372,7 +372,9 @@ def _check_multiples(schema: Any) -> None:
         if isinstance(value, int | float) and value:
             digits = int("".join(map(str, Decimal(str(value)).normalize().as_tuple().digits)))
             if digits > MAX_MULTIPLE:
-                raise GuideError(f"multipleOf is {value}: at most {MAX_MULTIPLE}, times a power of ten, can be enforced")
+                raise GuideError(
+                    f"multipleOf is {value}: at most {MAX_MULTIPLE}, times a power of ten, can be enforced"
+                )
 
 
 def _values_of(schema: Any, key: str) -> Iterator[Any]:

@@ -102,7 +102,7 @@ def _add_log_probs(tokenizer: Tokenizer, log_probs: LogProbs, outputs: Outputs) 
     outputs.setdefault(contract.CUM_LOG_PROBS, []).append(log_probs.total)
     if log_probs.top:
         rows = [
-            [{"id": token, "token": tokenizer.spelling(token), "log_prob": value} for token, value in row]
+            [{"id": token, "token": tokenizer.token_text(token), "log_prob": value} for token, value in row]
             for row in log_probs.top
         ]
         outputs.setdefault(contract.TOP_LOG_PROBS, []).extend(

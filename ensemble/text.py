@@ -159,6 +159,16 @@ class Tokenizer:
         text: str = self._backend.decode(visible, skip_special_tokens=False)
         return text
 
+    def token_id(self, spelling: str) -> int | None:
+        """The id of the one token that is spelt so; None if there is none."""
+        index: int | None = self._backend.token_to_id(spelling)
+        return index
+
+    def token_text(self, index: int) -> str:
+        """The text of one token, special ones included; U+FFFD where it is part of a character."""
+        text: str = self._backend.decode([index], skip_special_tokens=False)
+        return text
+
     def visible_token(self, index: int) -> str | None:
         """The vocabulary's spelling of an id that `decode` shows; None for one that it leaves out."""
         token: str | None = None if index in self._hidden_ids else self._backend.id_to_token(index)

@@ -7,9 +7,10 @@ from zlib import crc32
 
 import numpy as np
 
+from ensemble.engine.runners.base import Decoded, Draw, Logits, PromptChunk
 from ensemble.engine.runners.base import Ids as IdArray
-from ensemble.engine.runners.base import Logits
-from ensemble.engine.sequence import Sequence
+from ensemble.engine.sequence import FailureKind, Request
+from ensemble.progress import Update
 
 
 class FakeRunner:
@@ -55,6 +56,34 @@ class FakeRunner:
             raise error
 
 
+class DrawingFakeRunner(FakeRunner):
+    """A FakeRunner that chooses greedy tokens itself, and computes only when the step is finished."""
+
+    def __init__(self, num_slots: int = 4, max_seq_len: int = 64, vocab_size: int = 100) -> None:
+        super().__init__(num_slots, max_seq_len, vocab_size)
+        self.num_drawn = self.num_logits_rows = 0
+        self._started: tuple[IdArray, IdArray, list[Draw | None], list[int]] | None = None
+
+    def can_draw(self, draw: Draw) -> bool:
+        return draw.temperature == 0
+
+    def prefill_many(self, chunks: Ids[PromptChunk]) -> Logits:
+        return np.stack([self.prefill(chunk.slot, chunk.ids, chunk.start) for chunk in chunks])
+
+    def start_decode(self, ids: IdArray, positions: IdArray, draws: Ids[Draw | None], logits_rows: Ids[int]) -> None:
+        assert self._started is None, "one step at a time"
+        self._started = ids.copy(), positions.copy(), list(draws), list(logits_rows)
+
+    def finish_decode(self) -> Decoded:
+        assert self._started is not None
+        (ids, positions, draws, logits_rows), self._started = self._started, None
+        logits = self.decode(ids, positions)
+        self.num_drawn += sum(draw is not None for draw in draws)
+        self.num_logits_rows += len(logits_rows)
+        log_probs = logits.max(axis=1) - np.log(np.exp(logits).sum(axis=1))
+        return Decoded(logits.argmax(axis=1), log_probs, logits[logits_rows])
+
+
 def next_token(history: Ids[int], vocab_size: int = 100) -> int:
     """What FakeRunner makes of a history; 0 never comes, so that it can serve as the end token."""
     return 1 + crc32(repr(list(history)).encode()) % (vocab_size - 1)
@@ -72,26 +101,43 @@ class FakeSink:
     """Keeps what was sent."""
 
     def __init__(self) -> None:
-        self.responses: list[list[int]] = []
-        self.finish_reason: str | None = None
+        self.responses: list[list[Update]] = []
+        self.num_heartbeats = 0
+        self.is_finished = False
         self.error: str | None = None
+        self.error_kind: FailureKind | None = None
         self.has_gone = False
 
-    def send(self, sequence: Sequence, ids: Ids[int]) -> None:
-        assert self.finish_reason is None and self.error is None, "sent after the end"
-        self.responses.append(list(ids))
-        self.finish_reason = sequence.finish_reason
+    def send(self, request: Request, updates: Ids[Update]) -> None:
+        assert not self.is_finished and self.error is None, "sent after the end"
+        if not updates:
+            self.num_heartbeats += 1
+            return
+        self.responses.append(list(updates))
+        self.is_finished = request.is_finished
 
-    def fail(self, message: str) -> None:
-        assert self.finish_reason is None and self.error is None, "failed after the end"
-        self.error = message
+    def fail(self, message: str, kind: FailureKind) -> None:
+        assert not self.is_finished and self.error is None, "failed after the end"
+        self.error, self.error_kind = message, kind
 
     def is_cancelled(self) -> bool:
         return self.has_gone
 
+    def updates(self, index: int = 0) -> list[Update]:
+        """What was sent of one sequence."""
+        return [update for response in self.responses for update in response if update.index == index]
+
+    def ids_of(self, index: int) -> list[int]:
+        return [token for update in self.updates(index) for token in update.ids]
+
     @property
     def ids(self) -> list[int]:
-        return [token for response in self.responses for token in response]
+        return self.ids_of(0)
+
+    @property
+    def finish_reason(self) -> str | None:
+        updates = self.updates()
+        return updates[-1].finish_reason if updates else None
 
 
 class FakeAcknowledgements:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ensemble.bad_words import BadWords
 from ensemble.engine.sequence import NEVER, Request, Sequence, Sink
 from ensemble.engine.thinking import Thinking, ThinkingTags
 from ensemble.guided import Guide, GuideCompiler
@@ -20,8 +21,8 @@ from ensemble.progress import Head, PromptInfo
 from ensemble.reasoning import CLOSE_TAG, OPEN_TAG
 from ensemble.sampling import Sampler, SamplingParams
 from ensemble.settings import EngineSettings
+from ensemble.stop_words import StopMatcher
 from ensemble.text import Tokenizer
-from ensemble.text_rules import BadWords, StopMatcher
 
 MAX_TIMEOUT_MS = 2**31 - 1
 

@@ -14,12 +14,13 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ensemble.bad_words import BadWords
 from ensemble.contract import FinishReason
 from ensemble.engine.thinking import Thinking
 from ensemble.guided import Guide
 from ensemble.progress import Head, LogProbs, Update
 from ensemble.sampling import Sampled, Sampler, SamplingParams
-from ensemble.text_rules import BadWords, StopMatcher
+from ensemble.stop_words import StopMatcher
 
 FailureKind = Literal["invalid", "unavailable", "internal"]
 NEVER = math.inf

@@ -69,12 +69,12 @@ class Slots:
             return Placement(slot)
         source, num_reused = self._longest_match(prompt, slot)
         copies = []
+        kept = num_reused if source == slot else 0
+        if len(self._held[slot].ids) - kept >= MIN_REUSED_TOKENS and (refuge := self._refuge(slot, source)) is not None:
+            copies.append(Copy(slot, refuge, len(self._held[slot].ids)))
+            self._held[refuge] = self._held[slot]
         if source != slot:
-            if (refuge := self._refuge(slot, source)) is not None:
-                copies.append(Copy(slot, refuge, len(self._held[slot].ids)))
-                self._held[refuge] = self._held[slot]
-            if num_reused:
-                copies.append(Copy(source, slot, num_reused))
+            copies.append(Copy(source, slot, num_reused))
         self.hold(slot, prompt[:num_reused])
         return Placement(slot, num_reused, tuple(copies))
 
@@ -96,11 +96,10 @@ class Slots:
         return (best, most) if most >= MIN_REUSED_TOKENS else (preferred, 0)
 
     def _refuge(self, slot: int, source: int) -> int | None:
-        """The free slot, other than `source`, that what `slot` holds should move to, if it holds anything worth it."""
-        held = self._held[slot]
-        others = [free for free in self._free if free != source]
-        oldest = min(others, key=lambda free: self._held[free].last_use, default=None)
-        if oldest is None or len(held.ids) < MIN_REUSED_TOKENS or self._held[oldest].last_use > held.last_use:
+        """The free slot, other than `source`, that was used longest ago, and before `slot` was."""
+        free = [other for other in self._free if other != source]
+        oldest = min(free, key=lambda other: self._held[other].last_use, default=None)
+        if oldest is None or self._held[oldest].last_use > self._held[slot].last_use:
             return None
         return oldest
 

@@ -13,9 +13,10 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from ensemble import contract
-from ensemble.errors import TextError
+from ensemble.errors import TextError, utf8_text
 from ensemble.models.tensors import RequestError, array, read_inputs, scalar
 from ensemble.progress import PromptInfo
+from ensemble.reasoning import opens_reasoning
 from ensemble.text import Tokenizer
 
 
@@ -48,7 +49,12 @@ class TritonPythonModel:
         if messages is None:
             if enable_thinking is not None:
                 raise RequestError("enable_thinking is for messages: with text_input, the text decides")
-            return self._tokenizer.encode(text), self._tokenizer.prompt_info(text, separate_reasoning)
+            return self._tokenizer.encode(text), _text_info(text, bool(separate_reasoning))
         chat = self._tokenizer.encode_chat(messages, enable_thinking)
         is_reasoning_open = None if separate_reasoning is False else chat.is_reasoning_open
         return chat.ids, PromptInfo(is_reasoning_open, chat.has_tools)
+
+
+def _text_info(text: bytes, separates_reasoning: bool) -> PromptInfo:
+    """A text that is continued as it is keeps its reasoning in it, unless the client says otherwise."""
+    return PromptInfo(opens_reasoning(utf8_text(text, contract.TEXT_INPUT.name)) if separates_reasoning else None)

@@ -98,6 +98,13 @@ class Sampler:
             return Sampled(token)
         return _with_log_probs(logits, token, self._params.num_log_probs)
 
+    def force(self, token: int, logits: Logits) -> Sampled:
+        """Take `token`, whatever `logits` [vocab_size] say of it."""
+        self.push(token)
+        if self._params.num_log_probs is None:
+            return Sampled(token)
+        return _with_log_probs(logits, token, self._params.num_log_probs)
+
     def push(self, token: int) -> None:
         """Take a token that came from elsewhere: a runner's draw, or a sequence's past."""
         self.num_generated += 1
