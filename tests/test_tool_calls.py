@@ -235,12 +235,15 @@ def test_ids_are_unique() -> None:
     assert len(ids) == 1000 and all(identity.startswith("call_") and len(identity) == 29 for identity in ids)
 
 
-def test_endless_arguments_cost_the_same_to_the_end() -> None:
+def test_long_arguments_are_not_held_back() -> None:
     parser = ToolCallParser(DEEPSEEK)
     parser.push(f'{CALLS}{CALL}f{SEP}{{"a": "')
-    for _ in range(1000):
-        parser.push("x\\n")
-        assert len(parser._buffer) <= 2
+    for piece in ["x\\n", "if a <", CALL_END[:5], " b", "你"] * 100:
+        assert parser.push(piece) == ("", (ToolCallDelta(0, None, None, piece),))
+    assert parser.push("\\") == ("", ())  # what it escapes is still to come
+    assert parser.push('""') == ("", (ToolCallDelta(0, None, None, '\\""'),))
+    assert parser.push("}<") == ("", (ToolCallDelta(0, None, None, "}"),))
+    assert parser.push(f"{CALL_END[1:]}Done", final=True) == ("Done", ())
 
 
 @pytest.mark.parametrize(
