@@ -24,7 +24,7 @@ from ensemble.reasoning import CLOSE_TAG, OPEN_TAG, opens_reasoning
 from ensemble.tool_calls.formats import ToolFormat, detect_format
 from ensemble.tool_messages import CallForm, check_tool_calls, find_form, has_tool_messages
 
-# What templates call the switch: Qwen3's and the newer DeepSeek-V3.1's.
+# What templates call the switch: Qwen3's, DeepSeek-V3.1's.
 _THINKING_VARIABLES = ("enable_thinking", "thinking")
 _REQUEST_KEYS = ("messages", "tools", "add_generation_prompt", "chat_template_kwargs")
 

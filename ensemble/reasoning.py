@@ -1,4 +1,4 @@
-"""The model's reasoning, apart from its answer: DeepSeek's `<think>` convention over streamed text.
+r"""The model's reasoning, apart from its answer: DeepSeek's `<think>` convention over streamed text.
 
 What enters: text, cut anywhere. What leaves: the same text in two parts, without the tags. It knows nothing
 of tokens, chat templates or tool calls.
@@ -25,7 +25,7 @@ class Split(NamedTuple):
 
 
 def opens_reasoning(prompt: str) -> bool:
-    """Does the prompt end in an opened `<think>`, so that the model's first words are reasoning?
+    r"""Does the prompt end in an opened `<think>`, so that the model's first words are reasoning?
 
     R1's templates do; Qwen3's `<think>\n\n</think>\n\n` is closed again. A tag with words behind it is one that
     somebody wrote about: the templates write nothing but white space after theirs.

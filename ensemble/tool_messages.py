@@ -28,20 +28,20 @@ def check_tool_calls(message: Message, where: str) -> None:
     Raises:
         TextError: a field is not in OpenAI's form; `where` and the field's path name it.
     """
-    if not isinstance(message.get("tool_call_id") or "", str):
-        raise TextError(f"{where}.tool_call_id must be a string")
+    _check(message.get("tool_call_id"), str, f"{where}.tool_call_id must be a string")
     calls = message.get("tool_calls")
     if calls is None:
         return
-    if not isinstance(calls, list):
-        raise TextError(f"{where}.tool_calls must be a list")
+    _check(calls, list, f"{where}.tool_calls must be a list")
     for index, call in enumerate(calls):
         path = f"{where}.tool_calls[{index}]"
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise TextError(f'{path} must be {{"type": "function", "function": {{"name": "...", "arguments": "..."}}}}')
-        if not isinstance(function.get("arguments") or "", str | dict):
-            raise TextError(f"{path}.function.arguments must be a string of JSON or an object")
+        _check(call.get("id"), str, f"{path}.id must be a string")
+        _check(
+            function.get("arguments"), str | dict, f"{path}.function.arguments must be a string of JSON or an object"
+        )
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,11 @@ class CallForm:
 
     def shape(self, messages: Sequence[Message]) -> list[Message]:
         """The messages in this form; where a tool's answer lacks the tool's name, the call's is filled in."""
-        names = {call.get("id"): call["function"]["name"] for message in messages for call in _calls(message)}
+        calls = [call for message in messages for call in _calls(message)]
+        names = {call["id"]: call["function"]["name"] for call in calls if call.get("id")}
         return [shaped for message in messages for shaped in self._shape(message, names)]
 
-    def _shape(self, message: Message, names: dict[Any, str]) -> Iterator[Message]:
+    def _shape(self, message: Message, names: dict[str, str]) -> Iterator[Message]:
         if message["role"] == "tool" and "name" not in message and message.get("tool_call_id") in names:
             message = {**message, "name": names[message["tool_call_id"]]}
         if not (calls := _calls(message)):
@@ -75,7 +76,7 @@ class CallForm:
         if self.is_object and isinstance(arguments, str):
             arguments = _as_object(arguments)
         elif not self.is_object and isinstance(arguments, dict):
-            arguments = json.dumps(arguments, ensure_ascii=False)
+            arguments = _as_string(arguments)
         return {"type": "function", **call, "function": {**function, "arguments": arguments}}
 
 
@@ -119,6 +120,18 @@ def _is_named(text: str) -> bool:
 def _calls(message: Message) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = message.get("tool_calls") or []
     return calls
+
+
+def _check(value: Any, kind: Any, error: str) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise TextError(error)
+
+
+def _as_string(arguments: dict[str, Any]) -> str:
+    try:
+        return json.dumps(arguments, ensure_ascii=False)
+    except RecursionError as error:
+        raise TextError("a tool call's arguments are nested too deeply: send them as a string of JSON") from error
 
 
 def _as_object(arguments: str) -> Any:

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ensemble.channels import Channels, ChannelSplitter
+from ensemble.text import IncrementalDetokenizer
 from ensemble.tool_calls.formats import DEEPSEEK, HERMES, Opening, ToolFormat, detect_format
 from ensemble.tool_calls.parser import ToolCallDelta, ToolCallParser, random_id
 from tests import chat_templates
 from tests.cuts import cuttings, pieces
+from tests.real_tokenizers import deepseek
 
 CALLS, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, CALL_END, SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
@@ -235,12 +237,15 @@ def test_ids_are_unique() -> None:
     assert len(ids) == 1000 and all(identity.startswith("call_") and len(identity) == 29 for identity in ids)
 
 
-def test_endless_arguments_cost_the_same_to_the_end() -> None:
+def test_long_arguments_are_not_held_back() -> None:
     parser = ToolCallParser(DEEPSEEK)
     parser.push(f'{CALLS}{CALL}f{SEP}{{"a": "')
-    for _ in range(1000):
-        parser.push("x\\n")
-        assert len(parser._buffer) <= 2
+    for piece in ["x\\n", "if a <", CALL_END[:5], " b", "你"] * 100:
+        assert parser.push(piece) == ("", (ToolCallDelta(0, None, None, piece),))
+    assert parser.push("\\") == ("", ())  # what it escapes is still to come
+    assert parser.push('""') == ("", (ToolCallDelta(0, None, None, '\\""'),))
+    assert parser.push("}<") == ("", (ToolCallDelta(0, None, None, "}"),))
+    assert parser.push(f"{CALL_END[1:]}Done", final=True) == ("Done", ())
 
 
 @pytest.mark.parametrize(
@@ -290,3 +295,18 @@ def test_channels_switched_off() -> None:
     text, reasoning, calls = ChannelSplitter(None, HERMES).push(ANSWER, final=True)
     assert (text, reasoning) == ("<think>\nI could write .\n</think>\n\nLet me look.\n", "")
     assert [call.name for call in calls] == ["no", "f"]
+
+
+@pytest.mark.parametrize("tool_format", [DEEPSEEK, HERMES])
+def test_channels_of_real_tokens(tool_format: ToolFormat) -> None:
+    """DeepSeek's tokenizer, token by token, as the serving side runs it."""
+    calls = CALLS + v3("f", TRICKY) + v3("g", PARIS) + CALLS_END if tool_format is DEEPSEEK else hermes("f", TRICKY)
+    ids = deepseek().encode(f"Hm, 你好 😀.\n</think>\n\nLet me look.{calls}<｜end▁of▁sentence｜>").tolist()
+    detokenizer, splitter = IncrementalDetokenizer(deepseek()), ChannelSplitter(True, tool_format)
+    parts = [splitter.push(detokenizer.push([index])) for index in ids]
+    parts.append(splitter.push(detokenizer.push([], final=True), final=True))
+    assert "".join(part.reasoning for part in parts) == "Hm, 你好 😀.\n"
+    assert "".join(part.text for part in parts) == "\n\nLet me look."
+    expected = [("f", TRICKY), ("g", PARIS)] if tool_format is DEEPSEEK else [("f", TRICKY)]
+    assert join([delta for part in parts for delta in part.tool_calls]) == expected
+    assert sum(bool(part.tool_calls) for part in parts) > 10

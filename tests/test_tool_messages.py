@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ensemble.chat import ChatTemplate, parse_messages
 from ensemble.errors import TextError
@@ -136,6 +138,15 @@ def test_the_clients_messages_are_not_changed() -> None:
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]},
             r"tool_calls\[0\]\.function\.arguments must be a string",
         ),
+        (
+            {"role": "assistant", "tool_calls": [{"id": [], "function": {"name": "f"}}]},
+            r"tool_calls\[0\]\.id must be a string",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 0}}]},
+            r"arguments must be a string",
+        ),
+        ({"role": "tool", "content": "", "tool_call_id": {}}, r"tool_call_id must be a string"),
         ({"role": "tool", "content": "", "tool_call_id": 7}, r"tool_call_id must be a string"),
         ({"role": "tool", "content": None}, "content is missing"),
         ({"role": "assistant", "content": None, "tool_calls": []}, "content is missing"),
@@ -145,6 +156,53 @@ def test_bad_tool_messages(message: dict[str, Any], error: str) -> None:
     with pytest.raises(TextError, match=error) as caught:
         parse_messages(json.dumps([message]))
     assert "\n" not in str(caught.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda values: (
+        st.lists(values, max_size=3)
+        | st.dictionaries(st.sampled_from(["id", "type", "function", "name", "arguments", "a"]), values, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(
+    calls=st.lists(
+        st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": st.text(max_size=3), "arguments": JSON})})
+        | JSON,
+        max_size=3,
+    )
+    | JSON,
+    answer=st.dictionaries(st.sampled_from(["tool_call_id", "name", "content"]), JSON),
+)
+@pytest.mark.parametrize(
+    "template",
+    [chat_templates.DEEPSEEK_R1, chat_templates.DEEPSEEK_V31, chat_templates.QWEN25, chat_templates.QWEN3_CODER],
+)
+def test_any_tool_message_gives_a_prompt_or_a_clear_error(template: str, calls: Any, answer: dict[str, Any]) -> None:
+    messages = [USER, {"role": "assistant", "content": None, "tool_calls": calls}, {"role": "tool", **answer}]
+    try:
+        prompt = render(template, *messages)
+    except TextError as error:
+        assert "\n" not in str(error)
+    else:
+        assert USER["content"] in prompt and isinstance(calls, list) and calls
+
+
+@pytest.mark.parametrize("depth", range(100, 1200, 50))
+def test_deep_arguments(depth: int) -> None:
+    nested = '{"a":' * depth + "1" + "}" * depth
+    messages = f'[{{"role": "assistant", "tool_calls": [{{"function": {{"name": "f", "arguments": {nested}}}}}]}}]'
+    for template in (chat_templates.DEEPSEEK_V31, chat_templates.QWEN25):
+        try:
+            prompt = ChatTemplate(template).render({**parse_messages(messages), "bos_token": ""})
+        except TextError as error:
+            assert depth > 500, error
+        else:
+            assert prompt.count("a") >= depth
 
 
 # --- Thinking

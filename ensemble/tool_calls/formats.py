@@ -1,4 +1,4 @@
-"""How models write tool calls, as data, and which format a chat template asks for.
+r"""How models write tool calls, as data, and which format a chat template asks for.
 
 DeepSeek V3 and R1, one line for the section's frame and one call:
     <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\n{...}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>
@@ -7,7 +7,7 @@ DeepSeek V3.1:
 Hermes, which Qwen 2.5 and 3 write too:
     <tool_call>\n{"name": "NAME", "arguments": {...}}\n</tool_call>
 
-The two of DeepSeek differ so clearly in each call that one format reads both: models mix them.
+The two of DeepSeek can't be mistaken for each other, so one format reads both, whichever the template shows.
 """
 
 from __future__ import annotations
@@ -55,19 +55,10 @@ class ToolFormat:
 
 _CALLS, _CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _CALL, _CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
-_V31_HEAD: tuple[Step, ...] = (Maybe(_CALLS), SPACE, _CALL, SPACE, NAME, SPACE, "<｜tool▁sep｜>", SPACE)
-_V3_HEAD: tuple[Step, ...] = (
-    Maybe(_CALLS),
-    SPACE,
-    _CALL,
-    SPACE,
-    "function",
-    SPACE,
-    "<｜tool▁sep｜>",
-    SPACE,
-    NAME,
-    SPACE,
-)
+_BEGIN: tuple[Step, ...] = (Maybe(_CALLS), SPACE, _CALL, SPACE)
+_SEPARATOR: tuple[Step, ...] = (SPACE, "<｜tool▁sep｜>", SPACE)
+_V31_HEAD: tuple[Step, ...] = (*_BEGIN, NAME, *_SEPARATOR)
+_V3_HEAD: tuple[Step, ...] = (*_BEGIN, "function", *_SEPARATOR, NAME, SPACE)
 _FENCE: tuple[Step, ...] = (Maybe("```json"), SPACE)
 _NO_ARGUMENTS: tuple[Step, ...] = (*_FENCE, Maybe("```"), SPACE, _CALL_END)
 DEEPSEEK: Final = ToolFormat(
