@@ -7,15 +7,13 @@ over from one response to the next is kept here, for each of the stream's sequen
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Any
 
 from ensemble import contract
-from ensemble.channels import ChannelSplitter
+from ensemble.channels import Channels, ChannelSplitter
 from ensemble.contract import TensorSpec
 from ensemble.progress import Head, LogProbs, Progress, PromptInfo, Update
 from ensemble.text import IncrementalDetokenizer, Tokenizer
-from ensemble.tool_calls.parser import ToolCallDelta
 
 Outputs = dict[TensorSpec, list[Any]]  # a tensor's values
 
@@ -59,7 +57,8 @@ class Stream:
         if self._head.info.is_reasoning_open is not None:
             outputs.setdefault(contract.REASONING_OUTPUT, []).append(channels.reasoning.encode())
         if sequence.has_tools:
-            outputs.setdefault(contract.TOOL_CALLS, []).append(_tool_calls_json(channels.tool_calls).encode())
+            calls = [delta.as_openai() for delta in channels.tool_calls]
+            outputs.setdefault(contract.TOOL_CALLS, []).append(json.dumps(calls, ensure_ascii=False).encode())
         if update.log_probs is not None:
             _add_log_probs(self._tokenizer, update.log_probs, outputs)
         for spec, time_ns in zip(contract.TIME_OUTPUTS, update.times_ns or (), strict=False):
@@ -76,7 +75,7 @@ class _Sequence:
         self.has_tools = tool_format is not None
         self._channels = ChannelSplitter(head.info.is_reasoning_open, tool_format)
 
-    def push(self, update: Update) -> tuple[str, Any]:
+    def push(self, update: Update) -> tuple[str, Channels]:
         """The prompt's text, once, where it is wanted; and what the update adds to each channel."""
         is_final = update.finish_reason is not None
         text = self._detokenizer.push(update.ids, final=is_final)
@@ -108,16 +107,3 @@ def _add_log_probs(tokenizer: Tokenizer, log_probs: LogProbs, outputs: Outputs) 
         outputs.setdefault(contract.TOP_LOG_PROBS, []).extend(
             json.dumps(row, ensure_ascii=False).encode() for row in rows
         )
-
-
-def _tool_calls_json(deltas: Iterable[ToolCallDelta]) -> str:
-    """The calls that one response tells of, each with all that is new of it, in OpenAI's form."""
-    calls: dict[int, dict[str, Any]] = {}
-    for delta in deltas:
-        call = calls.setdefault(delta.index, {"index": delta.index, "function": {"arguments": ""}})
-        if delta.id is not None:
-            call |= {"id": delta.id, "type": "function"}
-        if delta.name is not None:
-            call["function"]["name"] = delta.name
-        call["function"]["arguments"] += delta.arguments
-    return json.dumps(list(calls.values()), ensure_ascii=False)

@@ -31,10 +31,11 @@ from ensemble.progress import Progress, Update
 from ensemble.settings import EngineSettings
 
 CANCELLATION_POLL_S = 0.1  # asking the server crosses to its process and back
-ERROR_CODES: dict[FailureKind, int] = {
-    "invalid": pb_utils.TritonError.INVALID_ARG,
-    "unavailable": pb_utils.TritonError.UNAVAILABLE,
-    "internal": pb_utils.TritonError.INTERNAL,
+# Names, for the module has its contents only once the stub runs.
+ERROR_CODES: dict[FailureKind, str] = {
+    "invalid": "INVALID_ARG",
+    "unavailable": "UNAVAILABLE",
+    "internal": "INTERNAL",
 }
 
 
@@ -129,7 +130,8 @@ class TritonSink:
 
     def fail(self, message: str, kind: FailureKind = "internal") -> None:
         """End the request with an error."""
-        response = pb_utils.InferenceResponse(error=pb_utils.TritonError(message, ERROR_CODES[kind]))
+        code = getattr(pb_utils.TritonError, ERROR_CODES[kind])
+        response = pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
         self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def is_cancelled(self) -> bool:
