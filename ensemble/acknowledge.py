@@ -11,27 +11,19 @@ import contextlib
 import errno
 import os
 import stat
-import tempfile
 from collections.abc import Iterable
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+
+from ensemble.siblings import meeting_point
 
 PIPE_BYTES = 65536
 
 
 def pipe_path(name: str, version: str | int, server_pid: int | None = None) -> Path:
-    """The pipe of version `version` of the served model `name` under this process's server.
-
-    Both models are children of one tritonserver, so its process id tells servers on one host apart.
-    """
-    server_pid = os.getppid() if server_pid is None else server_pid
-    directory = Path(tempfile.gettempdir()) / f"deepseek-triton-{os.getuid()}"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    if directory.stat().st_uid != os.getuid():
-        raise PermissionError(errno.EPERM, "belongs to another user", str(directory))
-    return directory / f"{server_pid}-{sha256(name.encode()).hexdigest()[:16]}-{version}"
+    """The pipe of version `version` of the served model `name` under this process's server."""
+    return meeting_point(name, version, "pipe", server_pid)
 
 
 class AcknowledgementReceiver:

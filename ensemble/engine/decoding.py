@@ -101,6 +101,8 @@ def _choose(sequence: TokenSequence, logits: Logits, mask: NDArray[np.uint32] | 
     forced = None if sequence.thinking is None else sequence.thinking.forced_token
     try:
         if forced is not None:
+            if sequence.bad_words is not None:
+                sequence.bad_words.push(forced)
             return sequence.sampler.force(forced, logits)
         return choose(sequence.sampler, sequence.bad_words, logits, mask)
     except SamplingError as error:

@@ -17,6 +17,7 @@ from ensemble import contract
 from ensemble.acknowledge import AcknowledgementSender, pipe_path
 from ensemble.models.tensors import array, read_inputs, scalar
 from ensemble.progress import Progress
+from ensemble.siblings import watch
 from ensemble.streams import Outputs, Stream
 from ensemble.text import Tokenizer
 
@@ -34,6 +35,7 @@ class TritonPythonModel:
         name = args["model_name"].removesuffix("-detokenizer")
         self._acknowledgements = AcknowledgementSender(pipe_path(name, version))
         self._streams: OrderedDict[int, Stream] = OrderedDict()
+        self._watchdog = watch(name, version, "detokenizer")
 
     def execute(self, requests: list[Any]) -> None:
         """Answer every request, then acknowledge them all at once."""
@@ -47,6 +49,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Close the pipe."""
+        self._watchdog.close()
         self._acknowledgements.close()
 
     def _outputs(self, progress: Progress) -> Outputs:

@@ -29,6 +29,7 @@ from ensemble.models.options import read_options
 from ensemble.models.tensors import RequestError, array, read_inputs, scalar
 from ensemble.progress import Progress, Update
 from ensemble.settings import EngineSettings
+from ensemble.siblings import watch
 
 CANCELLATION_POLL_S = 0.1  # asking the server crosses to its process and back
 # Names, for the module has its contents only once the stub runs.
@@ -56,6 +57,7 @@ class TritonPythonModel:
         self._stream_ids = itertools.count(secrets.randbits(31) << 32)
         self._loop = EngineLoop(runner, settings=settings, acknowledgements=self._acknowledgements)
         self._loop.start()
+        self._watchdog = watch(served_name, version, "engine")
         labels = {"model": served_name, "version": version}
         self._metrics = MetricsPublisher(self._loop.metrics, pb_utils.MetricFamily, labels)
         self._metrics.start()
@@ -73,6 +75,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """End what still runs."""
+        self._watchdog.close()
         self._loop.close()
         self._metrics.close()
         self._acknowledgements.close()

@@ -17,6 +17,7 @@ from ensemble.errors import TextError, utf8_text
 from ensemble.models.tensors import RequestError, array, read_inputs, scalar
 from ensemble.progress import PromptInfo
 from ensemble.reasoning import opens_reasoning
+from ensemble.siblings import watch
 from ensemble.text import Tokenizer
 
 
@@ -25,11 +26,17 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the tokenizer that lies beside this file."""
-        self._tokenizer = Tokenizer.from_directory(Path(args["model_repository"]) / args["model_version"])
+        version = args["model_version"]
+        self._tokenizer = Tokenizer.from_directory(Path(args["model_repository"]) / version)
+        self._watchdog = watch(args["model_name"].removesuffix("-tokenizer"), version, "tokenizer")
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Encode every request; one that can't be encoded gets its own error."""
         return [self._respond(request) for request in requests]
+
+    def finalize(self) -> None:
+        """Stop watching."""
+        self._watchdog.close()
 
     def _respond(self, request: Any) -> Any:
         try:
