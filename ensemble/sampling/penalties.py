@@ -49,6 +49,7 @@ class Penalties:
         before = logits[ids]
         values = before.astype(np.float64)
         if params.repetition_penalty != 1.0:
-            values = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+            with np.errstate(over="ignore"):
+                values = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
         values -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
         logits[ids] = np.where(before == -np.inf, -np.inf, values.clip(-MAX_FLOAT32, MAX_FLOAT32))

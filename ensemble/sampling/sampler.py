@@ -90,9 +90,7 @@ class Sampler:
         row = self._processed(logits, mask)
         if row is not logits:
             best = int(row.argmax())
-        token = self._pick(row, best, attempt=0)
-        if is_allowed is not None and not self._may_follow(token, is_allowed):
-            token = self._pick_allowed(row, token, is_allowed)
+        token = self._pick(row, best, is_allowed)
         self.push(token)
         if self._params.num_log_probs is None:
             return Sampled(token)
@@ -145,40 +143,50 @@ class Sampler:
             row[[token for token in self.end_ids if token < len(row)]] = -np.inf
         return row
 
-    def _pick(self, row: Logits, best: int, attempt: int) -> int:
+    def _pick(self, row: Logits, best: int, is_allowed: Callable[[int], bool] | None) -> int:
         """A token of `row`, whose likeliest is `best`."""
         if row[best] == -np.inf:
             raise SamplingError.none_allowed()
         if self._random is None:
-            return best
-        with np.errstate(over="ignore"):  # a penalty may have put tokens as far apart as float32 goes
-            scores = row - row[best]
-            scores /= self._temperature
-            ids, weights = candidates(scores, self._params)
-        chosen = draw_index(weights, self._random.uniform(self.num_generated, attempt))
-        return chosen if ids is None else int(ids[chosen])
+            token = best if self._may_follow(best, is_allowed) else None
+        else:
+            with np.errstate(over="ignore"):  # a penalty may have put tokens as far apart as float32 goes
+                scores = row - row[best]
+                scores /= self._temperature
+                ids, weights = candidates(scores, self._params)
+            token = self._draw_allowed(ids, weights, is_allowed)
+        if token is not None:
+            return token
+        # None of those that would be drawn may follow: the likeliest that may.
+        for other in largest(row, MAX_LOOKED_AT).tolist():
+            if row[other] > -np.inf and self._may_follow(other, is_allowed):
+                return int(other)
+        raise SamplingError.none_allowed()
 
-    def _may_follow(self, token: int, is_allowed: Callable[[int], bool]) -> bool:
-        return token in self.end_ids or is_allowed(token)
-
-    def _pick_allowed(self, row: Logits, refused: int, is_allowed: Callable[[int], bool]) -> int:
-        """Draw until a token is allowed: what is left of the distribution when those refused are taken out."""
-        row = row.copy()
-        for attempt in range(1, MAX_REDRAWS + 1):
-            row[refused] = -np.inf
-            token = self._pick(row, int(row.argmax()), attempt)
+    def _draw_allowed(
+        self, ids: NDArray[np.int64] | None, weights: Logits, is_allowed: Callable[[int], bool] | None
+    ) -> int | None:
+        """Draw until a token may follow: the distribution of a draw, given that it may."""
+        assert self._random is not None
+        for attempt in range(1 + MAX_REDRAWS):
+            index = draw_index(weights, self._random.uniform(self.num_generated, attempt))
+            token = index if ids is None else int(ids[index])
             if self._may_follow(token, is_allowed):
                 return token
-            refused = token
-        row[refused] = -np.inf
-        likeliest = largest(row, MAX_LOOKED_AT).tolist()
-        left = np.full_like(row, -np.inf)
-        for token in likeliest:
-            if row[token] > -np.inf and self._may_follow(token, is_allowed):
-                left[token] = row[token]
-                if self._random is None:
-                    break
-        return self._pick(left, int(left.argmax()), MAX_REDRAWS + 1)
+            weights[index] = 0
+            if not weights.any():
+                return None
+        likeliest = largest(weights, MAX_LOOKED_AT)
+        tokens = likeliest if ids is None else ids[likeliest]
+        for index, token in zip(likeliest.tolist(), tokens.tolist(), strict=True):
+            if weights[index] > 0 and not self._may_follow(token, is_allowed):
+                weights[index] = 0
+        if not weights[likeliest].any():
+            return None
+        return int(tokens[draw_index(weights[likeliest], self._random.uniform(self.num_generated, 1 + MAX_REDRAWS))])
+
+    def _may_follow(self, token: int, is_allowed: Callable[[int], bool] | None) -> bool:
+        return is_allowed is None or token in self.end_ids or is_allowed(token)
 
 
 def choose(sampler: Sampler, rule: TokenRule | None, logits: Logits, mask: NDArray[np.uint32] | None = None) -> Sampled:
