@@ -210,15 +210,23 @@ def _serve(arguments: argparse.Namespace) -> int:
     from builders.check import CheckError, built_models, require_sound, served_models
     from clients.examples import examples
     from ensemble.server import ServerError, TritonServer
+    from ensemble.supervisor import supervise
 
     repository: Path = arguments.repository
+
+    def announce(server: TritonServer) -> None:
+        for model in served_models(repository):
+            for title, command in examples(model, server.http_url, server.grpc_url).items():
+                print(f"\n# {title}\n{command}")
+        print(f"\nmetrics: {server.metrics_url}\nCtrl-C stops the server", flush=True)
+
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGTERM is how supervisors say Ctrl-C
         signal.signal(number, signal.default_int_handler)
     try:
         require_sound(repository)
         built = built_models(repository)
         print(f"starting tritonserver on {repository}", flush=True)
-        with TritonServer(
+        server = TritonServer(
             repository,
             host=arguments.host,
             http_port=arguments.http_port,
@@ -228,15 +236,13 @@ def _serve(arguments: argparse.Namespace) -> int:
             # Triton would stop at a model of which there is only the configuration.
             models=built if len(built) < sum(path.is_dir() for path in repository.iterdir()) else (),
             progress=lambda name: print(f"ready: {name}", flush=True),
-        ) as server:
-            for model in served_models(repository):
-                for title, command in examples(model, server.http_url, server.grpc_url).items():
-                    print(f"\n# {title}\n{command}")
-            print(f"\nmetrics: {server.metrics_url}\nCtrl-C stops the server", flush=True)
-            status = server.wait()
-            return _fail(f"tritonserver ended by itself with status {status}; see {server.log_path}")
+        )
+        supervise(
+            server, on_ready=announce, on_restart=lambda reason: print(f"{reason}; starting it again", flush=True)
+        )
     except (CheckError, ServerError) as error:
         return _fail(str(error))
+    return 0
 
 
 class _ProgressBar:

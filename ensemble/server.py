@@ -177,6 +177,17 @@ class TritonServer:
             shutil.rmtree(self._directory)
             self._directory = None
 
+    def restart(self) -> None:
+        """Stop what is left of the server and start it on the same ports; its log so far is kept beside the new one.
+
+        Raises:
+            ServerError: as `start`.
+        """
+        self.stop()
+        if self._log_file is not None and self._log_file.exists():
+            self._log_file.replace(self._log_file.with_name(f"{self._log_file.name}.previous"))
+        self.start()
+
     def is_ready(self, model: str | None = None) -> bool:
         """Whether the server and all its models, or `model`, answer requests."""
         path = "/v2/health/ready" if model is None else f"/v2/models/{model}/ready"
@@ -229,7 +240,7 @@ class TritonServer:
             status = self._running().poll()
             self._report_progress()
             if status is not None:
-                raise ServerError(self._why_it_ended(status))
+                raise ServerError(self.why_it_ended(status))
             if self.is_ready():
                 return
             if time.monotonic() > deadline:
@@ -248,7 +259,8 @@ class TritonServer:
     def _read_log(self) -> str:
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
-    def _why_it_ended(self, status: int) -> str:
+    def why_it_ended(self, status: int) -> str:
+        """One line about an end with exit status `status`, from the log."""
         log = f" (log: {self._log_file})" if self._log_file else ""
         return f"tritonserver ended with status {status}: {failure(self._read_log())}{log}"
 

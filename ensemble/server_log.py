@@ -14,6 +14,7 @@ _LOADED = re.compile(r"successfully loaded '([^']+)'")
 _REASONS = tuple(
     re.compile(pattern, re.MULTILINE)
     for pattern in (
+        r"(?P<why>the \w+'s process has died)",  # ensemble/siblings.py
         r"failed to load (?P<why>'[^']+' version \d+: .*?)\"?$",
         r"(?P<why>Error parsing text-format .*)$",
         r"model_repository_manager\.cc:\d+\] \"(?P<why>.*?)\"?$",

@@ -84,7 +84,9 @@ class Watchdog:
     def _run(self) -> None:
         while not self._is_closed.wait(POLL_S):
             if (dead := self.find_dead()) is not None:
-                log.error("the process of %s has died; ending the server, which would never answer again", dead.suffix)
+                log.error(
+                    "the %s's process has died; ending the server, which would hang", dead.suffix.removeprefix(".")
+                )
                 self._end_server()
                 return
 
