@@ -50,7 +50,7 @@ def run(command: str, *arguments: str) -> int:
 
 def sent_messages(server: FakeGrpcServer) -> list[list[tuple[str, str]]]:
     return [
-        [(turn["role"], turn["content"]) for turn in json.loads(received.inputs["messages"])]
+        [(turn["role"], turn["content"]) for turn in json.loads(received.inputs["messages"])["messages"]]
         for received in server.generated
     ]
 
@@ -198,7 +198,7 @@ def test_chat_on_a_terminal(server: FakeGrpcServer) -> None:
     """Ctrl-C in an answer gives the prompt back, an error too; Ctrl-C at the prompt quits."""
 
     def script(received: Received) -> Iterator[Reply]:
-        turn = json.loads(received.inputs["messages"])[-1]["content"]
+        turn = json.loads(received.inputs["messages"])["messages"][-1]["content"]
         yield from {"long": endless, "bad": lambda _: iter([Fail("no")]), "short": say("Paris")}[turn](received)
 
     server.script = script
