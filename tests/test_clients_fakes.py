@@ -198,10 +198,10 @@ def _to_wire(answer: dict[str, Any], message: Any) -> Any:
 
 
 def _datatype(name: str, values: list[Any]) -> str:
-    if name.endswith("log_probs") and name != "top_log_probs":
-        return "FP32"
-    if values and isinstance(values[0], str):
+    if name == "top_log_probs" or any(isinstance(value, str) for value in values):
         return "BYTES"
+    if name.endswith("log_probs"):
+        return "FP32"
     return "INT64" if name.endswith("_ns") else "INT32"
 
 
