@@ -62,7 +62,7 @@ class BaseClient(ABC):
 
     def generate_all(self, request: GenerateRequest, *, request_id: str | None = None) -> tuple[Generation, ...]:
         """Wait for all `num_return_sequences` answers, in the order of their index. Raises `ClientError`."""
-        responses = list(self._responses(request, _checked_id(request_id), stream=False))
+        responses = list(self._responses(request, _own_id(request_id), stream=False))
         if len(responses) != 1:
             raise ProtocolError(f"expected one response without streaming, got {len(responses)}")
         return Generation.all_from_chunks(responses[0])
@@ -73,7 +73,7 @@ class BaseClient(ABC):
         The request goes out with the first `next()`. Closing the iterator early stops the request on the
         server too, which takes as long as the server's acknowledgement (at most `STOP_TIMEOUT_S`).
         """
-        return self._stream(request, _checked_id(request_id))
+        return self._stream(request, _own_id(request_id))
 
     def stop(self, request_id: str) -> None:
         """End a running request of any client: its answer ends with the finish_reason "cancelled".
@@ -82,10 +82,11 @@ class BaseClient(ABC):
         `ClientError`, after at most `STOP_TIMEOUT_S`.
         """
         self._check_open()
+        _check_id(request_id)
         # What the engine answers doesn't matter, only that it has.
         for _ in self._exchange(
             f"{self.model}-engine",
-            _checked_id(request_id),
+            request_id,
             {contract.STOP: True},
             (),
             stream=False,
@@ -191,13 +192,17 @@ class BaseClient(ABC):
         """Release the connections."""
 
 
-def _checked_id(request_id: str | None) -> str:
-    """The caller's id for a request, or one that nobody else has."""
-    if request_id is None:
-        return uuid.uuid4().hex
+def _check_id(request_id: str) -> None:
     check_text("request_id", request_id)
     if not request_id:
         raise ValueError(f"request_id must not be empty, got {request_id!r}")
+
+
+def _own_id(request_id: str | None) -> str:
+    """The caller's id for a request, or one that nobody else has."""
+    if request_id is None:
+        return uuid.uuid4().hex
+    _check_id(request_id)
     return request_id
 
 

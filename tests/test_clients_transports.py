@@ -266,6 +266,14 @@ def test_another_client_stops_a_request(world: World) -> None:
     assert server.stopped == ["mine"]
 
 
+def test_a_stop_needs_an_id(world: World) -> None:
+    server, client = world.start(say("x"))
+    for wrong in ("", None):
+        with pytest.raises(ValueError, match="request_id must"):
+            client.stop(wrong)  # type: ignore[arg-type]
+    assert server.stopped == []
+
+
 def test_a_stop_that_fails_says_so(world: World) -> None:
     server = world.serve(say("x"), on_stop=Fail("unknown model: tiny-engine"))
     with pytest.raises(RequestRejected, match="unknown model: tiny-engine"):
