@@ -89,13 +89,14 @@ class ChunkReader:
     """Reads the responses to one request, and knows when they are all there."""
 
     def __init__(self, num_sequences: int) -> None:
-        self._num_tokens = dict.fromkeys(range(num_sequences), 0)
-        self._unfinished = set(range(num_sequences))
+        self._num_sequences = num_sequences
+        self._num_tokens: dict[int, int] = {}  # of the sequences that were told of
+        self._finished: set[int] = set()
 
     @property
     def is_complete(self) -> bool:
         """Whether every sequence has its `finish_reason`."""
-        return not self._unfinished
+        return len(self._finished) == self._num_sequences
 
     def read(self, outputs: Outputs) -> list[Chunk]:
         """Give the chunks of one response; `ProtocolError` for anything that isn't one."""
@@ -126,7 +127,7 @@ class ChunkReader:
         if reason not in ("", *FINISH_REASONS):
             raise ProtocolError(f"finish_reason must be empty or one of {FINISH_REASONS}, got {reason!r}")
         if reason:
-            self._unfinished.remove(index)
+            self._finished.add(index)
         return Chunk(
             text=row[contract.TEXT_OUTPUT],
             finish_reason=reason,
@@ -143,13 +144,13 @@ class ChunkReader:
 
     def _advance(self, index: int, num_tokens: int) -> int:
         """How many tokens of sequence `index` are new."""
-        if index not in self._num_tokens:
+        if not 0 <= index < self._num_sequences:
             raise ProtocolError(
-                f"output {contract.SEQUENCE_INDEX.name} must be 0 to {len(self._num_tokens) - 1}, got {index!r}"
+                f"output {contract.SEQUENCE_INDEX.name} must be 0 to {self._num_sequences - 1}, got {index!r}"
             )
-        if index not in self._unfinished:
+        if index in self._finished:
             raise ProtocolError(f"a response came after the one with a finish_reason, of sequence {index}")
-        before = self._num_tokens[index]
+        before = self._num_tokens.get(index, 0)
         if num_tokens < before:
             raise ProtocolError(
                 f"output {contract.NUM_OUTPUT_TOKENS.name} must not fall, got {num_tokens} after {before}"

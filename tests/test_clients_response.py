@@ -117,6 +117,10 @@ def test_one_of_several_may_fail() -> None:
     assert [(answer.text, answer.finish_reason) for answer in answers] == [("ac", "stop"), ("b", "error")]
 
 
+def test_a_request_for_more_answers_than_fit_into_memory_is_the_servers_to_refuse() -> None:
+    assert not ChunkReader(2**31 - 1).is_complete
+
+
 BROKEN: dict[str, list[dict[str, Any]]] = {
     "text_output must hold 1 STRING, got []": [{**reply("x"), "text_output": []}],
     "finish_reason must hold 1 STRING, got ['', '']": [{**reply("x"), "finish_reason": ["", ""]}],
@@ -125,6 +129,7 @@ BROKEN: dict[str, list[dict[str, Any]]] = {
     "num_output_tokens must hold INT32, got 1.5": [{**reply("x"), "num_output_tokens": 1.5}],
     "num_output_tokens must not fall, got 1 after 2": [reply("x", num_output_tokens=2), reply("x")],
     "sequence_index must be 0 to 0, got 1": [reply("x", sequence_index=1)],
+    "sequence_index must be 0 to 0, got -1": [reply("x", sequence_index=-1)],
     "of sequence 0": [rows(reply("x", "stop"), reply("y"))],
     "output_log_probs must hold a value for each new token, got too few": [reply("x", output_log_probs=[])],
     "output_log_probs must hold a value for each new token, got [-2.0] beyond": [reply("x", output_log_probs=[-1, -2])],
