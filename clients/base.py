@@ -16,8 +16,11 @@ from collections.abc import Generator, Mapping
 from types import TracebackType
 from typing import TypeVar
 
-from clients.api import DEFAULT_TIMEOUT_S, Chunk, GenerateRequest, Generation, Scalar
+from clients.api import DEFAULT_TIMEOUT_S, Chunk, GenerateRequest, Generation
+from clients.checks import check_text
 from clients.errors import ClientError, ProtocolError, RequestRejected, ServerUnavailable
+from clients.request import Scalar
+from clients.response import ChunkReader
 from ensemble import contract
 from ensemble.contract import TensorSpec
 
@@ -47,20 +50,49 @@ class BaseClient(ABC):
         self.timeout_s = timeout_s
         self._is_closed = False
 
-    def generate(self, request: GenerateRequest) -> Generation:
-        """Wait for the whole answer. Raises `ClientError`."""
-        chunks = list(self._chunks(request, stream=False))
-        if len(chunks) != 1:
-            raise ProtocolError(f"expected one response without streaming, got {len(chunks)}")
-        return Generation.from_chunks(chunks)
+    def generate(self, request: GenerateRequest, *, request_id: str | None = None) -> Generation:
+        """Wait for the whole answer. Raises `ClientError`; `ValueError` for a request of several answers."""
+        if request.num_sequences > 1:
+            raise ValueError(
+                f"num_return_sequences must be 1 for generate, got {request.num_return_sequences}; "
+                "generate_all gives several answers"
+            )
+        (generation,) = self.generate_all(request, request_id=request_id)
+        return generation
 
-    def stream(self, request: GenerateRequest) -> Generator[Chunk, None, None]:
-        """Give the answer as it comes; only the last chunk has a `finish_reason`. Raises `ClientError`.
+    def generate_all(self, request: GenerateRequest, *, request_id: str | None = None) -> tuple[Generation, ...]:
+        """Wait for all `num_return_sequences` answers, in the order of their index. Raises `ClientError`."""
+        responses = list(self._responses(request, _own_id(request_id), stream=False))
+        if len(responses) != 1:
+            raise ProtocolError(f"expected one response without streaming, got {len(responses)}")
+        return Generation.all_from_chunks(responses[0])
+
+    def stream(self, request: GenerateRequest, *, request_id: str | None = None) -> Generator[Chunk, None, None]:
+        """Give the answer as it comes; of each sequence, the last chunk has a `finish_reason`. Raises `ClientError`.
 
         The request goes out with the first `next()`. Closing the iterator early stops the request on the
         server too, which takes as long as the server's acknowledgement (at most `STOP_TIMEOUT_S`).
         """
-        return self._chunks(request, stream=True)
+        return self._stream(request, _own_id(request_id))
+
+    def stop(self, request_id: str) -> None:
+        """End a running request of any client: its answer ends with the finish_reason "cancelled".
+
+        Returns once the server has acknowledged it; nothing happens where no such request runs. Raises
+        `ClientError`, after at most `STOP_TIMEOUT_S`.
+        """
+        self._check_open()
+        _check_id(request_id)
+        # What the engine answers doesn't matter, only that it has.
+        for _ in self._exchange(
+            f"{self.model}-engine",
+            request_id,
+            {contract.STOP: True},
+            (),
+            stream=False,
+            timeout_s=STOP_TIMEOUT_S,
+        ):
+            pass
 
     def is_ready(self, model: str | None = None) -> bool:
         """Say whether `model` (None: the client's own) can be called; False too if nothing answers."""
@@ -83,10 +115,18 @@ class BaseClient(ABC):
     ) -> None:
         self.close()
 
-    def _chunks(self, request: GenerateRequest, *, stream: bool) -> Generator[Chunk, None, None]:
+    def _stream(self, request: GenerateRequest, request_id: str) -> Generator[Chunk, None, None]:
+        with contextlib.closing(self._responses(request, request_id, stream=True)) as responses:
+            for chunks in responses:
+                yield from chunks
+
+    def _responses(
+        self, request: GenerateRequest, request_id: str, *, stream: bool
+    ) -> Generator[list[Chunk], None, None]:
+        """Give each response's chunks, up to the last sequence's end."""
         self._check_open()
-        request_id = uuid.uuid4().hex
         is_over = False  # the server has nothing left to do for this request
+        reader = ChunkReader(request.num_sequences)
         responses = self._exchange(
             self.model,
             request_id,
@@ -97,11 +137,9 @@ class BaseClient(ABC):
         )
         try:
             for outputs in responses:
-                if is_over:
-                    raise ProtocolError("a response came after the one with a finish_reason")
-                chunk = Chunk.from_outputs(outputs)
-                is_over = chunk.finish_reason != ""
-                yield chunk
+                chunks = reader.read(outputs)
+                is_over = reader.is_complete
+                yield chunks
             if not is_over:
                 raise ProtocolError("the responses ended without a finish_reason")
         except (RequestRejected, ServerUnavailable):
@@ -114,21 +152,12 @@ class BaseClient(ABC):
             if is_over or self._is_closed:
                 responses.close()
             else:
-                self._stop(request_id)
+                self._give_up(request_id)
                 _drain(responses)
 
-    def _stop(self, request_id: str) -> None:
+    def _give_up(self, request_id: str) -> None:
         try:
-            # What the engine answers doesn't matter, only that it has.
-            for _ in self._exchange(
-                f"{self.model}-engine",
-                request_id,
-                {contract.STOP: True},
-                (),
-                stream=False,
-                timeout_s=STOP_TIMEOUT_S,
-            ):
-                pass
+            self.stop(request_id)
         except ClientError as error:
             # Raising would hide why the request was given up.
             _logger.warning("request %s may still run: stopping it failed: %s", request_id, error)
@@ -142,15 +171,16 @@ class BaseClient(ABC):
         self,
         model: str,
         request_id: str,
-        inputs: Mapping[TensorSpec, Scalar],
+        inputs: Mapping[TensorSpec, Scalar | tuple[str, ...]],
         outputs: tuple[TensorSpec, ...],
         *,
         stream: bool,
         timeout_s: float,
-    ) -> Generator[dict[str, Scalar], None, None]:
-        """Send one request and give each response's `outputs` until the server ends it.
+    ) -> Generator[dict[str, list[Scalar]], None, None]:
+        """Send one request and give each response's `outputs`, those that it has, until the server ends it.
 
-        Every tensor has one element. Closing the generator cancels the call locally. Raises `ClientError`.
+        A tensor of several elements is a tuple on its way in; every tensor is a list on its way out. Closing the
+        generator cancels the call locally. Raises `ClientError`.
         """
 
     @abstractmethod
@@ -162,7 +192,21 @@ class BaseClient(ABC):
         """Release the connections."""
 
 
-def _drain(responses: Generator[dict[str, Scalar], None, None]) -> None:
+def _check_id(request_id: str) -> None:
+    check_text("request_id", request_id)
+    if not request_id:
+        raise ValueError(f"request_id must not be empty, got {request_id!r}")
+
+
+def _own_id(request_id: str | None) -> str:
+    """The caller's id for a request, or one that nobody else has."""
+    if request_id is None:
+        return uuid.uuid4().hex
+    _check_id(request_id)
+    return request_id
+
+
+def _drain(responses: Generator[dict[str, list[Scalar]], None, None]) -> None:
     """Read what is still on its way up to the last response, for at most `STOP_TIMEOUT_S`, and hang up."""
 
     def read() -> None:

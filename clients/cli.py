@@ -1,7 +1,7 @@
 """The commands `generate` and `chat`: arguments and a terminal in, a client's answers out.
 
 They know argparse, streams and signals, and nothing of transports: `clients.connect` gives the client.
-Standard output gets the model's text and nothing else; errors, figures and prompts go to standard error.
+Standard output gets the model's text and nothing else; reasoning, errors, figures and prompts go to standard error.
 
 Exit status: 0; 1 for an error, told in one line; 130 when interrupted. An answer that is given up is stopped
 on the server too.
@@ -19,6 +19,8 @@ from contextlib import closing
 from clients.api import DEFAULT_TIMEOUT_S, Chunk, Client, GenerateRequest, Generation, Message
 from clients.connect import DEFAULT_URLS, PROTOCOLS, connect
 from clients.errors import ClientError, ProtocolError, RequestRejected, RequestTimeout, ServerUnavailable
+from clients.options import add_request_arguments, make_request
+from clients.printing import AnswerPrinter, figures, log_prob_lines
 
 OK, ERROR, INTERRUPTED = 0, 1, 130
 
@@ -36,12 +38,23 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="name of the served model")
     parser.add_argument("prompt", help="text to continue, as it is; - reads it from standard input")
     _add_common_arguments(parser)
+    parser.add_argument(
+        "--n",
+        type=int,
+        dest="num_return_sequences",
+        metavar="N",
+        help="answers to the one prompt; more than one come as a whole, each behind a line on standard error",
+    )
 
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `run_chat` reads."""
     parser.add_argument("model", help="name of the served model")
     _add_common_arguments(parser)
+    parser.add_argument("--system", metavar="TEXT", help="the chat's first message, of the role system")
+    parser.add_argument(
+        "--no-thinking", action="store_false", default=None, dest="enable_thinking", help="answer without reasoning"
+    )
 
 
 def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,11 +68,9 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="longest time for a whole answer (default: %(default)g)",
     )
-    for option, kind in (("max-tokens", int), ("temperature", float), ("top-k", int), ("top-p", float)):
-        parser.add_argument(f"--{option}", type=kind, help="default: the server's")
-    parser.add_argument("--seed", type=int, help="for the same answer again (default: the server's)")
     parser.add_argument("--no-stream", action="store_true", help="wait for the whole answer")
     parser.add_argument("--verbose", action="store_true", help="print times to standard error")
+    add_request_arguments(parser)
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -67,7 +78,11 @@ def run_generate(args: argparse.Namespace) -> int:
 
     def run(client: Client) -> int:
         prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-        _answer(client, _request(args, prompt=prompt), args, [])
+        request = make_request(args, prompt=prompt)
+        if request.num_sequences > 1:
+            _answer_all(client, request, args)
+        else:
+            _answer(client, request, args, [])
         return OK
 
     return _with_client(args, run)
@@ -87,14 +102,14 @@ def run_chat(args: argparse.Namespace) -> int:
                 f"model {args.model!r} isn't ready at {url}: start the server, or check the model's name and --url"
             )
         is_terminal = sys.stdin.isatty()
-        history: list[Message] = []
+        history = [] if args.system is None else [Message("system", args.system)]
         while (line := _read_line(is_terminal)) is not None:
             if not line.strip():
                 continue
             turn = Message("user", line)
             written: list[str] = []
             try:
-                _answer(client, _request(args, messages=(*history, turn)), args, written)
+                _answer(client, make_request(args, messages=(*history, turn)), args, written)
             except KeyboardInterrupt:
                 if not is_terminal:
                     raise
@@ -135,50 +150,52 @@ def _answer(client: Client, request: GenerateRequest, args: argparse.Namespace, 
     started = time.perf_counter()
     first_s: float | None = None
     chunks: list[Chunk] = []
+    printer = AnswerPrinter()
     try:
         if args.no_stream:
             answer = client.generate(request)
             written.append(answer.text)
-            print(answer.text, end="")
+            printer.push(answer.text, answer.reasoning)
         else:
             with closing(client.stream(request)) as stream:
                 for chunk in stream:
                     first_s = first_s or time.perf_counter() - started
                     chunks.append(chunk)
                     written.append(chunk.text)
-                    print(chunk.text, end="", flush=True)
+                    printer.push(chunk.text, chunk.reasoning)
             answer = Generation.from_chunks(chunks)
     except (ClientError, KeyboardInterrupt):
-        if sys.stdout.isatty():
-            print()  # what follows starts its own line
+        printer.break_off()
         raise
     total_s = time.perf_counter() - started
-    print(flush=True)
+    printer.finish()
+    _tell_details((answer,), args, total_s, first_s)
+
+
+def _answer_all(client: Client, request: GenerateRequest, args: argparse.Namespace) -> None:
+    """Print several answers, each with a newline."""
+    started = time.perf_counter()
+    answers = client.generate_all(request)
+    total_s = time.perf_counter() - started
+    for number, answer in enumerate(answers, start=1):
+        print(f"answer {number} of {len(answers)}:", file=sys.stderr, flush=True)
+        printer = AnswerPrinter()
+        printer.push(answer.text, answer.reasoning)
+        printer.finish()
+    _tell_details(answers, args, total_s, None)
+
+
+def _tell_details(
+    answers: tuple[Generation, ...], args: argparse.Namespace, total_s: float, first_s: float | None
+) -> None:
+    """Print what else there is to say, errors last."""
+    for answer in answers:
+        for line in log_prob_lines(answer):
+            print(line, file=sys.stderr)
     if args.verbose or sys.stderr.isatty():
-        print(_figures(answer, total_s, first_s), file=sys.stderr)
-
-
-def _figures(answer: Generation, total_s: float, first_s: float | None) -> str:
-    rate = answer.num_output_tokens / total_s
-    first = "" if first_s is None else f", time to first token {first_s:.2f} s"
-    return (
-        f"{answer.num_input_tokens} tokens in, {answer.num_output_tokens} out in {total_s:.2f} s "
-        f"({rate:.1f} tokens/s){first}, finish_reason {answer.finish_reason}"
-    )
-
-
-def _request(
-    args: argparse.Namespace, prompt: str | None = None, messages: tuple[Message, ...] | None = None
-) -> GenerateRequest:
-    return GenerateRequest(
-        prompt=prompt,
-        messages=messages,
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
+        print(figures(answers, total_s, first_s), file=sys.stderr)
+    if failed := [answer for answer in answers if answer.finish_reason == "error"]:
+        raise RequestRejected(f"{len(failed)} of {len(answers)} answers broke off with an error")
 
 
 def _read_line(is_terminal: bool) -> str | None:

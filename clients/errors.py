@@ -26,7 +26,10 @@ class RequestTimeout(ClientError):  # noqa: N818
 
 
 class RequestRejected(ClientError):  # noqa: N818
-    """The server answered with an error; the message is the server's own text."""
+    """The server answered with an error; the message is the server's own text.
+
+    A full queue and a wrong option are one kind: Triton 2.51 answers both with HTTP status 400, over gRPC with text.
+    """
 
 
 class ProtocolError(ClientError):

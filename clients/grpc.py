@@ -9,16 +9,18 @@ its own deadline and cancellation, and lets any number of threads share one clie
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from clients.api import DEFAULT_TIMEOUT_S, Scalar
+from clients.api import DEFAULT_TIMEOUT_S
 from clients.base import BaseClient
 from clients.errors import ClientError, ProtocolError, RequestRejected, RequestTimeout, ServerUnavailable
+from clients.request import Scalar
 from ensemble.contract import DType, TensorSpec
 
 # Little-endian layouts of one element; STRING travels as BYTES: a uint32 length, then UTF-8.
@@ -60,17 +62,18 @@ class GrpcClient(BaseClient):
         self,
         model: str,
         request_id: str,
-        inputs: Mapping[TensorSpec, Scalar],
+        inputs: Mapping[TensorSpec, Scalar | tuple[str, ...]],
         outputs: tuple[TensorSpec, ...],
         *,
         stream: bool,
         timeout_s: float,
-    ) -> Generator[dict[str, Scalar], None, None]:
+    ) -> Generator[dict[str, list[Scalar]], None, None]:
         message = service_pb2.ModelInferRequest(model_name=model, id=request_id)
         for spec, value in inputs.items():
-            # Every model of ours has a batch dimension: [1] is [1, 1] here.
-            message.inputs.add(name=spec.name, datatype=_wire_dtype(spec), shape=(1, *spec.dims))
-            message.raw_input_contents.append(_encode(spec, value))
+            values = value if isinstance(value, tuple) else (value,)
+            # Every model of ours has a batch dimension: [n] is [1, n] here.
+            message.inputs.add(name=spec.name, datatype=_wire_dtype(spec), shape=(1, len(values)))
+            message.raw_input_contents.append(b"".join(_encode(spec, value) for value in values))
         # The request iterator ends after one message, so the server ends the call after the last response.
         call = self._stub.ModelStreamInfer(iter([message]), timeout=timeout_s)
         try:
@@ -113,29 +116,41 @@ def _encode(spec: TensorSpec, value: Scalar) -> bytes:
     return struct.pack(_LAYOUTS[spec.dtype], value)
 
 
-def _decode_response(response: Any, outputs: tuple[TensorSpec, ...]) -> dict[str, Scalar]:
+def _decode_response(response: Any, outputs: tuple[TensorSpec, ...]) -> dict[str, list[Scalar]]:
+    """Read those of `outputs` that the response has."""
     contents = response.raw_output_contents
-    tensors = {tensor.name: (tensor, raw) for tensor, raw in zip(response.outputs, contents, strict=False)}
-    decoded: dict[str, Scalar] = {}
+    if len(contents) != len(response.outputs):
+        raise ProtocolError(f"a response must hold contents for {len(response.outputs)} outputs, got {len(contents)}")
+    tensors = {tensor.name: (tensor, raw) for tensor, raw in zip(response.outputs, contents, strict=True)}
+    decoded: dict[str, list[Scalar]] = {}
     for spec in outputs:
         if spec.name not in tensors:
-            raise ProtocolError(f"output {spec.name} is missing from a response with {sorted(tensors)}")
+            continue
         tensor, raw = tensors[spec.name]
         if tensor.datatype != _wire_dtype(spec):
             raise ProtocolError(f"output {spec.name} must be {_wire_dtype(spec)}, got {tensor.datatype}")
-        decoded[spec.name] = _decode(spec, raw)
+        values = _decode(spec, raw)
+        if len(values) != math.prod(tensor.shape):
+            raise ProtocolError(f"output {spec.name} must be of shape {list(tensor.shape)}, got {len(values)} elements")
+        decoded[spec.name] = values
     return decoded
 
 
-def _decode(spec: TensorSpec, raw: bytes) -> Scalar:
-    """Read the one element of a tensor."""
+def _decode(spec: TensorSpec, raw: bytes) -> list[Scalar]:
+    """Read the elements of a tensor."""
     try:
-        if spec.dtype != "STRING":
-            (value,) = struct.unpack(_LAYOUTS[spec.dtype], raw)
-            return value  # type: ignore[no-any-return]
-        (size,) = struct.unpack_from("<I", raw)
-        if len(raw) != 4 + size:
-            raise ProtocolError(f"output {spec.name} must be one string, got {len(raw)} bytes")
-        return raw[4:].decode()
+        if spec.dtype == "STRING":
+            return list(_decode_strings(raw))
+        return [value for (value,) in struct.iter_unpack(_LAYOUTS[spec.dtype], raw)]
     except (struct.error, UnicodeDecodeError) as error:
-        raise ProtocolError(f"output {spec.name} must be one {spec.dtype}: {error}") from error
+        raise ProtocolError(f"output {spec.name} must be {spec.dtype}: {error}") from error
+
+
+def _decode_strings(raw: bytes) -> Iterator[str]:
+    start = 0
+    while start < len(raw):
+        (size,) = struct.unpack_from("<I", raw, start)
+        start += 4 + size
+        if start > len(raw):
+            raise struct.error(f"a string of {size} bytes doesn't fit")
+        yield raw[start - size : start].decode()

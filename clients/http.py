@@ -14,9 +14,10 @@ from urllib.parse import quote
 
 import httpx
 
-from clients.api import DEFAULT_TIMEOUT_S, Scalar
+from clients.api import DEFAULT_TIMEOUT_S
 from clients.base import BaseClient
 from clients.errors import ClientError, ProtocolError, RequestRejected, RequestTimeout, ServerUnavailable
+from clients.request import Scalar
 from clients.sse import iter_events
 from ensemble.contract import TensorSpec
 
@@ -45,12 +46,12 @@ class HttpClient(BaseClient):
         self,
         model: str,
         request_id: str,
-        inputs: Mapping[TensorSpec, Scalar],
+        inputs: Mapping[TensorSpec, Scalar | tuple[str, ...]],
         outputs: tuple[TensorSpec, ...],
         *,
         stream: bool,
         timeout_s: float,
-    ) -> Generator[dict[str, Scalar], None, None]:
+    ) -> Generator[dict[str, list[Scalar]], None, None]:
         body = {"id": request_id} | {spec.name: value for spec, value in inputs.items()}
         path = f"/v2/models/{quote(model, safe='')}/{'generate_stream' if stream else 'generate'}"
         deadline = time.monotonic() + timeout_s
@@ -67,7 +68,7 @@ class HttpClient(BaseClient):
                 bodies = iter_events(pieces) if is_events else iter([b"".join(pieces).decode()])
                 for text in bodies:
                     fields = _parse(text, response.status_code)
-                    yield {spec.name: fields[spec.name] for spec in outputs if spec.name in fields}
+                    yield {spec.name: _values(fields[spec.name]) for spec in outputs if spec.name in fields}
         except httpx.TimeoutException as error:
             raise self._timeout(timeout_s) from error
         except httpx.TransportError as error:
@@ -93,6 +94,11 @@ class HttpClient(BaseClient):
 
     def _timeout(self, timeout_s: float) -> ClientError:
         return RequestTimeout(f"no complete answer from {self.url} within {timeout_s:g} s")
+
+
+def _values(field: Any) -> list[Scalar]:
+    """A tensor's elements: Triton writes one element as such, any other number of them as a list."""
+    return field if isinstance(field, list) else [field]
 
 
 def _parse(text: str, status: int) -> dict[str, Any]:

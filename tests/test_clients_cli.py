@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from clients import cli
-from tests.test_clients_fakes import MODEL, Fail, FakeGrpcServer, Received, Reply, reply, say, wait_until
+from tests.test_clients_fakes import MODEL, Fail, FakeGrpcServer, Received, Reply, reply, rows, say, wait_until
 
 COMMAND = """
 import argparse, fcntl, sys, termios
@@ -50,7 +50,7 @@ def run(command: str, *arguments: str) -> int:
 
 def sent_messages(server: FakeGrpcServer) -> list[list[tuple[str, str]]]:
     return [
-        [(turn["role"], turn["content"]) for turn in json.loads(received.inputs["messages"])]
+        [(turn["role"], turn["content"]) for turn in json.loads(received.inputs["messages"])["messages"]]
         for received in server.generated
     ]
 
@@ -65,7 +65,11 @@ def test_generate_prints_the_text_and_a_newline(
 
 
 def test_generate_sends_its_options(server: FakeGrpcServer) -> None:
-    options = ("--max-tokens=7", "--temperature=0.5", "--top-k=40", "--top-p=0.25", "--seed=9")
+    options = (
+        "--max-tokens=7", "--temperature=0.5", "--top-k=40", "--top-p=0.25", "--seed=9", "--min-p=0.125",
+        "--repetition-penalty=1.5", "--presence-penalty=-1", "--frequency-penalty=2", "--stop=one", "--stop=two",
+        "--thinking-budget=5", "--choice=yes", "--choice=no", "--log-probs=3",
+    )  # fmt: skip
     assert run("generate", MODEL, "x", "--url", server.url, *options) == 0
     assert server.generated[0].inputs == {
         "text_input": "x",
@@ -75,7 +79,91 @@ def test_generate_sends_its_options(server: FakeGrpcServer) -> None:
         "top_k": 40,
         "top_p": 0.25,
         "seed": 9,
+        "min_p": 0.125,
+        "repetition_penalty": 1.5,
+        "presence_penalty": -1.0,
+        "frequency_penalty": 2.0,
+        "stop_words": ["one", "two"],
+        "thinking_token_budget": 5,
+        "guided_decoding_guide_type": "choice",
+        "guided_decoding_guide": '["yes", "no"]',
+        "num_top_log_probs": 3,
     }
+
+
+def test_a_schema_comes_from_its_file(
+    server: FakeGrpcServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "schema.json"
+    arguments = ("generate", MODEL, "x", "--url", server.url, "--json-schema", str(path))
+    assert run(*arguments) == 1
+    assert capsys.readouterr().err == (
+        f"error: json-schema must name a file that can be read, got '{path}': No such file or directory\n"
+    )
+    path.write_text('{"type": "object"}')
+    assert run(*arguments) == 0
+    inputs = server.generated[0].inputs
+    assert (inputs["guided_decoding_guide_type"], inputs["guided_decoding_guide"]) == (
+        "json_schema",
+        '{"type": "object"}',
+    )
+
+
+def test_two_guides_are_one_too_many(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("generate", MODEL, "x", "--regex", "a", "--choice", "b")
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_several_answers_come_one_after_another(server: FakeGrpcServer, capsys: pytest.CaptureFixture[str]) -> None:
+    def script(received: Received) -> Iterator[Reply]:
+        assert received.inputs["num_return_sequences"] == 2 and not received.inputs["stream"]
+        yield rows(reply("Paris", "stop", sequence_index=0), reply("Rome", "error", sequence_index=1))
+
+    server.script = script
+    assert run("generate", MODEL, "x", "--url", server.url, "--n=2", "--verbose") == 1
+    out, err = capsys.readouterr()
+    assert out == "Paris\nRome\n"
+    lines = err.splitlines()
+    assert lines[:2] == ["answer 1 of 2:", "answer 2 of 2:"]
+    assert lines[2].startswith("3 tokens in, 2 out") and lines[2].endswith("finish_reason stop, error")
+    assert lines[3].startswith("error: 1 of 2 answers broke off with an error; ")
+
+
+@pytest.mark.parametrize("options", [(), ("--no-stream",)])
+def test_reasoning_stays_out_of_standard_output(
+    server: FakeGrpcServer, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
+) -> None:
+    def script(received: Received) -> Iterator[Reply]:
+        if received.inputs["stream"]:
+            yield reply("", reasoning_output="Let me ")
+            yield reply("", reasoning_output="see.")
+            yield reply("Paris", "stop", reasoning_output="")
+        else:
+            yield reply("Paris", "stop", reasoning_output="Let me see.")
+
+    server.script = script
+    assert run("generate", MODEL, "x", "--url", server.url, *options) == 0
+    assert capsys.readouterr() == ("Paris\n", "Let me see.\n")
+
+
+def test_log_probs_go_to_standard_error(server: FakeGrpcServer, capsys: pytest.CaptureFixture[str]) -> None:
+    top = '[{"id": 1, "token": "ĠParis", "log_prob": -0.25}, {"id": 2, "token": "ĠRome", "log_prob": -3}]'
+    server.script = lambda received: iter(
+        [reply(" Paris", "stop", 2, output_log_probs=[-0.25, -1], top_log_probs=[top, "[]"])]
+    )
+    assert run("generate", MODEL, "x", "--url", server.url, "--log-probs=2") == 0
+    assert capsys.readouterr() == (
+        " Paris\n",
+        "token 1: -0.2500 of 'ĠParis' -0.2500, 'ĠRome' -3.0000\ntoken 2: -1.0000\n",
+    )
+
+
+def test_chat_begins_with_the_systems_message(server: FakeGrpcServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
+    assert run("chat", MODEL, "--url", server.url, "--system", "Be brief", "--no-thinking") == 0
+    assert sent_messages(server) == [[("system", "Be brief"), ("user", "one")]]
+    assert server.generated[0].inputs["enable_thinking"] is False
 
 
 def test_generate_reads_a_prompt_as_it_is(server: FakeGrpcServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +255,12 @@ def endless(received: Received) -> Iterator[Reply]:
         time.sleep(0.01)
 
 
+def think(received: Received) -> Iterator[Reply]:
+    yield reply("", reasoning_output="hm, ")
+    yield reply("", reasoning_output="hm")
+    yield reply("Paris", "stop", reasoning_output="")
+
+
 def popen(*arguments: str, **options: object) -> subprocess.Popen[bytes]:
     repository = Path(__file__).parent.parent
     return subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], cwd=repository, **options)  # type: ignore[call-overload, no-any-return]
@@ -198,8 +292,8 @@ def test_chat_on_a_terminal(server: FakeGrpcServer) -> None:
     """Ctrl-C in an answer gives the prompt back, an error too; Ctrl-C at the prompt quits."""
 
     def script(received: Received) -> Iterator[Reply]:
-        turn = json.loads(received.inputs["messages"])[-1]["content"]
-        yield from {"long": endless, "bad": lambda _: iter([Fail("no")]), "short": say("Paris")}[turn](received)
+        turn = json.loads(received.inputs["messages"])["messages"][-1]["content"]
+        yield from {"long": endless, "bad": lambda _: iter([Fail("no")]), "short": think}[turn](received)
 
     server.script = script
     screen = b""
@@ -227,7 +321,7 @@ def test_chat_on_a_terminal(server: FakeGrpcServer) -> None:
             assert b"error: no; " in screen
             os.write(ours, b"short\n")
             wait_until(lambda: shows(b"> ", 4))
-            assert b"Paris\r\n" in screen and b"tokens/s" in screen
+            assert b"\x1b[2mhm, hm\x1b[0m\r\nParis\r\n" in screen and b"tokens/s" in screen
             os.write(ours, b"\x03")
             assert process.wait(10) == 130
         finally:

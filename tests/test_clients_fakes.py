@@ -24,6 +24,7 @@ from tritonclient.grpc import service_pb2
 
 MODEL = "tiny"
 SERVICE = "inference.GRPCInferenceService"
+LISTS = ("stop_words", "bad_words")  # inputs of dims [-1]
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,24 @@ Reply = dict[str, Any] | Fail | Break
 Script = Callable[[Received], Iterator[Reply]]
 
 
-def reply(text: str, finish_reason: str = "", num_output_tokens: int = 1) -> dict[str, Any]:
+def reply(text: str, finish_reason: str = "", num_output_tokens: int = 1, **more: Any) -> dict[str, Any]:
+    """A response that tells of one sequence; `more` outputs by name."""
     return {
         "text_output": text,
         "finish_reason": finish_reason,
         "num_input_tokens": 3,
         "num_output_tokens": num_output_tokens,
+        **more,
     }
+
+
+def rows(*replies: dict[str, Any]) -> dict[str, Any]:
+    """One response that tells of several sequences; each output's values lie one behind the other."""
+    joined: dict[str, Any] = {name: [] for one in replies for name in one}
+    for one in replies:
+        for name, value in one.items():
+            joined[name] += value if isinstance(value, list) else [value]
+    return joined
 
 
 def say(*texts: str, finish_reason: str = "stop") -> Script:
@@ -117,7 +129,7 @@ class FakeServer(ABC):
         elif self.on_stop is not None:
             yield self.on_stop
         elif self.url.startswith("http"):  # over gRPC the engine ends the call with an empty response
-            yield {"output_ids": [], "sequence_id": 7, "finish_reason": "cancelled"}
+            yield {"output_ids": [], "progress": '[0,null,true,false,null,[0,0,0,"cancelled",0,null,null]]'}
 
 
 class FakeGrpcServer(FakeServer):
@@ -148,8 +160,9 @@ class FakeGrpcServer(FakeServer):
         for message in messages:
             inputs = {}
             for tensor, raw in zip(message.inputs, message.raw_input_contents, strict=True):
-                assert list(tensor.shape) == [1, 1], tensor
-                inputs[tensor.name] = _from_wire(tensor.datatype, raw)
+                values = _from_wire(tensor.datatype, raw)
+                assert list(tensor.shape) == [1, len(values)], tensor
+                inputs[tensor.name] = values if tensor.name in LISTS else values[0]
             received = Received("ModelStreamInfer", message.model_name, message.id, inputs)
             for answer in self.play(received):
                 if isinstance(answer, Break):
@@ -161,23 +174,35 @@ class FakeGrpcServer(FakeServer):
                     yield service_pb2.ModelStreamInferResponse(infer_response=_to_wire(answer, message))
 
 
-def _from_wire(datatype: str, raw: bytes) -> Any:
+def _from_wire(datatype: str, raw: bytes) -> list[Any]:
     if datatype == "BYTES":
-        (value,) = triton_utils.deserialize_bytes_tensor(raw)
-        return value.decode()
-    (value,) = np.frombuffer(raw, triton_utils.triton_to_np_dtype(datatype))
-    return value.item()
+        return [value.decode() for value in triton_utils.deserialize_bytes_tensor(raw)]
+    values: list[Any] = np.frombuffer(raw, triton_utils.triton_to_np_dtype(datatype)).tolist()
+    return values
 
 
 def _to_wire(answer: dict[str, Any], message: Any) -> Any:
     response = service_pb2.ModelInferResponse(model_name=message.model_name, id=message.id)
     for name, value in answer.items():
-        array = np.array([[value.encode()]], object) if isinstance(value, str) else np.array([[value]], np.int32)
-        datatype = "BYTES" if isinstance(value, str) else "INT32"
-        response.outputs.add(name=name, datatype=datatype, shape=[1, 1])
-        raw = triton_utils.serialize_byte_tensor(array).item() if datatype == "BYTES" else array.tobytes()
+        values = value if isinstance(value, list) else [value]
+        datatype = _datatype(name, values)
+        response.outputs.add(name=name, datatype=datatype, shape=[1, len(values)])
+        if datatype == "BYTES":
+            raw = b"".join(
+                triton_utils.serialize_byte_tensor(np.array([text.encode()], object)).item() for text in values
+            )
+        else:
+            raw = np.array(values, triton_utils.triton_to_np_dtype(datatype)).tobytes()
         response.raw_output_contents.append(raw)
     return response
+
+
+def _datatype(name: str, values: list[Any]) -> str:
+    if name == "top_log_probs" or any(isinstance(value, str) for value in values):
+        return "BYTES"
+    if name.endswith("log_probs"):
+        return "FP32"
+    return "INT64" if name.endswith("_ns") else "INT32"
 
 
 class FakeHttpServer(FakeServer):
@@ -243,7 +268,7 @@ class _Handler(BaseHTTPRequestHandler):
             if isinstance(answer, Break):
                 self.close_connection = True
                 return
-            fields = {"error": answer.text} if isinstance(answer, Fail) else answer
+            fields = {"error": answer.text} if isinstance(answer, Fail) else _to_fields(answer)
             if not is_started:
                 status = answer.status if isinstance(answer, Fail) else 200
                 self._start(status, "text/event-stream; charset=utf-8" if is_stream else "application/json")
@@ -270,6 +295,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _end(self) -> None:
         self.wfile.write(b"0\r\n\r\n")
         self.wfile.flush()
+
+
+def _to_fields(answer: dict[str, Any]) -> dict[str, Any]:
+    """As Triton writes tensors: one element as such, any other number of them as a list."""
+    return {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in answer.items()}
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:

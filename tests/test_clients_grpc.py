@@ -46,15 +46,25 @@ def test_a_malformed_string_is_refused(datatype: str, raw: bytes) -> None:
         clients.grpc._decode_response(_response(datatype, raw), (contract.FINISH_REASON,))
 
 
-def test_two_numbers_for_one_are_refused() -> None:
-    with pytest.raises(ProtocolError, match="sequence_id must be one UINT64"):
-        clients.grpc._decode(contract.SEQUENCE_ID, bytes(16))
+def test_contents_that_do_not_fit_the_shape_are_refused() -> None:
+    response = service_pb2.ModelInferResponse(raw_output_contents=[bytes(16)])
+    response.outputs.add(name="arrival_time_ns", datatype="INT64", shape=[1, 1])
+    with pytest.raises(ProtocolError, match=r"arrival_time_ns must be of shape \[1, 1\], got 2 elements"):
+        clients.grpc._decode_response(response, (contract.ARRIVAL_TIME_NS,))
+    with pytest.raises(ProtocolError, match="arrival_time_ns must be INT64"):
+        clients.grpc._decode(contract.ARRIVAL_TIME_NS, bytes(9))
 
 
-def test_an_output_without_contents_is_missing() -> None:
+@pytest.mark.parametrize("texts", [[], [""], ["a", "", "b\u2028🗼"]])
+def test_a_tensor_of_any_number_of_strings(texts: list[str]) -> None:
+    raw = b"".join(clients.grpc._encode(contract.STOP_WORDS, text) for text in texts)
+    assert clients.grpc._decode(contract.TEXT_OUTPUT, raw) == texts
+
+
+def test_an_output_without_contents_is_refused() -> None:
     response = _response("BYTES", b"\0\0\0\0")
     del response.raw_output_contents[:]
-    with pytest.raises(ProtocolError, match="finish_reason is missing"):
+    with pytest.raises(ProtocolError, match="contents for 1 outputs, got 0"):
         clients.grpc._decode_response(response, (contract.FINISH_REASON,))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 import socket
 import threading
@@ -15,10 +16,11 @@ from dataclasses import replace
 
 import pytest
 
-from clients.api import Chunk, Client, GenerateRequest, Generation, Message
+from clients.api import Chunk, Client, GenerateRequest, Generation, Message, Times, ToolCall, TopLogProb
 from clients.base import BaseClient
 from clients.connect import ProtocolName, connect
 from clients.errors import ClientError, ProtocolError, RequestRejected, RequestTimeout, ServerUnavailable
+from ensemble import contract
 from tests.test_clients_fakes import (
     MODEL,
     Break,
@@ -30,6 +32,7 @@ from tests.test_clients_fakes import (
     Reply,
     Script,
     reply,
+    rows,
     say,
 )
 
@@ -124,10 +127,19 @@ def test_options_arrive_as_they_were_given(world: World) -> None:
             top_k=0,
             top_p=0.5,
             seed=2**64 - 1,
+            presence_penalty=-1,
+            stop_words=["\n\n", "🗼"],
+            bad_words=["one"],
+            num_top_log_probs=2,
+            enable_thinking=False,
+            echo=True,
+            guide_type="choice",
+            guide=["a", "b"],
+            timeout_ms=5,
         )
     )
     inputs = dict(server.generated[0].inputs)
-    assert json.loads(inputs.pop("messages")) == [
+    assert json.loads(inputs.pop("messages"))["messages"] == [
         {"role": "system", "content": "Be «short»"},
         {"role": "user", "content": "2028:\u2028 \x00 🗼"},
     ]
@@ -138,7 +150,134 @@ def test_options_arrive_as_they_were_given(world: World) -> None:
         "top_k": 0,
         "top_p": 0.5,
         "seed": 2**64 - 1,
+        "presence_penalty": -1.0,
+        "stop_words": ["\n\n", "🗼"],
+        "bad_words": ["one"],
+        "num_top_log_probs": 2,
+        "enable_thinking": False,
+        "exclude_input_in_output": False,
+        "guided_decoding_guide_type": "choice",
+        "guided_decoding_guide": '["a", "b"]',
+        "timeout_ms": 5,
     }
+
+
+def test_outputs_arrive_as_they_were_sent(world: World) -> None:
+    """Of every dtype, with no element, one, and several."""
+    top = '[{"id": 1, "token": "é", "log_prob": -0.25}]'
+    call = '[{"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]'
+    times = {spec.name: 2**53 + i for i, spec in enumerate(contract.TIME_OUTPUTS, start=1)}
+    more = {"reasoning_output": "hm", "tool_calls": call, "cum_log_probs": -0.75, **times}
+    replies: list[Reply] = [
+        reply("a", "", 1, output_log_probs=[-0.25], top_log_probs=[top], **more),
+        reply("b", "", 3, output_log_probs=[-0.25, -math.inf], top_log_probs=[top, "[]"], **more),
+        reply("", "stop", 3, output_log_probs=[], top_log_probs=[], **more),
+    ]
+    _, client = world.start(lambda received: iter(replies))
+    chunks = list(client.stream(REQUEST))
+    assert [chunk.log_probs for chunk in chunks] == [(-0.25,), (-0.25, -math.inf), ()]
+    likeliest = (TopLogProb(1, "é", -0.25),)
+    assert [chunk.top_log_probs for chunk in chunks] == [(likeliest,), (likeliest, ()), ()]
+    for chunk in chunks:
+        assert (chunk.reasoning, chunk.tool_calls, chunk.cum_log_prob, chunk.times) == (
+            "hm",
+            (ToolCall(0, "c", "f", "{}"),),
+            -0.75,
+            Times(*times.values()),
+        )
+
+
+def two_answers(received: Received) -> Iterator[Reply]:
+    """Two sequences whose responses tell of one or of both."""
+    assert received.inputs["num_return_sequences"] == 2
+    if not received.inputs["stream"]:
+        yield rows(
+            reply("Rome", "length", 2, sequence_index=1, output_log_probs=[-2, -3]),
+            reply("Paris", "stop", 1, sequence_index=0, output_log_probs=[-1]),
+        )
+        return
+    yield rows(
+        reply("Par", "", 1, sequence_index=0, output_log_probs=[-1]),
+        reply("Ro", "", 1, sequence_index=1, output_log_probs=[-2]),
+    )
+    yield reply("is", "stop", 1, sequence_index=0, output_log_probs=[])
+    yield reply("me", "length", 2, sequence_index=1, output_log_probs=[-3])
+
+
+def test_several_answers_to_one_prompt(world: World) -> None:
+    server, client = world.start(two_answers)
+    request = replace(REQUEST, num_return_sequences=2)
+    expected = (
+        Generation("Paris", "stop", 3, 1, sequence_index=0, log_probs=(-1,)),
+        Generation("Rome", "length", 3, 2, sequence_index=1, log_probs=(-2, -3)),
+    )
+    assert client.generate_all(request) == expected
+    chunks = list(client.stream(request))
+    assert [(chunk.sequence_index, chunk.text) for chunk in chunks] == [(0, "Par"), (1, "Ro"), (0, "is"), (1, "me")]
+    assert Generation.all_from_chunks(chunks) == expected
+    assert server.stopped == []
+
+
+def test_generate_refuses_several_answers(world: World) -> None:
+    server, client = world.start(two_answers)
+    with pytest.raises(ValueError, match="num_return_sequences must be 1 for generate, got 2; generate_all"):
+        client.generate(replace(REQUEST, num_return_sequences=2))
+    assert server.generated == []
+
+
+def test_a_stream_is_over_with_its_last_sequence(world: World) -> None:
+    server, client = world.start(two_answers)
+    request = replace(REQUEST, num_return_sequences=2)
+    with closing(client.stream(request)) as stream:
+        for chunk in stream:
+            if chunk.finish_reason:
+                break
+    assert chunk.text == "is"
+    assert server.stopped == [server.generated[0].request_id]
+
+
+def test_a_sequence_that_never_ends_is_missed(world: World) -> None:
+    _, client = world.start(lambda received: iter([reply("Par", "stop", sequence_index=1)]))
+    with pytest.raises(ProtocolError, match="without a finish_reason"):
+        client.generate_all(replace(REQUEST, num_return_sequences=2))
+
+
+def test_the_callers_id_is_the_requests(world: World) -> None:
+    server, client = world.start(say("x"))
+    client.generate(REQUEST, request_id="mine é")
+    list(client.stream(REQUEST, request_id="mine, too"))
+    assert [received.request_id for received in server.generated] == ["mine é", "mine, too"]
+    for wrong in ("", "\udce9", 7):
+        with pytest.raises(ValueError, match="request_id must"):
+            client.stream(REQUEST, request_id=wrong)  # type: ignore[arg-type]
+
+
+def test_another_client_stops_a_request(world: World) -> None:
+    def script(received: Received) -> Iterator[Reply]:
+        yield reply("Par")
+        server.wait_for_stop(10)
+        yield reply("", "cancelled")
+
+    server, client = world.start(script)
+    stream = client.stream(REQUEST, request_id="mine")
+    assert next(stream).text == "Par"
+    world.client(server.url).stop("mine")
+    assert [chunk.finish_reason for chunk in stream] == ["cancelled"]
+    assert server.stopped == ["mine"]
+
+
+def test_a_stop_needs_an_id(world: World) -> None:
+    server, client = world.start(say("x"))
+    for wrong in ("", None):
+        with pytest.raises(ValueError, match="request_id must"):
+            client.stop(wrong)  # type: ignore[arg-type]
+    assert server.stopped == []
+
+
+def test_a_stop_that_fails_says_so(world: World) -> None:
+    server = world.serve(say("x"), on_stop=Fail("unknown model: tiny-engine"))
+    with pytest.raises(RequestRejected, match="unknown model: tiny-engine"):
+        world.client(server.url).stop("mine")
 
 
 @pytest.mark.parametrize("status", [400, 500, 503])
