@@ -44,7 +44,7 @@ def normalize(guide_type: str, guide: str) -> tuple[str, str]:
         size = len(guide.encode("utf-8"))
     except UnicodeEncodeError:
         raise GuideError(f"the {guide_type} holds half a surrogate pair: write the character whole") from None
-    if not guide.strip():
+    if not guide:
         raise GuideError(f"guided_decoding_guide is empty: send a {guide_type}")
     if size > MAX_GUIDE_BYTES[guide_type]:
         raise GuideError(f"the {guide_type} has {size} bytes, at most {MAX_GUIDE_BYTES[guide_type]} are allowed")
@@ -55,10 +55,15 @@ def _from_schema(guide: str) -> str:
     import llguidance
 
     schema = _parse_json(guide, "json_schema")
+    if not isinstance(schema, dict):
+        raise GuideError("the json_schema must be a JSON object")
     _check_multiples(schema)
-    return llguidance.LLMatcher.grammar_from_json_schema(
-        json.dumps(schema), defaults={"whitespace_pattern": WHITESPACE, "lenient": False}
-    )
+    try:
+        return llguidance.LLMatcher.grammar_from_json_schema(
+            json.dumps(schema), defaults={"whitespace_pattern": WHITESPACE, "lenient": False}
+        )
+    except ValueError as error:  # half a surrogate pair
+        raise GuideError(f"the json_schema is invalid: {one_line(error)}") from error
 
 
 def _from_regex(guide: str) -> str:

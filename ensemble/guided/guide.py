@@ -111,11 +111,12 @@ def apply_mask(logits: NDArray[np.float32], mask: Mask) -> None:
 
 def _one_line(message: str) -> str:
     """The library adds its state, behind a panic a backtrace, and regexes' errors are drawn over several lines."""
-    text = re.split(r"\n<(?:state|backtrace)>", message)[0]
+    text = re.split(r"\s<(?:state|backtrace|non-verbose/)>", message)[0]
     if text.startswith("NoExtension") or not text:
         return "no text satisfies it"
     if text.startswith("panic"):
         return "it is beyond what the library can do"
-    if regex_error := re.search(r"regex parse error:.*\nerror: (.+)", text, re.DOTALL):
+    text = text.split("\n   1 | ")[0]  # from here on it draws the grammar
+    if regex_error := re.search(r"regex parse error:.*\nerror: ([^\n]+)", text, re.DOTALL):
         text = f"regex parse error: {regex_error[1]}"
     return " ".join(text.split())[:_MAX_MESSAGE_LEN]

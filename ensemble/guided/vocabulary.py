@@ -6,7 +6,6 @@ It knows token ids and their bytes; it knows nothing of guides.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,7 +60,7 @@ class Vocabulary:
             for token in added.values():
                 # DeepSeek's <think> and tool markers are not "special", so that they show in a decoded text; but no
                 # string of a JSON document may hold one.
-                token["special"] = token["special"] or bool(re.fullmatch(r"<.+>", token["content"], re.DOTALL))
+                token["special"] = token["special"] or (token["content"].startswith("<") and len(token["content"]) > 1)
             source["truncation"] = source["padding"] = None
             tokenizer = llguidance.LLTokenizer(json.dumps(source), n_vocab=vocab_size, eos_token=sorted(end_ids))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
