@@ -1,0 +1,146 @@
+"""A client's guide to the library's grammar: json_schema, regex, grammar and choice, each in one function.
+
+A guide is hostile until proven otherwise: its size is bounded before anything reads it, and what the library itself
+doesn't bound is checked here. Whether a grammar is valid, and what it costs, the library says: see compiler.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from typing import Any, Literal, get_args
+
+from ensemble.errors import one_line
+from ensemble.guided.errors import GuideError
+
+GuideType = Literal["json", "json_schema", "regex", "grammar", "ebnf_grammar", "choice"]
+GUIDE_TYPES: tuple[GuideType, ...] = get_args(GuideType)
+
+MAX_GUIDE_BYTES = {"json_schema": 64 * 1024, "regex": 16 * 1024, "grammar": 64 * 1024, "choice": 64 * 1024}
+MAX_EBNF_LEN = 16 * 1024  # its conversion is Python, and quadratic in the number of rules
+MAX_MULTIPLE = 100_000
+
+# Bounded: small models, where only whitespace and a token that they find unlikely are allowed, write blanks for ever.
+WHITESPACE = r"[ \n\r\t]{1,32}"
+_ANY_OBJECT = '{"type":"object"}'
+
+
+def normalize(guide_type: str, guide: str) -> tuple[str, str]:
+    """The type without its aliases, and a guide of bounded size.
+
+    Raises:
+        GuideError: the type is unknown, the guide empty or too long.
+    """
+    if guide_type not in GUIDE_TYPES:
+        raise GuideError(f"guided_decoding_guide_type is {guide_type[:40]!r}, must be one of {', '.join(GUIDE_TYPES)}")
+    if guide_type == "json":
+        return "json_schema", _ANY_OBJECT
+    if guide_type == "ebnf_grammar":
+        guide_type = "grammar"
+    try:
+        size = len(guide.encode("utf-8"))
+    except UnicodeEncodeError:
+        raise GuideError(f"the {guide_type} holds half a surrogate pair: write the character whole") from None
+    if not guide:
+        raise GuideError(f"guided_decoding_guide is empty: send a {guide_type}")
+    if size > MAX_GUIDE_BYTES[guide_type]:
+        raise GuideError(f"the {guide_type} has {size} bytes, at most {MAX_GUIDE_BYTES[guide_type]} are allowed")
+    return guide_type, guide
+
+
+def _from_schema(guide: str) -> str:
+    import llguidance
+
+    schema = _parse_json(guide, "json_schema")
+    if not isinstance(schema, dict):
+        raise GuideError("the json_schema must be a JSON object")
+    _check_multiples(schema)
+    try:
+        return llguidance.LLMatcher.grammar_from_json_schema(
+            json.dumps(schema), defaults={"whitespace_pattern": WHITESPACE, "lenient": False}
+        )
+    except ValueError as error:  # half a surrogate pair
+        raise GuideError(f"the json_schema is invalid: {one_line(error)}") from error
+
+
+def _from_regex(guide: str) -> str:
+    import llguidance
+
+    return llguidance.LLMatcher.grammar_from_regex(guide)
+
+
+def _from_grammar(guide: str) -> str:
+    import llguidance
+    from llguidance.gbnf_to_lark import any_to_lark, is_lark_syntax
+
+    for match in re.finditer(r"%(?:json|regex)\s*", guide):
+        try:
+            inline, _ = json.JSONDecoder(parse_float=_finite).raw_decode(guide, match.end())
+        except (ValueError, RecursionError):
+            continue  # the library will say so, unless it stands in a comment or a string
+        _check_multiples(inline)
+    if not is_lark_syntax(guide) and len(guide) > MAX_EBNF_LEN:
+        raise GuideError(f"the EBNF grammar has {len(guide)} characters, at most {MAX_EBNF_LEN} are allowed")
+    try:
+        return llguidance.LLMatcher.grammar_from_lark(any_to_lark(guide))
+    except Exception as error:  # the converter raises bare Exception
+        raise GuideError(f"the grammar is neither Lark nor EBNF: {one_line(error)[:300]}") from error
+
+
+def _from_choice(guide: str) -> str:
+    import llguidance
+
+    texts = _parse_json(guide, "choice")
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise GuideError('the choice must be a JSON list of at least one string, as in ["yes", "no"]')
+    return llguidance.LLMatcher.grammar_from_regex("|".join(map(_literal, dict.fromkeys(texts))))
+
+
+GRAMMARS: dict[str, Callable[[str], str]] = {
+    "json_schema": _from_schema, "regex": _from_regex, "grammar": _from_grammar, "choice": _from_choice,
+}  # fmt: skip
+
+
+def _literal(text: str) -> str:
+    """A regex for exactly this text."""
+    return re.sub(r"[^0-9A-Za-z]", lambda match: rf"\x{{{ord(match[0]):x}}}", text)
+
+
+def _parse_json(guide: str, guide_type: str) -> Any:
+    try:
+        return json.loads(guide, parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise GuideError(f"the {guide_type} is not JSON: {one_line(error)}") from None
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is too large or no number")
+    return value
+
+
+def _check_multiples(schema: Any) -> None:
+    """The automaton has a state for every remainder, of all multiples together where `allOf` joins them."""
+    multiple = 1
+    for value in _values_of(schema, "multipleOf"):
+        if isinstance(value, int | float) and value:
+            digits = Decimal(str(value)).normalize().as_tuple().digits
+            multiple = math.lcm(multiple, int("".join(map(str, digits))))
+            if multiple > MAX_MULTIPLE:
+                raise GuideError(f"multipleOf is {value}: too many remainders, use a rounder number")
+
+
+def _values_of(schema: Any, key: str) -> Iterator[Any]:
+    pending = [schema]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, dict):
+            if key in node:
+                yield node[key]
+            pending.extend(node.values())
+        elif isinstance(node, list):
+            pending.extend(node)
