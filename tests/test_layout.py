@@ -48,7 +48,7 @@ ARROWS = {
         ("builders",), ("clients", "ensemble.server"), excepted=("builders.cli",)
     ),
     "nothing in Triton or in a client starts a server": Arrow(
-        ("ensemble", "clients"), ("ensemble.server",), excepted=("ensemble.server",)
+        ("ensemble", "clients"), ("ensemble.server",), excepted=("ensemble.server", "ensemble.supervisor")
     ),
     "only the adapters know Triton's Python backend": Arrow(
         (*PRODUCT, "scripts", "benchmarks", "loadtest", "gateway"),
