@@ -31,6 +31,13 @@ EXIT_TIMEOUT_S = 10  # for requests in flight; then the server ends them
 KILL_MARGIN_S = 10.0  # what unloading the models may take on top
 POLL_S = 0.1
 
+# A gRPC client that is frozen, or whose network has gone, answers no ping: its connection is closed, its requests end.
+KEEPALIVE_OPTIONS = (
+    "--grpc-keepalive-time=1000",  # ms without traffic
+    "--grpc-keepalive-timeout=1000",  # ms for the answer
+    "--grpc-http2-max-pings-without-data=0",  # no limit
+)
+
 # APIs that inference doesn't need and a stranger shouldn't have.
 RESTRICTED_APIS = "shared-memory,model-config,model-repository,statistics,trace,logging"
 ADMIN_HEADER = "x-triton-admin"
@@ -224,7 +231,7 @@ class TritonServer:
             ("metrics", self.metrics_port),
         ):
             options += [f"--{protocol}-address={address}", f"--{protocol}-port={port}"]
-        options += [f"--exit-timeout-secs={EXIT_TIMEOUT_S}"]
+        options += [f"--exit-timeout-secs={EXIT_TIMEOUT_S}", *KEEPALIVE_OPTIONS]
         options += [f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}"]
         if self._models:
             options += ["--model-control-mode=explicit", *(f"--load-model={name}" for name in self._models)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -55,9 +57,10 @@ class Engine:
         priority: int = 1,
         queue_deadline: float = NEVER,
         deadline: float = NEVER,
+        sink: FakeSink | None = None,
         **params: Any,
     ) -> FakeSink:
-        sink = FakeSink()
+        sink = sink or FakeSink()
         number = next(self._ids)
         request = Request(
             stream_id=number,
@@ -311,6 +314,38 @@ def test_a_request_that_says_nothing_sends_heartbeats_and_is_cancelled_when_nobo
     engine.now = 1.4
     engine.step()
     assert sink.finish_reason == "cancelled" and engine.num_free_slots == 4
+
+
+def test_a_request_that_ends_after_a_silence_gets_nothing_behind_its_end() -> None:
+    engine = Engine()
+    sink = engine.submit([1], stream=False, acknowledge=True, max_tokens=3)
+    engine.step(2)
+    engine.now = 0.9
+    engine.step(2)
+    assert sink.is_finished and len(sink.responses) == 1 and sink.ids == expected_tokens([1], 3)
+
+
+def test_an_answer_that_cannot_be_sent_does_not_stop_the_engine() -> None:
+    class BrokenSink(FakeSink):
+        def send(self, request: Request, updates: object) -> None:
+            raise RuntimeError("the sender has been closed")
+
+        fail = send  # type: ignore[assignment]
+
+    engine = Engine()
+    engine.loop.start()
+    done = threading.Event()
+    for sink in (BrokenSink(), BrokenSink()):
+        engine.submit([1], sink=sink)
+    engine.loop.stop("nobody", done.set)
+    assert done.wait(5)
+    healthy = engine.submit([2], max_tokens=5)
+    deadline = time.monotonic() + 5
+    while not healthy.is_finished and time.monotonic() < deadline:
+        time.sleep(0.01)
+    engine.loop.close()
+    assert healthy.ids == expected_tokens([2], 5)
+    assert engine.num_free_slots == 4
 
 
 def test_a_waiting_stream_whose_client_has_gone_leaves_the_queue() -> None:

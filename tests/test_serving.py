@@ -22,6 +22,7 @@ from clients.api import GenerateRequest, Message
 from clients.connect import PROTOCOLS, ProtocolName, connect
 from clients.errors import RequestRejected
 from clients.grpc import GrpcClient
+from ensemble.progress import Progress
 from ensemble.server import TritonServer
 from tests.conftest import MAX_SEQ_LEN, NAME
 
@@ -264,7 +265,8 @@ def test_the_engine_can_be_called_directly_and_a_gone_caller_is_noticed(
     url = f"{server.http_url}/v2/models/{NAME}-engine/generate_stream"
     with httpx.stream("POST", url, json=body, timeout=TIMEOUT_S) as response:
         lines = [json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line]
-    assert lines[-1]["finish_reason"] in ("length", "stop")
+    progress = [Progress.from_json(line["progress"], []) for line in lines]
+    assert progress[-1].updates[-1].finish_reason in ("length", "stop")
     with httpx.stream("POST", url, json={**body, "max_tokens": 480}, timeout=TIMEOUT_S) as response:
         next(response.iter_lines())
     start = time.monotonic()

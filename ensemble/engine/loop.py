@@ -21,6 +21,7 @@ from ensemble.engine.scheduler import Chunk, Scheduler, Step
 from ensemble.engine.sequence import FailureKind, Request
 from ensemble.engine.sequence import Sequence as TokenSequence
 from ensemble.guided import GuideError
+from ensemble.progress import Update
 from ensemble.sampling import Sampled
 from ensemble.settings import EngineSettings
 
@@ -105,9 +106,12 @@ class EngineLoop:
     def run(self) -> None:
         """The loop itself; returns after `close`."""
         while self._receive():
-            self.step()
-        for request in list(self._requests.values()):
-            self._fail(request, "the engine is shutting down", "unavailable")
+            try:
+                self.step()
+            except Exception as error:  # a fault of ours: it must not leave everybody without an answer
+                log.exception("a step failed")
+                self._fail_all(f"the engine failed: {error}", "internal")
+        self._fail_all("the engine is shutting down", "unavailable")
         self._runner.close()
 
     def step(self) -> None:
@@ -115,9 +119,11 @@ class EngineLoop:
         step = self._scheduler.schedule()
         self._prepare(step)
         started_at = self._start_decode(step)
-        self._emit()
-        if started_at is not None:
-            self._finish_decode(step.decode, started_at)
+        try:
+            self._emit()
+        finally:  # what was started must be finished, or the next start would be refused
+            if started_at is not None:
+                self._finish_decode(step.decode, started_at)
         if step.prefill:
             self._prefill(step.prefill, is_beside_decode=started_at is not None)
 
@@ -130,7 +136,10 @@ class EngineLoop:
                 return True
             if message is None:
                 return False
-            message()
+            try:
+                message()
+            except Exception:  # an answer to a stop request whose sender has gone
+                log.exception("a message failed")
 
     def _prepare(self, step: Step) -> None:
         now = self.clock()
@@ -245,19 +254,29 @@ class EngineLoop:
                 self._liveness.acknowledged(request, now)
         for request in list(self._requests.values()):
             self._check(request, now)
-            if request.stream_id not in self._requests:
-                continue
-            if request.is_finished:
-                self._finish(request)
-            elif request.is_streamed and self._liveness.may_send(request):
-                updates = [sequence.take_update() for sequence in request.sequences if sequence.has_news]
-                if updates:
-                    self._liveness.sent(request, now)
-                    self.metrics.responses_total += 1
-                    request.sink.send(request, updates)
-            if self._liveness.needs_heartbeat(request, now):
-                self._liveness.sent(request, now)
-                request.sink.send(request, ())
+            if request.stream_id in self._requests:
+                self._emit_to(request, now)
+
+    def _emit_to(self, request: Request, now: float) -> None:
+        """Send what is ready: everything at the end, what a stream has, or a sign of life."""
+        if request.is_finished:
+            self._finish(request)
+            return
+        updates = []
+        if request.is_streamed and self._liveness.may_send(request):
+            updates = [sequence.take_update() for sequence in request.sequences if sequence.has_news]
+        if updates or self._liveness.needs_heartbeat(request, now):
+            self._liveness.sent(request, now)
+            self.metrics.responses_total += bool(updates)
+            self._deliver(request, updates)
+
+    def _deliver(self, request: Request, updates: Sequence[Update]) -> None:
+        """Send a response; a request whose client can't be reached is given up, and disturbs no other."""
+        try:
+            request.sink.send(request, updates)
+        except Exception:
+            log.exception("request %s can't be answered", request.request_id)
+            self._forget(request)
 
     def _check(self, request: Request, now: float) -> None:
         """Cancel a request that nobody waits for any more; fail one that has run out of time."""
@@ -294,16 +313,27 @@ class EngineLoop:
     def _finish(self, request: Request) -> None:
         del self._requests[request.stream_id]
         self.metrics.responses_total += 1
-        request.sink.send(request, [sequence.take_update() for sequence in request.sequences if sequence.has_news])
+        self._deliver(request, [sequence.take_update() for sequence in request.sequences if sequence.has_news])
 
     def _fail(self, request: Request, message: str, kind: FailureKind = "internal") -> None:
-        del self._requests[request.stream_id]
         self.metrics.requests_failed_total += 1
+        self._forget(request)
+        try:
+            request.sink.fail(message, kind)
+        except Exception:
+            log.exception("request %s can't be told that it failed: %s", request.request_id, message)
+
+    def _forget(self, request: Request) -> None:
+        """End all that is left of a request; its slots are free at once."""
+        self._requests.pop(request.stream_id, None)
         for sequence in request.sequences:
             if sequence.finish_reason is None:
                 sequence.finish("error")
                 self._scheduler.remove(sequence)
-        request.sink.fail(message, kind)
+
+    def _fail_all(self, message: str, kind: FailureKind) -> None:
+        for request in list(self._requests.values()):
+            self._fail(request, message, kind)
 
     def _failed_step(self, what: str, sequences: Iterable[TokenSequence], error: Exception) -> None:
         log.error("%s failed", what, exc_info=error)
