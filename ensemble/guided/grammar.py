@@ -19,7 +19,7 @@ from ensemble.guided.errors import GuideError
 GuideType = Literal["json", "json_schema", "regex", "grammar", "ebnf_grammar", "choice"]
 GUIDE_TYPES: tuple[GuideType, ...] = get_args(GuideType)
 
-MAX_GUIDE_BYTES = {"json_schema": 64 * 1024, "regex": 16 * 1024, "grammar": 64 * 1024, "choice": 64 * 1024}
+MAX_GUIDE_BYTES = {"json_schema": 64 * 1024, "regex": 16 * 1024, "grammar": 64 * 1024, "choice": 16 * 1024}
 MAX_EBNF_LEN = 16 * 1024  # its conversion is Python, and quadratic in the number of rules
 MAX_MULTIPLE = 100_000
 
