@@ -118,7 +118,7 @@ EDITS: dict[str, tuple[str, Edit, list[tuple[str, str]]]] = {
         [
             (
                 "m/config.pbtxt step 0 (m-tokenizer): input_map key 'prompt'",
-                "one of ['messages', 'text_input']",
+                "one of ['enable_thinking', 'messages', 'separate_reasoning', 'text_input']",
             )
         ],
     ),
@@ -128,14 +128,14 @@ EDITS: dict[str, tuple[str, Edit, list[tuple[str, str]]]] = {
             lambda c: put(step(c, 2).output_map, "text_output", None),
             lambda c: put(step(c, 2).output_map, "t", "text_output"),
         ),
-        [("m/config.pbtxt step 2 (m-detokenizer): output_map key 't'", "'text_output']")],
+        [("m/config.pbtxt step 2 (m-detokenizer): output_map key 't'", "'top_log_probs']")],
     ),
     "required input": (
         "m",
-        lambda c: put(step(c, 2).input_map, "sequence_id", None),
+        lambda c: put(step(c, 2).input_map, "progress", None),
         [
             (
-                "m/config.pbtxt step 2 (m-detokenizer): input 'sequence_id' of the model is required",
+                "m/config.pbtxt step 2 (m-detokenizer): input 'progress' of the model is required",
                 "input_map",
             )
         ],
@@ -155,11 +155,11 @@ EDITS: dict[str, tuple[str, Edit, list[tuple[str, str]]]] = {
         swap_steps,
         [
             (
-                "m/config.pbtxt step 0 (m-engine): input 'acknowledge' takes '_acknowledge', which only",
+                "m/config.pbtxt step 0 (m-engine): input 'input_ids' takes '_input_ids', which only",
                 "cycles",
             ),
             (
-                "m/config.pbtxt step 0 (m-engine): input 'input_ids' takes '_input_ids', which only",
+                "m/config.pbtxt step 0 (m-engine): input 'prompt_info' takes '_prompt_info', which only",
                 "cycles",
             ),
         ],
@@ -186,10 +186,10 @@ EDITS: dict[str, tuple[str, Edit, list[tuple[str, str]]]] = {
     ),
     "dims": (
         "m-engine",
-        lambda c: tensor(c.output, "sequence_id").dims.append(2),
+        lambda c: tensor(c.output, "progress").dims.append(2),
         [
             (
-                "m/config.pbtxt step 2 (m-detokenizer): input 'sequence_id' has dims [-1, 1] in",
+                "m/config.pbtxt step 2 (m-detokenizer): input 'progress' has dims [-1, 1] in",
                 "make them equal",
             )
         ],
@@ -250,7 +250,7 @@ EDITS: dict[str, tuple[str, Edit, list[tuple[str, str]]]] = {
     "unknown engine parameter": (
         "m-engine",
         lambda c: setattr(c.parameters["slots"], "string_value", "8"),
-        [("m-engine/config.pbtxt: parameters: unknown engine parameter 'slots'", "'prefill_chunk']")],
+        [("m-engine/config.pbtxt: parameters: unknown engine parameter 'slots'", "'timeout_ms']")],
     ),
     "prefill_chunk": (
         "m-engine",

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ def test_models_have_the_names_and_batching_that_the_ensemble_relies_on() -> Non
         "tokenizer",
         "detokenizer",
     ]
-    assert [part for part in found if "model_transaction_policy" in found[part]] == ["engine"]
+    # The detokenizer answers a heartbeat with nothing, so it must be allowed to.
+    assert [part for part in found if "model_transaction_policy" in found[part]] == ["engine", "detokenizer"]
     assert found["engine"]["parameters"]["num_slots"] == {"string_value": "3"}
     assert found["engine"]["instance_group"] == [{"count": 1, "kind": "KIND_CPU"}]
 
@@ -103,6 +104,13 @@ def test_unreadable_text_names_file_line_and_field() -> None:
         ({"cancel_after_s": float("nan")}, "cancel_after_s is nan"),
         ({"cancel_after_s": float("inf")}, "cancel_after_s is inf"),
         ({"cancel_after_s": "1"}, "cancel_after_s is '1', must be a number"),
+        ({"max_prefill_stall": 0}, "max_prefill_stall is 0, must be finite and above 0"),
+        ({"max_prefill_stall": None}, "max_prefill_stall is None, must be a number"),
+        ({"prefix_reuse": "some"}, "prefix_reuse is 'some', must be one of prompt, all, off"),
+        ({"max_queue_size": 0}, "max_queue_size is 0, must be an integer of at least 1"),
+        ({"priority_levels": 0}, "priority_levels is 0, must be an integer of at least 1"),
+        ({"queue_timeout_ms": -1}, "queue_timeout_ms is -1, must be an integer of at least 0"),
+        ({"timeout_ms": -1}, "timeout_ms is -1, must be an integer of at least 0"),
     ],
 )
 def test_settings_refuse(values: dict[str, Any], message: str) -> None:
@@ -117,6 +125,9 @@ def test_settings_refuse(values: dict[str, Any], message: str) -> None:
         ({"num_slots": "8.5"}, "num_slots is '8.5', must be an integer"),
         ({"cancel_after_s": "soon"}, "cancel_after_s is 'soon', must be a number"),
         ({"num_slots": "-3"}, "num_slots is -3"),
+        ({"max_prefill_stall": ""}, "max_prefill_stall is '', must be a number"),
+        ({"prefix_reuse": "Prompt"}, "prefix_reuse is 'Prompt', must be one of prompt, all, off"),
+        ({"timeout_ms": "1e3"}, "timeout_ms is '1e3', must be an integer"),
     ],
 )
 def test_parameters_refuse(parameters: dict[str, str], message: str) -> None:
@@ -125,9 +136,19 @@ def test_parameters_refuse(parameters: dict[str, str], message: str) -> None:
 
 
 def test_settings_survive_the_way_through_triton() -> None:
-    settings = EngineSettings(num_slots=5, prefill_chunk=7, num_threads=2, cancel_after_s=0.25)
+    settings = EngineSettings(
+        num_slots=5, prefill_chunk=7, max_prefill_stall=2.5, prefix_reuse="all", num_threads=2, max_queue_size=9,
+        priority_levels=4, queue_timeout_ms=100, timeout_ms=2000, cancel_after_s=0.25,
+    )  # fmt: skip
+    defaults = asdict(EngineSettings())
+    assert all(value != defaults[name] for name, value in asdict(settings).items()), "every setting is tried"
     assert EngineSettings.from_parameters(settings.to_parameters()) == settings
     config = pbtxt.engine_config("m", {**settings.to_parameters(), "FORCE_CPU_ONLY_INPUT_TENSORS": "no"})
     text = MessageToJson(config, preserving_proto_field_name=True)  # what a model gets as args["model_config"]
     assert EngineSettings.from_model_config(text) == settings
     assert EngineSettings.from_model_config(json.dumps({})) == EngineSettings()
+
+
+@pytest.mark.parametrize(("levels", "default"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3)])
+def test_a_request_without_a_priority_has_the_middle_one(levels: int, default: int) -> None:
+    assert EngineSettings(priority_levels=levels).default_priority == default

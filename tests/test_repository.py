@@ -66,6 +66,7 @@ def test_a_build_gives_a_repository_that_loads_and_answers(tmp_path: Path, model
         "m-detokenizer/1/tokenizer.json", "m-detokenizer/1/tokenizer_config.json",
         "m-engine", "m-engine/config.pbtxt", "m-engine/1", "m-engine/1/model.py", "m-engine/1/manifest.json",
         "m-engine/1/model.onnx", "m-engine/1/model.onnx.data",
+        "m-engine/1/tokenizer.json", "m-engine/1/tokenizer_config.json",
     }  # fmt: skip
     assert [path.name for path in models.parent.iterdir()] == ["models"], "no staging directory is left"
 

@@ -34,7 +34,9 @@ def test_build_makes_a_repository_of_a_plan_and_of_a_scoring_plan(
     directory = options.repository / "tiny-engine" / "1"
     manifest = Manifest.load(directory)
     manifest.verify(directory)
-    assert {path.name for path in directory.iterdir()} == {"manifest.json", "model.plan", "model.py"}
+    assert {path.name for path in directory.iterdir()} == {
+        "manifest.json", "model.plan", "model.py", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
     assert manifest.engine["attention"] in ("lengths", "mask") and manifest.engine["compute_capability"] == "8.9"
     with pytest.raises(RunnerError, match=r"CUDA|cuda"):  # no GPU here
         load_runner(directory, options.settings)
