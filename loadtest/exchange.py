@@ -7,7 +7,7 @@ program. Errors of the server and the connection become part of the sample; any 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Protocol

@@ -7,6 +7,7 @@ among those, it is infinite.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from loadtest.sample import Sample
 PERCENTILES = (50, 90, 99)
 # Widths of the course's steps, in seconds: the first that gives at most MAX_STEPS.
 STEPS_S = (1, 2, 5, 10, 30, 60, 300, 1800)
-MAX_STEPS = 60
+MAX_STEPS = 36
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def course(samples: Sequence[Sample], tokens: Mapping[int, int], edges: list[flo
 
     def spread(rank: float, figure: Callable[[Sample], float | None]) -> list[float | None]:
         values = []
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in itertools.pairwise(edges):
             due = [sample for sample in samples if low <= sample.due_s < high]
             figures = [value for sample in due if sample.is_complete and (value := figure(sample)) is not None]
             values.append(percentile(figures, rank))

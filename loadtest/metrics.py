@@ -116,7 +116,9 @@ def course(readings: Sequence[Reading], edges: Sequence[float]) -> dict[str, dic
         model: {name: [getattr(step[model], name) if model in step else None for step in steps] for name in figures}
         for model in readings[-1].counters
     }
-    for model, gauge in sorted({(model, gauge) for r in readings for model, values in r.gauges.items() for gauge in values}):
+    for model, gauge in sorted(
+        {(model, gauge) for r in readings for model, values in r.gauges.items() for gauge in values}
+    ):
         result.setdefault(model, {})[gauge] = [
             _mean(
                 reading.gauges[model][gauge]

@@ -83,9 +83,7 @@ class History:
         temperature = self._requests.temperature or None
         seed = (self._seed * 1_000_003 + self._talk.number) % 2**63 if temperature else None
         if self._requests.form == "text":
-            return GenerateRequest(
-                prompt=turn.text, max_tokens=turn.max_tokens, temperature=temperature, seed=seed
-            )
+            return GenerateRequest(prompt=turn.text, max_tokens=turn.max_tokens, temperature=temperature, seed=seed)
         self._messages.append({"role": "user", "content": turn.text})
         return GenerateRequest(
             messages=tuple(self._messages), max_tokens=turn.max_tokens, temperature=temperature, seed=seed

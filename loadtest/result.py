@@ -62,9 +62,7 @@ class Result:
         path.write_text(json.dumps(table, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def assemble(
-    run: Profile, target: Target, started: str, machine: dict[str, Any], observed: Observed
-) -> Result:
+def assemble(run: Profile, target: Target, started: str, machine: dict[str, Any], observed: Observed) -> Result:
     """Make every figure of a run."""
     counted = measure.counted(observed.samples)
     last = max([run.duration_s, *(sample.end_s for sample in observed.samples)])
@@ -124,7 +122,7 @@ def load(path: Path) -> Result:
 
 
 def _summary(table: dict[str, Any]) -> Summary:
-    fields = {
+    fields: dict[str, Any] = {
         name: measure.Distribution(**_infinite(value)) if isinstance(value, dict) else value
         for name, value in table.items()
     }

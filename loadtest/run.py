@@ -10,7 +10,7 @@ whatever its figures say; 130: interrupted.
 
 from __future__ import annotations
 
-import loadtest.green  # isort: skip  # before everything else
+import loadtest.green  # noqa: F401  # isort: skip  # before everything else
 
 import argparse
 import contextlib
@@ -28,7 +28,7 @@ from locust.env import Environment
 from benchmarks.machine import describe
 from ensemble.server import ServerError, TritonServer
 from loadtest import profile
-from loadtest.profile import Profile, ProfileError
+from loadtest.profile import ProfileError
 from loadtest.report.page import write_report
 from loadtest.report.text import table
 from loadtest.result import Result, assemble
@@ -69,7 +69,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="smollm2", help="name of the served model (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="times the profile's rates or users")
     parser.add_argument("--output", type=Path, help="directory (default: build/loadtest/PROFILE-TIME)")
-    parser.add_argument("--page", type=int, metavar="PORT", help="open Locust's own page here instead; 8089 is its usual")
+    parser.add_argument(
+        "--page", type=int, metavar="PORT", help="open Locust's own page here instead; 8089 is its usual"
+    )
     server = parser.add_argument_group("server (default: serve the repository, and stop afterwards)")
     server.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
     server.add_argument("--host", help="of a running tritonserver: nothing is started")
@@ -101,20 +103,20 @@ class Run:
         self._result: Result | None = None
         self._started = ""
         self._shape = ProfileShape(session)
-        self._environment = Environment(
+        self._environment: Any = Environment(  # Any: much of Locust is untyped
             user_classes=user_classes(session),
             shape_class=self._shape,
             available_shape_classes={"Profile": self._shape},
             stop_timeout=session.profile.timeout_s + STOP_MARGIN_S,
             catch_exceptions=True,
         )
-        events = self._environment.events
+        events: Any = self._environment.events
         events.test_start.add_listener(self._on_start)
         events.test_stopping.add_listener(self._on_stopping)
         events.test_stop.add_listener(self._on_stop)
         events.usage_monitor.add_listener(self._on_usage)
         events.user_error.add_listener(self._on_user_error)
-        self._runner = self._environment.create_local_runner()
+        self._runner: Any = self._environment.create_local_runner()
 
     def headless(self) -> Result:
         """Run the profile once, with a line of progress now and then."""

@@ -77,7 +77,8 @@ _KINDS = get_type_hints(Sample)
 def to_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
     """Field → its value in each sample."""
     return {
-        name: [_rounded(getattr(sample, name)) for sample in samples] for name in (f.name for f in dataclasses.fields(Sample))
+        name: [_rounded(getattr(sample, name)) for sample in samples]
+        for name in (f.name for f in dataclasses.fields(Sample))
     }
 
 

@@ -19,11 +19,11 @@ class Target:
     metrics_url: str
 
     @classmethod
-    def at(cls, model: str, host: str, http_port: int = 8000, grpc_port: int = 8001, metrics_port: int = 8002) -> Target:
+    def at(
+        cls, model: str, host: str, http_port: int = 8000, grpc_port: int = 8001, metrics_port: int = 8002
+    ) -> Target:
         """The addresses of a tritonserver on `host`."""
-        return cls(
-            model, f"http://{host}:{http_port}", f"{host}:{grpc_port}", f"http://{host}:{metrics_port}/metrics"
-        )
+        return cls(model, f"http://{host}:{http_port}", f"{host}:{grpc_port}", f"http://{host}:{metrics_port}/metrics")
 
     def client(self, protocol: ProtocolName, timeout_s: float) -> BaseClient:
         """A client for one way in."""

@@ -36,9 +36,7 @@ class ClosedUser(User):
         if self.session.is_over:
             gevent.sleep(0.1)  # until Locust stops this user
             return
-        self.session.converse(
-            self.session.next_talk(), self.protocol, self.session.recorder.now(), self.environment
-        )
+        self.session.converse(self.session.next_talk(), self.protocol, self.session.recorder.now(), self.environment)
 
 
 class GrpcStreamUser(ClosedUser):
@@ -98,7 +96,7 @@ class ProfileShape(LoadTestShape):
     """How many users there are, second by second."""
 
     def __init__(self, session: Session) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._session = session
 
     def tick(self) -> tuple[int, float] | None:

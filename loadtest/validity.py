@@ -75,7 +75,9 @@ def check(observed: Observed) -> list[Verdict]:
             "requests",
             "the report would hide how they ended",
         ),
-        Verdict("exceptions in the generator", float(observed.num_bugs), 0, "", "see the log: these are bugs of its own"),
+        Verdict(
+            "exceptions in the generator", float(observed.num_bugs), 0, "", "see the log: these are bugs of its own"
+        ),
     ]
     if observed.num_scheduled is not None:
         verdicts += [

@@ -6,9 +6,10 @@ other, not larger ones, so that the text keeps its size.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -70,7 +71,7 @@ class Chart:
                 f'y2="{y(shown_limit):.1f}"/>'
             )
             parts.append(_text(WIDTH - RIGHT - 3, y(shown_limit) - 4, f"limit {_number(shown_limit)}", "end", "limit"))
-        centres = [x((a + b) / 2) for a, b in zip(self.edges, self.edges[1:], strict=False)]
+        centres = [x((a + b) / 2) for a, b in itertools.pairwise(self.edges)]
         for series in self.series:
             for run in _runs(series.values):
                 points = " ".join(f"{centres[i]:.1f},{y(value):.1f}" for i, value in run)
@@ -86,15 +87,15 @@ class Chart:
             f"data-points='{escape(self._points(centres), quote=True)}'>{''.join(parts)}</svg>"
         )
 
-    def _warmup(self, x: object) -> str:
-        assert callable(x)
+    def _warmup(self, x: Callable[[float], float]) -> str:
         start, end = x(self.edges[0]), x(0.0)
-        box = f'<rect class="warmup" x="{start:.1f}" y="{TOP}" width="{end - start:.1f}" height="{HEIGHT - TOP - BOTTOM}"/>'
+        size = f'width="{end - start:.1f}" height="{HEIGHT - TOP - BOTTOM}"'
+        box = f'<rect class="warmup" x="{start:.1f}" y="{TOP}" {size}/>'
         return box + (_text(start + 4, TOP + 12, "warm-up", "start", "axis") if end - start > 50 else "")
 
     def _points(self, centres: Sequence[float]) -> str:
         """What the page's script reads to show the values under the pointer."""
-        steps = [f"{_number(a)} to {_number(b)} s" for a, b in zip(self.edges, self.edges[1:], strict=False)]
+        steps = [f"{_number(a)} to {_number(b)} s" for a, b in itertools.pairwise(self.edges)]
         series = [
             {"name": s.name, "colour": s.colour, "values": [None if v is None else float(f"{v:.4g}") for v in s.values]}
             for s in self.series
@@ -130,9 +131,7 @@ class Bars:
                     f'height="{BAR_HEIGHT}"><title>{escape(part)}: {_number(value)} {escape(self.unit)}</title></rect>'
                 )
                 at += width
-        return (
-            f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="time in each model">{"".join(parts)}</svg>'
-        )
+        return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="time in each model">{"".join(parts)}</svg>'
 
     def _amounts(self, values: Sequence[float]) -> str:
         return " + ".join(_number(value) for value in values) + f" {self.unit}"

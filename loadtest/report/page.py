@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from loadtest.measure import Distribution, Summary
 from loadtest.metrics import PENDING
@@ -31,9 +31,13 @@ def render(result: Result) -> str:
     from markupsafe import Markup
 
     environment = Environment(
-        loader=FileSystemLoader(DIRECTORY), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(DIRECTORY),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters["amount"] = amount
+    environment.filters["amount"] = _amount
     charts = [chart for chart in _charts(result) if not chart.is_empty]
     return environment.get_template("page.html.jinja").render(
         result=result,
@@ -52,21 +56,30 @@ def render(result: Result) -> str:
     )
 
 
+def _amount(value: float | None, unit: str = "") -> str:
+    """A number that keeps its unit beside it, whatever the width."""
+    return amount(value, unit).replace(" ", "\u00a0")
+
+
 def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
     """The figures that are looked at first: name, value, what stands below it."""
     failed = summary.num_errors + summary.num_incomplete
     return [
-        ("time to first token", amount(summary.first_token_s.p50, "s"), _p99(summary.first_token_s)),
-        ("latency", amount(summary.latency_s.p50, "s"), _p99(summary.latency_s)),
-        ("inter-token latency", amount(summary.inter_token_s.p50, "s"), _p99(summary.inter_token_s)),
-        ("output", f"{amount(summary.output_tokens_per_s)} tokens/s", f"{amount(summary.requests_per_s)} requests/s"),
+        ("time to first token", _amount(summary.first_token_s.p50, "s"), _p99(summary.first_token_s)),
+        ("latency", _amount(summary.latency_s.p50, "s"), _p99(summary.latency_s)),
+        ("inter-token latency", _amount(summary.inter_token_s.p50, "s"), _p99(summary.inter_token_s)),
+        (
+            "output",
+            f"{_amount(summary.output_tokens_per_s)}\u00a0tokens/s",
+            f"{_amount(summary.requests_per_s)} requests/s",
+        ),
         ("complete answers", f"{summary.num_complete} of {summary.num_requests}", f"{failed} failed or broken off"),
-        ("longest backlog", amount(summary.max_backlog), "requests due, not begun"),
+        ("longest backlog", _amount(summary.max_backlog), "requests due, not begun"),
     ]
 
 
 def _p99(spread: Distribution) -> str:
-    return f"99th percentile {amount(spread.p99, 's')}"
+    return f"99th percentile {_amount(spread.p99, 's')}"
 
 
 def _rows(summary: Summary) -> list[tuple[str, Distribution, str]]:
@@ -82,42 +95,62 @@ def _rows(summary: Summary) -> list[tuple[str, Distribution, str]]:
     ]
 
 
+Line = tuple[str, Sequence[float | None]]
+
+
 def _charts(result: Result) -> list[Chart]:
     course, levels = result.course, result.profile.levels
 
-    def chart(title: str, unit: str, *lines: tuple[str, list[Any]], limit: float | None = None, note: str = "") -> Chart:
+    def chart(title: str, unit: str, lines: Sequence[Line], limit: float | None = None, note: str = "") -> Chart:
         series = [Series(name, values, COLOURS[i % len(COLOURS)]) for i, (name, values) in enumerate(lines)]
         return Chart(title, unit, course.edges, series, limit, note)
 
-    failed = [("failed", course.failed_per_s)] if any(course.failed_per_s) else []
-    own = [
-        ("Latency", "s", (("median", course.latency_p50_s), ("90th", course.latency_p90_s), ("99th", course.latency_p99_s)),
-         levels.p99_latency_s, "by the moment that a request was due"),
-        ("Time to first token", "s", (("median", course.first_token_p50_s), ("99th", course.first_token_p99_s)),
-         levels.p99_first_token_s, "streams, by the moment that they were due"),
-        ("Inter-token latency", "ms", (("median", _times(course.inter_token_p50_s, 1e3)),), None,
-         "time after the first response, divided by tokens"),
-        ("Requests", "requests/s", (("due", course.due_per_s), ("complete", course.complete_per_s), *failed), None, ""),
-        ("Output", "tokens/s", (("tokens", course.tokens_per_s),), None, "as they came"),
-        ("At once", "requests", (("answers under way", course.answering), ("waiting for their first token", course.waiting)),
-         levels.max_backlog, "on average in each step; those under way are the batch that an engine forms in flight"),
-    ]  # fmt: skip
-    charts = [chart(title, unit, *lines, limit=limit, note=note) for title, unit, lines, limit, note in own]
-    for title, unit, figure, note in (
-        ("Executed batch size", "requests", "batch_size", "Triton's own batcher, by model"),
-        ("Queue time", "ms a request", "queue_ms", "in Triton, by model"),
-        ("Compute time", "ms a request", "compute_ms", "input, inference and output, by model"),
-    ):
-        charts.append(chart(title, unit, *_server_lines(result, figure), note=note))
+    latency: list[Line] = [
+        ("median", course.latency_p50_s),
+        ("90th", course.latency_p90_s),
+        ("99th", course.latency_p99_s),
+    ]
+    first_token: list[Line] = [("median", course.first_token_p50_s), ("99th", course.first_token_p99_s)]
+    inter_token: list[Line] = [("median", [v and v * 1e3 for v in course.inter_token_p50_s])]
+    requests: list[Line] = [("due", course.due_per_s), ("complete", course.complete_per_s)]
+    if any(course.failed_per_s):
+        requests.append(("failed", course.failed_per_s))
+    at_once: list[Line] = [("being answered", course.answering), ("waiting to begin", course.waiting)]
     gauges = sorted({name for figures in result.server_course.values() for name in figures} - set(_TRITONS))
-    charts += [chart(name, "", *_server_lines(result, name), note="a gauge of the model's own") for name in gauges]
-    return charts
+    return [
+        chart("Latency", "s", latency, levels.p99_latency_s, "by the moment that a request was due"),
+        chart("Time to first token", "s", first_token, levels.p99_first_token_s, "streams, by when they were due"),
+        chart("Inter-token latency", "ms", inter_token, note="time after the first response, divided by tokens"),
+        chart("Requests", "requests/s", requests, note="when they were due, and when their answer was complete"),
+        chart("Output", "tokens/s", [("tokens", course.tokens_per_s)], note="when they came"),
+        chart(
+            "At once",
+            "requests",
+            at_once,
+            levels.max_backlog,
+            "on average; those being answered are the batch that an engine forms in flight",
+        ),
+        chart(
+            "Executed batch size",
+            "requests",
+            _server_lines(result, "batch_size"),
+            note="by Triton's own batcher; an engine's in-flight batch is under «At once»",
+        ),
+        chart("Queue time", "ms a request", _server_lines(result, "queue_ms"), note="in Triton, by model"),
+        chart(
+            "Compute time",
+            "ms a request",
+            _server_lines(result, "compute_ms"),
+            note="input, inference and output, by model",
+        ),
+        *(chart(name, "", _server_lines(result, name), note="a gauge of the model's own") for name in gauges),
+    ]
 
 
 _TRITONS = ("batch_size", "queue_ms", "compute_ms", PENDING)
 
 
-def _server_lines(result: Result, figure: str) -> list[tuple[str, list[float | None]]]:
+def _server_lines(result: Result, figure: str) -> list[Line]:
     """The models that have a figure; the ensemble's own are its parts' sums, and would hide them."""
     lines = [(model, figures[figure]) for model, figures in sorted(result.server_course.items()) if figure in figures]
     parts = [(model, values) for model, values in lines if model != result.target.model]
@@ -151,7 +184,3 @@ def _unseen_ms(result: Result) -> float | None:
         if model != result.target.model
     )
     return max(whole.request_ms - inside, 0.0)
-
-
-def _times(values: list[float | None], factor: float) -> list[float | None]:
-    return [None if value is None else value * factor for value in values]
