@@ -49,7 +49,7 @@ class Session:
     def _reset(self) -> None:
         self.recorder = Recorder()
         self.is_started = False
-        self.is_stopping = False  # by hand, before its time
+        self.is_stopping = False  # Locust is, at the end or before it, by hand
         self.num_bugs = 0
         self._numbers = itertools.count()
         self._num_first_sent = 0

@@ -85,7 +85,8 @@ class ScheduleUser(User):
             greenlet = crowd.spawn(session.converse, talk, talk.protocol, due_s, self.environment)
             greenlet.link_exception(self._count_bug)
         crowd.join()
-        while not session.is_over:
+        # Locust would begin this task again: the schedule is kept once.
+        while not session.is_stopping:
             gevent.sleep(0.1)
 
     def _count_bug(self, greenlet: Any) -> None:

@@ -65,14 +65,10 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
     """The figures that are looked at first: name, value, what stands below it."""
     failed = summary.num_errors + summary.num_incomplete
     return [
-        ("time to first token", _amount(summary.first_token_s.p50, "s"), _p99(summary.first_token_s)),
-        ("latency", _amount(summary.latency_s.p50, "s"), _p99(summary.latency_s)),
-        ("inter-token latency", _amount(summary.inter_token_s.p50, "s"), _p99(summary.inter_token_s)),
-        (
-            "output",
-            f"{_amount(summary.output_tokens_per_s)}\u00a0tokens/s",
-            f"{_amount(summary.requests_per_s)} requests/s",
-        ),
+        ("time to first token, median", _amount(summary.first_token_s.p50, "s"), _p99(summary.first_token_s)),
+        ("latency, median", _amount(summary.latency_s.p50, "s"), _p99(summary.latency_s)),
+        ("inter-token latency, median", _amount(summary.inter_token_s.p50, "s"), _p99(summary.inter_token_s)),
+        ("output tokens/s", _amount(summary.output_tokens_per_s), f"{_amount(summary.requests_per_s)} requests/s"),
         ("complete answers", f"{summary.num_complete} of {summary.num_requests}", f"{failed} failed or broken off"),
         ("longest backlog", _amount(summary.max_backlog), "requests due, not begun"),
     ]
