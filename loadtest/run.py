@@ -15,6 +15,7 @@ import loadtest.green  # noqa: F401  # isort: skip  # before everything else
 import argparse
 import contextlib
 import logging
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -40,11 +41,13 @@ OK, ERROR, USAGE, MISSED, INVALID, INTERRUPTED = 0, 1, 2, 3, 4, 130
 PROGRESS_S = 5.0
 # Beyond a request's timeout: the client tells the server to stop, and waits for it to have done so.
 STOP_MARGIN_S = 10.0
+INTERRUPTED_STOP_S = 2.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one profile."""
     arguments = make_parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how supervisors say Ctrl-C: the server must stop too
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         chosen = profile.load(arguments.profile).scaled(arguments.scale)
@@ -52,12 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not session.is_ready():
                 return _fail(f"no ready model {target.model!r} at {target.http_url} and {target.grpc_url}")
             run = Run(session, arguments.output or default_output(chosen.name))
-            result = run.page(arguments.page) if arguments.page else run.headless()
+            if arguments.page:
+                run.page(arguments.page)
+                return OK
+            result = run.headless()
     except (ProfileError, ServerError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
-    return exit_status(result) if result else OK
+    return exit_status(result)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -102,11 +108,12 @@ class Run:
         self._session, self._output = session, output
         self._result: Result | None = None
         self._started = ""
+        self._machine = describe()
         self._shape = ProfileShape(session)
         self._environment: Any = Environment(  # Any: much of Locust is untyped
             user_classes=user_classes(session),
             shape_class=self._shape,
-            available_shape_classes={"Profile": self._shape},
+            host=session.target.http_url,  # for the page to show
             stop_timeout=session.profile.timeout_s + STOP_MARGIN_S,
             catch_exceptions=True,
         )
@@ -124,6 +131,9 @@ class Run:
         try:
             self._runner.start_shape()
             self._runner.shape_greenlet.join()
+        except KeyboardInterrupt:
+            self._environment.stop_timeout = INTERRUPTED_STOP_S
+            raise
         finally:
             self._runner.quit()
             ticker.kill()
@@ -131,9 +141,10 @@ class Run:
             raise RuntimeError("Locust ended the run without telling so")
         return self._result
 
-    def page(self, port: int) -> Result | None:
+    def page(self, port: int) -> None:
         """Serve Locust's page until interrupted; each run that is started there is reported on."""
-        page = self._environment.create_web_ui("127.0.0.1", port)
+        del sys.argv[1:]  # the page would read them as Locust's own, and end the process
+        page: Any = self._environment.create_web_ui("127.0.0.1", port)
         _say(f"Locust's page: http://localhost:{port}; Ctrl-C ends it")
         try:
             page.greenlet.join()
@@ -142,7 +153,6 @@ class Run:
         finally:
             self._runner.quit()
             page.stop()
-        return self._result
 
     def _on_start(self, **_: Any) -> None:
         self._started = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -159,7 +169,7 @@ class Run:
 
     def _on_stop(self, **_: Any) -> None:
         session = self._session
-        result = assemble(session.profile, session.target, self._started, describe(), session.finish())
+        result = assemble(session.profile, session.target, self._started, self._machine, session.finish())
         self._output.mkdir(parents=True, exist_ok=True)
         result.save(self._output / "result.json")
         write_report(result, self._output / "report.html")

@@ -73,6 +73,7 @@ class Session:
         """Stop the watchers; what was seen."""
         gevent.killall(self._watchers)
         self._read_metrics()
+        self.is_started = False  # Locust's page may start it again
         seconds = time.perf_counter() - self._began_s
         # Of a run shorter than Locust's interval there is only the whole.
         cpu_percent = self.cpu_percent or [100 * (time.process_time() - self._began_cpu_s) / seconds]
