@@ -184,11 +184,6 @@ def from_dict(table: Mapping[str, Any]) -> Profile:
 
 
 T = TypeVar("T")
-# The nested tables, by field; `stages` is a list of them.
-_TABLES: dict[str, type[Any]] = {
-    "stages": Stage, "requests": Requests, "conversation": Conversation, "levels": Levels,
-    "prompt_words": Length, "answer_tokens": Length, "turns": Length, "think_s": Length,
-}  # fmt: skip
 
 
 def _read(kind: type[T], table: Any, where: str) -> T:
@@ -213,12 +208,14 @@ def _read(kind: type[T], table: Any, where: str) -> T:
 
 
 def _value(name: str, hint: Any, value: Any, where: str) -> Any:
-    if isinstance(value, Mapping) and name in _TABLES:
-        return _read(_TABLES[name], value, where)
     if name == "stages":
         if not isinstance(value, list | tuple):
             raise ProfileError(f"{where} must be an array of tables, got {value!r}")
         return tuple(_read(Stage, stage, f"{where}[{i}]") for i, stage in enumerate(value))
+    tables = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+    if tables:
+        # Only an optional table may be None, which TOML can't say but a result's JSON does.
+        return None if value is None and hint is not tables[0] else _read(tables[0], value, where)
     allowed = _SCALARS.get(str(hint))
     if allowed and (not isinstance(value, allowed) or isinstance(value, bool)):
         raise ProfileError(f"{where} must be {' or '.join(kind.__name__ for kind in allowed)}, got {value!r}")

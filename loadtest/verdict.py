@@ -34,6 +34,8 @@ def amount(value: float | None, unit: str = "") -> str:
         return "failed"
     if unit == "s" and value != 0 and abs(value) < 1:
         value, unit = value * 1e3, "ms"
+    if abs(value) < 1000:
+        value = float(f"{value:.3g}")
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     number = f"{value:,.0f}" if value == round(value) else f"{value:,.{digits}f}"
     return f"{number} {unit}".strip()

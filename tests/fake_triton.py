@@ -125,11 +125,11 @@ class GrpcServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: igno
 
 def make_handler(answers: Answers) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             text = METRICS.format(successes=answers.successes) if self.path == "/metrics" else ""
             self._send(200, "text/plain", text)
 
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             if f"/models/{MODEL}/" not in self.path:
                 self._send(200, "application/json", "{}")
