@@ -56,10 +56,11 @@ class Result:
         return [level for level in self.levels if not level.is_met]
 
     def save(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write it as JSON, one line for each field."""
         table = dataclasses.asdict(dataclasses.replace(self, samples=[]))
         table = {"format": FORMAT} | _plain(table) | {"samples": to_columns(self.samples)}
-        path.write_text(json.dumps(table, ensure_ascii=False) + "\n", encoding="utf-8")
+        lines = (f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in table.items())
+        path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def assemble(run: Profile, target: Target, started: str, machine: dict[str, Any], observed: Observed) -> Result:
