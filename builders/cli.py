@@ -42,7 +42,7 @@ MODULE_EXTRAS = {
     "gguf": "build", "ml_dtypes": "build", "onnx": "build", "tqdm": "build", "google": "build",
     "httpx": "client", "tritonclient": "client", "grpc": "client",
     "onnxruntime": "serve", "tokenizers": "serve", "jinja2": "serve",
-    "cuda": "tensorrt", "matplotlib": "plot",
+    "cuda": "tensorrt", "matplotlib": "plot", "tomli": "load",
 }  # fmt: skip
 
 
@@ -70,6 +70,11 @@ def make_parser() -> argparse.ArgumentParser:
     serve.set_defaults(run=_serve)
 
     _add_client_commands(commands)
+
+    compare = commands.add_parser("compare", help="two load tests: differences with their confidence intervals")
+    compare.add_argument("a", type=Path, help="result.json of the earlier run")
+    compare.add_argument("b", type=Path, help="result.json of the later run")
+    compare.set_defaults(run=_compare)
     return parser
 
 
@@ -243,6 +248,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     except (CheckError, ServerError) as error:
         return _fail(str(error))
     return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from loadtest.compare import run
+
+    return run(arguments.a, arguments.b)
 
 
 class _ProgressBar:

@@ -24,6 +24,10 @@ TOP_LEVEL = (
 )  # fmt: skip
 
 
+# Importing them patches the standard library: nothing else may, or the tests' own threads would change under them.
+LOCUST_RUNS = tuple(f"loadtest.{name}" for name in ("green", "run", "session", "users"))
+
+
 @dataclass(frozen=True)
 class Arrow:
     """Modules in `sources`, those in `excepted` aside, must not import what is in `forbidden`.
@@ -45,7 +49,17 @@ ARROWS = {
     "what runs inside Triton knows neither builders nor clients": Arrow(("ensemble",), ("builders", "clients")),
     "the contract is a leaf": Arrow(("ensemble.contract",), PRODUCT),
     "only the command line starts clients and servers": Arrow(
-        ("builders",), ("clients", "ensemble.server"), excepted=("builders.cli",)
+        ("builders",), ("clients", "loadtest", "ensemble.server"), excepted=("builders.cli",)
+    ),
+    "load tests know the rest as a user does: clients, and a server to start": Arrow(
+        ("loadtest",), ("builders", "ensemble"), allowed=("ensemble.server",)
+    ),
+    "nothing that serves or calls knows the load tests": Arrow(("ensemble", "clients"), ("loadtest",)),
+    "only what Locust runs may import what gevent patches": Arrow(
+        ("loadtest",), ("gevent", "locust"), excepted=LOCUST_RUNS
+    ),
+    "what computes a load test's figures starts nothing": Arrow(
+        ("loadtest",), (*LOCUST_RUNS, "ensemble.server"), excepted=LOCUST_RUNS
     ),
     "nothing in Triton or in a client starts a server": Arrow(
         ("ensemble", "clients"), ("ensemble.server",), excepted=("ensemble.server", "ensemble.supervisor")
@@ -125,6 +139,7 @@ def test_imports_point_one_way(arrow: Arrow) -> None:
             "only the adapters know Triton's Python backend",
         ),
         ("ensemble.contract", "from ensemble.text import Tokenizer", "the contract is a leaf"),
+        ("loadtest.compare", "import locust", "only what Locust runs may import what gevent patches"),
     ],
 )
 def test_an_import_the_wrong_way_is_seen(module: str, source: str, rule: str) -> None:

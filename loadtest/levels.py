@@ -1,0 +1,53 @@
+"""Service levels: what a profile promises against what a run's summary says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from loadtest.measure import Summary
+from loadtest.profile import Levels
+from loadtest.verdict import Verdict
+
+# Field of Levels → name, unit, the figure, what a miss means.
+LEVELS: dict[str, tuple[str, str, Callable[[Summary], float | None], str]] = {
+    "p99_latency_s": (
+        "latency, 99th percentile",
+        "s",
+        lambda summary: summary.latency_s.p99,
+        "one request in a hundred takes longer, from due to its last token",
+    ),
+    "p99_first_token_s": (
+        "time to first token, 99th percentile",
+        "s",
+        lambda summary: summary.first_token_s.p99,
+        "one stream in a hundred begins later",
+    ),
+    "p99_inter_token_s": (
+        "inter-token latency, 99th percentile",
+        "s",
+        lambda summary: summary.inter_token_s.p99,
+        "one stream in a hundred is slower, on its own average",
+    ),
+    "max_error_ratio": (
+        "requests without a complete answer",
+        "%",
+        lambda summary: summary.error_ratio * 100,
+        "errors, timeouts and answers that broke off",
+    ),
+    "max_backlog": (
+        "backlog, at its longest",
+        "requests",
+        lambda summary: float(summary.max_backlog),
+        "requests due whose answer had not begun",
+    ),
+}
+
+
+def check(levels: Levels, summary: Summary) -> list[Verdict]:
+    """One verdict for each level that the profile has."""
+    verdicts = []
+    for field, (name, unit, figure, why) in LEVELS.items():
+        limit = getattr(levels, field)
+        if limit is not None:
+            verdicts.append(Verdict(name, figure(summary), limit * 100 if unit == "%" else limit, unit, why))
+    return verdicts

@@ -1,0 +1,241 @@
+"""A load profile: who arrives when, what they ask, and what service they are owed. TOML in, frozen dataclasses out.
+
+It knows neither Locust nor a server. Every table of the file is one dataclass below; a key that none of them has,
+or one that is missing, is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DIRECTORY = Path(__file__).parent / "profiles"
+MAX_STAGE_S = 7 * 24 * 3600.0
+
+Arrivals = Literal["open", "closed"]
+ProtocolName = Literal["grpc-stream", "grpc", "http-stream", "http"]
+PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
+Form = Literal["text", "chat"]
+
+
+class ProfileError(ValueError):
+    """A profile that can't be run: the message names the field, its value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of time whose level goes evenly from `start` to `end`: requests/s (open) or users (closed)."""
+
+    seconds: float
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        _check("seconds", self.seconds, 0.1, MAX_STAGE_S)
+        for name in ("start", "end"):
+            _check(name, getattr(self, name), 0, 1e6)
+
+
+@dataclass(frozen=True)
+class Length:
+    """A lognormal distribution, cut off at both ends; `sigma` 0: always the median."""
+
+    median: float
+    sigma: float
+    least: float
+    most: float
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        _check("least", self.least, 0, 1e6)
+        _check("most", self.most, max(self.least, 1e-3), 1e6)
+        _check("median", self.median, max(self.least, 1e-3), self.most)
+        _check("sigma", self.sigma, 0, 5)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """More than one turn: each carries all before it, and is sent some time after the last answer's end."""
+
+    turns: Length
+    think_s: Length
+    context_tokens: int  # a conversation ends before it outgrows this
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        _check("turns.least", self.turns.least, 1, 1000)
+        _check("context_tokens", self.context_tokens, 1, 2**31 - 1)
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What is asked. Prompts are counted in words, for the tokenizer is the server's business."""
+
+    form: Form  # text: continued as it is; chat: through the model's template
+    prompt_words: Length
+    answer_tokens: Length  # the limit that the request asks for; a text may end before
+    temperature: float = 0.0
+    conversation: Conversation | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        _check_one_of("form", self.form, get_args(Form))
+        _check("prompt_words.least", self.prompt_words.least, 1, 1e6)
+        _check("answer_tokens.least", self.answer_tokens.least, 1, 1e6)
+        _check("temperature", self.temperature, 0, 100)
+        if self.conversation and self.form != "chat":
+            raise ProfileError(f"conversation needs form chat, got {self.form!r}")
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The service that is owed; None: nothing is promised. A run that misses one fails."""
+
+    p99_latency_s: float | None = None
+    p99_first_token_s: float | None = None
+    p99_inter_token_s: float | None = None
+    max_error_ratio: float | None = None  # of the requests counted, 0 … 1
+    max_backlog: int | None = None  # requests due whose answer hasn't begun, at any moment
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for level in dataclasses.fields(self):
+            if (limit := getattr(self, level.name)) is not None:
+                _check(level.name, limit, 0, 1 if level.name == "max_error_ratio" else 1e6)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One load, whole. Times are seconds."""
+
+    name: str
+    description: str
+    arrivals: Arrivals  # open: requests come when they come; closed: each user waits for the answer
+    seed: int
+    warmup_s: float  # at the first stage's level, before it; left out of every figure
+    timeout_s: float  # of one request
+    stages: tuple[Stage, ...]
+    requests: Requests
+    protocols: Mapping[str, float]  # protocol → its share of the requests
+    levels: Levels = field(default_factory=Levels)
+    think_s: float = 0.0  # of a closed user, between an answer and the next request
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        _check_one_of("arrivals", self.arrivals, get_args(Arrivals))
+        _check("warmup_s", self.warmup_s, 0, MAX_STAGE_S)
+        _check("timeout_s", self.timeout_s, 0.1, 86400)
+        _check("think_s", self.think_s, 0, 86400)
+        if not self.stages or not any(stage.start or stage.end for stage in self.stages):
+            raise ProfileError(f"stages must hold one with a level above 0, got {self.stages!r}")
+        if not isinstance(self.protocols, Mapping) or not self.protocols:
+            raise ProfileError(f"protocols must be a table with one at least, got {self.protocols!r}")
+        for name, share in self.protocols.items():
+            _check_one_of("protocols", name, PROTOCOLS)
+            _check(f"protocols.{name}", share, 1e-6, 1e6)
+        if self.arrivals == "open" and self.think_s:
+            raise ProfileError(f"think_s is of closed users, got {self.think_s!r} with open arrivals")
+
+    @property
+    def duration_s(self) -> float:
+        """How long requests are sent and counted, after the warm-up."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def scaled(self, factor: float) -> Profile:
+        """The same profile at `factor` times the level, for a machine that does more; users are rounded up later."""
+        _check("scale", factor, 1e-6, 1e6)
+        stages = tuple(Stage(s.seconds, s.start * factor, s.end * factor) for s in self.stages)
+        return dataclasses.replace(self, stages=stages)
+
+
+def names() -> list[str]:
+    """The profiles that come with the project."""
+    return sorted(path.stem for path in DIRECTORY.glob("*.toml"))
+
+
+def load(name: str) -> Profile:
+    """Read a profile by its name or by its file's path. Raises `ProfileError`."""
+    path = Path(name) if name.endswith(".toml") else DIRECTORY / f"{name}.toml"
+    if not path.is_file():
+        raise ProfileError(f"no profile {name!r}; there are {', '.join(names())}, or give a .toml file")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{path} is not TOML: {error}") from error
+    try:
+        return from_dict({"name": path.stem} | table)
+    except ProfileError as error:
+        raise ProfileError(f"{path}: {error}") from error
+
+
+def from_dict(table: Mapping[str, Any]) -> Profile:
+    """Read what `load` has parsed, or what `dataclasses.asdict` gave. Raises `ProfileError`."""
+    return _read(Profile, table, "")
+
+
+T = TypeVar("T")
+
+
+def _read(kind: type[T], table: Any, where: str) -> T:
+    if not isinstance(table, Mapping):
+        raise ProfileError(f"{where or 'the profile'} must be a table, got {table!r}")
+    prefix = f"{where}." if where else ""
+    fields = {each.name: each for each in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in table:
+        if name not in fields:
+            raise ProfileError(f"unknown field {prefix}{name}; there are {', '.join(fields)}")
+    hints = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for name, each in fields.items():
+        if name in table:
+            values[name] = _value(name, hints[name], table[name], prefix + name)
+        elif each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
+            raise ProfileError(f"{prefix}{name} is missing")
+    try:
+        return kind(**values)
+    except ProfileError as error:
+        raise ProfileError(f"{prefix}{error}" if where else str(error)) from None
+
+
+def _value(name: str, hint: Any, value: Any, where: str) -> Any:
+    if name == "stages":
+        if not isinstance(value, list | tuple):
+            raise ProfileError(f"{where} must be an array of tables, got {value!r}")
+        return tuple(_read(Stage, stage, f"{where}[{i}]") for i, stage in enumerate(value))
+    tables = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+    if tables:
+        # Only an optional table may be None, which TOML can't say but a result's JSON does.
+        return None if value is None and hint is not tables[0] else _read(tables[0], value, where)
+    allowed = _SCALARS.get(str(hint))
+    if allowed and (not isinstance(value, allowed) or isinstance(value, bool)):
+        raise ProfileError(f"{where} must be {' or '.join(kind.__name__ for kind in allowed)}, got {value!r}")
+    return value
+
+
+_SCALARS: dict[str, tuple[type, ...]] = {
+    str(float): (float, int),
+    str(float | None): (float, int, type(None)),
+    str(int): (int,),
+    str(int | None): (int, type(None)),
+    str(str): (str,),
+}
+
+
+def _check(name: str, value: float, lowest: float, highest: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
+        raise ProfileError(f"{name} must be a number from {lowest:g} to {highest:g}, got {value!r}")
+
+
+def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ProfileError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -1,0 +1,56 @@
+"""A result as lines for a terminal: the verdict first, then the figures, then what was checked."""
+
+from __future__ import annotations
+
+from loadtest.measure import Distribution
+from loadtest.result import Result
+from loadtest.verdict import amount
+
+COLUMNS = ("", "median", "90th", "99th", "longest")
+
+
+def table(result: Result) -> str:
+    """The whole text."""
+    summary = result.summary
+    rows = [
+        ("latency", summary.latency_s),
+        ("time to first token", summary.first_token_s),
+        ("inter-token latency", summary.inter_token_s),
+        ("longest gap in a stream", summary.max_gap_s),
+    ]
+    lines = [
+        "",
+        headline(result),
+        f"{result.profile.name}: {summary.num_complete} of {summary.num_requests} requests complete, "
+        f"{amount(summary.requests_per_s)} requests/s, {amount(summary.output_tokens_per_s)} tokens/s, "
+        f"backlog at most {summary.max_backlog}",
+        "",
+        "{:26}{:>12}{:>12}{:>12}{:>12}".format(*COLUMNS),
+        *(_row(name, spread) for name, spread in rows),
+        "",
+    ]
+    for title, verdicts in (("service level", result.levels), ("run check", result.checks)):
+        lines += [f"{'met   ' if v.is_met else 'MISSED'} {title}: {v.sentence()}" for v in verdicts]
+    lines += [f"{count} x {message}" for message, count in result.errors.items()]
+    return "\n".join(lines)
+
+
+def headline(result: Result) -> str:
+    """One sentence that a person can act on."""
+    if not result.is_valid:
+        wrong = [check for check in result.checks if not check.is_met]
+        return f"INVALID: {wrong[0].sentence()}: {wrong[0].why}" + _and_more(len(wrong) - 1, "check")
+    if result.missed:
+        return f"MISSED: {result.missed[0].sentence()}" + _and_more(len(result.missed) - 1, "level")
+    if not result.levels:
+        return "DONE: the run is valid; the profile promises no service level"
+    return f"MET: all {len(result.levels)} service levels hold, and the run is valid"
+
+
+def _and_more(count: int, what: str) -> str:
+    return f" (and {count} more {what}{'s' if count > 1 else ''})" if count else ""
+
+
+def _row(name: str, spread: Distribution) -> str:
+    values = (spread.p50, spread.p90, spread.p99, spread.max)
+    return f"{name:26}" + "".join(f"{amount(value, 's'):>12}" for value in values)

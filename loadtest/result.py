@@ -1,0 +1,155 @@
+"""A run's result: what was observed in, one JSON file out, and back. The report and `compare` read nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loadtest import levels, measure, metrics, profile, validity
+from loadtest.measure import Course, Summary
+from loadtest.metrics import ModelWork
+from loadtest.profile import Profile
+from loadtest.sample import Sample, from_columns, to_columns
+from loadtest.target import Target
+from loadtest.validity import Observed
+from loadtest.verdict import Verdict
+
+FORMAT = 1
+FAILED = "failed"  # an infinite percentile, in JSON
+
+
+class ResultError(ValueError):
+    """A file that isn't a run's result; the message says why."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run."""
+
+    profile: Profile
+    target: Target
+    started: str  # ISO 8601
+    machine: dict[str, Any]
+    checks: list[Verdict]  # whether the run may be believed
+    levels: list[Verdict]  # whether the service was as promised
+    summary: Summary
+    protocols: dict[str, Summary]
+    course: Course
+    server: dict[str, ModelWork]  # what each model did after the warm-up
+    server_course: dict[str, dict[str, list[float | None]]]
+    errors: dict[str, int]  # message → requests
+    samples: list[Sample]  # the warm-up's too: due before 0
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether every check of the run itself is met."""
+        return all(check.is_met for check in self.checks)
+
+    @property
+    def missed(self) -> list[Verdict]:
+        """The service levels that were missed."""
+        return [level for level in self.levels if not level.is_met]
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON, one line for each field."""
+        table = dataclasses.asdict(dataclasses.replace(self, samples=[]))
+        table = {"format": FORMAT} | _plain(table) | {"samples": to_columns(self.samples)}
+        lines = (f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in table.items())
+        path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def assemble(run: Profile, target: Target, started: str, machine: dict[str, Any], observed: Observed) -> Result:
+    """Make every figure of a run."""
+    counted = measure.counted(observed.samples)
+    last = max([run.duration_s, *(sample.end_s for sample in observed.samples)])
+    edges = measure.course_edges(-run.warmup_s, last)
+    summary = measure.summarise(counted, run.duration_s)
+    tokens = observed.tokens
+    after_warmup = [reading for reading in observed.readings if reading.at_s >= 0]
+    return Result(
+        profile=run,
+        target=target,
+        started=started,
+        machine=machine,
+        checks=validity.check(observed),
+        levels=levels.check(run.levels, summary),
+        summary=summary,
+        protocols={
+            name: measure.summarise([s for s in counted if s.protocol == name], run.duration_s)
+            for name in run.protocols
+        },
+        course=measure.course(observed.samples, tokens, edges),
+        server=metrics.work(after_warmup[0], after_warmup[-1]) if after_warmup else {},
+        server_course=metrics.course(observed.readings, edges),
+        errors=_count([_message(sample) for sample in counted if not sample.is_complete]),
+        samples=list(observed.samples),
+    )
+
+
+def load(path: Path) -> Result:
+    """Read a file of `Result.save`. Raises `ResultError`."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ResultError(f"can't read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ResultError(f"{path} is not JSON: {error}") from error
+    if not isinstance(table, dict) or table.get("format") != FORMAT:
+        found = table.get("format") if isinstance(table, dict) else table
+        raise ResultError(f"{path} must be a load test's result of format {FORMAT}, got {found!r:.80}")
+    try:
+        return Result(
+            profile=profile.from_dict(table["profile"]),
+            target=Target(**table["target"]),
+            started=table["started"],
+            machine=table["machine"],
+            checks=[Verdict(**_infinite(check)) for check in table["checks"]],
+            levels=[Verdict(**_infinite(level)) for level in table["levels"]],
+            summary=_summary(table["summary"]),
+            protocols={name: _summary(each) for name, each in table["protocols"].items()},
+            course=Course(**_infinite(table["course"])),
+            server={model: ModelWork(**each) for model, each in table["server"].items()},
+            server_course=table["server_course"],
+            errors=table["errors"],
+            samples=from_columns(table["samples"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResultError(f"{path} is not a whole result: {error}") from error
+
+
+def _summary(table: dict[str, Any]) -> Summary:
+    fields: dict[str, Any] = {
+        name: measure.Distribution(**_infinite(value)) if isinstance(value, dict) else value
+        for name, value in table.items()
+    }
+    return Summary(**fields)
+
+
+def _message(sample: Sample) -> str:
+    return sample.error or f"the answer ended with finish_reason {sample.finish_reason!r}"
+
+
+def _count(messages: Sequence[str]) -> dict[str, int]:
+    """The most frequent first."""
+    counts = {message: messages.count(message) for message in set(messages)}
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: numbers of six digits that matter, FAILED for an infinite one."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return FAILED if math.isinf(value) else float(f"{value:.6g}")
+    return value
+
+
+def _infinite(table: dict[str, Any]) -> dict[str, Any]:
+    return {key: math.inf if value == FAILED else value for key, value in table.items()}

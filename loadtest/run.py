@@ -1,0 +1,215 @@
+"""`python -m loadtest.run`: a profile and a server in, a result, a report and an exit status out.
+
+    make loadtest PROFILE=spike                 builds the demo model, serves it, loads it, stops it
+    make loadtest PROFILE=spike HOST=10.0.0.7   loads what runs there, and starts nothing
+    python -m loadtest.run spike --page 8089    Locust's own page instead: http://localhost:8089
+
+Exit status: 0; 1 for an error, told in one line; 2: wrong usage; 3: a service level was missed; 4: the run is invalid,
+whatever its figures say; 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import loadtest.green  # noqa: F401  # isort: skip  # before everything else
+
+import argparse
+import contextlib
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import gevent
+from locust.env import Environment
+
+from benchmarks.machine import describe
+from ensemble.server import ServerError, TritonServer
+from loadtest import profile
+from loadtest.profile import ProfileError
+from loadtest.report.page import write_report
+from loadtest.report.text import table
+from loadtest.result import Result, assemble
+from loadtest.session import Session
+from loadtest.target import Target
+from loadtest.users import ProfileShape, user_classes
+
+OK, ERROR, USAGE, MISSED, INVALID, INTERRUPTED = 0, 1, 2, 3, 4, 130
+PROGRESS_S = 5.0
+# Beyond a request's timeout: the client tells the server to stop, and waits for it to have done so.
+STOP_MARGIN_S = 10.0
+INTERRUPTED_STOP_S = 2.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one profile."""
+    arguments = make_parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how supervisors say Ctrl-C: the server must stop too
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        chosen = profile.load(arguments.profile).scaled(arguments.scale)
+        with serve(arguments) as target, contextlib.closing(Session(chosen, target)) as session:
+            if not session.is_ready():
+                return _fail(f"no ready model {target.model!r} at {target.http_url} and {target.grpc_url}")
+            run = Run(session, arguments.output or default_output(chosen.name))
+            if arguments.page:
+                run.page(arguments.page)
+                return OK
+            result = run.headless()
+    except (ProfileError, ServerError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return exit_status(result)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.run", description="Load a served model with a profile, and report on it."
+    )
+    parser.add_argument("profile", help=f"{', '.join(profile.names())}, or a .toml file")
+    parser.add_argument("--model", default="smollm2", help="name of the served model (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, help="times the profile's rates or users")
+    parser.add_argument("--output", type=Path, help="directory (default: build/loadtest/PROFILE-TIME)")
+    parser.add_argument(
+        "--page", type=int, metavar="PORT", help="open Locust's own page here instead; 8089 is its usual"
+    )
+    server = parser.add_argument_group("server (default: serve the repository, and stop afterwards)")
+    server.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
+    server.add_argument("--host", help="of a running tritonserver: nothing is started")
+    for protocol, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
+        server.add_argument(f"--{protocol}-port", type=int, default=port, help="of --host (default: %(default)s)")
+    return parser
+
+
+@contextlib.contextmanager
+def serve(arguments: argparse.Namespace) -> Iterator[Target]:
+    """The running server that is named, or one for the time of the run."""
+    if arguments.host:
+        ports = arguments.http_port, arguments.grpc_port, arguments.metrics_port
+        yield Target.at(arguments.model, arguments.host, *ports)
+        return
+    _say(f"starting tritonserver on {arguments.repository}")
+    models = [arguments.model]
+    with TritonServer(arguments.repository, http_port=0, grpc_port=0, metrics_port=0, models=models) as server:
+        yield Target(arguments.model, server.http_url, server.grpc_url, server.metrics_url)
+        if server.exit_status is not None:
+            _say(f"tritonserver ended by itself during the run, with status {server.exit_status}")
+
+
+class Run:
+    """Locust's environment for one session, headless or with its page."""
+
+    def __init__(self, session: Session, output: Path) -> None:
+        self._session, self._output = session, output
+        self._result: Result | None = None
+        self._started = ""
+        self._machine = describe()
+        self._shape = ProfileShape(session)
+        self._environment: Any = Environment(  # Any: much of Locust is untyped
+            user_classes=user_classes(session),
+            shape_class=self._shape,
+            host=session.target.http_url,  # for the page to show
+            stop_timeout=session.profile.timeout_s + STOP_MARGIN_S,
+            catch_exceptions=True,
+        )
+        events: Any = self._environment.events
+        events.test_start.add_listener(self._on_start)
+        events.test_stopping.add_listener(self._on_stopping)
+        events.test_stop.add_listener(self._on_stop)
+        events.usage_monitor.add_listener(self._on_usage)
+        events.user_error.add_listener(self._on_user_error)
+        self._runner: Any = self._environment.create_local_runner()
+
+    def headless(self) -> Result:
+        """Run the profile once, with a line of progress now and then."""
+        ticker = gevent.spawn(self._show_progress)
+        try:
+            self._runner.start_shape()
+            self._runner.shape_greenlet.join()
+        except KeyboardInterrupt:
+            self._environment.stop_timeout = INTERRUPTED_STOP_S
+            raise
+        finally:
+            self._runner.quit()
+            ticker.kill()
+        if self._result is None:
+            raise RuntimeError("Locust ended the run without telling so")
+        return self._result
+
+    def page(self, port: int) -> None:
+        """Serve Locust's page until interrupted; each run that is started there is reported on."""
+        del sys.argv[1:]  # the page would read them as Locust's own, and end the process
+        page: Any = self._environment.create_web_ui("127.0.0.1", port)
+        _say(f"Locust's page: http://localhost:{port}; Ctrl-C ends it")
+        try:
+            page.greenlet.join()
+        except KeyboardInterrupt:
+            _say("")
+        finally:
+            self._runner.quit()
+            page.stop()
+
+    def _on_start(self, **_: Any) -> None:
+        self._started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self._session.start()
+
+    def _on_stopping(self, **_: Any) -> None:
+        self._session.is_stopping = True
+
+    def _on_usage(self, cpu_usage: float, **_: Any) -> None:
+        self._session.cpu_percent.append(cpu_usage)
+
+    def _on_user_error(self, exception: BaseException, **_: Any) -> None:
+        self._session.num_bugs += 1
+
+    def _on_stop(self, **_: Any) -> None:
+        session = self._session
+        result = assemble(session.profile, session.target, self._started, self._machine, session.finish())
+        self._output.mkdir(parents=True, exist_ok=True)
+        result.save(self._output / "result.json")
+        write_report(result, self._output / "report.html")
+        print(table(result))
+        print(f"wrote {self._output / 'result.json'} and {self._output / 'report.html'}", flush=True)
+        self._result = result
+
+    def _show_progress(self) -> None:
+        while True:
+            gevent.sleep(PROGRESS_S)
+            recorder, duration = self._session.recorder, self._session.profile.duration_s
+            at = recorder.now()
+            failed = sum(not sample.is_complete for sample in recorder.samples)
+            _say(
+                f"{'warm-up' if at < 0 else f'{min(at, duration):.0f} of {duration:.0f} s'}: "
+                f"{recorder.num_begun - len(recorder.samples)} under way, "
+                f"{len(recorder.samples)} done, {failed} of them failed"
+            )
+
+
+def exit_status(result: Result) -> int:
+    """What a result means to a script; an invalid run says nothing about levels."""
+    if not result.is_valid:
+        return INVALID
+    return MISSED if result.missed else OK
+
+
+def default_output(name: str) -> Path:
+    """A directory of its own for each run."""
+    return Path("build") / "loadtest" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""One run of a profile while it lasts: the clients, the clock, and what watches the generator and the server.
+
+Runs under gevent (loadtest/green.py); Locust's users call it. It decides when a conversation's next turn is due, and
+neither when conversations begin nor what is made of the samples.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from typing import Any
+
+import gevent
+import httpx
+
+from clients.base import BaseClient
+from loadtest.arrivals import poisson
+from loadtest.exchange import Recorder, exchange
+from loadtest.metrics import Reading, parse
+from loadtest.profile import Profile, ProtocolName
+from loadtest.prompts import History, Talk, talk
+from loadtest.target import Target
+from loadtest.validity import Observed
+
+LAG_POLL_S = 0.1
+READING_S = 1.0
+READING_TIMEOUT_S = 2.0
+# Between the start and the first moment that a request may be due: users are made in it.
+LEAD_IN_S = 1.0
+
+_logger = logging.getLogger(__name__)
+
+
+class Session:
+    """The state of one run. `start` and `finish` frame it; everything else is called in between."""
+
+    def __init__(self, profile: Profile, target: Target) -> None:
+        self.profile, self.target = profile, target
+        # One client for each way in, shared by all users: as many connections as a gateway would hold.
+        by_family: dict[str, BaseClient] = {}
+        for name in profile.protocols:
+            family = name.split("-")[0]
+            by_family.setdefault(family, target.client(name, profile.timeout_s))  # type: ignore[arg-type]
+        self._clients = {name: by_family[name.split("-")[0]] for name in profile.protocols}
+        self.schedule = poisson(profile) if profile.arrivals == "open" else None
+        self._reset()
+
+    def _reset(self) -> None:
+        self.recorder = Recorder()
+        self.is_started = False
+        self.is_stopping = False  # Locust is, at the end or before it, by hand
+        self.num_bugs = 0
+        self._numbers = itertools.count()
+        self._num_first_sent = 0
+        self._lags_s: list[float] = []
+        self.cpu_percent: list[float] = []
+        self._readings: list[Reading] = []
+        self._num_missed = 0
+        self._watchers: list[Any] = []
+        self._began_s = self._began_cpu_s = 0.0
+
+    def start(self) -> None:
+        """Start the clock and the watchers."""
+        self._reset()
+        self._began_s, self._began_cpu_s = time.perf_counter(), time.process_time()
+        self.recorder.origin = self._began_s + LEAD_IN_S + self.profile.warmup_s
+        self.is_started = True
+        self._read_metrics()
+        self._watchers = [gevent.spawn(self._watch_lag), gevent.spawn(self._watch_metrics)]
+
+    def finish(self) -> Observed:
+        """Stop the watchers; what was seen."""
+        gevent.killall(self._watchers)
+        self._read_metrics()
+        self.is_started = False  # Locust's page may start it again
+        seconds = time.perf_counter() - self._began_s
+        # Of a run shorter than Locust's interval there is only the whole.
+        cpu_percent = self.cpu_percent or [100 * (time.process_time() - self._began_cpu_s) / seconds]
+        return Observed(
+            samples=tuple(self.recorder.samples),
+            tokens=dict(self.recorder.tokens),
+            num_scheduled=None if self.schedule is None else len(self.schedule),
+            num_first_sent=self._num_first_sent,
+            num_begun=self.recorder.num_begun,
+            num_bugs=self.num_bugs,
+            lags_s=tuple(self._lags_s),
+            cpu_percent=tuple(cpu_percent),
+            readings=tuple(self._readings),
+            num_missed_readings=self._num_missed,
+            model=self.target.model,
+        )
+
+    def close(self) -> None:
+        """Release the connections."""
+        for client in set(self._clients.values()):
+            client.close()
+
+    def is_ready(self) -> bool:
+        """Whether the model can be called by every way in."""
+        return all(client.is_ready() for client in set(self._clients.values()))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no request may be sent any more."""
+        return self.is_stopping or self.recorder.now() >= self.profile.duration_s
+
+    def next_talk(self) -> Talk:
+        """The next conversation of the profile."""
+        return talk(self.profile, next(self._numbers))
+
+    def sleep_until(self, due_s: float) -> None:
+        """Wait for a moment of the run's clock; at once where it has passed."""
+        gevent.sleep(max(due_s - self.recorder.now(), 0))
+
+    def converse(self, talk: Talk, protocol: ProtocolName, due_s: float, environment: Any) -> None:
+        """Send a conversation's turns, each when it is due, until it or the run is over."""
+        history = History(talk, self.profile.requests, self.profile.seed)
+        for turn in talk.turns:
+            due_s += turn.think_s
+            if due_s >= self.profile.duration_s:
+                return
+            self.sleep_until(due_s)
+            request = history.request(turn)
+            if request is None or self.is_stopping:
+                return
+            self._num_first_sent += turn is talk.turns[0]
+            sample, answer = exchange(self._clients[protocol], request, protocol, due_s, self.recorder)
+            _tell_locust(environment, sample, answer)
+            if answer is None:
+                return
+            history.answered(answer)
+            due_s = sample.end_s
+
+    def _watch_lag(self) -> None:
+        while True:
+            before = time.perf_counter()
+            gevent.sleep(LAG_POLL_S)
+            self._lags_s.append(time.perf_counter() - before - LAG_POLL_S)
+
+    def _watch_metrics(self) -> None:
+        due_s = self.recorder.now()
+        while True:
+            due_s = max(due_s + READING_S, self.recorder.now())
+            self.sleep_until(due_s)
+            self._read_metrics()
+
+    def _read_metrics(self) -> None:
+        try:
+            response = httpx.get(self.target.metrics_url, timeout=READING_TIMEOUT_S, trust_env=False)
+            response.raise_for_status()
+            self._readings.append(parse(response.text, self.recorder.now()))
+        except (httpx.HTTPError, ValueError) as error:
+            self._num_missed += 1
+            _logger.info("no counters from %s: %s", self.target.metrics_url, error)
+
+
+def _tell_locust(environment: Any, sample: Any, answer: Any) -> None:
+    """Locust's own page shows the whole answer and, for streams, the time to first token."""
+    length = len(answer.text.encode()) if answer else 0
+    error = None if answer else sample.error or f"the answer ended with {sample.finish_reason!r}"
+    fire = environment.events.request.fire
+    fire(
+        request_type=sample.protocol,
+        name="whole answer",
+        response_time=sample.latency_s * 1e3,
+        response_length=length,
+        exception=error,
+        context={},
+    )
+    if sample.first_token_s is not None:
+        fire(
+            request_type=sample.protocol,
+            name="time to first token",
+            response_time=sample.first_token_s * 1e3,
+            response_length=0,
+            exception=None,
+            context={},
+        )

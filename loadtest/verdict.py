@@ -1,0 +1,41 @@
+"""One thing that was checked: a figure and its limit. Service levels and validity checks are both lists of these."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`value` should be at most `limit` (None: there is no figure). `why` says what a miss means."""
+
+    name: str
+    value: float | None
+    limit: float
+    unit: str  # "" for a plain number
+    why: str
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the limit holds; a figure that is missing meets nothing."""
+        return self.value is not None and self.value <= self.limit
+
+    def sentence(self) -> str:
+        """The figure beside its limit, for a line of text."""
+        return f"{self.name}: {amount(self.value, self.unit)}, limit {amount(self.limit, self.unit)}"
+
+
+def amount(value: float | None, unit: str = "") -> str:
+    """A number with its unit, as people write it: three digits that matter, milliseconds below a second."""
+    if value is None:
+        return "no figure"
+    if math.isinf(value):
+        return "failed"
+    if unit == "s" and value != 0 and abs(value) < 1:
+        value, unit = value * 1e3, "ms"
+    if abs(value) < 1000:
+        value = float(f"{value:.3g}")
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    number = f"{value:,.0f}" if value == round(value) else f"{value:,.{digits}f}"
+    return f"{number} {unit}".strip()

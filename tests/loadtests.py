@@ -1,0 +1,97 @@
+"""Samples and results of load tests, made by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from loadtest import profile
+from loadtest.metrics import Reading
+from loadtest.profile import Profile
+from loadtest.result import Result, assemble
+from loadtest.sample import Sample
+from loadtest.target import Target
+from loadtest.validity import Observed
+
+TARGET = Target.at("smollm2", "localhost")
+PROFILE: dict[str, Any] = {
+    "name": "test",
+    "description": "A test",
+    "arrivals": "open",
+    "seed": 7,
+    "warmup_s": 5,
+    "timeout_s": 30,
+    "stages": [{"seconds": 40, "start": 2, "end": 2}],
+    "requests": {
+        "form": "text",
+        "prompt_words": {"median": 10, "sigma": 0.5, "least": 2, "most": 50},
+        "answer_tokens": {"median": 20, "sigma": 0.5, "least": 2, "most": 50},
+    },
+    "protocols": {"grpc-stream": 1},
+}
+
+
+def make_profile(**changes: Any) -> Profile:
+    return profile.from_dict(PROFILE | changes)
+
+
+def sample(due_s: float = 0.0, *, latency_s: float = 1.0, first_s: float | None = 0.2, **changes: Any) -> Sample:
+    """A streamed answer of 5 tokens, due at `due_s` and sent then; `first_s` and `latency_s` are after that."""
+    whole = Sample(
+        protocol="grpc-stream",
+        due_s=due_s,
+        sent_s=due_s,
+        first_s=None if first_s is None else due_s + first_s,
+        end_s=due_s + latency_s,
+        num_input_tokens=10,
+        num_output_tokens=5,
+        num_first_tokens=1,
+        num_responses=5,
+        max_gap_s=0.3,
+        finish_reason="length",
+        error="",
+    )
+    return dataclasses.replace(whole, **changes)
+
+
+def failed(due_s: float = 0.0, **changes: Any) -> Sample:
+    changes = {"num_output_tokens": 0, "finish_reason": "", "error": "RequestTimeout: too slow", **changes}
+    return sample(due_s, first_s=None, **changes)
+
+
+def observed(seen: Sequence[Sample], **changes: Any) -> Observed:
+    """A run without fault."""
+    whole = Observed(
+        samples=seen,
+        tokens={},
+        num_scheduled=len(seen),
+        num_first_sent=len(seen),
+        num_begun=len(seen),
+        num_bugs=0,
+        lags_s=[0.001] * 10,
+        cpu_percent=[20.0],
+        readings=(),
+        num_missed_readings=0,
+        model="smollm2",
+    )
+    return dataclasses.replace(whole, **changes)
+
+
+def reading(at_s: float, count: float, **gauges: float) -> Reading:
+    """The counters of one model that has had `count` requests of 2 ms queue and 6 ms compute, in batches of two."""
+    counters = {
+        "successes": count,
+        "failures": 0.0,
+        "inferences": count,
+        "executions": count / 2,
+        "request_us": count * 9000,
+        "queue_us": count * 2000,
+        "compute_us": count * 6000,
+    }
+    return Reading(at_s, {"smollm2": counters}, {"smollm2": gauges} if gauges else {})
+
+
+def make_result(samples: Sequence[Sample], run: Profile | None = None, **changes: Any) -> Result:
+    machine = {"processor": "a processor", "cores": 2, "memory_gib": 24.0}
+    return assemble(run or make_profile(), TARGET, "2026-11-24T05:00:00+00:00", machine, observed(samples, **changes))

@@ -1,0 +1,236 @@
+"""The load generator as a whole: a process of its own, since Locust patches the one that it is in.
+
+Against a fake with known times for its clock and its judgement; against the real server for the whole way.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from clients.api import GenerateRequest
+from clients.grpc import GrpcClient
+from ensemble.server import TritonServer
+from loadtest.result import Result, load
+from tests.conftest import NAME
+from tests.fake_triton import MODEL, Behaviour, Ports, fake_triton
+
+ROOT = Path(__file__).parents[1]
+OK, ERROR, USAGE, MISSED, INVALID = range(5)
+
+PROFILE = """
+description = "A test"
+arrivals = "{arrivals}"
+seed = 1
+warmup_s = 0.5
+timeout_s = {timeout_s}
+{think}
+
+[[stages]]
+seconds = {seconds}
+start = {level}
+end = {level}
+
+[requests]
+form = "text"
+prompt_words = {{ median = 5, sigma = 0, least = 5, most = 5 }}
+answer_tokens = {{ median = 5, sigma = 0, least = 5, most = 5 }}
+
+[protocols]
+{protocols}
+
+[levels]
+{levels}
+"""
+ALL_PROTOCOLS = "grpc-stream = 1\ngrpc = 1\nhttp-stream = 1\nhttp = 1"
+
+
+def write_profile(
+    directory: Path,
+    *,
+    arrivals: str = "open",
+    think: str = "",
+    timeout_s: float = 10,
+    seconds: float = 4,
+    level: float = 10,
+    protocols: str = ALL_PROTOCOLS,
+    levels: str = "max_error_ratio = 0",
+) -> Path:
+    path = directory / "test.toml"
+    path.write_text(
+        PROFILE.format(
+            arrivals=arrivals,
+            think=think,
+            timeout_s=timeout_s,
+            seconds=seconds,
+            level=level,
+            protocols=protocols,
+            levels=levels,
+        )
+    )
+    return path
+
+
+def run(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "loadtest.run", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
+
+
+def run_on_fake(ports: Ports, profile: Path) -> tuple[subprocess.CompletedProcess[str], Result]:
+    output = profile.parent / "output"
+    options = ["--http-port", str(ports.http), "--grpc-port", str(ports.grpc), "--metrics-port", str(ports.http)]
+    done = run(str(profile), "--model", MODEL, "--host", "127.0.0.1", *options, "--output", str(output))
+    assert (output / "result.json").is_file(), done.stderr
+    return done, load(output / "result.json")
+
+
+def met(result: Result, name: str) -> bool:
+    (verdict,) = [each for each in (*result.levels, *result.checks) if each.name == name]
+    return verdict.is_met
+
+
+def test_known_times_are_measured_over_every_protocol(tmp_path: Path) -> None:
+    with fake_triton(Behaviour(first_s=0.1, gap_s=0.01, num_tokens=6)) as ports:
+        done, result = run_on_fake(ports, write_profile(tmp_path))
+    # Without regard to the run's validity: the tests' machine may be busy.
+    assert done.returncode in (OK, INVALID), done.stderr
+    assert result.errors == {}
+    assert set(result.protocols) == {"grpc-stream", "grpc", "http-stream", "http"}
+    assert all(part.num_complete == part.num_requests > 2 for part in result.protocols.values())
+    for name, part in result.protocols.items():
+        assert part.latency_s.p50 is not None and 0.149 < part.latency_s.p50 < 0.19, name
+        if name.endswith("-stream"):
+            assert part.first_token_s.p50 is not None and 0.099 < part.first_token_s.p50 < 0.125, name
+            assert part.inter_token_s.p50 == pytest.approx(0.01, abs=0.002), name
+        else:
+            assert part.first_token_s.count == 0, "what isn't streamed has no first token"
+    assert result.summary.output_tokens.mean == 6
+    assert result.summary.input_tokens.mean == 3
+    assert all(sample.due_s < 0 for sample in result.samples[:1]), "the warm-up's requests are kept, and not counted"
+    assert result.summary.num_requests == sum(sample.due_s >= 0 for sample in result.samples) < len(result.samples)
+    assert met(result, "scheduled requests not sent, or sent twice")
+    assert met(result, "requests of others")
+
+
+def test_time_to_first_token_under_gevent_is_a_plain_clients(tmp_path: Path) -> None:
+    with fake_triton(Behaviour(first_s=0.1, num_tokens=2)) as ports:
+        _, result = run_on_fake(ports, write_profile(tmp_path, protocols="grpc-stream = 1", level=5))
+        plain = []
+        with GrpcClient(f"127.0.0.1:{ports.grpc}", MODEL, 10) as client:
+            for _ in range(20):
+                start = time.perf_counter()
+                chunks = client.stream(GenerateRequest(prompt="a", max_tokens=2))
+                next(chunks)
+                plain.append(time.perf_counter() - start)
+                list(chunks)
+    assert result.summary.first_token_s.p50 == pytest.approx(statistics.median(plain), abs=0.015)
+
+
+def test_closed_users_wait_for_their_answer(tmp_path: Path) -> None:
+    profile = write_profile(
+        tmp_path, arrivals="closed", think="think_s = 0.1", level=4, protocols="grpc-stream = 1\nhttp = 1"
+    )
+    with fake_triton(Behaviour(first_s=0.1, gap_s=0, num_tokens=2)) as ports:
+        _, result = run_on_fake(ports, profile)
+    # Four users, each 0.1 s answer and 0.1 s thought: twenty requests a second, at most.
+    assert result.summary.max_backlog <= 4
+    assert 40 < result.summary.num_requests <= 81
+    assert {sample.protocol for sample in result.samples} == {"grpc-stream", "http"}
+
+
+def test_a_missed_level_is_named_with_its_value_and_limit(tmp_path: Path) -> None:
+    profile = write_profile(tmp_path, levels="p99_latency_s = 0.05\nmax_error_ratio = 0", level=4)
+    with fake_triton(Behaviour(first_s=0.1)) as ports:
+        done, result = run_on_fake(ports, profile)
+    assert not met(result, "latency, 99th percentile")
+    assert met(result, "requests without a complete answer")
+    assert "MISSED service level: latency, 99th percentile: 1" in done.stdout
+    assert "limit 50.0 ms" in done.stdout or "limit 50 ms" in done.stdout
+    assert done.returncode == (MISSED if result.is_valid else INVALID)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        ("refuse", "RequestRejected: the fake refuses"),
+        ("breaks", "ProtocolError: the responses ended without a finish_reason"),
+    ],
+)
+def test_errors_are_counted_and_told(tmp_path: Path, behaviour: str, message: str) -> None:
+    profile = write_profile(tmp_path, protocols="grpc-stream = 1\nhttp-stream = 1", seconds=2)
+    with fake_triton(Behaviour(behaviour=behaviour)) as ports:
+        done, result = run_on_fake(ports, profile)
+    assert result.errors == {message: result.summary.num_requests}
+    assert result.summary.error_ratio == 1
+    assert not met(result, "requests without a complete answer")
+    assert not met(result, "requests counted are missing"), "a run without one answer measures nothing"
+    assert done.returncode == INVALID
+    assert message in done.stdout
+
+
+def test_a_stalled_server_ends_the_run_with_errors(tmp_path: Path) -> None:
+    profile = write_profile(tmp_path, timeout_s=1.5, seconds=2, level=4)
+    start = time.monotonic()
+    with fake_triton(Behaviour(behaviour="stall")) as ports:
+        done, result = run_on_fake(ports, profile)
+    assert time.monotonic() - start < 30
+    assert done.returncode == INVALID
+    assert result.summary.num_complete == 0
+    assert result.summary.num_errors == result.summary.num_requests > 0
+    assert all(error.startswith("RequestTimeout: no complete answer") for error in result.errors)
+    assert met(result, "requests begun without a result"), "each request has its end, and it is an error"
+
+
+def test_no_server_is_one_line(tmp_path: Path) -> None:
+    ports = ["--http-port", "9", "--grpc-port", "9"]
+    done = run("smoke", "--host", "127.0.0.1", *ports, "--output", str(tmp_path))
+    assert done.returncode == ERROR
+    assert done.stderr == "error: no ready model 'smollm2' at http://127.0.0.1:9 and 127.0.0.1:9\n"
+
+
+def test_an_unknown_profile_is_one_line() -> None:
+    done = run("spke")
+    assert done.returncode == ERROR
+    assert done.stderr.startswith("error: no profile 'spke'; there are chat, ramp, smoke, soak, spike, steady")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.server
+def test_the_smoke_profile_on_the_real_server(server: TritonServer, tmp_path: Path) -> None:
+    ports = {"http": server.http_port, "grpc": server.grpc_port, "metrics": server.metrics_port}
+    options = [each for name, port in ports.items() for each in (f"--{name}-port", str(port))]
+    options = ["--host", "127.0.0.1", "--model", NAME, *options, "--output", str(tmp_path)]
+    done = run("smoke", *options, timeout_s=180)
+    result = load(tmp_path / "result.json")
+    assert done.returncode == (OK if result.is_valid else INVALID), done.stdout + done.stderr
+    assert result.errors == {}
+    assert result.missed == []
+    assert result.summary.num_complete == result.summary.num_requests > 10
+    assert set(result.protocols) == {"grpc-stream", "grpc", "http-stream", "http"}
+    assert result.summary.first_token_s.p50 is not None
+    assert 0 < result.summary.first_token_s.p50 < (result.summary.latency_s.max or 0)
+    # Triton's own counters tell the same story.
+    for part in (NAME, f"{NAME}-tokenizer", f"{NAME}-engine"):
+        assert abs(result.server[part].requests - result.summary.num_requests) <= 3, "the warm-up's last may end in it"
+    assert result.server[f"{NAME}-tokenizer"].compute_ms is not None
+    assert met(result, "requests of others")
+    assert "<svg" in (tmp_path / "report.html").read_text()
+
+    # The same load with a level that nothing keeps.
+    text = (ROOT / "loadtest" / "profiles" / "smoke.toml").read_text()
+    text = text.replace("p99_latency_s = 10", "p99_latency_s = 0.001").replace("seconds = 20", "seconds = 4")
+    strict = tmp_path / "strict.toml"
+    strict.write_text(text)
+    done = run(str(strict), *options)
+    result = load(tmp_path / "result.json")
+    assert [level.name for level in result.missed] == ["latency, 99th percentile"]
+    assert done.returncode == (MISSED if result.is_valid else INVALID)
+    assert "MISSED service level: latency, 99th percentile: " in done.stdout
+    assert "limit 1 ms" in done.stdout
