@@ -156,6 +156,7 @@ def test_a_client_that_reads_no_more_is_found_by_the_time_limit(server: TritonSe
     body = {"text_input": LONG, "stream": True, "timeout_ms": 1500}
     url = f"{server.http_url}/v2/models/{NAME}/generate_stream"
     with httpx.stream("POST", url, json=body, timeout=TIMEOUT_S) as response:
-        next(response.iter_bytes())
+        pieces = response.iter_bytes()  # kept, for an iterator that goes away closes the connection
+        next(pieces)
         wait_until(server, 1.5 + LIMIT_S, requests_expired_total=expired + 1)
         assert metrics(server)["slots_used"] <= 1
