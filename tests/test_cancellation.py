@@ -82,7 +82,9 @@ def test_an_explicit_stop(server: TritonServer, beside: None, is_streamed: bool)
         thread.start()
         wait_until(server, 10, slots_used=2)
         stop = {"id": "stop-me", "stop": True}
-        assert httpx.post(f"{server.http_url}/v2/models/{NAME}-engine/generate", json=stop, timeout=5).status_code == 200
+        assert (
+            httpx.post(f"{server.http_url}/v2/models/{NAME}-engine/generate", json=stop, timeout=5).status_code == 200
+        )
     thread.join(10)
     assert '"finish_reason":"cancelled"' in answers[0].text
 
@@ -116,7 +118,10 @@ def client_process(server: TritonServer, protocol: str, kind: str) -> Iterator[s
     url = server.grpc_url if protocol == "grpc" else server.http_url
     program = PROGRAM.format(name=NAME, prompt=LONG)
     process = subprocess.Popen(
-        [sys.executable, "-c", program, protocol, url, kind], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", program, protocol, url, kind],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     try:
         wait_until(server, 20, slots_used=2)
