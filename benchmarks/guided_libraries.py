@@ -400,6 +400,7 @@ def hostile(name: str, directory: str, vocab_size: str, end_id: str, guide: str)
             library.fill([matcher], out)
             slowest = max(slowest, time.perf_counter() - before)
             choices = np.flatnonzero(np.unpackbits(out.view(np.uint8), bitorder="little"))
+            choices = choices[choices != int(end_id)]
             if not len(choices) or not library.accept(matcher, int(random.choice(choices))):
                 break
     except RefusedError:

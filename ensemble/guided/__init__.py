@@ -2,7 +2,8 @@
 
     errors ◄─ vocabulary ◄─ guide ◄─ compiler ─► grammar
 
-The library behind it is llguidance; benchmarks/results/guided-libraries.md says why.
+The library behind it is llguidance: it needs no torch, compiles in a millisecond, and refuses what it can't enforce;
+xgrammar was measured beside it (benchmarks/results/guided-libraries.md).
 """
 
 from ensemble.guided.compiler import GuideCompiler
