@@ -31,8 +31,22 @@ class PromptInfo:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> PromptInfo:
-        """What `to_json` wrote."""
-        return cls(*json.loads(text))
+        """What `to_json` wrote.
+
+        Raises:
+            ValueError: it is something else, from a client that calls the engine directly.
+        """
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError):
+            values = None
+        if (
+            not isinstance(values, list)
+            or len(values) != 2
+            or not all(v is None or v is True or v is False for v in values)
+        ):
+            raise ValueError(f"prompt_info is {text[:40]!r}, must be what the tokenizer gives; leave it out")
+        return cls(values[0], bool(values[1]))
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,7 @@ class Progress:
 
     num_input_tokens and shows_output_tokens: None and False where the client doesn't want the numbers.
     shows_index: the request has several sequences.
+    is_last: nothing follows, of any of its sequences.
     """
 
     stream_id: int
@@ -83,6 +98,7 @@ class Progress:
     num_input_tokens: int | None = None
     shows_output_tokens: bool = True
     shows_index: bool = False
+    is_last: bool = False
 
     @property
     def ids(self) -> list[int]:
@@ -91,7 +107,8 @@ class Progress:
 
     def to_json(self) -> str:
         """One line of JSON, without the ids."""
-        values: list[Any] = [self.stream_id, self.num_input_tokens, self.shows_output_tokens, self.shows_index]
+        values: list[Any] = [self.stream_id, self.num_input_tokens, self.shows_output_tokens]
+        values += [self.shows_index, self.is_last]
         values.append(None if self.head is None else [self.head.info.to_json(), self.head.echo])
         for update in self.updates:
             log_probs = update.log_probs
@@ -104,7 +121,7 @@ class Progress:
     @classmethod
     def from_json(cls, text: str | bytes, ids: list[int]) -> Progress:
         """What `to_json` wrote, with the ids of the tensor beside it."""
-        stream_id, num_input_tokens, shows_output_tokens, shows_index, head, *rows = json.loads(text)
+        stream_id, num_input_tokens, shows_output_tokens, shows_index, is_last, head, *rows = json.loads(text)
         updates, start = [], 0
         for index, count, num_output_tokens, finish_reason, num_cut_chars, log_probs, times in rows:
             updates.append(
@@ -126,6 +143,7 @@ class Progress:
             num_input_tokens,
             shows_output_tokens,
             shows_index,
+            is_last,
         )
 
 

@@ -29,12 +29,6 @@ class Stream:
         self._tokenizer = tokenizer
         self._head = head or Head(PromptInfo())
         self._sequences: dict[int, _Sequence] = {}
-        self._finished: set[int] = set()
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether no sequence that was seen has anything left to say."""
-        return not self._sequences
 
     def push(self, progress: Progress) -> Outputs:
         """The tensors of one response, a value for each of `progress.updates`."""

@@ -17,7 +17,7 @@ from ensemble.engine.sequence import Sequence as TokenSequence
 from ensemble.guided import GuideError, fill_masks
 from ensemble.sampling import Sampled, SamplingError, choose
 
-Outcome = Sampled | SamplingError | GuideError
+Outcome = Sampled | Exception
 
 
 class Decoder:
@@ -83,9 +83,9 @@ class Decoder:
         guided = [(i, s.guide) for i, s in enumerate(sequences) if s.guide is not None and s.is_guided]
         if guided:
             words = np.empty((len(guided), self._mask_words), np.uint32)
-            fill_masks([guide for _, guide in guided], words)
+            errors = fill_masks([guide for _, guide in guided], words)
             for row, (i, _) in enumerate(guided):
-                masks[i] = words[row]
+                masks[i] = errors.get(row, words[row])
         return masks
 
     def _draw(self, sequence: TokenSequence, runner: DrawingRunner) -> Draw | None:
@@ -105,7 +105,9 @@ def _choose(sequence: TokenSequence, logits: Logits, mask: NDArray[np.uint32] | 
                 sequence.bad_words.push(forced)
             return sequence.sampler.force(forced, logits)
         return choose(sequence.sampler, sequence.bad_words, logits, mask)
-    except SamplingError as error:
+    except (
+        Exception
+    ) as error:  # a SamplingError, or whatever a client's words make of an odd token: its sequence's alone
         return error
 
 

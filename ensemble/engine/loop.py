@@ -20,9 +20,9 @@ from ensemble.engine.runners.base import DrawingRunner, Logits, OutOfMemory, Pro
 from ensemble.engine.scheduler import Chunk, Scheduler, Step
 from ensemble.engine.sequence import FailureKind, Request
 from ensemble.engine.sequence import Sequence as TokenSequence
+from ensemble.errors import one_line
 from ensemble.guided import GuideError
-from ensemble.progress import Update
-from ensemble.sampling import Sampled
+from ensemble.sampling import Sampled, SamplingError
 from ensemble.settings import EngineSettings
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,9 @@ class QueueFull(Exception):
 
 class EngineLoop:
     """Runs every submitted request to its end.
+
+    The thread survives everything: what goes wrong with one sequence, or with one client's channel, ends its request;
+    a fault of the engine's own ends all requests, and the next are served.
 
     Args:
         runner: the model; the loop closes it.
@@ -108,9 +111,11 @@ class EngineLoop:
         while self._receive():
             try:
                 self.step()
-            except Exception as error:  # a fault of ours: it must not leave everybody without an answer
-                log.exception("a step failed")
-                self._fail_all(f"the engine failed: {error}", "internal")
+            except Exception as error:  # no fault that is foreseen: every client must hear of it all the same
+                log.error("a step failed", exc_info=error)
+                self._fail_all(f"the engine failed: {one_line(error)}", "internal")
+        while not self._inbox.empty():  # what came after `close`
+            self._handle(self._inbox.get())
         self._fail_all("the engine is shutting down", "unavailable")
         self._runner.close()
 
@@ -130,21 +135,34 @@ class EngineLoop:
     def _receive(self) -> bool:
         """Take in what other threads asked for, waiting if there is nothing else to do; False: close."""
         while True:
+            self._note_load()  # also of requests that ended between two steps, before it waits for others
             try:
                 message = self._inbox.get(block=not self._requests)
             except queue.Empty:
                 return True
             if message is None:
                 return False
-            try:
+            self._handle(message)
+
+    def _handle(self, message: Callable[[], None] | None) -> None:
+        try:
+            if message is not None:
                 message()
-            except Exception:  # an answer to a stop request whose sender has gone
-                log.exception("a message failed")
+        except Exception as error:
+            log.error("a message to the engine failed", exc_info=error)
+
+    def _note_load(self) -> None:
+        self.metrics.slots_used = self._scheduler.num_running
+        self.metrics.sequences_waiting = self._scheduler.num_waiting
 
     def _prepare(self, step: Step) -> None:
         now = self.clock()
-        for copy in step.copies:
-            self._runner.copy_prefix(copy.source, copy.target, copy.num_tokens)
+        try:
+            for copy in step.copies:
+                self._runner.copy_prefix(copy.source, copy.target, copy.num_tokens)
+        except Exception as error:  # costs what would have been reused, and nothing else
+            log.error("copying a prefix failed", exc_info=error)
+            self._scheduler.forget_copies(step.admitted)
         for sequence in step.admitted:
             sequence.first_scheduled_at = now
             self.metrics.prompt_tokens_total += len(sequence.request.prompt_ids)
@@ -152,8 +170,7 @@ class EngineLoop:
             self.metrics.prefix_hits_total += sequence.num_computed > 0
             if sequence.index == 0:
                 self.metrics.queue_time_seconds.observe(now - sequence.request.arrived_at)
-        self.metrics.slots_used = self._scheduler.num_running
-        self.metrics.sequences_waiting = self._scheduler.num_waiting
+        self._note_load()
 
     def _start_decode(self, step: Step) -> float | None:
         """When the decode began; None if there is none."""
@@ -188,17 +205,24 @@ class EngineLoop:
         else:
             groups = [[chunk] for chunk in chunks]
         for group in groups:
+            group = [chunk for chunk in group if chunk.sequence.slot is not None]  # nor failed with its sibling
             try:
-                computed += self._prefill_group(group)
+                computed += self._prefill_group(group) if group else []
             except Exception as error:
                 self._failed_step("prefill", [chunk.sequence for chunk in group], error)
         now = self.clock()
         if is_beside_decode:
             self._budget.observe_prefill(sum(chunk.num_tokens for chunk in chunks), now - started_at)
-        if computed:
-            outcomes = self._decoder.choose([sequence for sequence, _ in computed], [row for _, row in computed])
-            for (sequence, _), outcome in zip(computed, outcomes, strict=True):
-                self._take(sequence, outcome, now)
+        if not computed:
+            return
+        sequences = [sequence for sequence, _ in computed]
+        try:
+            outcomes = self._decoder.choose(sequences, [row for _, row in computed])
+        except Exception as error:
+            self._failed_step("choosing a token", sequences, error)
+            return
+        for sequence, outcome in zip(sequences, outcomes, strict=True):
+            self._take(sequence, outcome, now)
 
     def _prefill_group(self, chunks: Sequence[Chunk]) -> list[tuple[TokenSequence, Logits]]:
         """Compute the chunks; the sequences whose prompts are whole now, each with its last token's logits."""
@@ -231,11 +255,13 @@ class EngineLoop:
         if isinstance(outcome, Sampled):
             try:
                 sequence.append(outcome, now)
-            except GuideError as error:
+            except Exception as error:  # a guide, or whatever stop words make of an odd token
                 outcome = error
         if not isinstance(outcome, Sampled):
+            if not isinstance(outcome, SamplingError | GuideError):
+                log.error("choosing a token failed", exc_info=outcome)
             if len(request.sequences) == 1:
-                self._fail(request, str(outcome))
+                self._fail(request, one_line(outcome))
                 return
             sequence.finish("error")
         elif previous is None:
@@ -253,30 +279,33 @@ class EngineLoop:
             if request := self._requests.get(stream_id):
                 self._liveness.acknowledged(request, now)
         for request in list(self._requests.values()):
-            self._check(request, now)
-            if request.stream_id in self._requests:
-                self._emit_to(request, now)
+            self._attempt(self._serve, request, now)
 
-    def _emit_to(self, request: Request, now: float) -> None:
-        """Send what is ready: everything at the end, what a stream has, or a sign of life."""
+    def _attempt(self, action: Callable[[Request, float], None], request: Request, now: float) -> None:
+        """What goes wrong with one client's channel ends its request, not the engine."""
+        try:
+            action(request, now)
+        except Exception as error:
+            log.error("answering a request failed", exc_info=error)
+            self._fail(request, f"the response could not be sent: {one_line(error)}")
+
+    def _serve(self, request: Request, now: float) -> None:
+        """Send what is ready. Nothing, not even a question, may follow a request's last response."""
+        self._check(request, now)
+        if request.stream_id not in self._requests:
+            return
         if request.is_finished:
             self._finish(request)
             return
-        updates = []
         if request.is_streamed and self._liveness.may_send(request):
             updates = [sequence.take_update() for sequence in request.sequences if sequence.has_news]
-        if updates or self._liveness.needs_heartbeat(request, now):
+            if updates:
+                self._liveness.sent(request, now)
+                self.metrics.responses_total += 1
+                request.sink.send(request, updates)
+        if self._liveness.needs_heartbeat(request, now):
             self._liveness.sent(request, now)
-            self.metrics.responses_total += bool(updates)
-            self._deliver(request, updates)
-
-    def _deliver(self, request: Request, updates: Sequence[Update]) -> None:
-        """Send a response; a request whose client can't be reached is given up, and disturbs no other."""
-        try:
-            request.sink.send(request, updates)
-        except Exception:
-            log.exception("request %s can't be answered", request.request_id)
-            self._forget(request)
+            request.sink.send(request, ())
 
     def _check(self, request: Request, now: float) -> None:
         """Cancel a request that nobody waits for any more; fail one that has run out of time."""
@@ -299,9 +328,13 @@ class EngineLoop:
 
     def _stop(self, request_id: str, done: Callable[[], None]) -> None:
         for request in [r for r in self._requests.values() if r.request_id == request_id]:
-            self._cancel(request)
-            self._finish(request)
+            self._attempt(self._end_early, request, self.clock())
         done()
+
+    def _end_early(self, request: Request, now: float) -> None:
+        if not request.is_finished:
+            self._cancel(request)
+        self._finish(request)
 
     def _cancel(self, request: Request) -> None:
         self.metrics.requests_cancelled_total += 1
@@ -313,27 +346,23 @@ class EngineLoop:
     def _finish(self, request: Request) -> None:
         del self._requests[request.stream_id]
         self.metrics.responses_total += 1
-        self._deliver(request, [sequence.take_update() for sequence in request.sequences if sequence.has_news])
-
-    def _fail(self, request: Request, message: str, kind: FailureKind = "internal") -> None:
-        self.metrics.requests_failed_total += 1
-        self._forget(request)
-        try:
-            request.sink.fail(message, kind)
-        except Exception:
-            log.exception("request %s can't be told that it failed: %s", request.request_id, message)
-
-    def _forget(self, request: Request) -> None:
-        """End all that is left of a request; its slots are free at once."""
-        self._requests.pop(request.stream_id, None)
-        for sequence in request.sequences:
-            if sequence.finish_reason is None:
-                sequence.finish("error")
-                self._scheduler.remove(sequence)
+        request.sink.send(request, [sequence.take_update() for sequence in request.sequences if sequence.has_news])
 
     def _fail_all(self, message: str, kind: FailureKind) -> None:
         for request in list(self._requests.values()):
             self._fail(request, message, kind)
+
+    def _fail(self, request: Request, message: str, kind: FailureKind = "internal") -> None:
+        self._requests.pop(request.stream_id, None)  # gone already if its last response could not be sent
+        self.metrics.requests_failed_total += 1
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                sequence.finish("error")
+                self._scheduler.remove(sequence)
+        try:
+            request.sink.fail(message, kind)
+        except Exception as error:  # nobody is left to be told
+            log.error("reporting an error failed", exc_info=error)
 
     def _failed_step(self, what: str, sequences: Iterable[TokenSequence], error: Exception) -> None:
         log.error("%s failed", what, exc_info=error)
@@ -342,4 +371,4 @@ class EngineLoop:
             requests = [max(requests, key=lambda request: request.stream_id)]
         for request in requests:
             if request.stream_id in self._requests:
-                self._fail(request, f"{what} failed: {error}")
+                self._fail(request, f"{what} failed: {one_line(error)}")

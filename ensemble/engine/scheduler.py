@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from ensemble.engine.budget import PrefillBudget
 from ensemble.engine.sequence import Sequence
-from ensemble.engine.slots import Copy, Slots
+from ensemble.engine.slots import NO_IDS, Copy, Slots
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,15 @@ class Scheduler:
             copies += placement.copies
         decode = tuple(s for s in self._running.values() if s.is_prefilled)
         return Step(tuple(admitted), tuple(copies), self._chunks(bool(decode)), decode)
+
+    def forget_copies(self, admitted: Iterable[Sequence]) -> None:
+        """The copies of the step that admitted these have failed: they begin at the beginning, and nothing that a free
+        slot holds is certain."""
+        for sequence in admitted:
+            if sequence.slot is not None:
+                sequence.num_computed = 0
+                self._slots.hold(sequence.slot, NO_IDS)
+        self._slots.forget_free()
 
     def positions(self) -> dict[int, int]:
         """For each slot, a position that a decode step may write to without harm.

@@ -86,6 +86,11 @@ class Slots:
         """Free `slot`; what it holds can be found until it is taken again."""
         heapq.heappush(self._free, slot)
 
+    def forget_free(self) -> None:
+        """Find nothing more of what the free slots hold."""
+        for slot in self._free:
+            self._held[slot] = _Held(NO_IDS, 0)
+
     def _longest_match(self, prompt: Ids, preferred: int) -> tuple[int, int]:
         """The slot that holds most of the prompt's beginning, and how many tokens; the last token is never reused,
         for its logits are wanted."""

@@ -7,6 +7,7 @@ acknowledged and goes no further.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ import triton_python_backend_utils as pb_utils
 
 from ensemble import contract
 from ensemble.acknowledge import AcknowledgementSender, pipe_path
+from ensemble.errors import one_line
 from ensemble.models.tensors import array, read_inputs, scalar
 from ensemble.progress import Progress
 from ensemble.siblings import watch
 from ensemble.streams import Outputs, Stream
 from ensemble.text import Tokenizer
+
+log = logging.getLogger(__name__)
 
 # A cancelled stream never sends its last response; its state goes when so many others have been used since.
 MAX_STREAMS = 16384
@@ -39,23 +43,37 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         """Answer every request, then acknowledge them all at once."""
-        arrived = [_read(request) for request in requests]
-        for request, progress in zip(requests, arrived, strict=True):
-            sender = request.get_response_sender()
-            if progress.updates:
-                sender.send(_response(self._outputs(progress)))
-            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        self._acknowledgements.send(progress.stream_id for progress in arrived)
+        answered = [self._answer(request) for request in requests]
+        self._acknowledgements.send(stream_id for stream_id in answered if stream_id is not None)
 
     def finalize(self) -> None:
         """Close the pipe."""
         self._watchdog.close()
         self._acknowledgements.close()
 
+    def _answer(self, request: Any) -> int | None:
+        """Answer a request; the id of its stream, None if it was at fault.
+
+        Anybody may call this model directly and send anything: it must not cost the others of the batch their answers.
+        """
+        sender = request.get_response_sender()
+        try:
+            progress = _read(request)
+            if progress.updates:
+                sender.send(_response(self._outputs(progress)))
+        except Exception as error:
+            log.error("a response of the engine can't be read", exc_info=error)
+            message = f"output_ids and progress must be what the engine gives: {one_line(error)}"
+            invalid = pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG)
+            sender.send(pb_utils.InferenceResponse(error=invalid), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            return None
+        sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        return progress.stream_id
+
     def _outputs(self, progress: Progress) -> Outputs:
         stream = self._streams.pop(progress.stream_id, None) or Stream(self._tokenizer, progress.head)
         outputs = stream.push(progress)
-        if not stream.is_finished:
+        if not progress.is_last:
             self._streams[progress.stream_id] = stream
             if len(self._streams) > MAX_STREAMS:
                 self._streams.popitem(last=False)
@@ -65,7 +83,10 @@ class TritonPythonModel:
 def _read(request: Any) -> Progress:
     tensors = read_inputs(request)
     ids = tensors[contract.OUTPUT_IDS.name].reshape(-1).tolist()
-    return Progress.from_json(scalar(tensors, contract.PROGRESS), ids)
+    progress = Progress.from_json(scalar(tensors, contract.PROGRESS), ids)
+    if not isinstance(progress.stream_id, int) or not 0 <= progress.stream_id < 2**64:
+        raise ValueError(f"the stream's id is {progress.stream_id!r}")
+    return progress
 
 
 def _response(outputs: Outputs) -> Any:

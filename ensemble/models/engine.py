@@ -24,12 +24,15 @@ from ensemble.engine.admission import Admission
 from ensemble.engine.loop import EngineLoop, QueueFull
 from ensemble.engine.runners.load import load_runner
 from ensemble.engine.sequence import FailureKind, Request
+from ensemble.errors import one_line
 from ensemble.models.metrics import MetricsPublisher
 from ensemble.models.options import read_options
 from ensemble.models.tensors import RequestError, array, read_inputs, scalar
 from ensemble.progress import Progress, Update
 from ensemble.settings import EngineSettings
 from ensemble.siblings import watch
+
+log = logging.getLogger(__name__)
 
 CANCELLATION_POLL_S = 0.1  # asking the server crosses to its process and back
 # Names, for the module has its contents only once the stub runs.
@@ -70,8 +73,11 @@ class TritonPythonModel:
                 self._accept(request, sink)
             except QueueFull as error:
                 sink.fail(str(error), "unavailable")
-            except (RequestError, ValueError) as error:
-                sink.fail(str(error), "invalid")
+            except ValueError as error:
+                sink.fail(one_line(error), "invalid")
+            except Exception as error:  # the request must have an answer, and those after it their turn
+                log.error("a request can't be taken in", exc_info=error)
+                sink.fail(f"the request can't be taken in: {one_line(error)}", "internal")
 
     def finalize(self) -> None:
         """End what still runs."""
@@ -115,6 +121,7 @@ class TritonSink:
 
     def send(self, request: Request, updates: Sequence[Update]) -> None:
         """Deliver `updates` with the request's progress; none: a heartbeat."""
+        is_last = request.is_finished and bool(updates)
         head = None if self._is_begun or not updates else request.head
         self._is_begun = self._is_begun or bool(updates)
         progress = Progress(
@@ -124,12 +131,13 @@ class TritonSink:
             num_input_tokens=len(request.prompt_ids) if request.returns_input_count else None,
             shows_output_tokens=request.returns_output_count,
             shows_index=len(request.sequences) > 1,
+            is_last=is_last,
         )
-        self._send(progress, is_last=request.is_finished and bool(updates))
+        self._send(progress)
 
     def send_stopped(self) -> None:
         """Answer a stop request."""
-        self._send(Progress(0, (Update(0, (), 0, "cancelled"),)), is_last=True)
+        self._send(Progress(0, (Update(0, (), 0, "cancelled"),), is_last=True))
 
     def fail(self, message: str, kind: FailureKind = "internal") -> None:
         """End the request with an error."""
@@ -145,8 +153,8 @@ class TritonSink:
         self._next_poll = now + CANCELLATION_POLL_S
         return bool(self._sender.is_cancelled())
 
-    def _send(self, progress: Progress, *, is_last: bool) -> None:
+    def _send(self, progress: Progress) -> None:
         values = ((contract.OUTPUT_IDS, progress.ids), (contract.PROGRESS, progress.to_json().encode()))
         tensors = [pb_utils.Tensor(spec.name, array(spec, value)) for spec, value in values]
-        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if progress.is_last else 0
         self._sender.send(pb_utils.InferenceResponse(tensors), flags=flags)

@@ -17,6 +17,7 @@ from ensemble.errors import utf8_text
 from ensemble.models.tensors import RequestError, scalar
 from ensemble.progress import PromptInfo
 from ensemble.sampling import SamplingParams
+from ensemble.sampling.params import MAX_LOG_PROBS
 
 PARAMS: dict[str, TensorSpec] = {
     "max_tokens": contract.MAX_TOKENS,
@@ -51,21 +52,26 @@ def read_options(inputs: dict[str, NDArray[Any]]) -> RequestOptions:
         RequestError, ValueError: one has the wrong shape or a value out of range.
     """
     params = {name: value for name, spec in PARAMS.items() if (value := scalar(inputs, spec)) is not None}
-    num_log_probs = scalar(inputs, contract.NUM_TOP_LOG_PROBS)
-    if num_log_probs is None and scalar(inputs, contract.RETURN_LOG_PROBS):
-        num_log_probs = 0  # the chosen tokens' alone
     options = {name: value for name, spec in OPTIONS.items() if (value := scalar(inputs, spec)) is not None}
     info = _text(inputs, contract.PROMPT_INFO)
     return RequestOptions(
-        params=SamplingParams(**params, num_log_probs=num_log_probs),
+        params=SamplingParams(**params, num_log_probs=_num_log_probs(inputs)),
         prompt_info=None if info is None else PromptInfo.from_json(info),
         stop_words=_texts(inputs, contract.STOP_WORDS),
         bad_words=_texts(inputs, contract.BAD_WORDS),
         guide_type=_text(inputs, contract.GUIDE_TYPE) or None,
-        guide=_text(inputs, contract.GUIDE),
+        guide=_text(inputs, contract.GUIDE) or None,  # as the type: NVIDIA's clients send empty texts for none
         echoes_prompt=scalar(inputs, contract.EXCLUDE_INPUT_IN_OUTPUT) is False,
         **options,
     )
+
+
+def _num_log_probs(inputs: dict[str, NDArray[Any]]) -> int | None:
+    """How many likeliest tokens to report; 0: the chosen one alone, None: none at all."""
+    num_top = scalar(inputs, contract.NUM_TOP_LOG_PROBS) or 0
+    if not 0 <= num_top <= MAX_LOG_PROBS:
+        raise RequestError(f"{contract.NUM_TOP_LOG_PROBS.name} is {num_top}, must be 0 to {MAX_LOG_PROBS}")
+    return num_top if num_top or scalar(inputs, contract.RETURN_LOG_PROBS) else None
 
 
 def _text(inputs: dict[str, NDArray[Any]], spec: TensorSpec) -> str | None:

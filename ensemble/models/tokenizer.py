@@ -6,6 +6,7 @@ Copied into the model repository as model.py. It translates tensors and errors, 
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from ensemble import contract
-from ensemble.errors import TextError, utf8_text
+from ensemble.errors import TextError, one_line, utf8_text
 from ensemble.models.tensors import RequestError, array, read_inputs, scalar
 from ensemble.progress import PromptInfo
 from ensemble.reasoning import opens_reasoning
 from ensemble.siblings import watch
 from ensemble.text import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 class TritonPythonModel:
@@ -44,6 +47,10 @@ class TritonPythonModel:
         except (RequestError, TextError) as error:
             invalid = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
             return pb_utils.InferenceResponse(error=invalid)
+        except Exception as error:  # must not cost the others of the batch their answers
+            log.error("a prompt can't be encoded", exc_info=error)
+            internal = pb_utils.TritonError(f"the prompt can't be encoded: {one_line(error)}")
+            return pb_utils.InferenceResponse(error=internal)
         values = ((contract.INPUT_IDS, ids), (contract.PROMPT_INFO, info.to_json().encode()))
         return pb_utils.InferenceResponse([pb_utils.Tensor(spec.name, array(spec, value)) for spec, value in values])
 
