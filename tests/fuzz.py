@@ -65,7 +65,7 @@ class Fuzzer:
 
     def _good_fields(self) -> dict[str, Any]:
         pick = self._random
-        fields: dict[str, Any] = {"max_tokens": pick.randint(1, 2), "id": str(pick.randint(0, 99))}
+        fields: dict[str, Any] = {"max_tokens": pick.randint(1, 2), "timeout_ms": 3000, "id": str(pick.randint(0, 99))}
         if pick.random() < 0.7:
             fields["text_input"] = pick.choice(("Hello", "The sky is", "1 2 3"))
         else:

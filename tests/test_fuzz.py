@@ -23,7 +23,7 @@ from tests.serving import TIMEOUT_S, metrics, wait_until
 # Enough to notice what has gone wrong since the ten thousand were last sent: FUZZ_REQUESTS=10000 pytest tests/test_fuzz.py
 NUM_REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "1200"))
 NUM_CLIENTS = 8
-ANSWER_LIMIT_S = 30.0
+ANSWER_LIMIT_S = 120.0  # for a mutation may take away what keeps an answer short
 
 
 class Crowd:
@@ -53,7 +53,10 @@ class Crowd:
 
     @staticmethod
     def _over_http(client: httpx.Client, way: str, body: bytes) -> str:
-        response = client.post(f"/v2/models/{NAME}/{way}", content=body)
+        try:
+            response = client.post(f"/v2/models/{NAME}/{way}", content=body)
+        except httpx.TransportError as error:
+            raise AssertionError(f"{way} of {body[:2000]!r}: {error!r}") from error
         text = response.text
         assert "Traceback" not in text, text
         is_answer = response.status_code == 200 and '"error"' not in text
