@@ -26,40 +26,35 @@ def test_no_heartbeat_follows_the_last_response() -> None:
     engine = Engine()
     sink = engine.submit([1], stream=False, acknowledge=True, max_tokens=3)
     engine.step(2)
-    engine.now = 0.3  # a heartbeat is due in the very step that ends the request
-    engine.step(2)
+    engine.loop.step()  # the last token
+    engine.now = 0.3  # a heartbeat is due when it goes out
+    engine.loop._emit()
     assert sink.is_finished and sink.num_heartbeats == 0  # FakeSink refuses what comes after the end
 
 
 @pytest.mark.parametrize("runner", [FakeRunner, DrawingFakeRunner])
 def test_a_copy_that_fails_costs_the_reuse_alone(runner: type[FakeRunner]) -> None:
     engine = Engine(runner(max_seq_len=200))
-    engine.submit([*SHARED, 50], max_tokens=3)
-    engine.step(20)
-    running = engine.submit([90, 91], max_tokens=60)
-    engine.step(2)
+    running = engine.submit([*SHARED, 50], max_tokens=60)
+    engine.step(8)
+    failures = []
 
-    def fail(*arguments: int) -> None:
-        engine.runner.cache[:, :] = np_noise(engine.runner.cache, keep=0)
+    def fail(source: int, target: int, num_tokens: int) -> None:
+        engine.runner.cache[target, : num_tokens // 2] = 77  # half done
+        failures.append((source, target))
         raise RuntimeError("no memory to copy")
 
     copy_prefix, engine.runner.copy_prefix = engine.runner.copy_prefix, fail  # type: ignore[method-assign]
     sink = engine.submit([*SHARED, 60], max_tokens=5)
-    engine.step(6)
+    engine.step()
     engine.runner.copy_prefix = copy_prefix  # type: ignore[method-assign]
     again = engine.submit([*SHARED, 60, 61], max_tokens=5)
     engine.run()
+    assert failures == [(0, 1)]
     assert sink.ids == expected_tokens([*SHARED, 60], 5)
     assert again.ids == expected_tokens([*SHARED, 60, 61], 5)
-    assert running.ids == expected_tokens([90, 91], 60)
+    assert running.ids == expected_tokens([*SHARED, 50], 60)
     assert engine.num_free_slots == 4
-
-
-def np_noise(cache: Ids, keep: int) -> Ids:
-    """A cache whose slots but `keep` hold something else: a copy that was half done."""
-    noise = cache.copy()
-    noise[keep + 1 :] = 77
-    return noise
 
 
 class BrokenSink(FakeSink):
@@ -123,7 +118,8 @@ def test_stopping_what_has_just_ended_is_no_cancellation() -> None:
     engine.loop._receive()
     engine.loop.step()  # ended, but not sent yet
     engine.loop.stop("request-1", lambda: None)
-    engine.loop._receive()
+    engine.loop._inbox.put(None)
+    assert not engine.loop._receive()
     assert sink.finish_reason == "length" and engine.loop.metrics.requests_cancelled_total == 0
 
 
