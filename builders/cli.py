@@ -76,6 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from builders.options import PRECISIONS, TARGETS, TASKS
     from builders.recipe import RECIPES
+    from builders.scoring_arguments import add_scoring_arguments
     from ensemble.settings import EngineSettings
 
     build = commands.add_parser("build", help="checkpoint to model repository")
@@ -83,7 +84,7 @@ def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
     build.add_argument("--name", required=True, help="name of the served model")
     build.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
     build.add_argument("--target", default="onnx", choices=TARGETS, help="default: %(default)s")
-    build.add_argument("--task", default="generate", choices=TASKS, help="default: %(default)s; score: target tensorrt")
+    build.add_argument("--task", default="generate", choices=TASKS, help="default: %(default)s")
     build.add_argument("--precision", choices=PRECISIONS, help="default: fp32 for onnx, fp16 for TensorRT")
     build.add_argument("--max-seq-len", type=int, help="tokens, prompt and answer (default: the model's, at most 2048)")
     for name, what in (
@@ -101,6 +102,7 @@ def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
     tensorrt = build.add_argument_group("TensorRT")
     tensorrt.add_argument("--compute-capability", help="of the GPU that will serve, as 8.9 (default: this machine's)")
     tensorrt.add_argument("--timing-cache", type=Path, help="file kept from build to build")
+    add_scoring_arguments(build.add_argument_group("task score"))
     build.set_defaults(run=_build)
 
 
@@ -134,6 +136,7 @@ def _build(arguments: argparse.Namespace) -> int:
     from builders.errors import BuildError
     from builders.options import BuildOptions
     from builders.repository import build
+    from builders.scoring_arguments import read_scoring_options
     from ensemble.settings import EngineSettings, SettingsError
 
     bar = _ProgressBar()
@@ -158,6 +161,7 @@ def _build(arguments: argparse.Namespace) -> int:
             ranges=arguments.ranges,
             compute_capability=arguments.compute_capability,
             timing_cache=arguments.timing_cache,
+            scoring=read_scoring_options(arguments),
         )
         version = build(options, bar.report)
     except (BuildError, SettingsError) as error:

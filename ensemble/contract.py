@@ -52,6 +52,24 @@ FINISH_REASON = TensorSpec("finish_reason", "STRING")
 NUM_INPUT_TOKENS = TensorSpec("num_input_tokens", "INT32")
 NUM_OUTPUT_TOKENS = TensorSpec("num_output_tokens", "INT32")
 
+# Scoring: what a client sends and gets. A batch's rows are texts; each has its own labels.
+LABELS = TensorSpec("labels", "STRING", (-1,), optional=True)
+LABEL = TensorSpec("label", "STRING")
+SCORED_LABELS = TensorSpec("scored_labels", "STRING", (-1,))  # the request's labels, or the repository's own
+PROBABILITIES = TensorSpec("probabilities", "FP32", (-1,))
+LOG_PROBS = TensorSpec("log_probs", "FP32", (-1,))  # of each label as a continuation: the sum over its tokens
+IS_CALIBRATED = TensorSpec("is_calibrated", "BOOL")
+
+# Scoring: between the models (builders/engine/stateless.py says what they mean)
+SCORE_IDS = TensorSpec("input_ids", "INT32", (-1,))
+BRANCH_IDS = TensorSpec("branch_ids", "INT32", (-1,))
+LOGIT_POSITIONS = TensorSpec("logit_positions", "INT32", (-1,))
+TARGET_LOGITS = TensorSpec("target_logits", "INT32", (-1,))
+TARGET_IDS = TensorSpec("target_ids", "INT32", (-1,))
+TARGET_LABELS = TensorSpec("target_labels", "INT32", (-1,))  # which label each target is a token of; -1: padding
+TOKEN_LOG_PROBS = TensorSpec("token_log_probs", "FP32", (-1,))
+HIDDEN_STATE = TensorSpec("hidden_state", "FP32", (-1,))
+
 SAMPLING_INPUTS = (STREAM, MAX_TOKENS, TEMPERATURE, TOP_K, TOP_P, SEED)
 PROGRESS_OUTPUTS = (FINISH_REASON, NUM_INPUT_TOKENS, NUM_OUTPUT_TOKENS)
 
@@ -73,3 +91,12 @@ DETOKENIZER = ModelContract(
     inputs=(OUTPUT_IDS, SEQUENCE_ID, *PROGRESS_OUTPUTS), outputs=(TEXT_OUTPUT, *PROGRESS_OUTPUTS)
 )
 GENERATE = ModelContract(inputs=(TEXT_INPUT, MESSAGES, *SAMPLING_INPUTS), outputs=(TEXT_OUTPUT, *PROGRESS_OUTPUTS))
+
+SCORE_ROW = (SCORE_IDS, BRANCH_IDS, LOGIT_POSITIONS, TARGET_LOGITS, TARGET_IDS)
+SCORE_RESULTS = (LABEL, PROBABILITIES, LOG_PROBS, IS_CALIBRATED)
+SCORE_TOKENIZER = ModelContract(
+    inputs=(TEXT_INPUT, MESSAGES, LABELS), outputs=(*SCORE_ROW, TARGET_LABELS, SCORED_LABELS, NUM_INPUT_TOKENS)
+)
+SCORE_ENGINE = ModelContract(inputs=SCORE_ROW, outputs=(TOKEN_LOG_PROBS, HIDDEN_STATE))
+SCORER = ModelContract(inputs=(TOKEN_LOG_PROBS, HIDDEN_STATE, TARGET_LABELS, SCORED_LABELS), outputs=SCORE_RESULTS)
+SCORE = ModelContract(inputs=(TEXT_INPUT, MESSAGES, LABELS), outputs=(*SCORE_RESULTS, SCORED_LABELS, NUM_INPUT_TOKENS))

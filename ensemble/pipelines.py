@@ -14,14 +14,26 @@ from ensemble.contract import (
     DETOKENIZER,
     ENGINE,
     GENERATE,
+    HIDDEN_STATE,
     INPUT_IDS,
+    LABELS,
     MESSAGES,
+    NUM_INPUT_TOKENS,
     OUTPUT_IDS,
     PROGRESS_OUTPUTS,
     SAMPLING_INPUTS,
+    SCORE,
+    SCORE_ENGINE,
+    SCORE_RESULTS,
+    SCORE_ROW,
+    SCORE_TOKENIZER,
+    SCORED_LABELS,
+    SCORER,
     SEQUENCE_ID,
+    TARGET_LABELS,
     TEXT_INPUT,
     TEXT_OUTPUT,
+    TOKEN_LOG_PROBS,
     TOKENIZER,
     ModelContract,
     TensorSpec,
@@ -30,6 +42,7 @@ from ensemble.contract import (
 TOKENIZER_SUFFIX = "tokenizer"
 ENGINE_SUFFIX = "engine"
 DETOKENIZER_SUFFIX = "detokenizer"
+SCORER_SUFFIX = "scorer"
 
 
 @dataclass(frozen=True)
@@ -78,5 +91,25 @@ GENERATE_PIPELINE = Pipeline(
         Step(TOKENIZER_SUFFIX, TOKENIZER, _public(TEXT_INPUT, MESSAGES), _TOKENIZED),
         Step(ENGINE_SUFFIX, ENGINE, {**_TOKENIZED, **_public(*SAMPLING_INPUTS)}, _GENERATED),
         Step(DETOKENIZER_SUFFIX, DETOKENIZER, _GENERATED, _public(TEXT_OUTPUT, *PROGRESS_OUTPUTS)),
+    ),
+)
+
+_ROWS = _private(*SCORE_ROW, TARGET_LABELS)
+_SCORED = _private(TOKEN_LOG_PROBS, HIDDEN_STATE)
+_LABELS = _public(SCORED_LABELS)
+
+# Nothing here is decoupled: what the tokenizer gives may feed the scorer, past the engine.
+SCORE_PIPELINE = Pipeline(
+    "score",
+    SCORE,
+    (
+        Step(
+            TOKENIZER_SUFFIX,
+            SCORE_TOKENIZER,
+            _public(TEXT_INPUT, MESSAGES, LABELS),
+            {**_ROWS, **_LABELS, **_public(NUM_INPUT_TOKENS)},
+        ),
+        Step(ENGINE_SUFFIX, SCORE_ENGINE, _private(*SCORE_ROW), _SCORED),
+        Step(SCORER_SUFFIX, SCORER, {**_SCORED, **_private(TARGET_LABELS), **_LABELS}, _public(*SCORE_RESULTS)),
     ),
 )

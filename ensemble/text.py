@@ -114,6 +114,10 @@ class Tokenizer:
             raise TextError("the model's chat template made an empty prompt of the messages")
         return np.array(self._ids([prompt], "messages", False)[0], dtype=np.int32)
 
+    def encode_continuation(self, text: str) -> Ids:
+        """Ids [num_tokens] of a text that continues another: no BOS, no EOS."""
+        return np.array(self._ids([text], "text", False)[0], dtype=np.int32)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` [num_tokens], special tokens and ids outside the vocabulary left out."""
         text: str = self._backend.decode([int(index) for index in ids], skip_special_tokens=True)
