@@ -123,10 +123,14 @@ def _add_evaluate_command(commands: argparse._SubParsersAction[argparse.Argument
 
 def _add_client_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from clients import cli as clients
+    from clients import score_cli as scoring
 
     generate = commands.add_parser("generate", help="complete a text")
     clients.add_generate_arguments(generate)
     generate.set_defaults(run=clients.run_generate)
+    score = commands.add_parser("score", help="choose among labels for a text")
+    scoring.add_score_arguments(score)
+    score.set_defaults(run=scoring.run_score)
     chat = commands.add_parser("chat", help="talk to a model")
     clients.add_chat_arguments(chat)
     chat.set_defaults(run=clients.run_chat)

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from clients.api import DEFAULT_TIMEOUT_S, Chunk, GenerateRequest, Generation, Scalar
 from clients.errors import ClientError, ProtocolError, RequestRejected, ServerUnavailable
+from clients.score import Score, ScoreRequest, Tensor
 from ensemble import contract
 from ensemble.contract import TensorSpec
 
@@ -61,6 +62,12 @@ class BaseClient(ABC):
         server too, which takes as long as the server's acknowledgement (at most `STOP_TIMEOUT_S`).
         """
         return self._chunks(request, stream=True)
+
+    def score(self, request: ScoreRequest) -> tuple[Score, ...]:
+        """Score every text of the request; for models built with task score. Raises `ClientError`."""
+        self._check_open()
+        outputs = self._infer(uuid.uuid4().hex, request.to_tensors(), contract.SCORE.outputs, self.timeout_s)
+        return Score.from_tensors(outputs)
 
     def is_ready(self, model: str | None = None) -> bool:
         """Say whether `model` (None: the client's own) can be called; False too if nothing answers."""
@@ -152,6 +159,12 @@ class BaseClient(ABC):
 
         Every tensor has one element. Closing the generator cancels the call locally. Raises `ClientError`.
         """
+
+    @abstractmethod
+    def _infer(
+        self, request_id: str, inputs: Mapping[TensorSpec, Tensor], outputs: tuple[TensorSpec, ...], timeout_s: float
+    ) -> dict[str, Tensor]:
+        """Send one request to the client's model and wait for its one response. Raises `ClientError`."""
 
     @abstractmethod
     def _is_model_ready(self, model: str, timeout_s: float) -> bool:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 from clients.api import DEFAULT_TIMEOUT_S, Chunk, Client, GenerateRequest, Generation, Message
+from clients.base import BaseClient
 from clients.connect import DEFAULT_URLS, PROTOCOLS, connect
 from clients.errors import ClientError, ProtocolError, RequestRejected, RequestTimeout, ServerUnavailable
 
@@ -44,7 +45,8 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common_arguments(parser)
 
 
-def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `with_client` reads."""
     urls = ", ".join(f"{url} for {protocol}" for protocol, url in DEFAULT_URLS.items())
     parser.add_argument("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help="default: %(default)s")
     parser.add_argument("--url", help=f"the server's address (default: {urls})")
@@ -55,6 +57,10 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="longest time for a whole answer (default: %(default)g)",
     )
+
+
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    add_connection_arguments(parser)
     for option, kind in (("max-tokens", int), ("temperature", float), ("top-k", int), ("top-p", float)):
         parser.add_argument(f"--{option}", type=kind, help="default: the server's")
     parser.add_argument("--seed", type=int, help="for the same answer again (default: the server's)")
@@ -70,7 +76,7 @@ def run_generate(args: argparse.Namespace) -> int:
         _answer(client, _request(args, prompt=prompt), args, [])
         return OK
 
-    return _with_client(args, run)
+    return with_client(args, run)
 
 
 def run_chat(args: argparse.Namespace) -> int:
@@ -107,10 +113,10 @@ def run_chat(args: argparse.Namespace) -> int:
                 history += [turn, Message("assistant", text)]
         return OK
 
-    return _with_client(args, run)
+    return with_client(args, run)
 
 
-def _with_client(args: argparse.Namespace, run: Callable[[Client], int]) -> int:
+def with_client(args: argparse.Namespace, run: Callable[[BaseClient], int]) -> int:
     """Run a command; every way in which it may end becomes an exit status here."""
     try:
         with connect(args.protocol, args.model, args.url, args.timeout) as client:

@@ -208,7 +208,7 @@ def _inputs() -> list[onnx.ValueInfoProto]:
 
 def _hidden_size(graph: onnx.GraphProto) -> int:
     embedding = next(tensor for tensor in graph.initializer if tensor.name == "model.embed_tokens.weight")
-    return embedding.dims[1]
+    return int(embedding.dims[1])
 
 
 def _reachable(nodes: list[onnx.NodeProto], outputs: list[str]) -> list[onnx.NodeProto]:

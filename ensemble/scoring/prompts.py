@@ -25,8 +25,6 @@ class Prompter:
         self.profile = profile
         self._tokenizer = tokenizer
         self._label_ids: dict[tuple[str, ...], list[Ints]] = {}
-        if profile.labels:
-            self._encoded(profile.labels)
 
     def labels_of(self, labels: Sequence[str | bytes] | None) -> tuple[str, ...]:
         """A request's labels, or the profile's own.
@@ -51,7 +49,9 @@ class Prompter:
             ProfileError, TextError: text or labels are at fault, or too long.
         """
         prompt = self._prompt(text, messages)
-        row, targets = make_row(prompt, self._encoded(labels))
+        # A chat template ends where the answer begins; only a prompt of our own wants the prefix.
+        prefix = self.profile.label_prefix if messages is None or self.profile.is_chat else ""
+        row, targets = make_row(prompt, self._encoded(prefix, labels))
         limit = self.profile.max_seq_len
         if len(row) > limit:
             others = len(row) - len(prompt)
@@ -73,10 +73,11 @@ class Prompter:
             return self._tokenizer.encode_messages(self.profile.fill_messages(own))
         return self._tokenizer.encode(self.profile.fill(own))
 
-    def _encoded(self, labels: tuple[str, ...]) -> list[Ints]:
-        """Each label's ids, without the markers of a text's start and end."""
-        if labels not in self._label_ids:
-            ids = [self._tokenizer.encode_continuation(self.profile.label_prefix + label) for label in labels]
+    def _encoded(self, prefix: str, labels: tuple[str, ...]) -> list[Ints]:
+        """The ids of each label behind the prefix, without the markers of a text's start and end."""
+        key = (prefix, *labels)
+        if key not in self._label_ids:
+            ids = [self._tokenizer.encode_continuation(prefix + label) for label in labels]
             spellings: dict[bytes, str] = {}
             for label, own in zip(labels, ids, strict=True):
                 if not len(own):
@@ -86,5 +87,5 @@ class Prompter:
                     raise ProfileError(f"labels {other!r} and {label!r} are the same tokens: drop one")
             while len(self._label_ids) >= CACHED_LABEL_SETS:
                 del self._label_ids[next(iter(self._label_ids))]
-            self._label_ids[labels] = ids
-        return self._label_ids[labels]
+            self._label_ids[key] = ids
+        return self._label_ids[key]
