@@ -39,5 +39,5 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/installed-test: $(VENV)/installed
 	@echo "installing what the tests need (torch and transformers among it)"
-	$(BIN)/python -m pip install -e '.[build,client,serve,tensorrt,plot,test,check]' 'numpy<2'
+	$(BIN)/python -m pip install -e '.[build,client,serve,tensorrt,plot,fit,test,check]' 'numpy<2'
 	@touch $@

@@ -42,7 +42,7 @@ MODULE_EXTRAS = {
     "gguf": "build", "ml_dtypes": "build", "onnx": "build", "tqdm": "build", "google": "build",
     "httpx": "client", "tritonclient": "client", "grpc": "client",
     "onnxruntime": "serve", "tokenizers": "serve", "jinja2": "serve",
-    "cuda": "tensorrt", "matplotlib": "plot",
+    "cuda": "tensorrt", "matplotlib": "plot", "scipy": "fit", "sklearn": "fit",
 }  # fmt: skip
 
 
@@ -68,6 +68,8 @@ def make_parser() -> argparse.ArgumentParser:
         serve.add_argument(f"--{port}-port", type=int, default=default, help="default: %(default)s; 0: any free one")
     serve.add_argument("--log", type=Path, help="write the server's log here")
     serve.set_defaults(run=_serve)
+
+    _add_fit_command(commands)
 
     _add_client_commands(commands)
     return parser
@@ -119,6 +121,17 @@ def _add_evaluate_command(commands: argparse._SubParsersAction[argparse.Argument
     evaluate.add_argument("--window", type=int, default=512, help="tokens in a window (default: %(default)s)")
     evaluate.add_argument("--output", type=Path, help="directory for quality.json and quality.png")
     evaluate.set_defaults(run=_evaluate)
+
+
+def _add_fit_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from builders.fit import METHODS
+
+    fit = commands.add_parser("fit", help="calibrate a scoring model on labelled examples")
+    fit.add_argument("model", help="name of the scoring model")
+    fit.add_argument("examples", type=Path, help='JSON lines of {"text": …, "label": …}')
+    fit.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
+    fit.add_argument("--method", default="bias", choices=METHODS, help="default: %(default)s")
+    fit.set_defaults(run=_fit)
 
 
 def _add_client_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -201,6 +214,23 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     except BuildError as error:
         bar.close()
         return _fail(str(error))
+    return 0
+
+
+def _fit(arguments: argparse.Namespace) -> int:
+    from builders.commands.fit import run_fit, told
+    from builders.errors import BuildError
+    from clients.errors import ClientError
+    from ensemble.server import ServerError
+
+    bar = _ProgressBar()
+    try:
+        calibration, path = run_fit(arguments, bar.report)
+    except (BuildError, ClientError, ServerError) as error:
+        bar.close()
+        return _fail(str(error))
+    bar.close()
+    print(f"{told(calibration)}\nwrote {path}; a running server reads it when it is started again")
     return 0
 
 

@@ -65,9 +65,14 @@ class BaseClient(ABC):
 
     def score(self, request: ScoreRequest) -> tuple[Score, ...]:
         """Score every text of the request; for models built with task score. Raises `ClientError`."""
+        return Score.from_tensors(self.infer(self.model, request.to_tensors(), contract.SCORE.outputs))
+
+    def infer(
+        self, model: str, inputs: Mapping[TensorSpec, Tensor], outputs: tuple[TensorSpec, ...]
+    ) -> dict[str, Tensor]:
+        """Send whole tensors to `model`, which isn't decoupled, and read its one response. Raises `ClientError`."""
         self._check_open()
-        outputs = self._infer(uuid.uuid4().hex, request.to_tensors(), contract.SCORE.outputs, self.timeout_s)
-        return Score.from_tensors(outputs)
+        return self._infer(model, uuid.uuid4().hex, inputs, outputs, self.timeout_s)
 
     def is_ready(self, model: str | None = None) -> bool:
         """Say whether `model` (None: the client's own) can be called; False too if nothing answers."""
@@ -162,9 +167,14 @@ class BaseClient(ABC):
 
     @abstractmethod
     def _infer(
-        self, request_id: str, inputs: Mapping[TensorSpec, Tensor], outputs: tuple[TensorSpec, ...], timeout_s: float
+        self,
+        model: str,
+        request_id: str,
+        inputs: Mapping[TensorSpec, Tensor],
+        outputs: tuple[TensorSpec, ...],
+        timeout_s: float,
     ) -> dict[str, Tensor]:
-        """Send one request to the client's model and wait for its one response. Raises `ClientError`."""
+        """Send one request and wait for its one response; of it, the `outputs` that it has. Raises `ClientError`."""
 
     @abstractmethod
     def _is_model_ready(self, model: str, timeout_s: float) -> bool:

@@ -86,9 +86,14 @@ class GrpcClient(BaseClient):
             call.cancel()  # nothing to a call that has ended
 
     def _infer(
-        self, request_id: str, inputs: Mapping[TensorSpec, Tensor], outputs: tuple[TensorSpec, ...], timeout_s: float
+        self,
+        model: str,
+        request_id: str,
+        inputs: Mapping[TensorSpec, Tensor],
+        outputs: tuple[TensorSpec, ...],
+        timeout_s: float,
     ) -> dict[str, Tensor]:
-        message = infer_message(self.model, request_id, inputs)
+        message = infer_message(model, request_id, inputs)
         try:
             return read_response(self._stub.ModelInfer(message, timeout=timeout_s), outputs)
         except grpc.RpcError as error:

@@ -77,7 +77,12 @@ class HttpClient(BaseClient):
             raise ProtocolError(f"the response can't be decoded: {error}") from error
 
     def _infer(
-        self, request_id: str, inputs: Mapping[TensorSpec, Tensor], outputs: tuple[TensorSpec, ...], timeout_s: float
+        self,
+        model: str,
+        request_id: str,
+        inputs: Mapping[TensorSpec, Tensor],
+        outputs: tuple[TensorSpec, ...],
+        timeout_s: float,
     ) -> dict[str, Tensor]:
         body = {
             "id": request_id,
@@ -91,7 +96,7 @@ class HttpClient(BaseClient):
                 for spec, tensor in inputs.items()
             ],
         }
-        path = f"/v2/models/{quote(self.model, safe='')}/infer"
+        path = f"/v2/models/{quote(model, safe='')}/infer"
         try:
             response = self._client.post(path, content=json.dumps(body), timeout=timeout_s)
         except httpx.TimeoutException as error:

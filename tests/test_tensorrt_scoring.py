@@ -61,12 +61,9 @@ class Reference:
 
     def log_probs(self, ids: list[int]) -> Floats:
         """Of every next token [vocab_size]."""
-        feeds = {
-            "input_ids": np.array([ids], np.int64),
-            "start": np.zeros(1, np.int64),
-            "num_tokens": np.array([len(ids)]),
-        }
-        logits = self._session.run(["logits"], feeds | self._caches)[0][0].astype(np.float64)
+        feeds = {"input_ids": [ids], "start": [0], "num_tokens": [len(ids)]}
+        arrays = {name: np.array(values, np.int64) for name, values in feeds.items()}
+        logits = self._session.run(["logits"], arrays | self._caches)[0][0].astype(np.float64)
         log_probs: Floats = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
         return log_probs
 
@@ -101,7 +98,7 @@ def test_each_target_has_the_log_probability_that_it_has_after_its_own_tokens_al
     np.testing.assert_allclose(found, expected, atol=1e-5 if precision == "fp32" else 2e-2)
     assert np.ptp(expected) > 0.5
     assert hidden.shape == (3, 128) and np.ptp(hidden) > 0.5
-    assert not [name for name in names(stateless) if "past" in name or "present" in name]
+    assert not [name for name in names(stateless) if "past_" in name or "present_" in name]
     assert stateless_widths(stateless) == (256, 128)
 
 

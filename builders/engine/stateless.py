@@ -133,8 +133,8 @@ class _Nodes:
         index = self.add("Range", [self.int(0), number, self.int(1)], f"{values}.index")
         column = self.add("Unsqueeze", [index, self.int([1])], f"{values}.column")
         line = self.add("Unsqueeze", [ends, self.int([0])], f"{counts}.line")
-        is_past = self.add("GreaterOrEqual", [column, line], f"{values}.is_past")
-        past = self.add("Cast", [is_past], f"{values}.past", to=INT64)
+        is_past = self.add("GreaterOrEqual", [column, line], f"{values}.is_behind")
+        past = self.add("Cast", [is_past], f"{values}.rows_before", to=INT64)
         return self.add("ReduceSum", [past, self.int([1])], f"{values}.row", keepdims=0), starts
 
 
