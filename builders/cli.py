@@ -71,6 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     _add_fit_command(commands)
 
+    _add_tune_command(commands)
+
     _add_client_commands(commands)
     return parser
 
@@ -132,6 +134,22 @@ def _add_fit_command(commands: argparse._SubParsersAction[argparse.ArgumentParse
     fit.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
     fit.add_argument("--method", default="bias", choices=METHODS, help="default: %(default)s")
     fit.set_defaults(run=_fit)
+
+
+def _add_tune_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    tune = commands.add_parser("tune", help="find the configuration that serves most within a latency limit")
+    tune.add_argument("model", help="name of the served model")
+    tune.add_argument("--p99-ms", type=float, required=True, help="limit of the 99th percentile of a request's latency")
+    tune.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
+    tune.add_argument("--clients", type=int, default=16, help="asking at once (default: %(default)s)")
+    tune.add_argument("--seconds", type=float, default=10.0, help="measured for each point (default: %(default)g)")
+    tune.add_argument("--budget-s", type=float, default=900.0, help="seconds in all (default: %(default)g)")
+    tune.add_argument("--texts", type=Path, help="what clients send, a text a line (default: a built-in set)")
+    tune.add_argument("--labels", metavar="A,B,…", help="for a scoring model built without")
+    tune.add_argument("--max-tokens", type=int, default=32, help="generated for a request (default: %(default)s)")
+    tune.add_argument("--output", type=Path, help="directory of journal, table and plot (default: tune-MODEL)")
+    tune.add_argument("--dry-run", action="store_true", help="leave the repository as it is")
+    tune.set_defaults(run=_tune)
 
 
 def _add_client_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -231,6 +249,43 @@ def _fit(arguments: argparse.Namespace) -> int:
         return _fail(str(error))
     bar.close()
     print(f"{told(calibration)}\nwrote {path}; a running server reads it when it is started again")
+    return 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from builders.commands.tune import TuneOptions, tune
+    from builders.errors import BuildError
+    from builders.scoring_arguments import split_labels
+    from builders.tune.report import table
+
+    bar = _ProgressBar()
+    try:
+        options = TuneOptions(
+            name=arguments.model,
+            repository=arguments.repository,
+            p99_ms=arguments.p99_ms,
+            clients=arguments.clients,
+            seconds=arguments.seconds,
+            budget_s=arguments.budget_s,
+            texts=arguments.texts,
+            labels=split_labels(arguments.labels),
+            max_tokens=arguments.max_tokens,
+            output=arguments.output,
+            is_dry=arguments.dry_run,
+        )
+        tuned = tune(options, bar.report)
+    except BuildError as error:
+        bar.close()
+        return _fail(str(error))
+    bar.close()
+    print(table(tuned.measured, tuned.best, options.p99_ms))
+    if not tuned.is_complete:
+        print("the budget is used up; the same command with more --budget-s goes on from the journal")
+    if tuned.best is None:
+        return _fail(f"no point is within {options.p99_ms:g} ms; raise --p99-ms, or lower --clients")
+    for path in tuned.changed:
+        print(f"wrote {path}")
+    print(f"{'nothing written' if not tuned.changed else 'start the server again'}; see {options.directory}")
     return 0
 
 
