@@ -1,8 +1,8 @@
 """What dynamic batching brings a scoring model, and what it costs: two servers on the same weights, in turn.
 
-One server's engine has Triton's dynamic batcher, the other's has none; rounds alternate, and every figure that is judged
-is a ratio or difference of one run. Batch sizes and queue times are Triton's own statistics.
-    python -m benchmarks.scoring [--rounds 3] [--seconds 6]
+One server's engine has Triton's dynamic batcher, the other's has none; rounds alternate, and every figure that is
+judged is a ratio or difference of one run. Batch sizes and queue times are Triton's own statistics.
+    python -m benchmarks.scoring [--rounds 3] [--seconds 8]
 writes benchmarks/results/scoring.json and prints the figures.
 """
 
@@ -42,48 +42,10 @@ ENGINE = f"{NAME}-engine"
 LABELS = ("positive", "negative")
 TEMPLATE = "Review: {text}\nSentiment:"
 CLIENTS = 16
-WORDS = [
-    "the",
-    "film",
-    "was",
-    "slow",
-    "but",
-    "honest",
-    "and",
-    "I",
-    "liked",
-    "how",
-    "quietly",
-    "it",
-    "ended",
-    "while",
-    "we",
-    "expected",
-    "much",
-    "more",
-    "noise",
-    "from",
-    "such",
-    "a",
-    "loud",
-    "director",
-    "whose",
-    "earlier",
-    "work",
-    "bored",
-    "everyone",
-    "in",
-    "our",
-    "row",
-    "of",
-    "seats",
-    "on",
-    "a",
-    "cold",
-    "evening",
-    "last",
-    "week",
-]
+WORDS = (
+    "the film was slow but honest and I liked how quietly it ended while we expected much more noise from such a loud "
+    "director whose earlier work bored everyone in our row of seats on a cold evening last week"
+)
 # name → words in a text, fewest and most
 WORKLOADS = {"short": (3, 16), "long": (40, 80)}
 JUDGED = "short"
@@ -98,7 +60,7 @@ TARGETS = {
 def make_texts(count: int, fewest: int, most: int) -> list[str]:
     """Texts of ragged lengths; always the same."""
     random = np.random.default_rng(7)
-    return [" ".join(random.choice(WORDS, random.integers(fewest, most + 1))) for _ in range(count)]
+    return [" ".join(random.choice(WORDS.split(), random.integers(fewest, most + 1))) for _ in range(count)]
 
 
 def ask(client: BaseClient, text: str) -> tuple[Score, ...]:
@@ -153,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write; 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=6.0, help="of load in each round")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of load in each round")
     arguments = parser.parse_args(argv)
     scoring = ScoringOptions(template=TEMPLATE, labels=LABELS)
     workloads = {name: make_texts(256, *words) for name, words in WORKLOADS.items()}
@@ -170,14 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch_sizes: dict[str, list[float]] = {workload: [] for workload in workloads}
         queue_ms: dict[str, list[float]] = {name: [] for name in servers}
         for round_number in range(arguments.rounds + 1):  # the first warms up
-            seconds = arguments.seconds if round_number else 2.0
+            seconds = arguments.seconds if round_number else arguments.seconds / 2
             for workload, texts in workloads.items():
                 for name, server in servers.items():
                     engine = Engine(server)
                     before = engine.read()
                     found = load(ask, server.grpc_url, NAME, texts, CLIENTS, seconds)
                     counted = engine.during(before)
-                    if found.failure:
+                    if found.failure and round_number:
                         raise RuntimeError(found.failure)
                     print(f"round {round_number}: {workload}, {name}: {found.throughput:.1f} requests/s", flush=True)
                     if round_number:
