@@ -127,13 +127,17 @@ def test_the_batch_is_padded_to_its_longest_row_and_no_further(tmp_path: Path) -
     graph = write_graph(small_spec(), tmp_path, precision="fp32")
     stateless = write_stateless(graph, tmp_path / "scoring.onnx")
     model = onnx.load(stateless)
-    model.graph.output.append(onnx.helper.make_tensor_value_info("padded_ids", onnx.TensorProto.INT32, None))
+    looked_at = {"mask": "BOOL", "padded_places": "INT64", "model.layers.0.mlp_residual": "FLOAT"}
+    for name, dtype in looked_at.items():
+        value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DataType.Value(dtype), None)
+        model.graph.output.append(value)
     onnx.save(model, tmp_path / "opened.onnx")
     rows = [make_row(prompt, random_ids(6, 1, 1))[0] for prompt in random_ids(7, 2, 9, 5)]
-    (padded,) = session(tmp_path / "opened.onnx").run(["padded_ids"], batch_tensors(rows))
-    assert padded.shape == (3, 9)
-    for line, row in zip(padded, rows, strict=True):
-        assert line[: len(row)].tolist() == row.input_ids.tolist()
+    feeds = batch_tensors(rows)
+    mask, places, hidden = session(tmp_path / "opened.onnx").run(list(looked_at), feeds)
+    assert mask.shape == (3, 1, 9, 9) and hidden.shape == (1, 2 + 9 + 5, 128), "attention alone is padded"
+    for line, row in zip(places, rows, strict=True):
+        assert feeds["input_ids"][line[: len(row)]].tolist() == row.input_ids.tolist()
 
 
 def test_a_graph_that_is_not_a_decoder_with_a_cache_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 What enters is decoder.py's graph, quantised or not; what leaves is a graph over the same weight file. A row is a
 prompt and, after it, branches: the tokens of each candidate but its last. A token sees the prompt and its own branch,
 so the prompt is computed once for all candidates. Rows arrive unpadded, one behind the other, as Triton concatenates
-ragged requests; the graph pads them to the longest of the batch and no further.
+ragged requests, and stay so: attention alone pads them, to the longest of the batch and no further.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ REPLACED = frozenset(
     ("seq_len_1d", "seq_len_scalar", "offsets", "start_column", "position_ids", "query_positions", "mask", "last_token",
      "last_token_index", "last_hidden")
 )  # fmt: skip
-RENAMED = {"input_ids": "padded_ids"}
+RENAMED = {"input_ids": "token_line"}
 
 
 def write_stateless(path: Path, output: Path) -> Path:
@@ -63,26 +63,27 @@ def write_stateless(path: Path, output: Path) -> Path:
         raise EngineError(
             f"{path} is not a decoder's graph with a cache in opset 24, giving the last logits; build it again so"
         )
-    kept = [node for node in graph.node if node.op_type != "TensorScatter" and node.name not in REPLACED]
-    for node in kept:
-        node.input[:] = [scatters.get(name, RENAMED.get(name, name)) for name in node.input]
+    widths = _head_widths(graph)
     nodes = _Nodes()
-    _pad(nodes)
-    num_prelude = len(nodes.nodes)
-    _gather_logits(nodes, hidden)
-    num_gathered = len(nodes.nodes)
+    _layout(nodes)
+    for node in graph.node:
+        if node.op_type == "TensorScatter" or node.name in REPLACED:
+            continue
+        node.input[:] = [scatters.get(name, RENAMED.get(name, name)) for name in node.input]
+        if node.op_type == "Attention":
+            _attend(nodes, node, *widths)
+            continue
+        if "last_hidden" in node.input:
+            _gather_logits(nodes, hidden)
+        nodes.nodes.append(node)
     _read_targets(nodes)
-    # The decoder's own nodes lie around those that pick the positions whose logits are wanted.
-    head = next(index for index, node in enumerate(kept) if "last_hidden" in node.input)
-    ordered = nodes.nodes[:num_prelude] + kept[:head] + nodes.nodes[num_prelude:num_gathered]
-    ordered += kept[head:] + nodes.nodes[num_gathered:]
 
     hidden_size = _hidden_size(graph)
     outputs = [
         helper.make_tensor_value_info(TOKEN_LOG_PROBS.name, TensorProto.FLOAT, ["targets"]),
         helper.make_tensor_value_info(HIDDEN_STATE.name, TensorProto.FLOAT, ["batch", hidden_size]),
     ]
-    _replace(graph.node, _reachable(ordered, [value.name for value in outputs]))
+    _replace(graph.node, _reachable(nodes.nodes, [value.name for value in outputs]))
     _replace(graph.input, _inputs())
     _replace(graph.output, outputs)
     graph.initializer.extend(nodes.constants)
@@ -123,33 +124,45 @@ class _Nodes:
             self.constants.append(numpy_helper.from_array(np.asarray(value, np.int64), name))
         return name
 
-    def row_of(self, values: str, counts: str) -> tuple[str, str]:
-        """For a ragged input: each value's row [n], and where each row begins [batch]."""
+    def rows(self, values: str, counts: str) -> None:
+        """Of a ragged input: `values`.row [n] each value's row, `counts`.starts and .sizes [batch] where rows lie."""
         flat = self.add("Squeeze", [counts, self.int([1])], f"{counts}.flat")
-        counts64 = self.add("Cast", [flat], f"{counts}.int64", to=INT64)
-        ends = self.add("CumSum", [counts64, self.int(0)], f"{counts}.ends")
-        starts = self.add("Sub", [ends, counts64], f"{counts}.starts")
+        sizes = self.add("Cast", [flat], f"{counts}.sizes", to=INT64)
+        ends = self.add("CumSum", [sizes, self.int(0)], f"{counts}.ends")
+        self.add("Sub", [ends, sizes], f"{counts}.starts")
         number = self.add("Squeeze", [self.add("Shape", [values], f"{values}.shape")], f"{values}.number")
         index = self.add("Range", [self.int(0), number, self.int(1)], f"{values}.index")
         column = self.add("Unsqueeze", [index, self.int([1])], f"{values}.column")
         line = self.add("Unsqueeze", [ends, self.int([0])], f"{counts}.line")
-        is_past = self.add("GreaterOrEqual", [column, line], f"{values}.is_behind")
-        past = self.add("Cast", [is_past], f"{values}.rows_before", to=INT64)
-        return self.add("ReduceSum", [past, self.int([1])], f"{values}.row", keepdims=0), starts
+        is_behind = self.add("GreaterOrEqual", [column, line], f"{values}.is_behind")
+        rows_before = self.add("Cast", [is_behind], f"{values}.rows_before", to=INT64)
+        self.add("ReduceSum", [rows_before, self.int([1])], f"{values}.row", keepdims=0)
+
+    def placed(self, own: str, rows: str, starts: str, name: str) -> str:
+        """Places [n] within rows, `own`, as places among all rows' values."""
+        first = self.add("Gather", [starts, rows], f"{name}.first")
+        return self.add("Add", [first, self.add("Cast", [own], f"{name}.own", to=INT64)], name)
 
 
-def _pad(nodes: _Nodes) -> None:
-    """`padded_ids` and `position_ids` [batch, seq_len], `mask` [batch, 1, seq_len, seq_len]."""
+def _layout(nodes: _Nodes) -> None:
+    """Where each token lies, packed and padded, and what it sees.
+
+    `token_line`, `position_ids` [1, tokens]; `padded_places` [batch, seq_len] of packed tokens; `packed_places`
+    [tokens] of padded ones; `mask` [batch, 1, seq_len, seq_len].
+    """
     add, ints = nodes.add, nodes.int
-    flat = add("Squeeze", [ROW_LENS, ints([1])], f"{ROW_LENS}.flat")
-    lens = add("Cast", [flat], f"{ROW_LENS}.int64", to=INT64)
-    starts = add("Sub", [add("CumSum", [lens, ints(0)], f"{ROW_LENS}.ends"), lens], f"{ROW_LENS}.starts")
+    add("Unsqueeze", [SCORE_IDS.name, ints([0])], "token_line")
+    nodes.rows(SCORE_IDS.name, ROW_LENS)
+    lens, starts = f"{ROW_LENS}.sizes", f"{ROW_LENS}.starts"
     longest = add("Squeeze", [add("Shape", [LONGEST_ROW], "seq_len_1d")], "seq_len")
     line = add("Unsqueeze", [add("Range", [ints(0), longest, ints(1)], "offsets"), ints([0])], "offset_line")
-    is_real = add("Less", [line, add("Unsqueeze", [lens, ints([1])], f"{ROW_LENS}.column")], "is_real")
+    is_real = add("Less", [line, add("Unsqueeze", [lens, ints([1])], f"{ROW_LENS}.of_row")], "is_real")
     places = add("Add", [add("Unsqueeze", [starts, ints([1])], f"{ROW_LENS}.starts_column"), line], "places")
-    places = add("Where", [is_real, places, ints(0)], "real_places")
-    add("Gather", [SCORE_IDS.name, places], "padded_ids")
+    places = add("Where", [is_real, places, ints(0)], "padded_places")
+    rows = f"{SCORE_IDS.name}.row"
+    columns = add("Sub", [f"{SCORE_IDS.name}.index", add("Gather", [starts, rows], "row_starts")], "columns")
+    packed = add("Add", [add("Mul", [rows, longest], "row_places"), columns], "packed_places")
+
     branches = add("Cast", [add("Gather", [BRANCH_IDS.name, places], "gathered_branches")], "branches64", to=INT64)
     branches = add("Where", [is_real, branches, ints(-1)], "branches")
     keys = add("Unsqueeze", [branches, ints([1])], "key_branches")  # [batch, 1, seq_len]
@@ -163,37 +176,44 @@ def _pad(nodes: _Nodes) -> None:
     add("Unsqueeze", [seen, ints([1])], "mask")
     # A token's position is how many tokens it sees before itself.
     count = add("ReduceSum", [add("Cast", [seen], "seen64", to=INT64), ints([2])], "num_seen", keepdims=0)
-    add("Sub", [count, ints(1)], "position_ids")
+    positions = add("Reshape", [add("Sub", [count, ints(1)], "padded_positions"), ints([-1])], "flat_positions")
+    add("Unsqueeze", [add("Gather", [positions, packed], "packed_positions"), ints([0])], "position_ids")
+
+
+def _attend(nodes: _Nodes, attention: onnx.NodeProto, num_heads: int, head_dim: int) -> None:
+    """One attention: queries, keys and values [1, heads, tokens, d] padded row by row, what comes back packed again."""
+    add, ints = nodes.add, nodes.int
+    padded = []
+    for value in attention.input[:3]:
+        heads = add("Squeeze", [value, ints([0])], f"{value}.heads")
+        rows = add("Gather", [heads, "padded_places"], f"{value}.rows", axis=1)  # [heads, batch, seq_len, d]
+        padded.append(add("Transpose", [rows], f"{value}.padded", perm=[1, 0, 2, 3]))
+    (name,) = attention.output
+    rows = add("Attention", [*padded, "mask"], f"{name}.padded")
+    rows = add("Transpose", [rows], f"{name}.rows", perm=[1, 0, 2, 3])  # [heads, batch, seq_len, d]
+    line = add("Reshape", [rows, ints([num_heads, -1, head_dim])], f"{name}.line")
+    tokens = add("Gather", [line, "packed_places"], f"{name}.packed", axis=1)  # [heads, tokens, d]
+    add("Unsqueeze", [tokens, ints([0])], name)
 
 
 def _gather_logits(nodes: _Nodes, hidden: str) -> None:
     """`last_hidden` [logits, hidden]: the last layer's output where a next token is predicted."""
-    add = nodes.add
-    rows, _ = nodes.row_of(LOGIT_POSITIONS.name, LOGIT_COUNTS)
-    positions = add("Cast", [LOGIT_POSITIONS.name], "logit_positions64", to=INT64)
-    add("GatherND", [hidden, _pairs(nodes, rows, positions, "logit_places")], "last_hidden")
+    nodes.rows(LOGIT_POSITIONS.name, LOGIT_COUNTS)
+    places = nodes.placed(LOGIT_POSITIONS.name, f"{LOGIT_POSITIONS.name}.row", f"{ROW_LENS}.starts", "logit_places")
+    nodes.add("Gather", [nodes.add("Squeeze", [hidden, nodes.int([0])], "hidden_line"), places], "last_hidden", axis=0)
 
 
 def _read_targets(nodes: _Nodes) -> None:
     """The outputs, from `model.norm` [logits, hidden] and `logits` [logits, vocab_size]."""
     add = nodes.add
     log_probs = add("LogSoftmax", ["logits"], "vocabulary_log_probs", axis=-1)
-    rows, _ = nodes.row_of(TARGET_IDS.name, TARGET_COUNTS)
-    firsts = add("Gather", [f"{LOGIT_COUNTS}.starts", rows], "first_logits")
-    own = add("Cast", [TARGET_LOGITS.name], "target_logits64", to=INT64)
-    logits = add("Add", [firsts, own], "target_rows")
+    nodes.rows(TARGET_IDS.name, TARGET_COUNTS)
+    logits = nodes.placed(TARGET_LOGITS.name, f"{TARGET_IDS.name}.row", f"{LOGIT_COUNTS}.starts", "target_places")
     ids = add("Cast", [TARGET_IDS.name], "target_ids64", to=INT64)
-    add("GatherND", [log_probs, _pairs(nodes, logits, ids, "target_places")], TOKEN_LOG_PROBS.name)
+    columns = [add("Unsqueeze", [value, nodes.int([1])], f"{value}.column") for value in (logits, ids)]
+    add("GatherND", [log_probs, add("Concat", columns, "target_pairs", axis=1)], TOKEN_LOG_PROBS.name)
     first = add("Gather", ["model.norm", f"{LOGIT_COUNTS}.starts"], "first_hidden")
     add("Cast", [first], HIDDEN_STATE.name, to=TensorProto.FLOAT)
-
-
-def _pairs(nodes: _Nodes, first: str, second: str, name: str) -> str:
-    """Two vectors [n] side by side: [n, 2]."""
-    columns = [
-        nodes.add("Unsqueeze", [value, nodes.int([1])], f"{name}.{i}") for i, value in enumerate((first, second))
-    ]
-    return nodes.add("Concat", columns, name, axis=1)
 
 
 def _inputs() -> list[onnx.ValueInfoProto]:
@@ -204,6 +224,14 @@ def _inputs() -> list[onnx.ValueInfoProto]:
     inputs = [helper.make_tensor_value_info(name, INT32, [dim]) for name, dim in ragged.items()]
     counts = (ROW_LENS, LOGIT_COUNTS, TARGET_COUNTS)
     return inputs + [helper.make_tensor_value_info(name, INT32, ["batch", 1]) for name in counts]
+
+
+def _head_widths(graph: onnx.GraphProto) -> tuple[int, int]:
+    """num_heads and head_dim: the queries are split so."""
+    split = next(node for node in graph.node if node.name.endswith("self_attn.q_split"))
+    shape = next(tensor for tensor in graph.initializer if tensor.name == split.input[1])
+    _, _, num_heads, head_dim = numpy_helper.to_array(shape).tolist()
+    return num_heads, head_dim
 
 
 def _hidden_size(graph: onnx.GraphProto) -> int:
