@@ -2,7 +2,7 @@
 
 One server's engine has Triton's dynamic batcher, the other's has none; rounds alternate, and every figure that is
 judged is a ratio or difference of one run. Batch sizes and queue times are Triton's own statistics.
-    python -m benchmarks.scoring [--rounds 3] [--seconds 8]
+    python -m benchmarks.scoring [--rounds 3] [--seconds 6]
 writes benchmarks/results/scoring.json and prints the figures.
 """
 
@@ -47,7 +47,7 @@ WORDS = (
     "director whose earlier work bored everyone in our row of seats on a cold evening last week"
 )
 # name → words in a text, fewest and most
-WORKLOADS = {"short": (3, 16), "long": (40, 80)}
+WORKLOADS = {"short": (2, 8), "medium": (8, 24), "long": (40, 80)}
 JUDGED = "short"
 WAKE_MS = 0.25  # what a thread that sleeps for the delay may oversleep on a busy machine
 TARGETS = {
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write; 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=8.0, help="of load in each round")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of load in each round")
     arguments = parser.parse_args(argv)
     scoring = ScoringOptions(template=TEMPLATE, labels=LABELS)
     workloads = {name: make_texts(256, *words) for name, words in WORKLOADS.items()}

@@ -73,6 +73,9 @@ def write_stateless(path: Path, output: Path) -> Path:
         if node.op_type == "Attention":
             _attend(nodes, node, *widths)
             continue
+        if node.op_type == "RotaryEmbedding":
+            # Padded already: its tables are no longer than one row may be, and a batch's tokens are more.
+            node.input[0] = _padded(nodes, node.input[0])
         if "last_hidden" in node.input:
             _gather_logits(nodes, hidden)
         nodes.nodes.append(node)
@@ -147,8 +150,8 @@ class _Nodes:
 def _layout(nodes: _Nodes) -> None:
     """Where each token lies, packed and padded, and what it sees.
 
-    `token_line`, `position_ids` [1, tokens]; `padded_places` [batch, seq_len] of packed tokens; `packed_places`
-    [tokens] of padded ones; `mask` [batch, 1, seq_len, seq_len].
+    `token_line` [1, tokens]; `padded_places` [batch, seq_len] of packed tokens; `packed_places` [tokens] of padded
+    ones; `position_ids` [batch, seq_len]; `mask` [batch, 1, seq_len, seq_len].
     """
     add, ints = nodes.add, nodes.int
     add("Unsqueeze", [SCORE_IDS.name, ints([0])], "token_line")
@@ -161,7 +164,7 @@ def _layout(nodes: _Nodes) -> None:
     places = add("Where", [is_real, places, ints(0)], "padded_places")
     rows = f"{SCORE_IDS.name}.row"
     columns = add("Sub", [f"{SCORE_IDS.name}.index", add("Gather", [starts, rows], "row_starts")], "columns")
-    packed = add("Add", [add("Mul", [rows, longest], "row_places"), columns], "packed_places")
+    add("Add", [add("Mul", [rows, longest], "row_places"), columns], "packed_places")
 
     branches = add("Cast", [add("Gather", [BRANCH_IDS.name, places], "gathered_branches")], "branches64", to=INT64)
     branches = add("Where", [is_real, branches, ints(-1)], "branches")
@@ -176,20 +179,22 @@ def _layout(nodes: _Nodes) -> None:
     add("Unsqueeze", [seen, ints([1])], "mask")
     # A token's position is how many tokens it sees before itself.
     count = add("ReduceSum", [add("Cast", [seen], "seen64", to=INT64), ints([2])], "num_seen", keepdims=0)
-    positions = add("Reshape", [add("Sub", [count, ints(1)], "padded_positions"), ints([-1])], "flat_positions")
-    add("Unsqueeze", [add("Gather", [positions, packed], "packed_positions"), ints([0])], "position_ids")
+    add("Sub", [count, ints(1)], "position_ids")
+
+
+def _padded(nodes: _Nodes, heads: str) -> str:
+    """heads [1, heads, tokens, d] laid out row by row: [batch, heads, seq_len, d]."""
+    tokens = nodes.add("Squeeze", [heads, nodes.int([0])], f"{heads}.tokens")
+    rows = nodes.add("Gather", [tokens, "padded_places"], f"{heads}.rows", axis=1)  # [heads, batch, seq_len, d]
+    return nodes.add("Transpose", [rows], f"{heads}.padded", perm=[1, 0, 2, 3])
 
 
 def _attend(nodes: _Nodes, attention: onnx.NodeProto, num_heads: int, head_dim: int) -> None:
-    """One attention: queries, keys and values [1, heads, tokens, d] padded row by row, what comes back packed again."""
+    """One attention: queries and keys are padded, the values not yet; what comes back is packed again."""
     add, ints = nodes.add, nodes.int
-    padded = []
-    for value in attention.input[:3]:
-        heads = add("Squeeze", [value, ints([0])], f"{value}.heads")
-        rows = add("Gather", [heads, "padded_places"], f"{value}.rows", axis=1)  # [heads, batch, seq_len, d]
-        padded.append(add("Transpose", [rows], f"{value}.padded", perm=[1, 0, 2, 3]))
+    queries, keys, values = attention.input[:3]
     (name,) = attention.output
-    rows = add("Attention", [*padded, "mask"], f"{name}.padded")
+    rows = add("Attention", [queries, keys, _padded(nodes, values), "mask"], f"{name}.padded")
     rows = add("Transpose", [rows], f"{name}.rows", perm=[1, 0, 2, 3])  # [heads, batch, seq_len, d]
     line = add("Reshape", [rows, ints([num_heads, -1, head_dim])], f"{name}.line")
     tokens = add("Gather", [line, "packed_places"], f"{name}.packed", axis=1)  # [heads, tokens, d]
