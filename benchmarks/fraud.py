@@ -105,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     truth, known = (np.array([payment.is_fraud for payment in part], int) for part in (test, train))
 
     judges = baselines(train, test)
-    few = [next(p for p in train[i:] if p.is_fraud == (i % 2 == 0)) for i in range(FEW_SHOT_EXAMPLES)]
+    kinds = [[payment for payment in train if payment.is_fraud == is_fraud] for is_fraud in (True, False)]
+    few = [kinds[i % 2][i // 2] for i in range(FEW_SHOT_EXAMPLES)]  # in turn
     for name, template, num_train in (
         ("zero-shot", ZERO_SHOT, len(train)),
         ("few-shot", few_shot(few), min(FEW_SHOT_TRAIN, len(train))),

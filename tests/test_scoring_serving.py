@@ -88,10 +88,9 @@ def test_texts_get_the_label_that_they_deserve(server: TritonServer, protocol: P
         alone = one(client, GOOD)
         for label in LABELS:
             assert alone.log_probs[label] == pytest.approx(good.log_probs[label], abs=1e-3)
-        (chat,) = client.score(
-            ScoreRequest(chats=[[{"role": "user", "content": "Is Paris the capital of France?"}]], labels=["Yes", "No"])
-        )
-        assert chat.label == "Yes" and chat.num_input_tokens > 30
+        chat = [{"role": "user", "content": "What is the capital of France? Answer with one word."}]
+        (score,) = client.score(ScoreRequest(chats=[chat], labels=["Madrid", "Paris", "Berlin"]))
+        assert score.label == "Paris" and score.num_input_tokens > 30
 
 
 def test_log_probabilities_are_transformers(client: GrpcClient, repository: Path) -> None:

@@ -22,6 +22,7 @@ from builders.fit import (
     write_calibration,
 )
 from builders.options import Report
+from builders.tune.repository import read_configs
 from clients.base import BaseClient
 from clients.features import Features, read_features
 from clients.grpc import GrpcClient
@@ -29,7 +30,7 @@ from ensemble.scoring.calibration import Calibration, label_scores
 from ensemble.scoring.profile import ScoringProfile
 from ensemble.server import TritonServer
 
-CHUNK = 8  # texts in a request
+CHUNK = 8  # texts in a request, where the engine's batches have room for so many
 
 
 def run_fit(arguments: argparse.Namespace, report: Report) -> tuple[Calibration, Path]:
@@ -46,7 +47,8 @@ def run_fit(arguments: argparse.Namespace, report: Report) -> tuple[Calibration,
         TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0, models=[arguments.model]) as server,
         GrpcClient(server.grpc_url, arguments.model) as client,
     ):
-        calibration = fit_on(client, profile, arguments.method, examples, report)
+        chunk = min(CHUNK, read_configs(repository, arguments.model)[arguments.model].max_batch_size)
+        calibration = fit_on(client, profile, arguments.method, examples, report, chunk=chunk)
     return calibration, write_calibration(repository, arguments.model, calibration)
 
 
@@ -56,12 +58,14 @@ def fit_on(
     method: Method,
     examples: list[Example],
     report: Report = lambda what, done, total: None,
+    *,
+    chunk: int = CHUNK,
 ) -> Calibration:
     """Ask the server behind `client` about every example, and fit."""
-    content_free = measure(client, profile, list(CONTENT_FREE)).scores if method == "contextual" else None
-    measured = measure(client, profile, [example.text for example in examples], report)
+    prior = measure(client, profile, list(CONTENT_FREE), chunk=chunk).scores if method == "contextual" else None
+    measured = measure(client, profile, [example.text for example in examples], report, chunk=chunk)
     truth = np.array([profile.labels.index(example.label) for example in examples])
-    return fit(method, profile.labels, profile.normalisation, measured, truth, content_free)
+    return fit(method, profile.labels, profile.normalisation, measured, truth, prior)
 
 
 def measure(
@@ -69,11 +73,13 @@ def measure(
     profile: ScoringProfile,
     texts: list[str],
     report: Report = lambda what, done, total: None,
+    *,
+    chunk: int = CHUNK,
 ) -> Measured:
-    """Scores and hidden states of `texts`."""
+    """Scores and hidden states of `texts`, `chunk` in a request."""
     features: list[Features] = []
-    for start in range(0, len(texts), CHUNK):
-        features += read_features(client, texts[start : start + CHUNK])
+    for start in range(0, len(texts), chunk):
+        features += read_features(client, texts[start : start + chunk])
         report("examples", len(features), len(texts))
     scores = [
         label_scores(np.array(own.log_probs), np.array(own.target_labels), len(profile.labels), profile.normalisation)[
