@@ -77,6 +77,12 @@ def served_models(repository: Path) -> list[str]:
     return [config.name for config in configs if config is not None and config.platform == "ensemble"]
 
 
+def is_scoring_model(repository: Path, name: str) -> bool:
+    """Whether served model `name` was built with task score: clients ask it otherwise."""
+    engine = _read_config(repository / f"{name}-{ENGINE_SUFFIX}", [])
+    return engine is not None and is_scoring(engine)
+
+
 def check_engine_files(version_dir: Path) -> list[Problem]:
     """Whether the engine's manifest is there and the files that it names have their lengths."""
     try:

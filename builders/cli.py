@@ -300,8 +300,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from builders.check import CheckError, built_models, require_sound, served_models
-    from clients.examples import examples
+    from builders.check import CheckError, built_models, is_scoring_model, require_sound, served_models
+    from clients.examples import examples, score_examples
     from ensemble.server import ServerError, TritonServer
 
     repository: Path = arguments.repository
@@ -323,7 +323,8 @@ def _serve(arguments: argparse.Namespace) -> int:
             progress=lambda name: print(f"ready: {name}", flush=True),
         ) as server:
             for model in served_models(repository):
-                for title, command in examples(model, server.http_url, server.grpc_url).items():
+                ways = score_examples if is_scoring_model(repository, model) else examples
+                for title, command in ways(model, server.http_url, server.grpc_url).items():
                     print(f"\n# {title}\n{command}")
             print(f"\nmetrics: {server.metrics_url}\nCtrl-C stops the server", flush=True)
             status = server.wait()

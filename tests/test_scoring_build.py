@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from builders import cli
-from builders.check import check_repository
+from builders.check import check_repository, is_scoring_model, served_models
 from builders.errors import BuildError
 from builders.options import BuildOptions
 from builders.pbtxt import parse_text
@@ -24,6 +24,7 @@ from ensemble.pipelines import SCORE_PIPELINE
 from ensemble.scoring.profile import ScoringProfile
 from ensemble.scoring.rows import make_row
 from ensemble.scoring.settings import ScoringSettings
+from ensemble.settings import EngineSettings
 from tests.checkpoints import make_tokenizer, write_tiny
 
 SCORING = ScoringOptions(template="{text} is", labels=("a", "b"), batching=Batching(max_batch_size=4))
@@ -59,6 +60,13 @@ def test_a_scoring_model_is_four_models(models: Path) -> None:
     assert (profile.template, profile.labels, profile.max_seq_len, profile.max_request_tokens) == (
         "{text} is", ("a", "b"), 32, 0,
     )  # fmt: skip
+
+
+def test_what_is_asked_for_labels_is_told_apart(checkpoint: Path, models: Path) -> None:
+    settings = EngineSettings(num_slots=1, prefill_chunk=8)
+    build(BuildOptions(checkpoint, "g", models, max_seq_len=32, settings=settings))
+    assert served_models(models) == ["g", "s"]
+    assert [is_scoring_model(models, name) for name in ("g", "s", "nobody")] == [False, True, False]
 
 
 def test_the_runner_scores_in_passes_what_it_scores_at_once(models: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from builders.tune.repository import read_configs
 from clients.base import BaseClient
 from clients.connect import PROTOCOLS, ProtocolName, connect
 from clients.errors import RequestRejected
+from clients.examples import score_examples
 from clients.grpc import GrpcClient
 from clients.score import Score, ScoreRequest
 from ensemble.server import TritonServer
@@ -186,6 +188,14 @@ def test_the_console_scores(server: TritonServer) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
     assert [line.split("\t")[0] for line in done.stdout.splitlines()] == list(LABELS)
+
+
+@pytest.mark.parametrize("title", ["HTTP", "Python"])
+def test_the_examples_that_serve_prints_run(server: TritonServer, title: str) -> None:
+    command = score_examples(NAME, server.http_url, server.grpc_url)[title]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0 and "positive" in done.stdout, done.stderr
 
 
 def test_a_calibration_is_fitted_on_the_server_and_served_by_the_next(client: GrpcClient, repository: Path) -> None:

@@ -47,7 +47,9 @@ def run_fit(arguments: argparse.Namespace, report: Report) -> tuple[Calibration,
         TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0, models=[arguments.model]) as server,
         GrpcClient(server.grpc_url, arguments.model) as client,
     ):
-        chunk = min(CHUNK, read_configs(repository, arguments.model)[arguments.model].max_batch_size)
+        most = read_configs(repository, arguments.model)[arguments.model].max_batch_size
+        # A plan's requests of several texts have a limit of their own.
+        chunk = 1 if profile.max_request_tokens else min(CHUNK, most)
         calibration = fit_on(client, profile, arguments.method, examples, report, chunk=chunk)
     return calibration, write_calibration(repository, arguments.model, calibration)
 
