@@ -51,5 +51,5 @@ $(VENV)/installed-load: $(VENV)/installed
 
 $(VENV)/installed-test: $(VENV)/installed-load
 	@echo "installing what the tests need (torch and transformers among it)"
-	$(BIN)/python -m pip install -e '.[build,client,serve,load,tensorrt,plot,test,check]' 'numpy<2'
+	$(BIN)/python -m pip install -e '.[build,client,serve,load,tensorrt,plot,fit,test,check]' 'numpy<2'
 	@touch $@

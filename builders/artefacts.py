@@ -5,6 +5,7 @@ One path for every target: the ONNX graph is always made; for TensorRT it is the
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from dataclasses import replace
@@ -19,7 +20,6 @@ from builders.errors import BuildError
 from builders.graph.builder import Progress
 from builders.graph.decoder import DTYPES, build_graph
 from builders.options import BuildOptions, Report
-from builders.pbtxt import ModelConfig
 from builders.recipe import Recipe, recipe_named
 from builders.spec import ModelSpec
 from ensemble.manifest import ArtefactFile, Manifest, installed_versions
@@ -27,7 +27,7 @@ from ensemble.manifest import ArtefactFile, Manifest, installed_versions
 PACKAGES = ("deepseek-triton", "numpy", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "tokenizers")
 # opset → the first ONNX Runtime that runs every operator of the graph in it
 ONNX_RUNTIME_FOR_OPSET = {24: (1, 24), 23: (1, 23)}
-TENSORRT_OPSET = 24
+TENSORRT_OPSET = STATELESS_OPSET = 24
 # What is not FP8 in an FP8 graph: embedding, head, norms and cache.
 NETWORK_OF = {"fp32": "fp32", "fp16": "fp16", "fp8": "fp16"}
 
@@ -61,39 +61,73 @@ def write_artefacts(
 
 def write_scoring_artefacts(
     checkpoint: Checkpoint, options: BuildOptions, max_seq_len: int, directory: Path, report: Report
-) -> ModelConfig:
-    """Write a plan without a cache, for Triton's own tensorrt backend, into `directory`; returns its configuration.
-
-    One pass over whole sequences, `num_slots` of them at most, logits of each one's last token.
+) -> int:
+    """Write a stateless engine and its manifest.json into `directory`; returns the width of its hidden state.
 
     Raises:
         BuildError: as `write_artefacts`.
     """
-    from builders.engine.scoring import ScoringLimits, build_scoring_engine, scoring_config
-    from builders.engine.stateless import write_stateless
-    from ensemble.tensorrt_api import PLAN_FILE
+    from builders.engine.stateless import GRAPH_FILE, stateless_widths, write_stateless
 
     spec = checkpoint.spec
     _require_means(spec, options, directory)
-    limits = ScoringLimits(options.settings.num_slots, max_seq_len)
-    with tempfile.TemporaryDirectory(prefix="graph-", dir=directory.parent) as temporary:
-        graph, recipe = _write_graph(checkpoint, options, max_seq_len, TENSORRT_OPSET, Path(temporary), report)
-        stateless = write_stateless(graph, graph.with_name("scoring.onnx"))
-        built = build_scoring_engine(
-            stateless, directory / PLAN_FILE, limits,
-            target=options.target,
-            precision=options.precision,
-            compute_capability=options.compute_capability,
-            fp8_modules=_fp8_modules(spec, recipe),
-            timing_cache=options.timing_cache,
-            progress=report,
-        )  # fmt: skip
-        engine: dict[str, Any] = {"version": built.version, "compute_capability": built.compute_capability}
-        engine |= {"max_batch_size": limits.max_batch_size, "census": built.census.to_dict()}
+    engine: dict[str, Any] = {}
+    requires: dict[str, str] = {}
+    files: tuple[Path, ...]
+    with contextlib.ExitStack() as stack:
+        place = directory
+        if options.target == "onnx":
+            requires = {"onnxruntime": ".".join(map(str, ONNX_RUNTIME_FOR_OPSET[_scoring_opset()]))}
+        else:
+            temporary = tempfile.TemporaryDirectory(prefix="graph-", dir=directory.parent)
+            place = Path(stack.enter_context(temporary))
+        graph, recipe = _write_graph(checkpoint, options, max_seq_len, STATELESS_OPSET, place, report)
+        stateless = write_stateless(graph, graph.with_name(GRAPH_FILE))
+        _, hidden_size = stateless_widths(stateless)
         shapes = _shapes(stateless)
-        config = scoring_config(options.name, stateless, limits, target=options.target)
-    _manifest(checkpoint, options, max_seq_len, recipe, engine, (built.path,), shapes).save(directory)
-    return config
+        if options.target == "onnx":
+            files = (stateless, graph.with_name(graph.name + ".data"))
+            graph.unlink()  # its weights are the stateless graph's
+        else:
+            plan, engine = _compile_scoring(stateless, spec, options, recipe, max_seq_len, directory, report)
+            files = (plan,)
+    manifest = _manifest(checkpoint, options, max_seq_len, recipe, engine, files, shapes)
+    replace(manifest, requires=requires).save(directory)
+    return hidden_size
+
+
+def _compile_scoring(
+    stateless: Path,
+    spec: ModelSpec,
+    options: BuildOptions,
+    recipe: Recipe | None,
+    max_seq_len: int,
+    directory: Path,
+    report: Report,
+) -> tuple[Path, dict[str, Any]]:
+    """The plan's path, and what the manifest says of it."""
+    from builders.engine.scoring import ScoringLimits, build_scoring_engine
+    from ensemble.tensorrt_api import PLAN_FILE
+
+    limits = ScoringLimits(options.scoring.batching.max_batch_size, max_seq_len)
+    built = build_scoring_engine(
+        stateless, directory / PLAN_FILE, limits,
+        target=options.target,
+        precision=options.precision,
+        compute_capability=options.compute_capability,
+        fp8_modules=_fp8_modules(spec, recipe),
+        timing_cache=options.timing_cache,
+        progress=report,
+    )  # fmt: skip
+    engine: dict[str, Any] = {"version": built.version, "compute_capability": built.compute_capability}
+    engine |= {"max_batch_size": limits.max_batch_size, "census": built.census.to_dict()}
+    return built.path, engine
+
+
+def _scoring_opset() -> int:
+    if _onnx_opset() < STATELESS_OPSET:
+        raise BuildError("task score needs onnxruntime 1.24 or later; pip install 'onnxruntime>=1.24'")
+    return STATELESS_OPSET
 
 
 def _manifest(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from builders.check_scoring import check_scoring, is_scoring
 from builders.errors import BuildError
 from builders.pbtxt import PbtxtError, parse_text
 from builders.wiring import Problem, check_wiring
@@ -76,6 +77,12 @@ def served_models(repository: Path) -> list[str]:
     return [config.name for config in configs if config is not None and config.platform == "ensemble"]
 
 
+def is_scoring_model(repository: Path, name: str) -> bool:
+    """Whether served model `name` was built with task score: clients ask it otherwise."""
+    engine = _read_config(repository / f"{name}-{ENGINE_SUFFIX}", [])
+    return engine is not None and is_scoring(engine)
+
+
 def check_engine_files(version_dir: Path) -> list[Problem]:
     """Whether the engine's manifest is there and the files that it names have their lengths."""
     try:
@@ -117,6 +124,9 @@ def _check_model(directory: Path, config: ModelConfig) -> Iterator[Problem]:
     versions = _served_versions(directory, config)
     if not versions:
         yield Problem(str(directory), "has no version that is served; needs a directory named 1")
+    if is_scoring(config):
+        for version in versions:
+            yield from check_scoring(directory, directory / str(version), config)
     if config.platform == "tensorrt_plan":
         for version in versions:
             yield from _check_plan(directory, directory / str(version), config)
@@ -127,7 +137,7 @@ def _check_model(directory: Path, config: ModelConfig) -> Iterator[Problem]:
         path = directory / str(version) / model_file
         if not path.is_file():
             yield Problem(str(path), "is missing, and the Python backend loads it; build the model again")
-    if directory.name.endswith(f"-{ENGINE_SUFFIX}"):
+    if directory.name.endswith(f"-{ENGINE_SUFFIX}") and not is_scoring(config):
         for version in versions:
             yield from _check_engine(directory, directory / str(version), config)
 

@@ -42,7 +42,7 @@ MODULE_EXTRAS = {
     "gguf": "build", "ml_dtypes": "build", "onnx": "build", "tqdm": "build", "google": "build",
     "httpx": "client", "tritonclient": "client", "grpc": "client",
     "onnxruntime": "serve", "tokenizers": "serve", "jinja2": "serve",
-    "cuda": "tensorrt", "matplotlib": "plot", "tomli": "load",
+    "cuda": "tensorrt", "matplotlib": "plot", "scipy": "fit", "sklearn": "fit", "tomli": "load",
 }  # fmt: skip
 
 
@@ -69,6 +69,10 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("--log", type=Path, help="write the server's log here")
     serve.set_defaults(run=_serve)
 
+    _add_fit_command(commands)
+
+    _add_tune_command(commands)
+
     _add_client_commands(commands)
 
     compare = commands.add_parser("compare", help="two load tests: differences with their confidence intervals")
@@ -81,6 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from builders.options import PRECISIONS, TARGETS, TASKS
     from builders.recipe import RECIPES
+    from builders.scoring_arguments import add_scoring_arguments
     from ensemble.settings import EngineSettings
 
     build = commands.add_parser("build", help="checkpoint to model repository")
@@ -88,7 +93,7 @@ def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
     build.add_argument("--name", required=True, help="name of the served model")
     build.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
     build.add_argument("--target", default="onnx", choices=TARGETS, help="default: %(default)s")
-    build.add_argument("--task", default="generate", choices=TASKS, help="default: %(default)s; score: target tensorrt")
+    build.add_argument("--task", default="generate", choices=TASKS, help="default: %(default)s")
     build.add_argument("--precision", choices=PRECISIONS, help="default: fp32 for onnx, fp16 for TensorRT")
     build.add_argument("--max-seq-len", type=int, help="tokens, prompt and answer (default: the model's, at most 2048)")
     for name, what in (
@@ -106,6 +111,7 @@ def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
     tensorrt = build.add_argument_group("TensorRT")
     tensorrt.add_argument("--compute-capability", help="of the GPU that will serve, as 8.9 (default: this machine's)")
     tensorrt.add_argument("--timing-cache", type=Path, help="file kept from build to build")
+    add_scoring_arguments(build.add_argument_group("task score"))
     build.set_defaults(run=_build)
 
 
@@ -124,12 +130,43 @@ def _add_evaluate_command(commands: argparse._SubParsersAction[argparse.Argument
     evaluate.set_defaults(run=_evaluate)
 
 
+def _add_fit_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from builders.fit import METHODS
+
+    fit = commands.add_parser("fit", help="calibrate a scoring model on labelled examples")
+    fit.add_argument("model", help="name of the scoring model")
+    fit.add_argument("examples", type=Path, help='JSON lines of {"text": …, "label": …}')
+    fit.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
+    fit.add_argument("--method", default="bias", choices=METHODS, help="default: %(default)s")
+    fit.set_defaults(run=_fit)
+
+
+def _add_tune_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    tune = commands.add_parser("tune", help="find the configuration that serves most within a latency limit")
+    tune.add_argument("model", help="name of the served model")
+    tune.add_argument("--p99-ms", type=float, required=True, help="limit of the 99th percentile of a request's latency")
+    tune.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
+    tune.add_argument("--clients", type=int, default=16, help="asking at once (default: %(default)s)")
+    tune.add_argument("--seconds", type=float, default=10.0, help="measured for each point (default: %(default)g)")
+    tune.add_argument("--budget-s", type=float, default=900.0, help="seconds in all (default: %(default)g)")
+    tune.add_argument("--texts", type=Path, help="what clients send, a text a line (default: a built-in set)")
+    tune.add_argument("--labels", metavar="A,B,…", help="for a scoring model built without")
+    tune.add_argument("--max-tokens", type=int, default=32, help="generated for a request (default: %(default)s)")
+    tune.add_argument("--output", type=Path, help="directory of journal, table and plot (default: tune-MODEL)")
+    tune.add_argument("--dry-run", action="store_true", help="leave the repository as it is")
+    tune.set_defaults(run=_tune)
+
+
 def _add_client_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from clients import cli as clients
+    from clients import score_cli as scoring
 
     generate = commands.add_parser("generate", help="complete a text")
     clients.add_generate_arguments(generate)
     generate.set_defaults(run=clients.run_generate)
+    score = commands.add_parser("score", help="choose among labels for a text")
+    scoring.add_score_arguments(score)
+    score.set_defaults(run=scoring.run_score)
     chat = commands.add_parser("chat", help="talk to a model")
     clients.add_chat_arguments(chat)
     chat.set_defaults(run=clients.run_chat)
@@ -139,6 +176,7 @@ def _build(arguments: argparse.Namespace) -> int:
     from builders.errors import BuildError
     from builders.options import BuildOptions
     from builders.repository import build
+    from builders.scoring_arguments import read_scoring_options
     from ensemble.settings import EngineSettings, SettingsError
 
     bar = _ProgressBar()
@@ -163,6 +201,7 @@ def _build(arguments: argparse.Namespace) -> int:
             ranges=arguments.ranges,
             compute_capability=arguments.compute_capability,
             timing_cache=arguments.timing_cache,
+            scoring=read_scoring_options(arguments),
         )
         version = build(options, bar.report)
     except (BuildError, SettingsError) as error:
@@ -201,6 +240,60 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _fit(arguments: argparse.Namespace) -> int:
+    from builders.commands.fit import run_fit, told
+    from builders.errors import BuildError
+    from clients.errors import ClientError
+    from ensemble.server import ServerError
+
+    bar = _ProgressBar()
+    try:
+        calibration, path = run_fit(arguments, bar.report)
+    except (BuildError, ClientError, ServerError) as error:
+        bar.close()
+        return _fail(str(error))
+    bar.close()
+    print(f"{told(calibration)}\nwrote {path}; a running server reads it when it is started again")
+    return 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from builders.commands.tune import TuneOptions, tune
+    from builders.errors import BuildError
+    from builders.scoring_arguments import split_labels
+    from builders.tune.report import table
+
+    bar = _ProgressBar()
+    try:
+        options = TuneOptions(
+            name=arguments.model,
+            repository=arguments.repository,
+            p99_ms=arguments.p99_ms,
+            clients=arguments.clients,
+            seconds=arguments.seconds,
+            budget_s=arguments.budget_s,
+            texts=arguments.texts,
+            labels=split_labels(arguments.labels),
+            max_tokens=arguments.max_tokens,
+            output=arguments.output,
+            is_dry=arguments.dry_run,
+        )
+        tuned = tune(options, bar.report)
+    except BuildError as error:
+        bar.close()
+        return _fail(str(error))
+    bar.close()
+    print(table(tuned.measured, tuned.best, options.p99_ms))
+    if not tuned.is_complete:
+        print("the budget is used up; the same command with more --budget-s goes on from the journal")
+    if tuned.best is None:
+        return _fail(f"no point is within {options.p99_ms:g} ms; raise --p99-ms, or lower --clients")
+    for path in tuned.changed:
+        print(f"wrote {path}")
+    print(f"{'nothing written' if not tuned.changed else 'start the server again'}; see {options.directory}")
+    return 0
+
+
 def _check(arguments: argparse.Namespace) -> int:
     from builders.check import check_repository
 
@@ -212,8 +305,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from builders.check import CheckError, built_models, require_sound, served_models
-    from clients.examples import examples
+    from builders.check import CheckError, built_models, is_scoring_model, require_sound, served_models
+    from clients.examples import examples, score_examples
     from ensemble.server import ServerError, TritonServer
     from ensemble.supervisor import supervise
 
@@ -221,7 +314,8 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     def announce(server: TritonServer) -> None:
         for model in served_models(repository):
-            for title, command in examples(model, server.http_url, server.grpc_url).items():
+            ways = score_examples if is_scoring_model(repository, model) else examples
+            for title, command in ways(model, server.http_url, server.grpc_url).items():
                 print(f"\n# {title}\n{command}")
         print(f"\nmetrics: {server.metrics_url}\nCtrl-C stops the server", flush=True)
 

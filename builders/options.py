@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from builders.errors import BuildError
+from builders.scoring_options import ScoringOptions
 from ensemble.settings import EngineSettings
 
 TARGETS = ("onnx", "tensorrt", "tensorrt-rtx")
@@ -24,8 +25,8 @@ Report = Callable[[str, int, int], None]
 class BuildOptions:
     """What to build.
 
-    task: "generate" makes the ensemble that streams text; "score" one pass without a cache, for Triton's own tensorrt
-        backend, in which num_slots is the largest batch.
+    task: "generate" makes the ensemble that streams text; "score" the one that chooses among labels in one pass without
+        a cache; scoring: for it alone.
     max_seq_len: tokens in a sequence, prompt and answer; None: the model's own limit, at most 2,048.
     recipe, keep: for fp8, a name in `builders.recipe.RECIPES` and patterns of modules that are not quantised.
     calibration_text: for fp8, a text file; None: the built-in set and text of the model's own. ranges: a file of
@@ -47,16 +48,19 @@ class BuildOptions:
     ranges: Path | None = None
     compute_capability: str | None = None
     timing_cache: Path | None = None
+    scoring: ScoringOptions = field(default_factory=ScoringOptions)
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
             raise BuildError(f"name is {self.name!r}; use letters, digits, '.', '_' and '-', the first not a sign")
         if self.task not in TASKS:
             raise BuildError(f"task is {self.task!r}; supported: {', '.join(TASKS)}")
-        if self.task == "score" and self.target != "tensorrt":
+        if self.task == "score" and self.target == "tensorrt-rtx":
             raise BuildError(
-                f"task score is for Triton's own tensorrt backend: needs target tensorrt, not {self.target}"
+                "task score is run by Triton's own tensorrt backend: use target tensorrt, or onnx on a CPU"
             )
+        if self.task != "score" and self.scoring != ScoringOptions():
+            raise BuildError(f"scoring options are for task score, this is {self.task}")
         if self.target not in TARGETS:
             raise BuildError(f"target is {self.target!r}; supported: {', '.join(TARGETS)}")
         if self.precision not in PRECISIONS:
@@ -81,7 +85,7 @@ class BuildOptions:
             if getattr(self, name) is not None:
                 words += [_option(name), str(getattr(self, name))]
         if self.task != "generate":
-            words += ["--task", self.task]
+            words += ["--task", self.task, *self.scoring.command_words()]
         if self.precision == "fp8":
             words += ["--recipe", self.recipe]
         for pattern in self.keep:

@@ -7,6 +7,7 @@ ModelConfig or its text; it reads and writes no files.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,32 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from builders.errors import BuildError
-from ensemble.contract import DETOKENIZER, ENGINE, TOKENIZER, ModelContract, TensorSpec
+from builders.scoring_options import Batching
+from ensemble.contract import (
+    DETOKENIZER,
+    ENGINE,
+    HIDDEN_STATE,
+    LOGIT_POSITIONS,
+    SCORE_ENGINE,
+    SCORE_IDS,
+    SCORE_TOKENIZER,
+    SCORER,
+    TARGET_IDS,
+    TOKEN_LOG_PROBS,
+    TOKENIZER,
+    ModelContract,
+    TensorSpec,
+)
 from ensemble.pipelines import (
     DETOKENIZER_SUFFIX,
     ENGINE_SUFFIX,
+    SCORER_SUFFIX,
     TOKENIZER_SUFFIX,
     Pipeline,
     model_name,
 )
+from ensemble.scoring.rows import LOGIT_COUNTS, LONGEST_ROW, ROW_LENS, TARGET_COUNTS
+from ensemble.tensorrt_api import PLAN_FILE
 
 __all__ = [
     "ModelConfig",
@@ -30,6 +49,10 @@ __all__ = [
     "engine_config",
     "ensemble_config",
     "parse_text",
+    "score_engine_config",
+    "score_plan_config",
+    "score_tokenizer_config",
+    "scorer_config",
     "to_text",
     "tokenizer_config",
 ]
@@ -69,13 +92,66 @@ def engine_config(served_name: str, parameters: Mapping[str, str]) -> ModelConfi
     )
 
 
-def ensemble_config(served_name: str, pipeline: Pipeline) -> ModelConfig:
+def score_tokenizer_config(served_name: str) -> ModelConfig:
+    """The configuration of a scoring model's tokenizer."""
+    return _model_config(_ragged_text_model(model_name(served_name, TOKENIZER_SUFFIX), SCORE_TOKENIZER))
+
+
+def scorer_config(served_name: str, hidden_size: int) -> ModelConfig:
+    """The configuration of a scoring model's last step."""
+    contract = _with_hidden_size(SCORER, hidden_size)
+    return _model_config(_ragged_text_model(model_name(served_name, SCORER_SUFFIX), contract))
+
+
+def score_engine_config(
+    served_name: str, hidden_size: int, batching: Batching, parameters: Mapping[str, str]
+) -> ModelConfig:
+    """The configuration of a stateless engine on a CPU; `parameters` are ScoringSettings.to_parameters()."""
+    contract = _with_hidden_size(SCORE_ENGINE, hidden_size)
+    model = _python_model(model_name(served_name, ENGINE_SUFFIX), contract, parameters)
+    return _model_config({**_ragged(model), **_batched(batching)})
+
+
+def score_plan_config(served_name: str, hidden_size: int, batching: Batching) -> ModelConfig:
+    """The configuration of a stateless engine whose plan Triton's own tensorrt backend runs: the same tensors.
+
+    Triton concatenates ragged requests; what it adds to the batch says where each row ends.
+    """
+    contract = _with_hidden_size(SCORE_ENGINE, hidden_size)
+    batch_inputs = (
+        (ROW_LENS, "BATCH_ITEM_SHAPE", SCORE_IDS),
+        (LOGIT_COUNTS, "BATCH_ITEM_SHAPE", LOGIT_POSITIONS),
+        (TARGET_COUNTS, "BATCH_ITEM_SHAPE", TARGET_IDS),
+        (LONGEST_ROW, "BATCH_MAX_ELEMENT_COUNT_AS_SHAPE", SCORE_IDS),
+    )
+    model = {
+        "name": model_name(served_name, ENGINE_SUFFIX),
+        "platform": "tensorrt_plan",
+        "default_model_filename": PLAN_FILE,
+        **_tensors(contract),
+        "instance_group": [{"count": 1, "kind": "KIND_GPU", "profile": ["0"]}],
+        "batch_input": [
+            {"kind": kind, "target_name": [name], "data_type": "TYPE_INT32", "source_input": [source.name]}
+            for name, kind, source in batch_inputs
+        ],
+        "batch_output": [
+            {
+                "kind": "BATCH_SCATTER_WITH_INPUT_SHAPE",
+                "target_name": [TOKEN_LOG_PROBS.name],
+                "source_input": [TARGET_IDS.name],
+            }
+        ],
+    }
+    return _model_config({**_ragged(model), **_batched(batching)})
+
+
+def ensemble_config(served_name: str, pipeline: Pipeline, max_batch_size: int = 1) -> ModelConfig:
     """The configuration of the ensemble that clients call; Triton derives itself that it is decoupled."""
     return _model_config(
         {
             "name": served_name,
             "platform": "ensemble",
-            "max_batch_size": 1,
+            "max_batch_size": max_batch_size,
             **_tensors(pipeline.contract),
             "ensemble_scheduling": {
                 "step": [
@@ -119,6 +195,45 @@ def _text_model(name: str, contract: ModelContract, parameters: Mapping[str, str
             "dynamic_batching": {"max_queue_delay_microseconds": 0},
         }
     )
+
+
+def _ragged_text_model(name: str, contract: ModelContract) -> dict[str, Any]:
+    return {
+        **_ragged(_python_model(name, contract, {})),
+        "max_batch_size": TEXT_MAX_BATCH_SIZE,
+        "dynamic_batching": {"max_queue_delay_microseconds": 0},
+    }
+
+
+def _ragged(model: dict[str, Any]) -> dict[str, Any]:
+    """Requests of different lengths may share a batch: Triton would keep them apart."""
+    return {**model, "input": [{**tensor, "allow_ragged_batch": tensor["dims"] == [-1]} for tensor in model["input"]]}
+
+
+def _batched(batching: Batching) -> dict[str, Any]:
+    policy = {
+        "timeout_action": "REJECT",
+        "default_timeout_microseconds": batching.queue_timeout_us,
+        "allow_timeout_override": True,
+        "max_queue_size": batching.max_queue_size,
+    }
+    return {
+        "max_batch_size": batching.max_batch_size,
+        "dynamic_batching": {
+            "preferred_batch_size": batching.preferred,
+            "max_queue_delay_microseconds": batching.max_queue_delay_us,
+            "default_queue_policy": policy,
+        },
+    }
+
+
+def _with_hidden_size(contract: ModelContract, hidden_size: int) -> ModelContract:
+    """The contract with the one width that depends on the model."""
+
+    def sized(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        return tuple(replace(spec, dims=(hidden_size,)) if spec == HIDDEN_STATE else spec for spec in specs)
+
+    return ModelContract(sized(contract.inputs), sized(contract.outputs))
 
 
 def _python_model(name: str, contract: ModelContract, parameters: Mapping[str, str]) -> dict[str, Any]:

@@ -19,10 +19,12 @@ from builders.check import require_sound
 from builders.checkpoint import Checkpoint, open_checkpoint
 from builders.errors import BuildError
 from builders.options import BuildOptions, Report
+from builders.scoring import scoring_configs, write_profile
 from ensemble.pipelines import (
     DETOKENIZER_SUFFIX,
     ENGINE_SUFFIX,
     GENERATE_PIPELINE,
+    SCORER_SUFFIX,
     TOKENIZER_SUFFIX,
     model_name,
 )
@@ -70,10 +72,20 @@ def _write_generator(
 def _write_scorer(
     checkpoint: Checkpoint, options: BuildOptions, max_seq_len: int, staging: Path, version: int, report: Report
 ) -> None:
-    """One stateless model."""
-    directory = staging / options.name / str(version)
-    directory.mkdir(parents=True)
-    _write_config(staging, write_scoring_artefacts(checkpoint, options, max_seq_len, directory, report))
+    """Tokenizer, stateless engine, scorer and the ensemble that joins them."""
+    names = _model_names(options)
+    tokenizer, scorer, engine, _ = (staging / name / str(version) for name in names)
+    for name in names:
+        (staging / name / str(version)).mkdir(parents=True)
+    _write_tokenizer(checkpoint, tokenizer)
+    write_profile(options.scoring, max_seq_len, is_plan=options.target != "onnx", tokenizer=tokenizer, scorer=scorer)
+    hidden_size = write_scoring_artefacts(checkpoint, options, max_seq_len, engine, report)
+    for config in scoring_configs(options, hidden_size):
+        _write_config(staging, config)
+    _write_adapter("score_tokenizer", tokenizer)
+    _write_adapter("scorer", scorer)
+    if options.target == "onnx":
+        _write_adapter("score_engine", engine)
 
 
 def _write_config(repository: Path, config: pbtxt.ModelConfig) -> None:
@@ -82,9 +94,8 @@ def _write_config(repository: Path, config: pbtxt.ModelConfig) -> None:
 
 def _model_names(options: BuildOptions) -> list[str]:
     """The models that make up `options.name`, in the order in which they are moved in: the ensemble last."""
-    if options.task == "score":
-        return [options.name]
-    suffixes = (TOKENIZER_SUFFIX, DETOKENIZER_SUFFIX, ENGINE_SUFFIX)
+    last = SCORER_SUFFIX if options.task == "score" else DETOKENIZER_SUFFIX
+    suffixes = (TOKENIZER_SUFFIX, last, ENGINE_SUFFIX)
     return [*(model_name(options.name, suffix) for suffix in suffixes), options.name]
 
 
@@ -96,7 +107,7 @@ def _max_seq_len(checkpoint: Checkpoint, options: BuildOptions) -> int:
     max_seq_len = min(limit, DEFAULT_MAX_SEQ_LEN) if options.max_seq_len is None else options.max_seq_len
     if max_seq_len > limit:
         raise BuildError(f"max_seq_len is {max_seq_len}, the model was trained for {limit} tokens")
-    if options.settings.prefill_chunk > max_seq_len:
+    if options.task == "generate" and options.settings.prefill_chunk > max_seq_len:
         raise BuildError(
             f"prefill_chunk is {options.settings.prefill_chunk}, must be at most max_seq_len {max_seq_len}"
         )

@@ -21,6 +21,7 @@ from clients.checks import check_text
 from clients.errors import ClientError, ProtocolError, RequestRejected, ServerUnavailable
 from clients.request import Scalar
 from clients.response import ChunkReader
+from clients.score import Score, ScoreRequest, Tensor
 from ensemble import contract
 from ensemble.contract import TensorSpec
 
@@ -93,6 +94,17 @@ class BaseClient(ABC):
             timeout_s=STOP_TIMEOUT_S,
         ):
             pass
+
+    def score(self, request: ScoreRequest) -> tuple[Score, ...]:
+        """Score every text of the request; for models built with task score. Raises `ClientError`."""
+        return Score.from_tensors(self.infer(self.model, request.to_tensors(), contract.SCORE.outputs))
+
+    def infer(
+        self, model: str, inputs: Mapping[TensorSpec, Tensor], outputs: tuple[TensorSpec, ...]
+    ) -> dict[str, Tensor]:
+        """Send whole tensors to `model`, which isn't decoupled, and read its one response. Raises `ClientError`."""
+        self._check_open()
+        return self._infer(model, uuid.uuid4().hex, inputs, outputs, self.timeout_s)
 
     def is_ready(self, model: str | None = None) -> bool:
         """Say whether `model` (None: the client's own) can be called; False too if nothing answers."""
@@ -182,6 +194,17 @@ class BaseClient(ABC):
         A tensor of several elements is a tuple on its way in; every tensor is a list on its way out. Closing the
         generator cancels the call locally. Raises `ClientError`.
         """
+
+    @abstractmethod
+    def _infer(
+        self,
+        model: str,
+        request_id: str,
+        inputs: Mapping[TensorSpec, Tensor],
+        outputs: tuple[TensorSpec, ...],
+        timeout_s: float,
+    ) -> dict[str, Tensor]:
+        """Send one request and wait for its one response; of it, the `outputs` that it has. Raises `ClientError`."""
 
     @abstractmethod
     def _is_model_ready(self, model: str, timeout_s: float) -> bool:

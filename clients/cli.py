@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 from clients.api import DEFAULT_TIMEOUT_S, Chunk, Client, GenerateRequest, Generation, Message
+from clients.base import BaseClient
 from clients.connect import DEFAULT_URLS, PROTOCOLS, connect
 from clients.errors import ClientError, ProtocolError, RequestRejected, RequestTimeout, ServerUnavailable
 from clients.options import add_request_arguments, make_request
@@ -57,7 +58,8 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `with_client` reads."""
     urls = ", ".join(f"{url} for {protocol}" for protocol, url in DEFAULT_URLS.items())
     parser.add_argument("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help="default: %(default)s")
     parser.add_argument("--url", help=f"the server's address (default: {urls})")
@@ -68,6 +70,10 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="longest time for a whole answer (default: %(default)g)",
     )
+
+
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    add_connection_arguments(parser)
     parser.add_argument("--no-stream", action="store_true", help="wait for the whole answer")
     parser.add_argument("--verbose", action="store_true", help="print times to standard error")
     add_request_arguments(parser)
@@ -85,7 +91,7 @@ def run_generate(args: argparse.Namespace) -> int:
             _answer(client, request, args, [])
         return OK
 
-    return _with_client(args, run)
+    return with_client(args, run)
 
 
 def run_chat(args: argparse.Namespace) -> int:
@@ -122,10 +128,10 @@ def run_chat(args: argparse.Namespace) -> int:
                 history += [turn, Message("assistant", text)]
         return OK
 
-    return _with_client(args, run)
+    return with_client(args, run)
 
 
-def _with_client(args: argparse.Namespace, run: Callable[[Client], int]) -> int:
+def with_client(args: argparse.Namespace, run: Callable[[BaseClient], int]) -> int:
     """Run a command; every way in which it may end becomes an exit status here."""
     try:
         with connect(args.protocol, args.model, args.url, args.timeout) as client:

@@ -39,3 +39,27 @@ def examples(model: str, http_url: str, grpc_url: str) -> dict[str, str]:
         + PYTHON.format(grpc_url=grpc_url, model=model, prompt=PROMPT)
         + "\nEND",
     }
+
+
+SCORED_TEXT = "A wonderful film, I loved it."
+SCORED_LABELS = ("positive", "negative")
+
+SCORE_PYTHON = """\
+from clients.grpc import GrpcClient
+from clients.score import ScoreRequest
+with GrpcClient({grpc_url!r}, {model!r}) as client:
+    for score in client.score(ScoreRequest(texts=[{text!r}], labels={labels!r})):
+        print(score.label, score.probabilities)"""
+
+
+def score_examples(model: str, http_url: str, grpc_url: str) -> dict[str, str]:
+    """A shell command for each way to ask scoring `model`: title → command."""
+    command = str(Path(sys.executable).parent / "deepseek-triton")
+    console = [command, "score", model, SCORED_TEXT, "--labels", ",".join(SCORED_LABELS), "--url", grpc_url]
+    body = json.dumps({"text_input": SCORED_TEXT, "labels": SCORED_LABELS})
+    program = SCORE_PYTHON.format(grpc_url=grpc_url, model=model, text=SCORED_TEXT, labels=SCORED_LABELS)
+    return {
+        "gRPC": shlex.join(console),
+        "HTTP": shlex.join(["curl", "-s", f"{http_url}/v2/models/{model}/generate", "-d", body]),
+        "Python": f"{shlex.quote(sys.executable)} - <<'END'\n{program}\nEND",
+    }

@@ -21,6 +21,8 @@ from clients.api import DEFAULT_TIMEOUT_S
 from clients.base import BaseClient
 from clients.errors import ClientError, ProtocolError, RequestRejected, RequestTimeout, ServerUnavailable
 from clients.request import Scalar
+from clients.score import Tensor
+from clients.tensors_grpc import infer_message, read_response
 from ensemble.contract import DType, TensorSpec
 
 # Little-endian layouts of one element; STRING travels as BYTES: a uint32 length, then UTF-8.
@@ -85,6 +87,20 @@ class GrpcClient(BaseClient):
             raise self._translate(error, timeout_s) from error
         finally:
             call.cancel()  # nothing to a call that has ended
+
+    def _infer(
+        self,
+        model: str,
+        request_id: str,
+        inputs: Mapping[TensorSpec, Tensor],
+        outputs: tuple[TensorSpec, ...],
+        timeout_s: float,
+    ) -> dict[str, Tensor]:
+        message = infer_message(model, request_id, inputs)
+        try:
+            return read_response(self._stub.ModelInfer(message, timeout=timeout_s), outputs)
+        except grpc.RpcError as error:
+            raise self._translate(error, timeout_s) from error
 
     def _is_model_ready(self, model: str, timeout_s: float) -> bool:
         message = service_pb2.ModelReadyRequest(name=model)

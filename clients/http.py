@@ -18,6 +18,7 @@ from clients.api import DEFAULT_TIMEOUT_S
 from clients.base import BaseClient
 from clients.errors import ClientError, ProtocolError, RequestRejected, RequestTimeout, ServerUnavailable
 from clients.request import Scalar
+from clients.score import Tensor
 from clients.sse import iter_events
 from ensemble.contract import TensorSpec
 
@@ -75,6 +76,44 @@ class HttpClient(BaseClient):
             raise ServerUnavailable(f"no server at {self.url}, or the connection broke: {error}") from error
         except (httpx.DecodingError, UnicodeDecodeError) as error:
             raise ProtocolError(f"the response can't be decoded: {error}") from error
+
+    def _infer(
+        self,
+        model: str,
+        request_id: str,
+        inputs: Mapping[TensorSpec, Tensor],
+        outputs: tuple[TensorSpec, ...],
+        timeout_s: float,
+    ) -> dict[str, Tensor]:
+        body = {
+            "id": request_id,
+            "inputs": [
+                {
+                    "name": spec.name,
+                    "datatype": "BYTES" if spec.dtype == "STRING" else spec.dtype,
+                    "shape": tensor.shape,
+                    "data": tensor.values,
+                }
+                for spec, tensor in inputs.items()
+            ],
+        }
+        path = f"/v2/models/{quote(model, safe='')}/infer"
+        try:
+            response = self._client.post(path, content=json.dumps(body), timeout=timeout_s)
+        except httpx.TimeoutException as error:
+            raise self._timeout(timeout_s) from error
+        except httpx.TransportError as error:
+            raise ServerUnavailable(f"no server at {self.url}, or the connection broke: {error}") from error
+        fields = _parse(response.text, response.status_code)
+        names = {spec.name for spec in outputs}
+        try:
+            return {
+                tensor["name"]: Tensor(tuple(tensor["shape"]), tensor["data"])
+                for tensor in fields["outputs"]
+                if tensor["name"] in names
+            }
+        except (KeyError, TypeError) as error:
+            raise ProtocolError(f"the response isn't one of infer: {error!r}") from error
 
     def _is_model_ready(self, model: str, timeout_s: float) -> bool:
         try:

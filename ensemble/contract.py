@@ -97,6 +97,24 @@ FIRST_SCHEDULED_TIME_NS = TensorSpec("first_scheduled_time_ns", "INT64", (-1,))
 FIRST_TOKEN_TIME_NS = TensorSpec("first_token_time_ns", "INT64", (-1,))
 LAST_TOKEN_TIME_NS = TensorSpec("last_token_time_ns", "INT64", (-1,))
 
+# Scoring: what a client sends and gets. A batch's rows are texts; each has its own labels.
+LABELS = TensorSpec("labels", "STRING", (-1,), optional=True)
+LABEL = TensorSpec("label", "STRING")
+SCORED_LABELS = TensorSpec("scored_labels", "STRING", (-1,))  # the request's labels, or the repository's own
+PROBABILITIES = TensorSpec("probabilities", "FP32", (-1,))
+LOG_PROBS = TensorSpec("log_probs", "FP32", (-1,))  # of each label as a continuation: the sum over its tokens
+IS_CALIBRATED = TensorSpec("is_calibrated", "BOOL")
+
+# Scoring: between the models (builders/engine/stateless.py says what they mean)
+SCORE_IDS = TensorSpec("input_ids", "INT32", (-1,))
+BRANCH_IDS = TensorSpec("branch_ids", "INT32", (-1,))
+LOGIT_POSITIONS = TensorSpec("logit_positions", "INT32", (-1,))
+TARGET_LOGITS = TensorSpec("target_logits", "INT32", (-1,))
+TARGET_IDS = TensorSpec("target_ids", "INT32", (-1,))
+TARGET_LABELS = TensorSpec("target_labels", "INT32", (-1,))  # which label each target is a token of; -1: padding
+TOKEN_LOG_PROBS = TensorSpec("token_log_probs", "FP32", (-1,))
+HIDDEN_STATE = TensorSpec("hidden_state", "FP32", (-1,))
+
 PROMPT_INPUTS = (TEXT_INPUT, MESSAGES, ENABLE_THINKING, SEPARATE_REASONING)
 ANSWER_INPUTS = (
     MAX_TOKENS, MIN_TOKENS, TEMPERATURE, TOP_K, TOP_P, MIN_P, SEED,
@@ -126,3 +144,12 @@ TOKENIZER = ModelContract(inputs=PROMPT_INPUTS, outputs=(INPUT_IDS, PROMPT_INFO)
 ENGINE = ModelContract(inputs=(INPUT_IDS, PROMPT_INFO, *ANSWER_INPUTS, STOP), outputs=(OUTPUT_IDS, PROGRESS))
 DETOKENIZER = ModelContract(inputs=(OUTPUT_IDS, PROGRESS), outputs=(*ALWAYS_OUTPUTS, *ASKED_OUTPUTS))
 GENERATE = ModelContract(inputs=(*PROMPT_INPUTS, *ANSWER_INPUTS), outputs=DETOKENIZER.outputs)
+
+SCORE_ROW = (SCORE_IDS, BRANCH_IDS, LOGIT_POSITIONS, TARGET_LOGITS, TARGET_IDS)
+SCORE_RESULTS = (LABEL, PROBABILITIES, LOG_PROBS, IS_CALIBRATED)
+SCORE_TOKENIZER = ModelContract(
+    inputs=(TEXT_INPUT, MESSAGES, LABELS), outputs=(*SCORE_ROW, TARGET_LABELS, SCORED_LABELS, NUM_INPUT_TOKENS)
+)
+SCORE_ENGINE = ModelContract(inputs=SCORE_ROW, outputs=(TOKEN_LOG_PROBS, HIDDEN_STATE))
+SCORER = ModelContract(inputs=(TOKEN_LOG_PROBS, HIDDEN_STATE, TARGET_LABELS, SCORED_LABELS), outputs=SCORE_RESULTS)
+SCORE = ModelContract(inputs=(TEXT_INPUT, MESSAGES, LABELS), outputs=(*SCORE_RESULTS, SCORED_LABELS, NUM_INPUT_TOKENS))

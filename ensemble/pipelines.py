@@ -14,11 +14,25 @@ from ensemble.contract import (
     DETOKENIZER,
     ENGINE,
     GENERATE,
+    HIDDEN_STATE,
     INPUT_IDS,
+    LABELS,
+    MESSAGES,
+    NUM_INPUT_TOKENS,
     OUTPUT_IDS,
     PROGRESS,
     PROMPT_INFO,
     PROMPT_INPUTS,
+    SCORE,
+    SCORE_ENGINE,
+    SCORE_RESULTS,
+    SCORE_ROW,
+    SCORE_TOKENIZER,
+    SCORED_LABELS,
+    SCORER,
+    TARGET_LABELS,
+    TEXT_INPUT,
+    TOKEN_LOG_PROBS,
     TOKENIZER,
     ModelContract,
     TensorSpec,
@@ -27,6 +41,7 @@ from ensemble.contract import (
 TOKENIZER_SUFFIX = "tokenizer"
 ENGINE_SUFFIX = "engine"
 DETOKENIZER_SUFFIX = "detokenizer"
+SCORER_SUFFIX = "scorer"
 
 
 @dataclass(frozen=True)
@@ -75,5 +90,25 @@ GENERATE_PIPELINE = Pipeline(
         Step(TOKENIZER_SUFFIX, TOKENIZER, _public(*PROMPT_INPUTS), _TOKENIZED),
         Step(ENGINE_SUFFIX, ENGINE, {**_TOKENIZED, **_public(*ANSWER_INPUTS)}, _GENERATED),
         Step(DETOKENIZER_SUFFIX, DETOKENIZER, _GENERATED, _public(*DETOKENIZER.outputs)),
+    ),
+)
+
+_ROWS = _private(*SCORE_ROW, TARGET_LABELS)
+_SCORED = _private(TOKEN_LOG_PROBS, HIDDEN_STATE)
+_LABELS = _public(SCORED_LABELS)
+
+# Nothing here is decoupled: what the tokenizer gives may feed the scorer, past the engine.
+SCORE_PIPELINE = Pipeline(
+    "score",
+    SCORE,
+    (
+        Step(
+            TOKENIZER_SUFFIX,
+            SCORE_TOKENIZER,
+            _public(TEXT_INPUT, MESSAGES, LABELS),
+            {**_ROWS, **_LABELS, **_public(NUM_INPUT_TOKENS)},
+        ),
+        Step(ENGINE_SUFFIX, SCORE_ENGINE, _private(*SCORE_ROW), _SCORED),
+        Step(SCORER_SUFFIX, SCORER, {**_SCORED, **_private(TARGET_LABELS), **_LABELS}, _public(*SCORE_RESULTS)),
     ),
 )

@@ -153,6 +153,10 @@ class Tokenizer:
             has_tools=variables["tools"] is not None,
         )
 
+    def encode_continuation(self, text: str) -> Ids:
+        """Ids [num_tokens] of a text that continues another: no BOS, no EOS."""
+        return np.array(self._ids([text], "text", False)[0], dtype=np.int32)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` [num_tokens], hidden special tokens and ids outside the vocabulary left out."""
         visible = [index for index in map(int, ids) if index not in self._hidden_ids]

@@ -15,7 +15,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PRODUCT = ("builders", "ensemble", "clients")
 # A real adapter is a repository's model.py.
-ADAPTERS = tuple(f"ensemble.models.{name}" for name in ("tokenizer", "engine", "detokenizer"))
+ADAPTERS = tuple(
+    f"ensemble.models.{name}"
+    for name in ("tokenizer", "engine", "detokenizer", "score_tokenizer", "score_engine", "scorer")
+)
 HEAVY = ("gguf", "jinja2", "onnx", "onnxruntime", "tokenizers", "torch", "tqdm", "transformers", "tritonclient")
 # tritonclient itself needs numpy and ml_dtypes.
 NOT_FOR_CLIENTS = ("builders", "gguf", "jinja2", "onnx", "onnxruntime", "tokenizers", "torch", "tqdm")
@@ -49,7 +52,7 @@ ARROWS = {
     "what runs inside Triton knows neither builders nor clients": Arrow(("ensemble",), ("builders", "clients")),
     "the contract is a leaf": Arrow(("ensemble.contract",), PRODUCT),
     "only the command line starts clients and servers": Arrow(
-        ("builders",), ("clients", "loadtest", "ensemble.server"), excepted=("builders.cli",)
+        ("builders",), ("clients", "loadtest", "ensemble.server"), excepted=("builders.cli", "builders.commands")
     ),
     "load tests know the rest as a user does: clients, and a server to start": Arrow(
         ("loadtest",), ("builders", "ensemble"), allowed=("ensemble.server",)

@@ -10,9 +10,11 @@ import pytest
 from builders.check import check_repository
 from builders.options import BuildOptions
 from builders.repository import build
+from builders.scoring_options import Batching, ScoringOptions
 from ensemble.engine.runners.base import RunnerError
 from ensemble.engine.runners.load import load_runner
 from ensemble.manifest import Manifest
+from ensemble.scoring.profile import ScoringProfile
 from ensemble.settings import EngineSettings
 from ensemble.tensorrt_api import TARGETS
 from tests.checkpoints import make_checkpoint, make_tokenizer
@@ -43,11 +45,17 @@ def test_build_makes_a_repository_of_a_plan_and_of_a_scoring_plan(
 
     # Datacenter TensorRT can't be had without its container: its API is TensorRT for RTX's.
     monkeypatch.setitem(TARGETS, "tensorrt", TARGETS["tensorrt-rtx"])
-    scorer = replace(options, name="scorer", target="tensorrt", task="score")
+    batching = Batching(max_batch_size=2)
+    scorer = replace(options, name="scorer", target="tensorrt", task="score", scoring=ScoringOptions(batching=batching))
     build(scorer)
     assert check_repository(options.repository) == []
-    config = options.repository / "scorer" / "config.pbtxt"
-    assert 'platform: "tensorrt_plan"' in config.read_text() and "dynamic_batching" in config.read_text()
-    config.write_text(config.read_text().replace("max_batch_size: 2", "max_batch_size: 3"))
+    engine = options.repository / "scorer-engine"
+    assert {path.name for path in (engine / "1").iterdir()} == {"manifest.json", "model.plan"}
+    profile = ScoringProfile.load(options.repository / "scorer-tokenizer" / "1")
+    assert profile.max_request_tokens == 64, "a plan pads a row to its whole request"
+    config = engine / "config.pbtxt"
+    text = config.read_text()
+    assert 'platform: "tensorrt_plan"' in text and "dynamic_batching" in text
+    config.write_text(text.replace("max_batch_size: 2", "max_batch_size: 3"))
     (problem,) = check_repository(options.repository)
     assert "max_batch_size is 3, the plan was built for 2" in str(problem)

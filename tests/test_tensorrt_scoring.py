@@ -8,49 +8,98 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from google.protobuf.json_format import MessageToDict
 
 from builders.engine.errors import EngineError
-from builders.engine.scoring import ScoringLimits, build_scoring_engine, scoring_config
-from builders.engine.stateless import write_stateless
-from builders.pbtxt import parse_text, to_text
+from builders.engine.scoring import ScoringLimits, build_scoring_engine
+from builders.engine.stateless import stateless_widths, write_stateless
+from builders.pbtxt import parse_text, score_engine_config, score_plan_config, to_text
+from builders.scoring_options import Batching
 from builders.spec import ModelSpec
+from ensemble.contract import HIDDEN_STATE, SCORE_ROW, TOKEN_LOG_PROBS
+from ensemble.scoring.rows import (
+    LOGIT_COUNTS,
+    LONGEST_ROW,
+    ROW_LENS,
+    TARGET_COUNTS,
+    ScoreRow,
+    batch_tensors,
+    make_row,
+    split_rows,
+    stack_rows,
+)
 from tests.tensorrt_graphs import linear_modules, small_spec, write_fp8_graph, write_graph
 
-MAX_SEQ_LEN = 256
-LIMITS = ScoringLimits(max_batch_size=6, max_seq_len=128, graph_seq_lens=(64, 128))
+LIMITS = ScoringLimits(max_batch_size=6, max_seq_len=128)
+VOCAB_SIZE = 320
+Floats = np.ndarray[Any, Any]
 
 
-def write(spec: ModelSpec, directory: Path, precision: str, logits: str) -> Path:
+def write(spec: ModelSpec, directory: Path, precision: str) -> Path:
     if precision == "fp8":
-        return write_fp8_graph(spec, directory, logits=logits)
-    return write_graph(spec, directory, precision=precision, logits=logits)
+        return write_fp8_graph(spec, directory)
+    return write_graph(spec, directory, precision=precision)
 
 
-def run(path: Path, feeds: dict[str, Any]) -> np.ndarray[Any, Any]:
+def session(path: Path) -> Any:
     ort = pytest.importorskip("onnxruntime")
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    session = ort.InferenceSession(str(path), options)
-    for value in session.get_inputs():
-        if value.name.startswith("past_"):
-            dtype = np.float16 if value.type == "tensor(float16)" else np.float32
-            feeds[value.name] = np.zeros((len(feeds["input_ids"]), *value.shape[1:]), dtype)
-    logits: np.ndarray[Any, Any] = session.run(["logits"], feeds)[0]
-    return logits
+    return ort.InferenceSession(str(path), options)
 
 
-@pytest.mark.parametrize("logits", ["last", "all"])
+class Reference:
+    """The graph with a cache, one sequence at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._session = session(path)
+        self._caches = {
+            value.name: np.zeros((1, *value.shape[1:]), np.float16 if "float16" in value.type else np.float32)
+            for value in self._session.get_inputs()
+            if value.name.startswith("past_")
+        }
+
+    def log_probs(self, ids: list[int]) -> Floats:
+        """Of every next token [vocab_size]."""
+        feeds = {"input_ids": [ids], "start": [0], "num_tokens": [len(ids)]}
+        arrays = {name: np.array(values, np.int64) for name, values in feeds.items()}
+        logits = self._session.run(["logits"], arrays | self._caches)[0][0].astype(np.float64)
+        log_probs: Floats = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+        return log_probs
+
+
+def score(path: Path, rows: list[ScoreRow]) -> tuple[Floats, Floats]:
+    log_probs, hidden = session(path).run([TOKEN_LOG_PROBS.name, HIDDEN_STATE.name], batch_tensors(rows))
+    return log_probs, hidden
+
+
+def random_ids(seed: int, *lengths: int) -> list[Any]:
+    random = np.random.default_rng(seed)
+    return [random.integers(0, VOCAB_SIZE, length).astype(np.int32) for length in lengths]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp8"])
-def test_its_logits_are_those_of_the_graph_with_a_cache(precision: str, logits: str, tmp_path: Path) -> None:
-    spec = small_spec(qkv_bias=True, qk_norm=True)
-    graph = write(spec, tmp_path, precision, logits)
+def test_each_target_has_the_log_probability_that_it_has_after_its_own_tokens_alone(
+    precision: str, tmp_path: Path
+) -> None:
+    graph = write(small_spec(qkv_bias=True, qk_norm=True), tmp_path, precision)
     stateless = write_stateless(graph, graph.with_name("scoring.onnx"))
-    ids, num_tokens = np.random.default_rng(0).integers(0, 320, (3, 20)), np.array([20, 7, 1])
-    expected = run(graph, {"input_ids": ids, "start": np.zeros(3, np.int64), "num_tokens": num_tokens})
-    found = run(stateless, {"input_ids": ids} | ({"num_tokens": num_tokens[:, None]} if logits == "last" else {}))
+    reference = Reference(graph)
+    prompts = random_ids(0, 20, 7, 1)
+    candidates = [random_ids(1, 1, 3), random_ids(2, 2, 2, 4, 1), random_ids(3, 5)]
+    rows = [make_row(prompt, own)[0] for prompt, own in zip(prompts, candidates, strict=True)]
+    expected = [
+        reference.log_probs([*prompt, *candidate[:index]])[candidate[index]]
+        for prompt, own in zip(prompts, candidates, strict=True)
+        for candidate in own
+        for index in range(len(candidate))
+    ]
+    found, hidden = score(stateless, rows)
     np.testing.assert_allclose(found, expected, atol=1e-5 if precision == "fp32" else 2e-2)
     assert np.ptp(expected) > 0.5
-    assert not [name for name in names(stateless) if "past" in name or "present" in name or name == "mask"]
+    assert hidden.shape == (3, 128) and np.ptp(hidden) > 0.5
+    assert not [name for name in names(stateless) if "past_" in name or "present_" in name]
+    assert stateless_widths(stateless) == (256, 128)
 
 
 def names(path: Path) -> set[str]:
@@ -58,28 +107,53 @@ def names(path: Path) -> set[str]:
     return {name for node in graph.node for name in (*node.input, *node.output)} | {value.name for value in graph.input}
 
 
-def test_padding_changes_nothing_before_it(tmp_path: Path) -> None:
+def test_a_row_scores_the_same_alone_in_a_batch_and_padded_within_a_request(tmp_path: Path) -> None:
     graph = write_graph(small_spec(), tmp_path, precision="fp32")
     stateless = write_stateless(graph, tmp_path / "scoring.onnx")
-    ids = np.random.default_rng(0).integers(0, 320, (1, 9))
-    alone = run(stateless, {"input_ids": ids, "num_tokens": np.array([[9]])})
-    padded = np.concatenate([ids, np.zeros((1, 7), np.int64)], axis=1)
-    np.testing.assert_allclose(run(stateless, {"input_ids": padded, "num_tokens": np.array([[9]])}), alone, atol=1e-5)
+    made = [make_row(prompt, random_ids(4, 1, 2)) for prompt in random_ids(5, 3, 40, 11)]
+    rows = [row for row, _ in made]
+    alone = [score(stateless, [row]) for row in rows]
+    together, hidden = score(stateless, rows)
+    np.testing.assert_allclose(together, np.concatenate([log_probs for log_probs, _ in alone]), atol=1e-5)
+    np.testing.assert_allclose(hidden, np.concatenate([own for _, own in alone]), atol=1e-4)
+    # A plan gets a request's rows as they are stacked: each as long as the request's longest, padding and all.
+    stacked = stack_rows(made)
+    padded = [ScoreRow(*(stacked[spec.name][i] for spec in SCORE_ROW)) for i in range(3)]
+    np.testing.assert_allclose(score(stateless, padded)[0], together, atol=1e-5)
+    assert [len(row) for row in split_rows(stacked)] == [len(row) for row in rows]
+
+
+def test_the_batch_is_padded_to_its_longest_row_and_no_further(tmp_path: Path) -> None:
+    graph = write_graph(small_spec(), tmp_path, precision="fp32")
+    stateless = write_stateless(graph, tmp_path / "scoring.onnx")
+    model = onnx.load(stateless)
+    looked_at = {"mask": "BOOL", "padded_places": "INT64", "model.layers.0.mlp_residual": "FLOAT"}
+    for name, dtype in looked_at.items():
+        value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DataType.Value(dtype), None)
+        model.graph.output.append(value)
+    onnx.save(model, tmp_path / "opened.onnx")
+    rows = [make_row(prompt, random_ids(6, 1, 1))[0] for prompt in random_ids(7, 2, 9, 5)]
+    feeds = batch_tensors(rows)
+    mask, places, hidden = session(tmp_path / "opened.onnx").run(list(looked_at), feeds)
+    assert mask.shape == (3, 1, 9, 9) and hidden.shape == (1, 2 + 9 + 5, 128), "attention alone is padded"
+    for line, row in zip(places, rows, strict=True):
+        assert feeds["input_ids"][line[: len(row)]].tolist() == row.input_ids.tolist()
 
 
 def test_a_graph_that_is_not_a_decoder_with_a_cache_is_refused(tmp_path: Path) -> None:
     graph = write_graph(small_spec(), tmp_path, opset=23)
     with pytest.raises(EngineError, match="is not a decoder's graph with a cache in opset 24"):
         write_stateless(graph, tmp_path / "scoring.onnx")
+    with pytest.raises(EngineError, match="giving the last logits"):
+        write_stateless(write_graph(small_spec(), tmp_path, logits="all"), tmp_path / "scoring.onnx")
     with pytest.raises(EngineError, match="must lie beside"):
         write_stateless(graph, tmp_path.parent / "scoring.onnx")
 
 
-@pytest.mark.parametrize("logits", ["last", "all"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "fp8"])
-def test_it_builds(precision: str, logits: str, tmp_path: Path) -> None:
+def test_it_builds(precision: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="pip install 'tensorrt-rtx>=1.7'", exc_type=ImportError)
-    graph = write(small_spec(), tmp_path, precision, logits)
+    graph = write(small_spec(), tmp_path, precision)
     stateless = write_stateless(graph, graph.with_name("scoring.onnx"))
     modules = linear_modules(small_spec()) if precision == "fp8" else []
     report = build_scoring_engine(
@@ -102,39 +176,47 @@ def test_a_profile_longer_than_the_positions_is_refused(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("logits", ["last", "all"])
-def test_the_configuration_fits_the_plan(logits: str, tmp_path: Path) -> None:
-    graph = write_graph(small_spec(), tmp_path, logits=logits)
-    stateless = write_stateless(graph, tmp_path / "scoring.onnx")
-    config = parse_text(to_text(scoring_config("scorer", stateless, LIMITS, target="tensorrt")), tmp_path)
-    assert (config.platform, config.max_batch_size, config.default_model_filename) == (
-        "tensorrt_plan",
-        6,
-        "model.plan",
-    )
-    assert config.HasField("dynamic_batching") and list(config.instance_group[0].profile) == ["0"]
-    inputs = {tensor.name: list(tensor.dims) for tensor in config.input}
-    assert inputs == {"input_ids": [-1]} | ({"num_tokens": [1]} if logits == "last" else {})
-    assert list(config.output[0].dims) == ([320] if logits == "last" else [-1, 320])
-    shapes = {(spec.batch_size, *spec.input["input_ids"].dim) for spec in config.optimization.cuda.graph_spec}
-    assert shapes == {(batch, length) for batch in (1, 2, 4, 6) for length in (64, 128)}
-    profile = LIMITS.profile()
-    for spec in config.optimization.cuda.graph_spec:
-        assert set(spec.input) == set(inputs)
-        assert profile.batch[0] <= spec.batch_size <= profile.batch[2]
-        assert profile.seq_len[0] <= spec.input["input_ids"].dim[0] <= profile.seq_len[2]
+def test_the_plans_tensors_are_those_of_the_engine_on_a_cpu(tmp_path: Path) -> None:
+    batching = Batching(max_batch_size=6, preferred_batch_sizes=(4,), max_queue_delay_us=700, max_queue_size=9)
+    configs = (score_plan_config("s", 128, batching), score_engine_config("s", 128, batching, {}))
+    plan, python = (MessageToDict(parse_text(to_text(config), tmp_path)) for config in configs)
+    for key in ("name", "input", "output", "maxBatchSize", "dynamicBatching"):
+        assert plan[key] == python[key]
+    assert (plan["platform"], python["backend"]) == ("tensorrt_plan", "python")
+    assert plan["dynamicBatching"] == {
+        "preferredBatchSize": [4, 6],
+        "maxQueueDelayMicroseconds": "700",
+        "defaultQueuePolicy": {
+            "defaultTimeoutMicroseconds": "30000000",
+            "allowTimeoutOverride": True,
+            "maxQueueSize": 9,
+        },
+    }
+    assert all(tensor["allowRaggedBatch"] for tensor in plan["input"])
 
 
-def test_no_cuda_graphs_where_no_length_is_named(tmp_path: Path) -> None:
+def test_the_plans_inputs_are_the_requests_and_what_triton_adds_to_the_batch(tmp_path: Path) -> None:
     stateless = write_stateless(write_graph(small_spec(), tmp_path), tmp_path / "scoring.onnx")
-    assert not scoring_config("scorer", stateless, ScoringLimits(2, 64), target="tensorrt").HasField("optimization")
+    config = score_plan_config("s", 128, Batching(max_batch_size=6))
+    added = {entry.target_name[0]: entry.source_input[0] for entry in config.batch_input}
+    assert added == {
+        ROW_LENS: "input_ids",
+        LOGIT_COUNTS: "logit_positions",
+        TARGET_COUNTS: "target_ids",
+        LONGEST_ROW: "input_ids",
+    }
+    graph = onnx.load(stateless, load_external_data=False).graph
+    assert {value.name for value in graph.input} == {tensor.name for tensor in config.input} | set(added)
+    assert {value.name for value in graph.output} == {tensor.name for tensor in config.output}
+    assert [(entry.target_name[0], entry.source_input[0]) for entry in config.batch_output] == [
+        ("token_log_probs", "target_ids")
+    ]
+    sizes = LIMITS.profile().sizes
+    assert set(sizes) == {value.name for value in graph.input}
+    assert all(low <= best <= high for low, best, high in sizes.values())
+    assert sizes["input_ids"] == (1, 6 * 32, 6 * 128) and sizes[LONGEST_ROW] == (1, 32, 128)
 
 
-def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"graph_seq_lens has 65, outside the plan's profile 1 … 64"):
-        ScoringLimits(2, 64, (65,))
+def test_limits_that_no_plan_can_have(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="max_batch_size is 0"):
         ScoringLimits(0, 64)
-    stateless = write_stateless(write_graph(small_spec(), tmp_path), tmp_path / "scoring.onnx")
-    with pytest.raises(EngineError, match="loads plans of target tensorrt only, not tensorrt-rtx's"):
-        scoring_config("scorer", stateless, LIMITS, target="tensorrt-rtx")

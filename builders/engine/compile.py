@@ -16,7 +16,7 @@ import onnx
 
 from builders.engine.census import Census, take_census
 from builders.engine.errors import EngineError, GraphError
-from builders.engine.network import AttentionForm, Network, Profile, without_mask
+from builders.engine.network import AttentionForm, Network, Profile, RaggedProfile, without_mask
 from builders.engine.progress import Progress, ProgressTracker, make_monitor, run_cancellable
 from builders.engine.target import Target
 from builders.files import write_atomically
@@ -38,7 +38,7 @@ class Job:
     model: onnx.ModelProto
     path: Path
     precision: str
-    profiles: tuple[Profile, ...]
+    profiles: tuple[Profile | RaggedProfile, ...]
     forms: tuple[AttentionForm, ...]
     gives_best_token: bool = False
     fp8_modules: Sequence[str] = field(default=())

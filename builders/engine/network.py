@@ -6,7 +6,7 @@ builds and writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,7 @@ MASK = "mask"  # decoder.py's causal mask over the whole cache
 class AttentionForm:
     """How attention is told what it may look at, and whether TensorRT may break it up into single operations.
 
-    name: "lengths" (key/value lengths and lower-right causality), "mask", or "causal" (no cache: the graph's
-    own).
+    name: "lengths" (key/value lengths and lower-right causality) or "mask".
     """
 
     name: str
@@ -40,9 +39,9 @@ ATTENTION_FORMS: dict[str, tuple[AttentionForm, ...]] = {
     "fp8": (AttentionForm("lengths", True), AttentionForm("mask", True), AttentionForm("lengths", False)),
 }
 STATELESS_FORMS: dict[str, tuple[AttentionForm, ...]] = {
-    "fp32": (AttentionForm("causal", False),),
-    "fp16": (AttentionForm("causal", True), AttentionForm("causal", False)),
-    "fp8": (AttentionForm("causal", True), AttentionForm("causal", False)),
+    "fp32": (AttentionForm("mask", False),),
+    "fp16": (AttentionForm("mask", True), AttentionForm("mask", False)),
+    "fp8": (AttentionForm("mask", True), AttentionForm("mask", False)),
 }
 
 
@@ -53,6 +52,22 @@ class Profile:
     name: str
     batch: tuple[int, int, int]
     seq_len: tuple[int, int, int]
+
+    def shapes(self, name: str, shape: Sequence[int]) -> list[tuple[int, ...]]:
+        """Input `name`'s lowest, best and highest shape: the first dynamic dimension is the batch."""
+        return [_fill(shape, self.batch[i], self.seq_len[i]) for i in range(3)]
+
+
+@dataclass(frozen=True)
+class RaggedProfile:
+    """A profile of inputs whose first dimension alone is dynamic: each one's lowest, best and highest size."""
+
+    name: str
+    sizes: Mapping[str, tuple[int, int, int]]
+
+    def shapes(self, name: str, shape: Sequence[int]) -> list[tuple[int, ...]]:
+        """Input `name`'s lowest, best and highest shape."""
+        return [(size, *shape[1:]) for size in self.sizes[name]]
 
 
 def decoder_profiles(num_slots: int, prefill_chunk: int) -> tuple[Profile, Profile]:
@@ -161,13 +176,12 @@ class Network:
             output.name = name
             self.network.mark_output(output)
 
-    def add_profiles(self, config: Any, profiles: Sequence[Profile]) -> None:
-        """Set every dynamic dimension of every input: the first is the batch, any other the sequence length."""
+    def add_profiles(self, config: Any, profiles: Sequence[Profile | RaggedProfile]) -> None:
+        """Set every dynamic dimension of every input."""
         for wanted in profiles:
             profile = self.builder.create_optimization_profile()
             for tensor in self.inputs().values():
-                shapes = [_fill(tensor.shape, wanted.batch[i], wanted.seq_len[i]) for i in range(3)]
-                profile.set_shape(tensor.name, *shapes)
+                profile.set_shape(tensor.name, *wanted.shapes(tensor.name, tensor.shape))
             if config.add_optimization_profile(profile) < 0:
                 raise EngineError(f"TensorRT refuses the {wanted.name} profile: {self.messages.reason()}")
 

@@ -1,9 +1,9 @@
-"""The decoder's graph without its cache: one pass over whole sequences, for scoring.
+"""The decoder's graph without its cache: one pass over whole rows that scores candidate continuations.
 
-What enters is decoder.py's graph, quantised or not; what leaves is a graph over the same weight file. Each
-sequence starts at position 0 and attends to itself, so causality is the graph's own `is_causal`: with as many
-keys as queries every runtime reads it the same way. Ids after a sequence's end change nothing before it, so
-rows may be padded.
+What enters is decoder.py's graph, quantised or not; what leaves is a graph over the same weight file. A row is a
+prompt and, after it, branches: the tokens of each candidate but its last. A token sees the prompt and its own branch,
+so the prompt is computed once for all candidates. Rows arrive unpadded, one behind the other, as Triton concatenates
+ragged requests, and stay so: attention alone pads them, to the longest of the batch and no further.
 """
 
 from __future__ import annotations
@@ -12,68 +12,236 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from builders.engine.compile import read_graph
 from builders.engine.errors import EngineError
+from ensemble.contract import (
+    BRANCH_IDS,
+    HIDDEN_STATE,
+    LOGIT_POSITIONS,
+    SCORE_IDS,
+    TARGET_IDS,
+    TARGET_LOGITS,
+    TOKEN_LOG_PROBS,
+)
+from ensemble.scoring.rows import GRAPH_FILE, LOGIT_COUNTS, LONGEST_ROW, ROW_LENS, TARGET_COUNTS
 
-DOC = """Decoder without a cache. Inputs: input_ids [batch, seq_len] token ids{num_tokens}.
-Outputs: logits {logits}."""
+__all__ = ["GRAPH_FILE", "stateless_widths", "write_stateless"]
+
+DOC = f"""Scores candidate continuations, without a cache. All rows' values lie one behind the other.
+Inputs: {SCORE_IDS.name} [tokens]; {BRANCH_IDS.name} [tokens] 0: prompt, 1 …: a candidate, -1: padding at a row's end;
+{LOGIT_POSITIONS.name} [logits] where in its row a next token is predicted; {TARGET_LOGITS.name} [targets] which of its
+row's predictions a target is read from; {TARGET_IDS.name} [targets] token ids; {ROW_LENS}, {LOGIT_COUNTS},
+{TARGET_COUNTS} [batch, 1] how many of the values are each row's; {LONGEST_ROW} [seq_len]: its length alone counts.
+Outputs: {TOKEN_LOG_PROBS.name} [targets]; {HIDDEN_STATE.name} [batch, hidden] where the first logits are."""
+
+INT32, INT64 = TensorProto.INT32, TensorProto.INT64
+# What the graph with a cache says about positions, masks and last tokens; the prelude says it anew.
+REPLACED = frozenset(
+    ("seq_len_1d", "seq_len_scalar", "offsets", "start_column", "position_ids", "query_positions", "mask", "last_token",
+     "last_token_index", "last_hidden")
+)  # fmt: skip
+RENAMED = {"input_ids": "token_line"}
 
 
 def write_stateless(path: Path, output: Path) -> Path:
-    """Write the cacheless version of the graph at `path` to `output`, beside it, sharing its weight file.
-
-    Inputs: input_ids [batch, seq_len]; if the graph gives the last logits only, num_tokens [batch, 1] too:
-    Triton batches no tensor without a dimension of its own.
+    """Write the scoring version of the graph at `path` to `output`, beside it, sharing its weight file.
 
     Raises:
-        EngineError: `output` lies elsewhere, or the graph isn't decoder.py's in opset 24.
+        EngineError: `output` lies elsewhere, or the graph isn't decoder.py's in opset 24 with the last logits alone.
     """
     if path.parent.resolve() != output.parent.resolve():
         raise EngineError(f"{output} must lie beside {path}, whose weights it shares")
     model = read_graph(path)
     graph = model.graph
     scatters = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "TensorScatter"}
-    names = {node.name for node in graph.node}
-    if not scatters or not {"position_ids", "offsets"} <= names:
-        raise EngineError(f"{path} is not a decoder's graph with a cache in opset 24; build it again with that opset")
-    gives_last = "last_token_index" in names
-
-    nodes = [node for node in graph.node if node.op_type != "TensorScatter"]
-    for node in nodes:
-        node.input[:] = [scatters.get(name, name) for name in node.input]
+    hidden = {node.name: node.input[0] for node in graph.node}.get("last_hidden")
+    if not scatters or hidden is None:
+        raise EngineError(
+            f"{path} is not a decoder's graph with a cache in opset 24, giving the last logits; build it again so"
+        )
+    widths = _head_widths(graph)
+    nodes = _Nodes()
+    _layout(nodes)
+    for node in graph.node:
+        if node.op_type == "TensorScatter" or node.name in REPLACED:
+            continue
+        node.input[:] = [scatters.get(name, RENAMED.get(name, name)) for name in node.input]
         if node.op_type == "Attention":
-            del node.input[3:]
-            node.attribute.append(helper.make_attribute("is_causal", 1))
-        elif node.name == "position_ids":  # [batch, seq_len], as RotaryEmbedding wants it
-            node.op_type = "Expand"
-            node.input[:] = ["offsets", "input_ids_shape"]
-    if gives_last:
-        # num_tokens has the dimension already that this node would add.
-        nodes = [node for node in nodes if node.name != "last_token_index"]
-        for node in nodes:
-            node.input[:] = ["last_token" if name == "last_token_index" else name for name in node.input]
-    nodes.insert(0, helper.make_node("Shape", ["input_ids"], ["input_ids_shape"], "input_ids_shape"))
+            _attend(nodes, node, *widths)
+            continue
+        if node.op_type == "RotaryEmbedding":
+            # Padded already: its tables are no longer than one row may be, and a batch's tokens are more.
+            node.input[0] = _padded(nodes, node.input[0])
+        if "last_hidden" in node.input:
+            _gather_logits(nodes, hidden)
+        nodes.nodes.append(node)
+    _read_targets(nodes)
 
-    inputs = [value for value in graph.input if value.name == "input_ids"]
-    if gives_last:
-        inputs.append(helper.make_tensor_value_info("num_tokens", TensorProto.INT64, ["batch", 1]))
-    outputs = [value for value in graph.output if value.name == "logits"]
-    _replace(graph.node, _reachable(nodes, [value.name for value in outputs]))
-    _replace(graph.input, inputs)
+    hidden_size = _hidden_size(graph)
+    outputs = [
+        helper.make_tensor_value_info(TOKEN_LOG_PROBS.name, TensorProto.FLOAT, ["targets"]),
+        helper.make_tensor_value_info(HIDDEN_STATE.name, TensorProto.FLOAT, ["batch", hidden_size]),
+    ]
+    _replace(graph.node, _reachable(nodes.nodes, [value.name for value in outputs]))
+    _replace(graph.input, _inputs())
     _replace(graph.output, outputs)
+    graph.initializer.extend(nodes.constants)
     used = {name for node in graph.node for name in node.input}
     _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in used])
     del graph.value_info[:]
-    model.doc_string = graph.doc_string = DOC.format(
-        num_tokens="; num_tokens [batch, 1] how many of a row's ids are real" if gives_last else "",
-        logits="[batch, vocab_size] of each row's last real token" if gives_last else "[batch, seq_len, vocab_size]",
-    )
+    model.doc_string = graph.doc_string = DOC
     onnx.save(model, output)
     onnx.checker.check_model(str(output), full_check=True)
     return output
+
+
+def stateless_widths(path: Path) -> tuple[int, int]:
+    """(max_seq_len, hidden_size) of the graph that `write_stateless` wrote."""
+    graph = read_graph(path).graph
+    positions = next((tensor.dims[0] for tensor in graph.initializer if tensor.name == "rope.cos"), 0)
+    hidden = next(value for value in graph.output if value.name == HIDDEN_STATE.name)
+    return positions, hidden.type.tensor_type.shape.dim[1].dim_value
+
+
+class _Nodes:
+    """Nodes with one output each, called like the node, and small integer constants."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[TensorProto] = []
+        self._names: set[str] = set()
+
+    def add(self, op_type: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(op_type, list(inputs), [name], name=name, **attributes))
+        return name
+
+    def int(self, value: int | list[int]) -> str:
+        """A shared INT64 constant, a scalar or [n]."""
+        name = f"score_int_{value}".replace("[", "v").replace("]", "").replace("-", "m").replace(", ", "_")
+        if name not in self._names:
+            self._names.add(name)
+            self.constants.append(numpy_helper.from_array(np.asarray(value, np.int64), name))
+        return name
+
+    def rows(self, values: str, counts: str) -> None:
+        """Of a ragged input: `values`.row [n] each value's row, `counts`.starts and .sizes [batch] where rows lie."""
+        flat = self.add("Squeeze", [counts, self.int([1])], f"{counts}.flat")
+        sizes = self.add("Cast", [flat], f"{counts}.sizes", to=INT64)
+        ends = self.add("CumSum", [sizes, self.int(0)], f"{counts}.ends")
+        self.add("Sub", [ends, sizes], f"{counts}.starts")
+        number = self.add("Squeeze", [self.add("Shape", [values], f"{values}.shape")], f"{values}.number")
+        index = self.add("Range", [self.int(0), number, self.int(1)], f"{values}.index")
+        column = self.add("Unsqueeze", [index, self.int([1])], f"{values}.column")
+        line = self.add("Unsqueeze", [ends, self.int([0])], f"{counts}.line")
+        is_behind = self.add("GreaterOrEqual", [column, line], f"{values}.is_behind")
+        rows_before = self.add("Cast", [is_behind], f"{values}.rows_before", to=INT64)
+        self.add("ReduceSum", [rows_before, self.int([1])], f"{values}.row", keepdims=0)
+
+    def placed(self, own: str, rows: str, starts: str, name: str) -> str:
+        """Places [n] within rows, `own`, as places among all rows' values."""
+        first = self.add("Gather", [starts, rows], f"{name}.first")
+        return self.add("Add", [first, self.add("Cast", [own], f"{name}.own", to=INT64)], name)
+
+
+def _layout(nodes: _Nodes) -> None:
+    """Where each token lies, packed and padded, and what it sees.
+
+    `token_line` [1, tokens]; `padded_places` [batch, seq_len] of packed tokens; `packed_places` [tokens] of padded
+    ones; `position_ids` [batch, seq_len]; `mask` [batch, 1, seq_len, seq_len].
+    """
+    add, ints = nodes.add, nodes.int
+    add("Unsqueeze", [SCORE_IDS.name, ints([0])], "token_line")
+    nodes.rows(SCORE_IDS.name, ROW_LENS)
+    lens, starts = f"{ROW_LENS}.sizes", f"{ROW_LENS}.starts"
+    longest = add("Squeeze", [add("Shape", [LONGEST_ROW], "seq_len_1d")], "seq_len")
+    line = add("Unsqueeze", [add("Range", [ints(0), longest, ints(1)], "offsets"), ints([0])], "offset_line")
+    is_real = add("Less", [line, add("Unsqueeze", [lens, ints([1])], f"{ROW_LENS}.of_row")], "is_real")
+    places = add("Add", [add("Unsqueeze", [starts, ints([1])], f"{ROW_LENS}.starts_column"), line], "places")
+    places = add("Where", [is_real, places, ints(0)], "padded_places")
+    rows = f"{SCORE_IDS.name}.row"
+    columns = add("Sub", [f"{SCORE_IDS.name}.index", add("Gather", [starts, rows], "row_starts")], "columns")
+    add("Add", [add("Mul", [rows, longest], "row_places"), columns], "packed_places")
+
+    branches = add("Cast", [add("Gather", [BRANCH_IDS.name, places], "gathered_branches")], "branches64", to=INT64)
+    branches = add("Where", [is_real, branches, ints(-1)], "branches")
+    keys = add("Unsqueeze", [branches, ints([1])], "key_branches")  # [batch, 1, seq_len]
+    queries = add("Unsqueeze", [branches, ints([2])], "query_branches")
+    is_prompt = add("Equal", [keys, ints(0)], "is_prompt_key")
+    is_own = add("Equal", [keys, queries], "is_own_branch")
+    key_line = add("Unsqueeze", [line, ints([0])], "key_offsets")  # [1, 1, seq_len]
+    query_column = add("Unsqueeze", [line, ints([2])], "query_offsets")
+    is_before = add("LessOrEqual", [key_line, query_column], "is_before")
+    seen = add("And", [add("Or", [is_prompt, is_own], "is_related"), is_before], "seen")
+    add("Unsqueeze", [seen, ints([1])], "mask")
+    # A token's position is how many tokens it sees before itself.
+    count = add("ReduceSum", [add("Cast", [seen], "seen64", to=INT64), ints([2])], "num_seen", keepdims=0)
+    add("Sub", [count, ints(1)], "position_ids")
+
+
+def _padded(nodes: _Nodes, heads: str) -> str:
+    """heads [1, heads, tokens, d] laid out row by row: [batch, heads, seq_len, d]."""
+    tokens = nodes.add("Squeeze", [heads, nodes.int([0])], f"{heads}.tokens")
+    rows = nodes.add("Gather", [tokens, "padded_places"], f"{heads}.rows", axis=1)  # [heads, batch, seq_len, d]
+    return nodes.add("Transpose", [rows], f"{heads}.padded", perm=[1, 0, 2, 3])
+
+
+def _attend(nodes: _Nodes, attention: onnx.NodeProto, num_heads: int, head_dim: int) -> None:
+    """One attention: queries and keys are padded, the values not yet; what comes back is packed again."""
+    add, ints = nodes.add, nodes.int
+    queries, keys, values = attention.input[:3]
+    (name,) = attention.output
+    rows = add("Attention", [queries, keys, _padded(nodes, values), "mask"], f"{name}.padded")
+    rows = add("Transpose", [rows], f"{name}.rows", perm=[1, 0, 2, 3])  # [heads, batch, seq_len, d]
+    line = add("Reshape", [rows, ints([num_heads, -1, head_dim])], f"{name}.line")
+    tokens = add("Gather", [line, "packed_places"], f"{name}.packed", axis=1)  # [heads, tokens, d]
+    add("Unsqueeze", [tokens, ints([0])], name)
+
+
+def _gather_logits(nodes: _Nodes, hidden: str) -> None:
+    """`last_hidden` [logits, hidden]: the last layer's output where a next token is predicted."""
+    nodes.rows(LOGIT_POSITIONS.name, LOGIT_COUNTS)
+    places = nodes.placed(LOGIT_POSITIONS.name, f"{LOGIT_POSITIONS.name}.row", f"{ROW_LENS}.starts", "logit_places")
+    nodes.add("Gather", [nodes.add("Squeeze", [hidden, nodes.int([0])], "hidden_line"), places], "last_hidden", axis=0)
+
+
+def _read_targets(nodes: _Nodes) -> None:
+    """The outputs, from `model.norm` [logits, hidden] and `logits` [logits, vocab_size]."""
+    add = nodes.add
+    log_probs = add("LogSoftmax", ["logits"], "vocabulary_log_probs", axis=-1)
+    nodes.rows(TARGET_IDS.name, TARGET_COUNTS)
+    logits = nodes.placed(TARGET_LOGITS.name, f"{TARGET_IDS.name}.row", f"{LOGIT_COUNTS}.starts", "target_places")
+    ids = add("Cast", [TARGET_IDS.name], "target_ids64", to=INT64)
+    columns = [add("Unsqueeze", [value, nodes.int([1])], f"{value}.column") for value in (logits, ids)]
+    add("GatherND", [log_probs, add("Concat", columns, "target_pairs", axis=1)], TOKEN_LOG_PROBS.name)
+    first = add("Gather", ["model.norm", f"{LOGIT_COUNTS}.starts"], "first_hidden")
+    add("Cast", [first], HIDDEN_STATE.name, to=TensorProto.FLOAT)
+
+
+def _inputs() -> list[onnx.ValueInfoProto]:
+    ragged = {
+        SCORE_IDS.name: "tokens", BRANCH_IDS.name: "tokens", LOGIT_POSITIONS.name: "logits",
+        TARGET_LOGITS.name: "targets", TARGET_IDS.name: "targets", LONGEST_ROW: "seq_len",
+    }  # fmt: skip
+    inputs = [helper.make_tensor_value_info(name, INT32, [dim]) for name, dim in ragged.items()]
+    counts = (ROW_LENS, LOGIT_COUNTS, TARGET_COUNTS)
+    return inputs + [helper.make_tensor_value_info(name, INT32, ["batch", 1]) for name in counts]
+
+
+def _head_widths(graph: onnx.GraphProto) -> tuple[int, int]:
+    """num_heads and head_dim: the queries are split so."""
+    split = next(node for node in graph.node if node.name.endswith("self_attn.q_split"))
+    shape = next(tensor for tensor in graph.initializer if tensor.name == split.input[1])
+    _, _, num_heads, head_dim = numpy_helper.to_array(shape).tolist()
+    return num_heads, head_dim
+
+
+def _hidden_size(graph: onnx.GraphProto) -> int:
+    embedding = next(tensor for tensor in graph.initializer if tensor.name == "model.embed_tokens.weight")
+    return int(embedding.dims[1])
 
 
 def _reachable(nodes: list[onnx.NodeProto], outputs: list[str]) -> list[onnx.NodeProto]:

@@ -1,0 +1,84 @@
+"""A scoring model's parts, checked without a server: the profile, the calibration, and what a plan's batches need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from builders.wiring import Problem
+from ensemble.contract import BRANCH_IDS, LABELS, TARGET_LABELS
+from ensemble.manifest import Manifest, ManifestError
+from ensemble.scoring.calibration import Calibration, CalibrationError
+from ensemble.scoring.profile import ProfileError, ScoringProfile
+from ensemble.scoring.settings import ScoringSettings
+from ensemble.settings import SettingsError
+
+_MARKS = {LABELS.name, BRANCH_IDS.name, TARGET_LABELS.name}  # each part's own input
+
+
+def is_scoring(config: ModelConfig) -> bool:
+    """Whether this is a part of a scoring model."""
+    return config.platform != "ensemble" and any(tensor.name in _MARKS for tensor in config.input)
+
+
+def check_scoring(directory: Path, version_dir: Path, config: ModelConfig) -> Iterator[Problem]:
+    """Check one version of a part."""
+    names = {tensor.name for tensor in config.input}
+    if BRANCH_IDS.name in names:
+        yield from _check_engine(directory / "config.pbtxt", version_dir, config)
+        return
+    profile = None
+    try:
+        profile = ScoringProfile.load(version_dir)
+    except ProfileError as error:
+        yield _problem(version_dir, error)
+    if TARGET_LABELS.name in names:
+        try:
+            calibration = Calibration.load(version_dir)
+        except CalibrationError as error:
+            yield _problem(version_dir, error)
+            return
+        if profile and calibration and calibration.normalisation != profile.normalisation:
+            what = f"was fitted on {calibration.normalisation} scores, the profile says {profile.normalisation}"
+            yield Problem(str(version_dir / "calibration.json"), f"{what}: fit it again")
+
+
+def _check_engine(where: Path, version_dir: Path, config: ModelConfig) -> Iterator[Problem]:
+    if not config.HasField("dynamic_batching"):
+        yield Problem(str(where), "dynamic_batching is missing: every request would run by itself; add it")
+    for tensor in config.input:
+        if not tensor.allow_ragged_batch:
+            what = f"input {tensor.name!r} has no allow_ragged_batch: prompts of different lengths would never batch"
+            yield Problem(str(where), what)
+    preferred = [size for size in config.dynamic_batching.preferred_batch_size if size > config.max_batch_size]
+    if preferred:
+        what = f"preferred_batch_size {preferred[0]} is above max_batch_size, {config.max_batch_size}: lower it"
+        yield Problem(str(where), what)
+    if config.backend != "python":
+        return
+    try:
+        ScoringSettings.from_parameters({name: value.string_value for name, value in config.parameters.items()})
+    except SettingsError as error:
+        yield Problem(str(where), f"parameters: {error}")
+    try:
+        manifest = Manifest.load(version_dir)
+    except ManifestError as error:
+        yield _problem(version_dir, error)
+        return
+    for name, expected in manifest.files.items():
+        path = version_dir / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != expected.bytes:
+            what = "is missing" if found is None else f"has {found} bytes, the manifest says {expected.bytes}"
+            yield Problem(str(path), f"{what}; rebuild with: {manifest.command}")
+
+
+def _problem(version_dir: Path, error: Exception) -> Problem:
+    """The error's own path goes before it already."""
+    text = str(error)
+    if text.startswith(str(version_dir)):
+        where, _, what = text.partition(": ") if ": " in text.split(" ")[0] + " " else text.partition(" ")
+        return Problem(where.rstrip(":"), what)
+    return Problem(str(version_dir), text)

@@ -1,0 +1,102 @@
+"""`deepseek-triton fit`: labelled examples through a running server, a calibration into the repository.
+
+It starts a server of its own on the repository, asks it about every example, and stops it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from builders.check import require_sound
+from builders.fit import (
+    CONTENT_FREE,
+    Example,
+    Measured,
+    Method,
+    fit,
+    read_examples,
+    read_profile,
+    write_calibration,
+)
+from builders.options import Report
+from builders.tune.repository import read_configs
+from clients.base import BaseClient
+from clients.features import Features, read_features
+from clients.grpc import GrpcClient
+from ensemble.scoring.calibration import Calibration, label_scores
+from ensemble.scoring.profile import ScoringProfile
+from ensemble.server import TritonServer
+
+CHUNK = 8  # texts in a request, where the engine's batches have room for so many
+
+
+def run_fit(arguments: argparse.Namespace, report: Report) -> tuple[Calibration, Path]:
+    """Fit and write; gives the calibration and where it lies.
+
+    Raises:
+        BuildError, ServerError, ClientError: with one line.
+    """
+    repository: Path = arguments.repository
+    require_sound(repository)
+    profile = read_profile(repository, arguments.model)
+    examples = read_examples(arguments.examples, profile.labels)
+    with (
+        TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0, models=[arguments.model]) as server,
+        GrpcClient(server.grpc_url, arguments.model) as client,
+    ):
+        most = read_configs(repository, arguments.model)[arguments.model].max_batch_size
+        # A plan's requests of several texts have a limit of their own.
+        chunk = 1 if profile.max_request_tokens else min(CHUNK, most)
+        calibration = fit_on(client, profile, arguments.method, examples, report, chunk=chunk)
+    return calibration, write_calibration(repository, arguments.model, calibration)
+
+
+def fit_on(
+    client: BaseClient,
+    profile: ScoringProfile,
+    method: Method,
+    examples: list[Example],
+    report: Report = lambda what, done, total: None,
+    *,
+    chunk: int = CHUNK,
+) -> Calibration:
+    """Ask the server behind `client` about every example, and fit."""
+    prior = measure(client, profile, list(CONTENT_FREE), chunk=chunk).scores if method == "contextual" else None
+    measured = measure(client, profile, [example.text for example in examples], report, chunk=chunk)
+    truth = np.array([profile.labels.index(example.label) for example in examples])
+    return fit(method, profile.labels, profile.normalisation, measured, truth, prior)
+
+
+def measure(
+    client: BaseClient,
+    profile: ScoringProfile,
+    texts: list[str],
+    report: Report = lambda what, done, total: None,
+    *,
+    chunk: int = CHUNK,
+) -> Measured:
+    """Scores and hidden states of `texts`, `chunk` in a request."""
+    features: list[Features] = []
+    for start in range(0, len(texts), chunk):
+        features += read_features(client, texts[start : start + chunk])
+        report("examples", len(features), len(texts))
+    scores = [
+        label_scores(np.array(own.log_probs), np.array(own.target_labels), len(profile.labels), profile.normalisation)[
+            1
+        ]
+        for own in features
+    ]
+    return Measured(np.stack(scores), np.array([own.hidden for own in features]))
+
+
+def told(calibration: Calibration) -> str:
+    """The report for a terminal."""
+    report = calibration.report
+    lines = [f"{calibration.method}, fitted on {report['examples']:g} examples, judged on those held out:"]
+    for name in ("expected_calibration_error", "negative_log_likelihood", "accuracy"):
+        before, after = report[f"{name}_before"], report[f"{name}_after"]
+        lines.append(f"{name.replace('_', ' '):28} {before:.4f} before, {after:.4f} after")
+    return "\n".join(lines)

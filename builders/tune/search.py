@@ -1,0 +1,110 @@
+"""Coordinate search: one parameter after the other, up and down from the best so far, until nothing improves.
+
+What enters is a space and something that measures a point; what leaves is every point that was measured. It knows
+nothing of servers, and what was measured before is not measured again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from builders.tune.space import Point
+
+# A difference below this is noise: the search doesn't follow it.
+MIN_GAIN = 0.03
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """throughput in requests/s; p50_ms, p99_ms of a request's latency; failure: why there are none, else empty."""
+
+    throughput: float = 0.0
+    p50_ms: float = 0.0
+    p99_ms: float = 0.0
+    num_requests: int = 0
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A point and what it did."""
+
+    point: dict[str, int]
+    result: Measurement
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A parameter's name and the values to try, ascending."""
+
+    name: str
+    values: Sequence[int]
+
+
+def is_within(result: Measurement, p99_limit_ms: float) -> bool:
+    """Whether every request was answered, and 99 in 100 of them in time."""
+    return not result.failure and result.p99_ms <= p99_limit_ms
+
+
+def is_better(result: Measurement, other: Measurement, p99_limit_ms: float) -> bool:
+    """Within the limit more throughput is better, by more than noise; while none is within it, less latency."""
+    if result.failure or other.failure:
+        return bool(other.failure) and not result.failure
+    within, other_within = is_within(result, p99_limit_ms), is_within(other, p99_limit_ms)
+    if within != other_within:
+        return within
+    if within:
+        return result.throughput > other.throughput * (1 + MIN_GAIN)
+    return result.p99_ms < other.p99_ms * (1 - MIN_GAIN)
+
+
+def best_of(measured: Iterable[Measured], p99_limit_ms: float) -> Measured | None:
+    """The most throughput within the limit; None where nothing is within it."""
+    within = [one for one in measured if is_within(one.result, p99_limit_ms)]
+    return max(within, key=lambda one: one.result.throughput, default=None)
+
+
+def search(
+    axes: Sequence[Axis],
+    start: Point,
+    measure: Callable[[Point], Measurement | None],
+    p99_limit_ms: float,
+) -> list[Measured]:
+    """Measure points until no neighbour of the best is better.
+
+    Args:
+        measure: gives None when time is up: the search ends with what it has.
+    """
+    found: dict[tuple[int, ...], Measured] = {}
+
+    def at(point: Point) -> Measured | None:
+        key = tuple(point[axis.name] for axis in axes)
+        if key not in found:
+            result = measure(point)
+            if result is None:
+                return None
+            found[key] = Measured(dict(point), result)
+        return found[key]
+
+    best = at(start)
+    is_improved = best is not None
+    while best is not None and is_improved:
+        is_improved = False
+        for axis in axes:
+            for step in (1, -1):
+                while (point := _neighbour(axis, best.point, step)) is not None:
+                    candidate = at(point)
+                    if candidate is None:
+                        return list(found.values())
+                    if not is_better(candidate.result, best.result, p99_limit_ms):
+                        break
+                    best, is_improved = candidate, True
+    return list(found.values())
+
+
+def _neighbour(axis: Axis, point: Point, step: int) -> dict[str, int] | None:
+    index = list(axis.values).index(point[axis.name]) + step
+    if not 0 <= index < len(axis.values):
+        return None
+    return {**point, axis.name: axis.values[index]}

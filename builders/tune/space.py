@@ -1,0 +1,146 @@
+"""What may be tuned: each parameter's values, and where in a model's configurations it stands.
+
+What enters are a model's configurations, what leaves are others; it reads no files but manifests, and runs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf.message import Message
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from builders.check_scoring import is_scoring
+from builders.errors import BuildError
+from builders.pbtxt import TEXT_MAX_BATCH_SIZE
+from ensemble.manifest import Manifest, ManifestError
+from ensemble.pipelines import ENGINE_SUFFIX, SCORER_SUFFIX, TOKENIZER_SUFFIX, model_name
+
+Configs = Mapping[str, ModelConfig]  # model's name → its configuration
+Point = Mapping[str, int]  # parameter's name → its value
+
+
+class TuneError(BuildError):
+    """Tuning can't start, or can't go on; one line."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """name; values to try, ascending; read and write, from and into a model's configurations by its served name."""
+
+    name: str
+    values: tuple[int, ...]
+    read: Callable[[Configs, str], int]
+    write: Callable[[Configs, str, int], None]
+
+
+def space_of(configs: Configs, name: str, limits: Mapping[str, int]) -> list[Parameter]:
+    """The parameters of model `name`, what it has now among their values, most promising first.
+
+    limits: parameter → the highest value that the artefacts allow.
+
+    Raises:
+        TuneError: it is no ensemble of this project.
+    """
+    engine = configs.get(model_name(name, ENGINE_SUFFIX))
+    if engine is None or name not in configs:
+        raise TuneError(f"{name} is no served model of the repository; it holds {sorted(configs)}")
+    space = []
+    for parameter in SCORING if is_scoring(engine) else GENERATING:
+        now = parameter.read(configs, name)
+        highest = limits.get(parameter.name)
+        values = {value for value in parameter.values if highest is None or value <= highest} | {now}
+        space.append(Parameter(parameter.name, tuple(sorted(values)), parameter.read, parameter.write))
+    return space
+
+
+def read_point(space: list[Parameter], configs: Configs, name: str) -> dict[str, int]:
+    """What the configurations say now."""
+    return {parameter.name: parameter.read(configs, name) for parameter in space}
+
+
+def with_point(space: list[Parameter], configs: Configs, name: str, point: Point) -> dict[str, ModelConfig]:
+    """Copies of the configurations that say `point`."""
+    copies = {model: _copy(config) for model, config in configs.items()}
+    for parameter in space:
+        parameter.write(copies, name, point[parameter.name])
+    return copies
+
+
+def limits_of(version_dir: Path) -> dict[str, int]:
+    """What the engine's artefacts allow: a plan's profiles, and the sequence length.
+
+    Raises:
+        TuneError: the manifest can't be read.
+    """
+    try:
+        manifest = Manifest.load(version_dir)
+    except ManifestError as error:
+        raise TuneError(str(error)) from error
+    known = ("max_batch_size", "num_slots", "prefill_chunk")
+    limits = {name: int(manifest.engine[name]) for name in known if name in manifest.engine}
+    return {"prefill_chunk": manifest.max_seq_len, **limits}
+
+
+def _copy(config: ModelConfig) -> ModelConfig:
+    copy: Message = ModelConfig()
+    copy.CopyFrom(config)
+    return copy
+
+
+def _engine_parameter(key: str) -> tuple[Callable[[Configs, str], int], Callable[[Configs, str, int], None]]:
+    def read(configs: Configs, name: str) -> int:
+        return int(configs[model_name(name, ENGINE_SUFFIX)].parameters[key].string_value)
+
+    def write(configs: Configs, name: str, value: int) -> None:
+        configs[model_name(name, ENGINE_SUFFIX)].parameters[key].string_value = str(value)
+
+    return read, write
+
+
+def _instances(suffix: str) -> tuple[Callable[[Configs, str], int], Callable[[Configs, str, int], None]]:
+    def read(configs: Configs, name: str) -> int:
+        return int(configs[model_name(name, suffix)].instance_group[0].count)
+
+    def write(configs: Configs, name: str, value: int) -> None:
+        configs[model_name(name, suffix)].instance_group[0].count = value
+
+    return read, write
+
+
+def _read_batch(configs: Configs, name: str) -> int:
+    return int(configs[model_name(name, ENGINE_SUFFIX)].max_batch_size)
+
+
+def _write_batch(configs: Configs, name: str, value: int) -> None:
+    engine, ensemble = configs[model_name(name, ENGINE_SUFFIX)], configs[name]
+    preferred = [size for size in engine.dynamic_batching.preferred_batch_size if size < value]
+    if value != engine.max_batch_size:
+        engine.dynamic_batching.preferred_batch_size[:] = [*preferred, value]
+    engine.max_batch_size = value
+    # A request of more rows than a batch may have could never run.
+    ensemble.max_batch_size = min(value, TEXT_MAX_BATCH_SIZE)
+
+
+def _read_delay(configs: Configs, name: str) -> int:
+    return int(configs[model_name(name, ENGINE_SUFFIX)].dynamic_batching.max_queue_delay_microseconds)
+
+
+def _write_delay(configs: Configs, name: str, value: int) -> None:
+    configs[model_name(name, ENGINE_SUFFIX)].dynamic_batching.max_queue_delay_microseconds = value
+
+
+SCORING = (
+    Parameter("max_batch_size", (1, 2, 4, 8, 16, 32, 64), _read_batch, _write_batch),
+    Parameter("max_queue_delay_us", (0, 500, 2000, 5000, 20000), _read_delay, _write_delay),
+    Parameter("tokenizer_instances", (1, 2), *_instances(TOKENIZER_SUFFIX)),
+    Parameter("scorer_instances", (1, 2), *_instances(SCORER_SUFFIX)),
+)
+# Never the detokenizer's instances: each keeps the streams that it has begun.
+GENERATING = (
+    Parameter("num_slots", (1, 2, 4, 8, 16, 32), *_engine_parameter("num_slots")),
+    Parameter("prefill_chunk", (16, 32, 64, 128, 256), *_engine_parameter("prefill_chunk")),
+    Parameter("tokenizer_instances", (1, 2), *_instances(TOKENIZER_SUFFIX)),
+)

@@ -1,0 +1,148 @@
+"""Scoring: texts and candidate labels in, each text's label and probabilities out, the same for every transport.
+
+Whole tensors of several rows travel here, where generating sends one value each; a transport knows how to carry them,
+this file what they mean.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any, Protocol, cast
+
+from clients.api import Message
+from clients.errors import ProtocolError
+from ensemble import contract
+from ensemble.contract import TensorSpec
+
+Chat = Sequence[Message | Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Values in row-major order; the shape begins with the rows."""
+
+    shape: tuple[int, ...]
+    values: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        if len(self.values) != prod(self.shape):
+            raise ProtocolError(f"a tensor of shape {list(self.shape)} came with {len(self.values)} values")
+
+    def rows(self) -> list[list[Any]]:
+        """The values of each row."""
+        width = prod(self.shape[1:])
+        return [list(self.values[i * width : (i + 1) * width]) for i in range(self.shape[0])]
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Texts, or chats, and the labels to choose among.
+
+    `texts` go into the model's prompt template; `chats` go through its chat template as they are. Exactly one of the
+    two is given; one string is one text. `labels` None: those that the model was built with.
+
+    Raises `ValueError`, naming the field and its value, for what is no text.
+    """
+
+    texts: str | Sequence[str] | None = None
+    chats: Sequence[Chat] | None = None
+    labels: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field; keep them as tuples."""
+        if (self.texts is None) == (self.chats is None):
+            raise ValueError(f"exactly one of texts and chats must be given, got {self.texts!r} and {self.chats!r}")
+        if isinstance(self.texts, str):
+            object.__setattr__(self, "texts", (self.texts,))
+        for name in ("texts", "labels"):
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _texts(name, values))
+        if self.chats is not None:
+            if not self.chats:
+                raise ValueError(f"chats must not be empty, got {self.chats!r}")
+            chats = (tuple(m if isinstance(m, Message) else Message.from_dict(m) for m in chat) for chat in self.chats)
+            object.__setattr__(self, "chats", tuple(chats))
+
+    def to_tensors(self) -> dict[TensorSpec, Tensor]:
+        """Give the input tensors of `contract.SCORE`, a row for each text."""
+        if self.texts is not None:
+            spec, rows = contract.TEXT_INPUT, list(self.texts)
+        else:
+            assert self.chats is not None
+            chats = [[asdict(cast("Message", message)) for message in chat] for chat in self.chats]
+            spec, rows = contract.MESSAGES, [json.dumps(chat, ensure_ascii=False) for chat in chats]
+        tensors = {spec: Tensor((len(rows), 1), rows)}
+        if self.labels is not None:
+            # Triton wants every tensor to have the same number of rows.
+            shape = (len(rows), len(self.labels))
+            tensors[contract.LABELS] = Tensor(shape, list(self.labels) * len(rows))
+        return tensors
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the model says of one text.
+
+    probabilities: label → probability; they add up to 1. log_probs: label → its log-probability as a continuation of
+    the prompt, in nats. is_calibrated: whether a calibration of these very labels was used.
+    """
+
+    label: str
+    probabilities: dict[str, float]
+    log_probs: dict[str, float]
+    is_calibrated: bool
+    num_input_tokens: int
+
+    @classmethod
+    def from_tensors(cls, outputs: Mapping[str, Tensor]) -> tuple[Score, ...]:
+        """Read the outputs of `contract.SCORE`, a Score for each row; `ProtocolError` for a missing or odd one."""
+        specs = (
+            contract.LABEL, contract.SCORED_LABELS, contract.PROBABILITIES, contract.LOG_PROBS, contract.IS_CALIBRATED,
+            contract.NUM_INPUT_TOKENS,
+        )  # fmt: skip
+        for spec in specs:
+            if spec.name not in outputs:
+                raise ProtocolError(f"output {spec.name} is missing from a response with {sorted(outputs)}")
+        tensors = [outputs[spec.name].rows() for spec in specs]
+        if len({len(rows) for rows in tensors}) != 1:
+            raise ProtocolError(f"outputs have different numbers of rows: {[len(rows) for rows in tensors]}")
+        scores = []
+        for label, labels, probabilities, log_probs, is_calibrated, num_tokens in zip(*tensors, strict=True):
+            if not len(labels) == len(probabilities) == len(log_probs):
+                raise ProtocolError(f"{len(labels)} labels came with {len(probabilities)} probabilities")
+            scores.append(
+                cls(
+                    label=label[0],
+                    probabilities=dict(zip(labels, probabilities, strict=True)),
+                    log_probs=dict(zip(labels, log_probs, strict=True)),
+                    is_calibrated=bool(is_calibrated[0]),
+                    num_input_tokens=num_tokens[0],
+                )
+            )
+        return tuple(scores)
+
+
+class ScoringClient(Protocol):
+    """What both clients can do beside generating."""
+
+    def score(self, request: ScoreRequest) -> tuple[Score, ...]:
+        """Score every text of the request. Raises `ClientError`."""
+        ...
+
+
+def _texts(name: str, values: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(values, str):
+        raise ValueError(f"{name} must be several texts, got {values!r}")
+    if not values:
+        raise ValueError(f"{name} must not be empty, got {values!r}")
+    for index, value in enumerate(values):
+        if not isinstance(value, str):
+            raise ValueError(f"{name}[{index}] must be text, got {value!r}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name}[{index}] must be text that UTF-8 can encode, got {value!r}") from None
+    return tuple(values)

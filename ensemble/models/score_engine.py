@@ -1,0 +1,61 @@
+"""Triton's adapter for a stateless engine on a CPU: rows → their targets' log-probabilities.
+
+Copied into the model repository as model.py; its tensors are those of the plan that Triton's own tensorrt backend
+runs on a GPU. Triton hands over a whole batch of requests, ragged as they are; all their rows are computed together.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from ensemble import contract
+from ensemble.engine.runners.scoring import RowScores, load_scoring_runner
+from ensemble.models.tensors import read_inputs
+from ensemble.scoring.rows import RowError, ScoreRow, split_rows
+from ensemble.scoring.settings import ScoringSettings
+
+
+class TritonPythonModel:
+    """Requests of one row or several in, one response each out."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the artefacts that lie beside this file."""
+        logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
+        settings = ScoringSettings.from_model_config(args["model_config"])
+        directory = Path(args["model_repository"]) / args["model_version"]
+        self._runner = load_scoring_runner(directory, settings)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Score every request's rows in one batch; a request that is at fault gets its own error."""
+        rows: list[ScoreRow] = []
+        accepted: list[slice | str] = []  # each request's rows, or what is wrong with it
+        for request in requests:
+            try:
+                own = split_rows(read_inputs(request))
+                for row in own:
+                    row.check(self._runner.vocab_size, self._runner.max_seq_len)
+            except RowError as error:
+                accepted.append(str(error))
+                continue
+            accepted.append(slice(len(rows), len(rows) + len(own)))
+            rows += own
+        scores = self._runner.score(rows) if rows else []
+        return [_error(place) if isinstance(place, str) else _response(scores[place]) for place in accepted]
+
+
+def _response(scores: list[RowScores]) -> Any:
+    values = (
+        (contract.TOKEN_LOG_PROBS, np.stack([row.log_probs for row in scores])),
+        (contract.HIDDEN_STATE, np.stack([row.hidden for row in scores])),
+    )
+    return pb_utils.InferenceResponse([pb_utils.Tensor(spec.name, value) for spec, value in values])
+
+
+def _error(message: str) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))

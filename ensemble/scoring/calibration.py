@@ -1,0 +1,122 @@
+"""Labels' scores → probabilities, and calibration.json: what makes those probabilities honest.
+
+A score is a label's log-probability, normalised; the probabilities are softmax((score + bias) / temperature). The
+biases take away what the model thinks of the labels whatever the text (a prior measured on texts without content, or
+fitted); the temperature, how sure it is of itself. A linear head instead reads the model's hidden state. It knows
+nothing about how any of them was fitted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble.scoring.profile import Normalisation
+
+FILE_NAME = "calibration.json"
+FORMAT = 1
+Floats = NDArray[np.float64]
+
+
+class CalibrationError(ValueError):
+    """calibration.json is unreadable or doesn't fit the model; one line."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear head on the hidden state: weights [labels, hidden], biases [labels]."""
+
+    weights: tuple[tuple[float, ...], ...]
+    biases: tuple[float, ...]
+
+    def scores(self, hidden: NDArray[Any]) -> Floats:
+        """hidden [n, hidden] → scores [n, labels]."""
+        scores: Floats = np.asarray(hidden, np.float64) @ np.array(self.weights).T + np.array(self.biases)
+        return scores
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How the scores of `labels` become probabilities.
+
+    biases: one for each label, in nats. method: how it was fitted. normalisation: of the scores that it was fitted on.
+    report: what fitting found: examples, expected calibration error and negative log-likelihood before and after.
+    head: takes the scores' place where there is one.
+    """
+
+    labels: tuple[str, ...]
+    temperature: float
+    biases: tuple[float, ...]
+    method: str
+    normalisation: Normalisation
+    report: dict[str, float]
+    head: Head | None = None
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise CalibrationError(f"temperature is {self.temperature!r}, must be finite and above 0")
+        if len(self.biases) != len(self.labels) or not all(map(math.isfinite, self.biases)):
+            raise CalibrationError(f"biases is {self.biases!r}, must be one finite number for each of {self.labels!r}")
+        if self.head is not None and len(self.head.weights) != len(self.labels):
+            raise CalibrationError(f"head has {len(self.head.weights)} rows for {len(self.labels)} labels")
+
+    def probabilities(self, scores: NDArray[Any], hidden: NDArray[Any] | None = None) -> Floats:
+        """scores [n, labels], hidden [n, hidden] → probabilities [n, labels]."""
+        if self.head is not None:
+            if hidden is None:
+                raise CalibrationError("a calibration with a head needs the hidden state")
+            scores = self.head.scores(hidden)
+        return softmax((np.asarray(scores, np.float64) + np.array(self.biases)) / self.temperature)
+
+    def to_json(self) -> str:
+        """The text of calibration.json."""
+        return json.dumps(asdict(self), ensure_ascii=False, indent=None if self.head else 2) + "\n"
+
+    @classmethod
+    def load(cls, directory: Path) -> Calibration | None:
+        """Read `directory`'s calibration.json; None where there is none.
+
+        Raises:
+            CalibrationError: it is damaged.
+        """
+        path = directory / FILE_NAME
+        try:
+            values: Any = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise CalibrationError(f"{path} can't be read: {error}; remove it, or fit it again") from error
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or set(values) != names or values["format"] != FORMAT:
+            raise CalibrationError(f"{path} is not a calibration of format {FORMAT}; remove it, or fit it again")
+        try:
+            stored = values["head"]
+            head = stored and Head(tuple(map(tuple, stored["weights"])), tuple(stored["biases"]))
+            tuples = {"labels": tuple(values["labels"]), "biases": tuple(map(float, values["biases"])), "head": head}
+            return cls(**{**values, **tuples})
+        except (KeyError, TypeError, ValueError) as error:
+            raise CalibrationError(f"{path} is damaged: {error}; remove it, or fit it again") from error
+
+
+def label_scores(
+    log_probs: NDArray[Any], target_labels: NDArray[Any], num_labels: int, normalisation: Normalisation
+) -> tuple[Floats, Floats]:
+    """Targets' log-probabilities [targets], and the label of each (-1: none) → (sums, scores) [labels]."""
+    is_real = target_labels >= 0
+    labels = target_labels[is_real]
+    sums = np.bincount(labels, np.asarray(log_probs, np.float64)[is_real], num_labels).astype(np.float64)
+    counts = np.bincount(labels, minlength=num_labels)
+    return sums, sums / np.maximum(counts, 1) if normalisation == "mean" else sums
+
+
+def softmax(values: Floats) -> Floats:
+    """Over the last axis."""
+    exponents = np.exp(values - values.max(axis=-1, keepdims=True))
+    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True))

@@ -1,0 +1,162 @@
+"""One prompt and its candidate continuations as one row of token ids.
+
+What enters are token ids, what leaves are the arrays that a scoring engine takes. The prompt stands once; behind it
+each candidate's tokens but the last, in a branch of their own that sees the prompt and itself. A candidate's last
+token is only asked for, never read. It knows nothing about text, graphs or Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble.contract import BRANCH_IDS, LOGIT_POSITIONS, SCORE_IDS, TARGET_IDS, TARGET_LABELS, TARGET_LOGITS
+
+Ints = NDArray[np.int32]
+GRAPH_FILE = "scoring.onnx"
+PADDING = -1  # in branch_ids and target_labels
+
+# What Triton adds to a batch of ragged requests (`batch_input`), and a runner to its own.
+ROW_LENS = "row_lens"
+LOGIT_COUNTS = "logit_counts"
+TARGET_COUNTS = "target_counts"
+LONGEST_ROW = "longest_row"
+
+FIELDS = {
+    "input_ids": SCORE_IDS,
+    "branch_ids": BRANCH_IDS,
+    "logit_positions": LOGIT_POSITIONS,
+    "target_logits": TARGET_LOGITS,
+    "target_ids": TARGET_IDS,
+}
+
+
+class RowError(ValueError):
+    """A row that no engine can score; one line."""
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """input_ids, branch_ids [num_tokens]; logit_positions [num_logits]; target_logits, target_ids [num_targets]."""
+
+    input_ids: Ints
+    branch_ids: Ints
+    logit_positions: Ints
+    target_logits: Ints
+    target_ids: Ints
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def check(self, vocab_size: int, max_seq_len: int) -> None:
+        """Is every value one that an engine can take? A wrong one would fail the whole batch.
+
+        Raises:
+            RowError: names the first that is not.
+        """
+        if not 1 <= len(self) <= max_seq_len:
+            raise RowError(f"input_ids holds {len(self)} tokens, must hold 1 to {max_seq_len}")
+        if len(self.branch_ids) != len(self):
+            raise RowError(f"branch_ids holds {len(self.branch_ids)} values, input_ids {len(self)}")
+        if len(self.target_logits) != len(self.target_ids):
+            raise RowError(f"target_logits holds {len(self.target_logits)} values, target_ids {len(self.target_ids)}")
+        if self.branch_ids[0] != 0 or self.branch_ids.min() < 0:
+            raise RowError(
+                "branch_ids must begin with 0, the prompt's, and hold nothing below it but padding at the end"
+            )
+        if not (len(self.logit_positions) and len(self.target_ids)):
+            raise RowError("logit_positions and target_ids must hold at least one value each")
+        for name, limit in (
+            ("input_ids", vocab_size),
+            ("target_ids", vocab_size),
+            ("logit_positions", len(self)),
+            ("target_logits", len(self.logit_positions)),
+        ):
+            values = getattr(self, name)
+            if values.min() < 0 or values.max() >= limit:
+                raise RowError(f"{name} has values from {values.min()} to {values.max()}, must be 0 to {limit - 1}")
+
+
+def make_row(prompt: Ints, candidates: Sequence[Ints]) -> tuple[ScoreRow, Ints]:
+    """The row, and which candidate each of its targets is a token of [num_targets]."""
+    ids, branches = [prompt], [np.zeros(len(prompt), np.int32)]
+    positions, logits, labels = [len(prompt) - 1], [], []
+    length = len(prompt)
+    for number, candidate in enumerate(candidates):
+        inner = candidate[:-1]
+        ids.append(inner)
+        branches.append(np.full(len(inner), number + 1, np.int32))
+        logits += [0, *range(len(positions), len(positions) + len(inner))]
+        positions += range(length, length + len(inner))
+        labels += [number] * len(candidate)
+        length += len(inner)
+    row = ScoreRow(_ints(*ids), _ints(*branches), _ints(positions), _ints(logits), _ints(*candidates))
+    return row, _ints(labels)
+
+
+def stack_rows(rows: Sequence[tuple[ScoreRow, Ints]]) -> dict[str, Ints]:
+    """Tensors [n, …] of one request, by their contract's names; shorter rows padded to the longest."""
+    padding = {BRANCH_IDS.name: PADDING}
+    tensors = {
+        spec.name: _stack([getattr(row, name) for row, _ in rows], padding.get(spec.name, 0))
+        for name, spec in FIELDS.items()
+    }
+    return tensors | {TARGET_LABELS.name: _stack([labels for _, labels in rows], PADDING)}
+
+
+def split_rows(tensors: Mapping[str, NDArray[Any]]) -> list[ScoreRow]:
+    """`stack_rows` taken apart again, its padding of the tokens left out.
+
+    Raises:
+        RowError: a tensor is missing, or they don't fit together.
+    """
+    for spec in FIELDS.values():
+        if spec.name not in tensors:
+            raise RowError(f"{spec.name} is missing")
+        if tensors[spec.name].ndim != 2 or tensors[spec.name].shape[0] != tensors[SCORE_IDS.name].shape[0]:
+            raise RowError(f"{spec.name} has shape {list(tensors[spec.name].shape)}, must be [rows, values]")
+    rows = []
+    for values in zip(*(tensors[spec.name] for spec in FIELDS.values()), strict=True):
+        row = ScoreRow(*values)
+        num_real = int((row.branch_ids != PADDING).sum())
+        if not (row.branch_ids[num_real:] == PADDING).all():
+            raise RowError("branch_ids has padding, -1, before a row's end")
+        rows.append(ScoreRow(row.input_ids[:num_real], row.branch_ids[:num_real], *values[2:]))
+    return rows
+
+
+def batch_tensors(rows: Sequence[ScoreRow]) -> dict[str, Ints]:
+    """What a scoring graph takes: every row's values one behind the other, and how many are whose."""
+    tensors = {FIELDS[f.name].name: np.concatenate([getattr(row, f.name) for row in rows]) for f in fields(ScoreRow)}
+    for name, count_of in ((ROW_LENS, "input_ids"), (LOGIT_COUNTS, "logit_positions"), (TARGET_COUNTS, "target_ids")):
+        tensors[name] = _ints([len(getattr(row, count_of)) for row in rows])[:, None]
+    return tensors | {LONGEST_ROW: np.zeros(max(map(len, rows)), np.int32)}
+
+
+def group_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Rows' numbers in groups of like length, each of at most `max_tokens` once padded (or of one row).
+
+    On a processor a batch gains nothing beyond some hundred tokens, and padding costs as much as tokens do.
+    """
+    groups: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return groups
+
+
+def _stack(values: Sequence[Ints], padding: int) -> Ints:
+    stacked = np.full((len(values), max(map(len, values))), padding, np.int32)
+    for line, row in zip(stacked, values, strict=True):
+        line[: len(row)] = row
+    return stacked
+
+
+def _ints(*parts: Any) -> Ints:
+    return np.concatenate([np.asarray(part, np.int32) for part in parts])

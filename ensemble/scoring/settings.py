@@ -1,0 +1,60 @@
+"""The stateless engine's settings: validated once, written into config.pbtxt by builders, read back by its model.
+
+What enters and leaves are Triton's `parameters`: text by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+from ensemble.settings import SettingsError
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """How a stateless engine runs; none of it changes what it answers.
+
+    num_threads: CPU threads, 0 for all cores. max_pass_tokens: tokens, padding included, in one pass over the
+    weights: a batch of more runs as several passes, rows of like length together.
+    """
+
+    num_threads: int = 0
+    max_pass_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("num_threads", 0), ("max_pass_tokens", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+                raise SettingsError(f"{name} is {value!r}, must be an integer of at least {lowest}")
+
+    def to_parameters(self) -> dict[str, str]:
+        """These settings as the text values of config.pbtxt's `parameters`."""
+        return {name: str(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str]) -> ScoringSettings:
+        """Read `parameters` back; an absent setting has its default.
+
+        Raises:
+            SettingsError: one is unknown or malformed.
+        """
+        # Upper-case names, such as EXECUTION_ENV_PATH, belong to Triton's Python backend.
+        ours = {name: text for name, text in parameters.items() if not name.isupper()}
+        known = sorted(field.name for field in fields(cls))
+        values = {}
+        for name, text in ours.items():
+            if name not in known:
+                raise SettingsError(f"unknown scoring engine parameter {name!r}, must be one of {known}")
+            try:
+                values[name] = int(text)
+            except ValueError:
+                raise SettingsError(f"{name} is {text!r}, must be an integer") from None
+        return cls(**values)
+
+    @classmethod
+    def from_model_config(cls, model_config: str) -> ScoringSettings:
+        """Read the JSON that a Python model gets as `args["model_config"]`."""
+        parameters = json.loads(model_config).get("parameters", {})
+        return cls.from_parameters({name: value["string_value"] for name, value in parameters.items()})
