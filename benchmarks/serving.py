@@ -28,9 +28,11 @@ from builders.options import BuildOptions
 from builders.repository import build
 from clients.api import GenerateRequest
 from clients.grpc import GrpcClient
+from ensemble.engine.admission import Admission, RequestOptions
 from ensemble.engine.loop import EngineLoop
 from ensemble.engine.runners.load import load_runner
-from ensemble.engine.sequence import Sequence as EngineSequence
+from ensemble.engine.sequence import FailureKind, Request
+from ensemble.progress import Update
 from ensemble.sampling import SamplingParams
 from ensemble.server import TritonServer
 from ensemble.settings import EngineSettings
@@ -52,18 +54,18 @@ Measure = Callable[[int], float]
 
 
 class _Sink:
-    """Waits for one sequence's end."""
+    """Waits for one request's end."""
 
     def __init__(self) -> None:
         self.done = threading.Event()
         self.num_tokens = 0
 
-    def send(self, sequence: EngineSequence, ids: Sequence[int]) -> None:
-        self.num_tokens += len(ids)
-        if sequence.finish_reason:
+    def send(self, request: Request, updates: Sequence[Update]) -> None:
+        self.num_tokens += sum(len(update.ids) for update in updates)
+        if request.is_finished:
             self.done.set()
 
-    def fail(self, message: str) -> None:
+    def fail(self, message: str, kind: FailureKind) -> None:
         raise RuntimeError(message)
 
     def is_cancelled(self) -> bool:
@@ -78,22 +80,17 @@ class _NoAcknowledgements:
 def in_process(directory: Path, tokenizer: Tokenizer, settings: EngineSettings, num_tokens: int) -> Measure:
     """The engine's loop without Triton, tokenizer or detokenizer."""
     manifest, runner = load_runner(directory, settings)
-    loop = EngineLoop(
-        runner,
-        end_ids=manifest.end_ids,
-        prefill_chunk=settings.prefill_chunk,
-        acknowledgements=_NoAcknowledgements(),
-        cancel_after_s=settings.cancel_after_s,
-    )
+    admission = Admission(directory, runner.vocab_size, manifest.end_ids, settings)
+    loop = EngineLoop(runner, settings=settings, acknowledgements=_NoAcknowledgements())
     loop.start()
     prompts = [tokenizer.encode(prompt).astype(np.int64) for prompt in PROMPTS]
 
     def measure(streams: int) -> float:
         sinks = [_Sink() for _ in range(streams)]
         start = time.perf_counter()
+        options = RequestOptions(SamplingParams(max_tokens=num_tokens), is_streamed=True)
         for i, sink in enumerate(sinks):
-            params = SamplingParams(max_tokens=num_tokens)
-            loop.submit(EngineSequence(i, str(i), prompts[i], params, sink, stream=True))
+            loop.submit(admission.make_request(i, str(i), prompts[i], options, sink, loop.clock()))
         for sink in sinks:
             sink.done.wait()
         return _rate([sink.num_tokens for sink in sinks], num_tokens, start)

@@ -77,7 +77,7 @@ def _write_scorer(
     tokenizer, scorer, engine, _ = (staging / name / str(version) for name in names)
     for name in names:
         (staging / name / str(version)).mkdir(parents=True)
-    _write_tokenizer(checkpoint, tokenizer)
+    _write_tokenizer(checkpoint, (tokenizer,))
     write_profile(options.scoring, max_seq_len, is_plan=options.target != "onnx", tokenizer=tokenizer, scorer=scorer)
     hidden_size = write_scoring_artefacts(checkpoint, options, max_seq_len, engine, report)
     for config in scoring_configs(options, hidden_size):

@@ -6,18 +6,17 @@ this file what they mean.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
-from clients.api import Message
 from clients.errors import ProtocolError
+from clients.messages import Turn, messages_json, read_messages
 from ensemble import contract
 from ensemble.contract import TensorSpec
 
-Chat = Sequence[Message | Mapping[str, str]]
+Chat = Sequence[Turn]
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,7 @@ class ScoreRequest:
         if self.chats is not None:
             if not self.chats:
                 raise ValueError(f"chats must not be empty, got {self.chats!r}")
-            chats = (tuple(m if isinstance(m, Message) else Message.from_dict(m) for m in chat) for chat in self.chats)
-            object.__setattr__(self, "chats", tuple(chats))
+            object.__setattr__(self, "chats", tuple(read_messages(chat) for chat in self.chats))
 
     def to_tensors(self) -> dict[TensorSpec, Tensor]:
         """Give the input tensors of `contract.SCORE`, a row for each text."""
@@ -72,8 +70,7 @@ class ScoreRequest:
             spec, rows = contract.TEXT_INPUT, list(self.texts)
         else:
             assert self.chats is not None
-            chats = [[asdict(cast("Message", message)) for message in chat] for chat in self.chats]
-            spec, rows = contract.MESSAGES, [json.dumps(chat, ensure_ascii=False) for chat in chats]
+            spec, rows = contract.MESSAGES, [messages_json(chat) for chat in self.chats]
         tensors = {spec: Tensor((len(rows), 1), rows)}
         if self.labels is not None:
             # Triton wants every tensor to have the same number of rows.

@@ -90,11 +90,10 @@ def test_an_explicit_stop(server: TritonServer, beside: None, is_streamed: bool)
 
 
 def test_a_closed_http_stream(server: TritonServer, beside: None) -> None:
-    url = f"{server.http_url}/v2/models/{NAME}/generate_stream"
-    with one_more_is_cancelled(server):
-        with httpx.stream("POST", url, json={"text_input": LONG, "stream": True}, timeout=TIMEOUT_S) as response:
-            next(response.iter_bytes())
-            wait_until(server, 10, slots_used=2)
+    url, body = f"{server.http_url}/v2/models/{NAME}/generate_stream", {"text_input": LONG, "stream": True}
+    with one_more_is_cancelled(server), httpx.stream("POST", url, json=body, timeout=TIMEOUT_S) as response:
+        next(response.iter_bytes())
+        wait_until(server, 10, slots_used=2)
 
 
 PROGRAM = """

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ensemble.engine.liveness import MAX_UNACKNOWLEDGED
-from ensemble.engine.loop import EngineLoop, QueueFull
-from ensemble.engine.runners.base import OutOfMemory
+from ensemble.engine.loop import EngineLoop, QueueFullError
+from ensemble.engine.runners.base import OutOfMemoryError
 from ensemble.engine.sequence import NEVER, Request, Sequence
 from ensemble.sampling import Sampler, SamplingParams
 from ensemble.settings import EngineSettings
@@ -371,7 +371,7 @@ def test_slow_acknowledgements_are_no_lost_client() -> None:
 @pytest.mark.parametrize("runner", [FakeRunner, DrawingFakeRunner])
 def test_samples_of_one_prompt_share_its_prefill_and_the_first_is_the_single_one(runner: type[FakeRunner]) -> None:
     prompt = list(range(1, 31))
-    options = {"temperature": 2.0, "seed": 3, "max_tokens": 12}
+    options: dict[str, Any] = {"temperature": 2.0, "seed": 3, "max_tokens": 12}
     alone = Engine(runner(num_slots=3), end_ids=())
     single = alone.submit(prompt, **options)
     alone.run()
@@ -473,7 +473,7 @@ def test_a_full_queue_refuses_at_once() -> None:
     engine.step()
     engine.submit([2], max_tokens=5)
     engine.submit([3], max_tokens=5)
-    with pytest.raises(QueueFull, match="2 requests wait already"):
+    with pytest.raises(QueueFullError, match="2 requests wait already"):
         engine.submit([4])
     engine.run()
     assert running.is_finished and engine.loop.metrics.requests_refused_total == 1
@@ -501,7 +501,7 @@ def test_out_of_memory_ends_the_newest_request_and_the_others_go_on() -> None:
     engine = Engine()
     first, second = engine.submit([1], max_tokens=8), engine.submit([2], max_tokens=8)
     engine.step(3)
-    engine.runner.fail_next = OutOfMemory("no memory for 2 rows")
+    engine.runner.fail_next = OutOfMemoryError("no memory for 2 rows")
     engine.run()
     assert second.error == "decode failed: no memory for 2 rows"
     assert first.ids == expected_tokens([1], 8)

@@ -1,5 +1,7 @@
-"""Requests gone wrong by the thousand, through every way into the real server: each is answered in time, nothing is left
-behind, and a stream beside them comes out as it does alone."""
+"""Requests gone wrong by the thousand, through every way into the real server.
+
+Each is answered in time, nothing is left behind, and a stream beside them comes out as it does alone.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from tests.conftest import NAME
 from tests.fuzz import Fuzzer
 from tests.serving import TIMEOUT_S, metrics, wait_until
 
-# Enough to notice what has gone wrong since the ten thousand were last sent: FUZZ_REQUESTS=10000 pytest tests/test_fuzz.py
+# Enough to notice what broke since ten thousand were last sent: FUZZ_REQUESTS=10000 pytest tests/test_fuzz.py
 NUM_REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "1200"))
 NUM_CLIENTS = 8
 ANSWER_LIMIT_S = 120.0  # for a mutation may take away what keeps an answer short
@@ -70,7 +72,7 @@ class Crowd:
             for response in stub.ModelStreamInfer(iter([message]), timeout=ANSWER_LIMIT_S):
                 outcome = "error" if response.error_message else "answer"
         except grpc.RpcError as error:
-            assert error.code() not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE), message  # type: ignore[attr-defined]
+            assert error.code() not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE), message
             outcome = "error"
         return outcome
 

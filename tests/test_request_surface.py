@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -66,7 +67,7 @@ def test_a_bad_word_never_comes(client: GrpcClient) -> None:
 
 
 def test_penalties_and_min_tokens(client: GrpcClient) -> None:
-    request = {"prompt": "a b a b a b a b", "max_tokens": 40}
+    request: dict[str, Any] = {"prompt": "a b a b a b a b", "max_tokens": 40}
     plain = client.generate(GenerateRequest(**request)).text
     penalised = client.generate(GenerateRequest(**request, frequency_penalty=1.5, repetition_penalty=1.3)).text
     assert len(set(penalised.split())) > len(set(plain.split()))
@@ -96,14 +97,14 @@ def test_times_are_in_order(client: GrpcClient) -> None:
 
 
 def test_the_prompt_can_come_back(client: GrpcClient) -> None:
-    request = {"prompt": CAPITAL, "max_tokens": 6}
+    request: dict[str, Any] = {"prompt": CAPITAL, "max_tokens": 6}
     text = client.generate(GenerateRequest(**request)).text
     assert client.generate(GenerateRequest(**request, echo=True)).text == CAPITAL + text
     assert streamed(client, GenerateRequest(**request, echo=True)) == CAPITAL + text
 
 
 def test_samples_of_one_prompt(client: GrpcClient) -> None:
-    request = {"prompt": "Once upon", "max_tokens": 12, "temperature": 1.0, "seed": 5}
+    request: dict[str, Any] = {"prompt": "Once upon", "max_tokens": 12, "temperature": 1.0, "seed": 5}
     single = client.generate(GenerateRequest(**request)).text
     several = client.generate_all(GenerateRequest(**request, num_return_sequences=4))
     assert several[0].text == single
@@ -125,7 +126,7 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_full_batch(client: GrpcClient
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_structured_output_is_valid(client: GrpcClient, temperature: float) -> None:
-    options = {"max_tokens": 80, "temperature": temperature, "seed": 1}
+    options: dict[str, Any] = {"max_tokens": 80, "temperature": temperature, "seed": 1}
     chat = [Message("user", "Describe a person as JSON.")]
     answer = client.generate(GenerateRequest(messages=chat, guide_type="json_schema", guide=PERSON, **options))
     person = json.loads(answer.text)
@@ -222,10 +223,10 @@ def kill_stub(repository: Path, part: str) -> float:
             command = (directory / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if command[0].endswith(b"stub") and command[1].startswith(bytes(repository / f"{NAME}-{part}")):
-            if b"serve" in parent_command(parent_of(directory)):
-                os.kill(int(directory.name), signal.SIGKILL)
-                return time.monotonic()
+        is_part = command[0].endswith(b"stub") and command[1].startswith(bytes(repository / f"{NAME}-{part}"))
+        if is_part and b"serve" in parent_command(parent_of(directory)):
+            os.kill(int(directory.name), signal.SIGKILL)
+            return time.monotonic()
     raise AssertionError(f"no {part} of {repository} runs")
 
 

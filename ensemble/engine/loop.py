@@ -16,7 +16,7 @@ from ensemble.engine.budget import PrefillBudget
 from ensemble.engine.decoding import Decoder, Outcome
 from ensemble.engine.liveness import Acknowledgements, Liveness
 from ensemble.engine.metrics import EngineMetrics
-from ensemble.engine.runners.base import DrawingRunner, Logits, OutOfMemory, PromptChunk, Runner
+from ensemble.engine.runners.base import DrawingRunner, Logits, OutOfMemoryError, PromptChunk, Runner
 from ensemble.engine.scheduler import Chunk, Scheduler, Step
 from ensemble.engine.sequence import FailureKind, Request
 from ensemble.engine.sequence import Sequence as TokenSequence
@@ -28,7 +28,7 @@ from ensemble.settings import EngineSettings
 log = logging.getLogger(__name__)
 
 
-class QueueFull(Exception):
+class QueueFullError(Exception):
     """As many sequences wait as may."""
 
 
@@ -86,7 +86,7 @@ class EngineLoop:
 
         Raises:
             ValueError: the prompt is empty, holds an unknown id, or leaves no room to generate.
-            QueueFull: too many wait already.
+            QueueFullError: too many wait already.
         """
         length, limit = len(request.prompt_ids), self._runner.max_seq_len
         if length == 0:
@@ -98,7 +98,7 @@ class EngineLoop:
             raise ValueError(f"input_ids must lie in 0 … {self._runner.vocab_size - 1}, got {low if low < 0 else high}")
         if self._scheduler.num_waiting + self._inbox.qsize() >= self._max_queue_size:
             self.metrics.requests_refused_total += 1
-            raise QueueFull(f"{self._max_queue_size} requests wait already, as many as may; try again later")
+            raise QueueFullError(f"{self._max_queue_size} requests wait already, as many as may; try again later")
         request.max_new_tokens = min(request.params.max_tokens or limit, limit - length)
         self._inbox.put(lambda: self._add(request))
 
@@ -232,8 +232,9 @@ class EngineLoop:
             assert sequence.slot is not None
             ids = sequence.request.prompt_ids[start : start + chunk.num_tokens]
             parts.append(PromptChunk(sequence.slot, ids, start))
+        rows: Sequence[Logits]
         if isinstance(self._runner, DrawingRunner):
-            rows = self._runner.prefill_many(parts)
+            rows = list(self._runner.prefill_many(parts))
         else:
             rows = [self._runner.prefill(part.slot, part.ids, part.start) for part in parts]
         done = []
@@ -367,7 +368,7 @@ class EngineLoop:
     def _failed_step(self, what: str, sequences: Iterable[TokenSequence], error: Exception) -> None:
         log.error("%s failed", what, exc_info=error)
         requests = list({id(s.request): s.request for s in sequences}.values())
-        if isinstance(error, OutOfMemory):  # the others may go on without the newest
+        if isinstance(error, OutOfMemoryError):  # the others may go on without the newest
             requests = [max(requests, key=lambda request: request.stream_id)]
         for request in requests:
             if request.stream_id in self._requests:

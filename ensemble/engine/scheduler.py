@@ -100,7 +100,8 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """Admit what fits and plan the next step; an empty step means that there is nothing to do."""
-        admitted, copies = [], []
+        admitted: list[Sequence] = []
+        copies: list[Copy] = []
         while self._slots.num_free and self._waiting:
             sequence = heapq.heappop(self._waiting)[2]
             for other in self._running.values():

@@ -85,7 +85,10 @@ class Sequence:
         return self.num_sent < self.num_ready or (self.finish_reason is not None and not self.is_reported)
 
     def append(self, sampled: Sampled, now: float) -> None:
-        """Take the next token, which sampler and bad words have already; ends the sequence at an end token (which is no output), a stop word or its length."""
+        """Take the next token, which sampler and bad words have already.
+
+        It ends the sequence at an end token (which is no output), a stop word or its length.
+        """
         token = sampled.token
         if self.is_guided and self.guide is not None:
             self.guide.accept(token)

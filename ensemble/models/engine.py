@@ -21,7 +21,7 @@ import triton_python_backend_utils as pb_utils
 from ensemble import contract
 from ensemble.acknowledge import AcknowledgementReceiver, pipe_path
 from ensemble.engine.admission import Admission
-from ensemble.engine.loop import EngineLoop, QueueFull
+from ensemble.engine.loop import EngineLoop, QueueFullError
 from ensemble.engine.runners.load import load_runner
 from ensemble.engine.sequence import FailureKind, Request
 from ensemble.errors import one_line
@@ -71,7 +71,7 @@ class TritonPythonModel:
             sink = TritonSink(request.get_response_sender())
             try:
                 self._accept(request, sink)
-            except QueueFull as error:
+            except QueueFullError as error:
                 sink.fail(str(error), "unavailable")
             except ValueError as error:
                 sink.fail(one_line(error), "invalid")

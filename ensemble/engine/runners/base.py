@@ -20,7 +20,7 @@ class RunnerError(Exception):
     """The runner can't be loaded, or a step failed; the message is one line."""
 
 
-class OutOfMemory(RunnerError):
+class OutOfMemoryError(RunnerError):
     """A step doesn't fit into memory; the runner can go on with smaller ones."""
 
 

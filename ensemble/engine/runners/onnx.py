@@ -75,8 +75,8 @@ class OnnxRunner:
     def prefill(self, slot: int, ids: Ids, start: int) -> Logits:
         num_tokens = len(ids)
         if num_tokens == 1:
-            # ONNX Runtime's attention takes another path for one token, whose last bits differ: with a second one, which
-            # the next token overwrites, a prompt gives the same bits however it is cut.
+            # ONNX Runtime's attention takes another path for one token, whose last bits differ: with a second one,
+            # which the next token overwrites, a prompt gives the same bits however it is cut.
             ids = np.append(ids, 0)
         logits = self._run(slot, ids[None, :], np.array([start]), np.array([num_tokens]))
         first: Logits = logits[0]
