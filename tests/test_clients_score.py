@@ -112,7 +112,11 @@ def test_chats_go_as_json_and_labels_may_stay_away(protocol: str) -> None:
     wire.client.score(ScoreRequest(chats=[[{"role": "user", "content": "ü"}], [{"role": "user", "content": "b"}]]))
     (name,) = wire.received
     shape, chats = wire.received[name]
-    assert (name, shape, [json.loads(chat)[0]["content"] for chat in chats]) == ("messages", [2, 1], ["ü", "b"])
+    assert (name, shape, [json.loads(chat)["messages"][0]["content"] for chat in chats]) == (
+        "messages",
+        [2, 1],
+        ["ü", "b"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,7 +184,7 @@ def test_faults_are_the_clients_own_errors(protocol: str, fault: Any, kind: type
         ({"texts": "x", "labels": []}, "labels must not be empty"),
         ({"texts": "\ud800"}, r"texts\[0\] must be text that UTF-8 can encode"),
         ({"chats": []}, "chats must not be empty"),
-        ({"chats": [[{"role": "user"}]]}, "each of messages must be"),
+        ({"chats": [[{"role": "user"}]]}, "content must be text or a list of parts"),
     ],
 )
 def test_requests_at_fault(arguments: dict[str, Any], message: str) -> None:
