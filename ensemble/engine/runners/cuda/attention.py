@@ -10,9 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ensemble.engine.runners.cuda.common import begin, sum_of_parts, wait
+from ensemble.engine.runners.cuda.common import begin, prefetch, sum_of_parts, wait
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+MERGED = tl.constexpr(8)  # parts of a split cache that are on their way at once
 
 
 @triton.jit
@@ -59,6 +59,9 @@ def decode_attention(
     partial_max,  # [M, KV_HEADS, SPLITS, GROUP] float32
     partial_sum,
     arrived,  # [M, KV_HEADS] int32, 0 before and after
+    ahead,  # weights of the kernels to come, for L2: AHEAD bytes of this, AHEAD_MORE of each of these
+    ahead_more,
+    ahead_most,
     out,  # [M, HEADS, D]
     amax,  # [M] float32, raised to the largest |out|
     part_stride,
@@ -76,6 +79,10 @@ def decode_attention(
     HAS_BIAS: tl.constexpr,
     QK_NORM: tl.constexpr,
     HAS_AMAX: tl.constexpr,
+    EARLY: tl.constexpr,  # ask for the first block before waiting: where few programs run
+    AHEAD: tl.constexpr,
+    AHEAD_MORE: tl.constexpr,
+    THREADS: tl.constexpr,
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -87,9 +94,27 @@ def decode_attention(
     position = tl.load(positions + m)
     g = tl.arange(0, GROUP)[:, None]
     d = tl.arange(0, BLOCK_HALF)[None, :]
+    d_column = tl.arange(0, BLOCK_HALF)[:, None]
+    n = tl.arange(0, BLOCK)
     length = position + 1
     span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK  # positions of a split
     first = split * span
+    last = tl.minimum(first + span, position)  # cached positions end here
+    base = (m * KV_HEADS + head) * max_seq_len
+    inside = first + n < last
+    key = (base + first + n)[None, :] * D + d_column
+    key_mask = inside[None, :] & (d_column < HALF)
+    value = (base + first + n)[:, None] * D + d
+    value_mask = inside[:, None] & (d < HALF)
+    if EARLY:
+        # What is cached was written by earlier steps, not by the kernels before this one: no need to wait for it.
+        k_low = tl.load(keys + key, mask=key_mask, other=0.0)
+        k_high = tl.load(keys + key + HALF, mask=key_mask, other=0.0)
+        v_low = tl.load(values + value, mask=value_mask, other=0.0)
+        v_high = tl.load(values + value + HALF, mask=value_mask, other=0.0)
+    prefetch(ahead, AHEAD, THREADS)
+    prefetch(ahead_more, AHEAD_MORE, THREADS)
+    prefetch(ahead_most, AHEAD_MORE, THREADS)
     wait(PDL)
     if first < length:
         dtype = keys.dtype.element_ty
@@ -100,91 +125,83 @@ def decode_attention(
             D, NUM_PARTS, HAS_BIAS, QK_NORM,
         )  # fmt: skip
         q_low, q_high = q_low.to(dtype), q_high.to(dtype)
-        base = (m * KV_HEADS + head) * max_seq_len
-        last = tl.minimum(first + span, position)  # cached positions end here
         best = tl.full([GROUP], -float("inf"), tl.float32)
         total = tl.zeros([GROUP], tl.float32)
         low = tl.zeros([GROUP, BLOCK_HALF], tl.float32)
         high = tl.zeros([GROUP, BLOCK_HALF], tl.float32)
         if first + span > position:  # the new token is this split's
             mask = d < HALF
-            k_low, k_high = _rotated(
+            new_k_low, new_k_high = _rotated(
                 qkv, bias, norms + D, cos, sin, (row, (HEADS + head) * D + d), mask, d, position, part_stride, eps,
                 D, NUM_PARTS, HAS_BIAS, QK_NORM,
             )  # fmt: skip
-            v_low, v_high = _halves(
+            new_v_low, new_v_high = _halves(
                 qkv, bias, (row, (HEADS + KV_HEADS + head) * D + d), mask, part_stride, D, NUM_PARTS, HAS_BIAS
             )
-            k_low, k_high, v_low, v_high = k_low.to(dtype), k_high.to(dtype), v_low.to(dtype), v_high.to(dtype)
+            new_k_low, new_k_high = new_k_low.to(dtype), new_k_high.to(dtype)
+            new_v_low, new_v_high = new_v_low.to(dtype), new_v_high.to(dtype)
             to_cache = (base + position) * D + d
-            tl.store(keys + to_cache, k_low, mask=mask)
-            tl.store(keys + to_cache + HALF, k_high, mask=mask)
-            tl.store(values + to_cache, v_low, mask=mask)
-            tl.store(values + to_cache + HALF, v_high, mask=mask)
-            best = tl.sum(q_low.to(tl.float32) * k_low.to(tl.float32), axis=1)
-            best = (best + tl.sum(q_high.to(tl.float32) * k_high.to(tl.float32), axis=1)) * scale
+            tl.store(keys + to_cache, new_k_low, mask=mask)
+            tl.store(keys + to_cache + HALF, new_k_high, mask=mask)
+            tl.store(values + to_cache, new_v_low, mask=mask)
+            tl.store(values + to_cache + HALF, new_v_high, mask=mask)
+            best = tl.sum(q_low.to(tl.float32) * new_k_low.to(tl.float32), axis=1)
+            best = (best + tl.sum(q_high.to(tl.float32) * new_k_high.to(tl.float32), axis=1)) * scale
             total += 1.0
-            low += v_low.to(tl.float32)
-            high += v_high.to(tl.float32)
-        n = tl.arange(0, BLOCK)
-        d_column = tl.arange(0, BLOCK_HALF)[:, None]
-        for start in range(first, last, BLOCK):
+            low += new_v_low.to(tl.float32)
+            high += new_v_high.to(tl.float32)
+        behind = first
+        if EARLY:
+            behind += BLOCK
+            best, total, low, high = _decode_block(
+                q_low, q_high, k_low, k_high, v_low, v_high, inside, best, total, low, high, scale, PRECISION
+            )
+        for start in range(behind, last, BLOCK):
             inside = start + n < last
             key = (base + start + n)[None, :] * D + d_column
             key_mask = inside[None, :] & (d_column < HALF)
-            score = tl.dot(q_low, tl.load(keys + key, mask=key_mask, other=0.0), input_precision=PRECISION)
-            score = tl.dot(
-                q_high, tl.load(keys + key + HALF, mask=key_mask, other=0.0), score, input_precision=PRECISION
-            )
-            score = tl.where(inside[None, :], score * scale, -float("inf"))
-            new_best = tl.maximum(best, tl.max(score, axis=1))
-            shrink = tl.exp2(best - new_best)
-            p = tl.exp2(score - new_best[:, None])
-            total = total * shrink + tl.sum(p, axis=1)
             value = (base + start + n)[:, None] * D + d
             value_mask = inside[:, None] & (d < HALF)
-            p = p.to(dtype)
-            low = tl.dot(
-                p, tl.load(values + value, mask=value_mask, other=0.0), low * shrink[:, None], input_precision=PRECISION
-            )
-            high = tl.dot(
-                p, tl.load(values + value + HALF, mask=value_mask, other=0.0), high * shrink[:, None],
-                input_precision=PRECISION,
+            best, total, low, high = _decode_block(
+                q_low, q_high,
+                tl.load(keys + key, mask=key_mask, other=0.0),
+                tl.load(keys + key + HALF, mask=key_mask, other=0.0),
+                tl.load(values + value, mask=value_mask, other=0.0),
+                tl.load(values + value + HALF, mask=value_mask, other=0.0),
+                inside, best, total, low, high, scale, PRECISION,
             )  # fmt: skip
-            best = new_best
         is_last = first < length
         if SPLITS > 1:
             num_splits = tl.cdiv(length, span)
             if num_splits > 1:
                 group = m * KV_HEADS + head
-                rows = (group * SPLITS + split) * GROUP
                 lane = tl.arange(0, GROUP)
+                rows = (group * SPLITS + split) * GROUP
                 tl.store(partial_max + rows + lane, best)
                 tl.store(partial_sum + rows + lane, total)
-                tl.store(partial + (rows + g) * D + d, low, mask=d < HALF)
-                tl.store(partial + (rows + g) * D + d + HALF, high, mask=d < HALF)
+                tl.store(partial + (rows + g) * D + d, low, mask=q_mask)
+                tl.store(partial + (rows + g) * D + d + HALF, high, mask=q_mask)
                 tl.debug_barrier()  # all threads' stores come before the one thread's atomic
                 is_last = tl.atomic_add(arrived + group, 1, sem="acq_rel") == num_splits - 1
                 if is_last:
                     tl.store(arrived + group, 0)
-                    best = tl.full([GROUP], -float("inf"), tl.float32)
-                    total = tl.zeros([GROUP], tl.float32)
+                    others = tl.arange(0, SPLITS)[:, None]
+                    each = (group * SPLITS + others) * GROUP + lane[None, :]
+                    maxima = tl.load(
+                        partial_max + each, mask=others < num_splits, other=-float("inf"), cache_modifier=".cg"
+                    )
+                    sums = tl.load(partial_sum + each, mask=others < num_splits, other=0.0, cache_modifier=".cg")
+                    best = tl.max(maxima, axis=0)
+                    total = tl.sum(sums * tl.exp2(maxima - best[None, :]), axis=0)
                     low = tl.zeros([GROUP, BLOCK_HALF], tl.float32)
                     high = tl.zeros([GROUP, BLOCK_HALF], tl.float32)
-                    for other in range(0, num_splits):  # in order, whoever came last
+                    # In order, whoever came last; several at a time on their way.
+                    for other in tl.range(0, num_splits, loop_unroll_factor=MERGED):
                         rows = (group * SPLITS + other) * GROUP
-                        other_best = tl.load(partial_max + rows + lane, cache_modifier=".cg")
-                        other_sum = tl.load(partial_sum + rows + lane, cache_modifier=".cg")
-                        other_low = tl.load(partial + (rows + g) * D + d, mask=d < HALF, other=0.0, cache_modifier=".cg")
-                        other_high = tl.load(
-                            partial + (rows + g) * D + d + HALF, mask=d < HALF, other=0.0, cache_modifier=".cg"
-                        )
-                        new_best = tl.maximum(best, other_best)
-                        mine, theirs = tl.exp2(best - new_best), tl.exp2(other_best - new_best)
-                        total = total * mine + other_sum * theirs
-                        low = low * mine[:, None] + other_low * theirs[:, None]
-                        high = high * mine[:, None] + other_high * theirs[:, None]
-                        best = new_best
+                        share = tl.exp2(tl.load(partial_max + rows + lane, cache_modifier=".cg") - best)[:, None]
+                        at = partial + (rows + g) * D + d
+                        low += share * tl.load(at, mask=q_mask, other=0.0, cache_modifier=".cg")
+                        high += share * tl.load(at + HALF, mask=q_mask, other=0.0, cache_modifier=".cg")
         if is_last:
             low /= total[:, None]
             high /= total[:, None]
@@ -194,6 +211,24 @@ def decode_attention(
             if HAS_AMAX:
                 largest = tl.max(tl.where(q_mask, tl.maximum(tl.abs(low), tl.abs(high)), 0.0))
                 tl.atomic_max(amax + m, largest)
+
+
+@triton.jit
+def _decode_block(
+    q_low, q_high, k_low, k_high, v_low, v_high, inside, best, total, low, high, scale, PRECISION: tl.constexpr
+):  # fmt: skip
+    """One block of keys [D / 2, BLOCK] and values [BLOCK, D / 2], in halves, into the running softmax."""
+    score = tl.dot(q_low, k_low, input_precision=PRECISION)
+    score = tl.dot(q_high, k_high, score, input_precision=PRECISION)
+    score = tl.where(inside[None, :], score * scale, -float("inf"))
+    new_best = tl.maximum(best, tl.max(score, axis=1))
+    shrink = tl.exp2(best - new_best)
+    p = tl.exp2(score - new_best[:, None])
+    total = total * shrink + tl.sum(p, axis=1)
+    p = p.to(v_low.dtype)
+    low = tl.dot(p, v_low, low * shrink[:, None], input_precision=PRECISION)
+    high = tl.dot(p, v_high, high * shrink[:, None], input_precision=PRECISION)
+    return new_best, total, low, high
 
 
 @triton.jit

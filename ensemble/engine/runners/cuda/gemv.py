@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ensemble.engine.runners.cuda.common import begin, to_codes, token_scale, wait
+from ensemble.engine.runners.cuda.common import begin, prefetch, to_codes, token_scale, wait
 
 VECTOR = tl.constexpr(16)  # elements of a row that one thread holds side by side
 
@@ -32,7 +32,7 @@ def _rows(weight, first, k, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr):
     """Weight rows first … first + BN − 1 as [BN, BK]."""
     n = first + tl.arange(0, BN)
     mask = (n < N)[:, None] & (k < K)[None, :]
-    return tl.load(weight + n.to(tl.int64)[:, None] * K + k[None, :], mask=mask, other=0.0)
+    return tl.load(weight + n.to(tl.int64)[:, None] * K + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -55,6 +55,7 @@ def norm_gemv(
     bias,  # [N] float32
     out,  # [N] float32
     zero,  # [1] float32, set to 0: a later kernel raises it to its largest magnitude
+    ahead,  # weights of the next kernel, for L2
     eps,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -63,6 +64,8 @@ def norm_gemv(
     STAGES: tl.constexpr,  # 0: one tile a program
     FP8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out = norm(hidden) @ weight.T + bias."""
@@ -74,6 +77,7 @@ def norm_gemv(
     begin(PDL)
     wait(PDL)
     x, scale = _normed(hidden, norm, k, k < K, eps, K, FP8)
+    prefetch(ahead, AHEAD, THREADS)
     if tile == 0:
         tl.store(zero, 0.0)
     if STAGES == 0:
@@ -96,6 +100,7 @@ def norm_gemv_silu(
     out,  # [N] float32
     amax,  # [1] float32, raised to the largest |out|
     zero,  # [1] float32, set to 0
+    ahead,
     eps,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -104,6 +109,8 @@ def norm_gemv_silu(
     STAGES: tl.constexpr,  # 0: one tile a program
     FP8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out = silu(gate) * up, where [gate, up] = norm(hidden) @ weight.T + bias."""
@@ -117,6 +124,7 @@ def norm_gemv_silu(
     begin(PDL)
     wait(PDL)
     x, scale = _normed(hidden, norm, k, k < K, eps, K, FP8)
+    prefetch(ahead, AHEAD, THREADS)
     if tile == 0:
         tl.store(zero, 0.0)
     if STAGES == 0:
@@ -148,6 +156,8 @@ def residual_gemv(
     weight_scale,  # [N] float32
     bias,  # [N] float32
     hidden,  # [N] float32, added to
+    ahead,
+    ahead_more,
     N: tl.constexpr,
     K: tl.constexpr,
     BN: tl.constexpr,
@@ -155,6 +165,8 @@ def residual_gemv(
     STAGES: tl.constexpr,  # 0: the next columns are asked for by hand, the first of them before waiting
     FP8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """hidden += x @ weight.T + bias, BN rows a program, BK columns at a time."""
@@ -162,9 +174,11 @@ def residual_gemv(
     row_mask = (n < N)[:, None]
     pointers = weight + n.to(tl.int64)[:, None] * K + k[None, :]
     if STAGES == 0:
-        w = tl.load(pointers, mask=row_mask & (k < K)[None, :], other=0.0)
+        w = tl.load(pointers, mask=row_mask & (k < K)[None, :], other=0.0, eviction_policy="evict_first")
     begin(PDL)
     wait(PDL)
+    prefetch(ahead, AHEAD, THREADS)
+    prefetch(ahead_more, AHEAD, THREADS)
     scale = 1.0
     if FP8:
         scale = token_scale(tl.load(amax))
@@ -173,14 +187,17 @@ def residual_gemv(
         for first in range(0, K, BK):
             if BK < K:
                 w_next = tl.load(
-                    pointers + first + BK, mask=row_mask & (first + BK + k < K)[None, :], other=0.0
+                    pointers + first + BK, mask=row_mask & (first + BK + k < K)[None, :], other=0.0,
+                    eviction_policy="evict_first",
                 )
             acc += _products(w, x, first + k, scale, K, BN, BK, FP8)
             if BK < K:
                 w = w_next
     else:
         for first in tl.range(0, K, BK, num_stages=STAGES):
-            w = tl.load(pointers + first, mask=row_mask & (first + k < K)[None, :], other=0.0)
+            w = tl.load(
+                pointers + first, mask=row_mask & (first + k < K)[None, :], other=0.0, eviction_policy="evict_first"
+            )
             acc += _products(w, x, first + k, scale, K, BN, BK, FP8)
     y = tl.sum(acc, axis=1)
     if FP8:
