@@ -115,7 +115,9 @@ class DecoderShape:
         expected = self.entries(fp8, biased)
         for name in sorted(set(expected) | set(found)):
             if expected.get(name) != found.get(name):
-                raise LayoutError(f"tensor {name} is {found.get(name, 'missing')}, needed: {expected.get(name, 'none')}")
+                raise LayoutError(
+                    f"tensor {name} is {found.get(name, 'missing')}, needed: {expected.get(name, 'none')}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the manifest."""

@@ -42,9 +42,7 @@ class TensorEntry:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-def write_tensors(
-    path: Path, entries: Mapping[str, TensorEntry], arrays: Iterable[tuple[str, NDArray[Any]]]
-) -> None:
+def write_tensors(path: Path, entries: Mapping[str, TensorEntry], arrays: Iterable[tuple[str, NDArray[Any]]]) -> None:
     """Write `arrays`, in the order of `entries` and of their very dtypes and shapes, to `path`.
 
     Raises:
@@ -64,7 +62,9 @@ def write_tensors(
         for name, array in arrays:
             wanted, entry = next(expected, ("nothing more", TensorEntry("F32", ())))
             if name != wanted or array.shape != entry.shape or array.nbytes != entry.num_bytes:
-                raise TensorFileError(f"{path}: got {name} {array.dtype} {list(array.shape)}, expected {wanted} {entry}")
+                raise TensorFileError(
+                    f"{path}: got {name} {array.dtype} {list(array.shape)}, expected {wanted} {entry}"
+                )
             stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         if (left := next(expected, None)) is not None:
             raise TensorFileError(f"{path}: {left[0]} was not given")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ensemble.engine.runners.cuda.common import begin, prefetch, sum_of_parts, wait
+from ensemble.engine.runners.cuda.common import begin, sum_of_parts, wait
 
 MERGED = tl.constexpr(8)  # parts of a split cache that are on their way at once
 
@@ -59,9 +59,6 @@ def decode_attention(
     partial_max,  # [M, KV_HEADS, SPLITS, GROUP] float32
     partial_sum,
     arrived,  # [M, KV_HEADS] int32, 0 before and after
-    ahead,  # weights of the kernels to come, for L2: AHEAD bytes of this, AHEAD_MORE of each of these
-    ahead_more,
-    ahead_most,
     out,  # [M, HEADS, D]
     amax,  # [M] float32, raised to the largest |out|
     part_stride,
@@ -80,9 +77,6 @@ def decode_attention(
     QK_NORM: tl.constexpr,
     HAS_AMAX: tl.constexpr,
     EARLY: tl.constexpr,  # ask for the first block before waiting: where few programs run
-    AHEAD: tl.constexpr,
-    AHEAD_MORE: tl.constexpr,
-    THREADS: tl.constexpr,
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -112,9 +106,6 @@ def decode_attention(
         k_high = tl.load(keys + key + HALF, mask=key_mask, other=0.0)
         v_low = tl.load(values + value, mask=value_mask, other=0.0)
         v_high = tl.load(values + value + HALF, mask=value_mask, other=0.0)
-    prefetch(ahead, AHEAD, THREADS)
-    prefetch(ahead_more, AHEAD_MORE, THREADS)
-    prefetch(ahead_most, AHEAD_MORE, THREADS)
     wait(PDL)
     if first < length:
         dtype = keys.dtype.element_ty

@@ -31,35 +31,6 @@ def wait(PDL: tl.constexpr):
 
 
 @triton.jit
-def prefetch(tensor, BYTES: tl.constexpr, THREADS: tl.constexpr):
-    """Bring the first BYTES of `tensor` into L2, every program its share; a hint, and no part of what is computed.
-
-    While small kernels compute, memory would stand still; the weights of the kernels to come can travel then.
-    """
-    if BYTES > 0:
-        programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-        program = tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))
-        share = (BYTES + programs * THREADS * 128 - 1) // (programs * THREADS * 128) * 128  # of a thread
-        offset = (program * THREADS + tl.arange(0, THREADS)) * share
-        size = tl.minimum(tl.maximum(BYTES - offset, 0), share)
-        tl.inline_asm_elementwise(
-            """
-            {
-            .reg .pred %some;
-            setp.ne.u32 %some, $2, 0;
-            @%some cp.async.bulk.prefetch.L2.global [$1], $2;
-            mov.u32 $0, 0;
-            }
-            """,
-            "=r,l,r",
-            [tensor.to(tl.int64) + offset, size],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
 def token_scale(amax):
     """The activation scale of a token whose largest magnitude is `amax`."""
     return tl.maximum(amax / E4M3_MAX, MIN_TOKEN_SCALE)

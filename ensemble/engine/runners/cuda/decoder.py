@@ -85,28 +85,6 @@ class Rows:
     scale: torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class Prefetch:
-    """Weights for L2: the first `num_bytes` of each of `tensors`."""
-
-    tensors: tuple[torch.Tensor, ...]
-    num_bytes: int
-
-    @property
-    def size(self) -> int:
-        """Bytes of each that there are, whole cache lines."""
-        if not self.tensors:
-            return 0
-        return min(self.num_bytes, *(tensor.numel() * tensor.element_size() for tensor in self.tensors)) // 128 * 128
-
-    def tensor(self, index: int, default: torch.Tensor) -> torch.Tensor:
-        """The tensor at `index`, or `default`."""
-        return self.tensors[index] if index < len(self.tensors) else default
-
-
-NOTHING = Prefetch((), 0)
-
-
 class Decoder:
     """A decoder on one device.
 
@@ -167,7 +145,12 @@ class Decoder:
         self.cos, self.sin = load("rope.cos"), load("rope.sin")
 
     def decode(
-        self, ids: torch.Tensor, positions: torch.Tensor, last_tokens: torch.Tensor, caches: Caches, arrived: torch.Tensor
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        last_tokens: torch.Tensor,
+        caches: Caches,
+        arrived: torch.Tensor,
     ) -> torch.Tensor:
         """One token for slots 0 … n − 1: logits [n, vocab_size] float32.
 
@@ -220,25 +203,14 @@ class Decoder:
         shape = self.shape
         qkv = self._empty(1, 1, shape.linear_shape("qkv")[0])
         attended, product = self._empty(1, shape.q_size), self._empty(1, shape.intermediate_size)
-        ahead = self.plan.ahead if self._pdl else None
         for index, layer in enumerate(self.layers):
-            following = self.layers[index + 1].qkv if index + 1 < len(self.layers) else self.head
-            gate, up = layer.gate_up.weight.view(2, shape.intermediate_size, shape.hidden_size)
-            to_o = to_gate = to_more = to_down = to_qkv = NOTHING
-            if ahead is not None:
-                to_o = Prefetch((layer.o.weight,), ahead.o)
-                to_gate = Prefetch((gate, up), ahead.gate_up)
-                to_more = Prefetch((_after(gate, ahead.gate_up), _after(up, ahead.gate_up)), ahead.more_gate_up)
-                to_down = Prefetch((layer.down.weight,), ahead.down)
-                to_qkv = Prefetch((following.weight,), ahead.qkv)
             self._norm_gemv(hidden, layer.attention_norm, layer.qkv, qkv, self._mlp_amax)
             self._decode_attention(
-                Parts(qkv), None, layer, positions, caches.keys[index], caches.values[index], arrived, attended,
-                to_o, to_gate,
-            )  # fmt: skip
-            self._residual_gemv(attended, self._attention_amax, layer.o, hidden, to_more)
-            self._norm_gemv_silu(hidden, layer.mlp_norm, layer.gate_up, product, to_down)
-            self._residual_gemv(product, self._mlp_amax, layer.down, hidden, to_qkv)
+                Parts(qkv), None, layer, positions, caches.keys[index], caches.values[index], arrived, attended
+            )
+            self._residual_gemv(attended, self._attention_amax, layer.o, hidden)
+            self._norm_gemv_silu(hidden, layer.mlp_norm, layer.gate_up, product)
+            self._residual_gemv(product, self._mlp_amax, layer.down, hidden)
         logits = self._empty(1, shape.vocab_size)
         self._norm_gemv(hidden, self.norm, self.head, logits, self._mlp_amax)
         return logits
@@ -249,37 +221,32 @@ class Decoder:
         n, k = linear.weight.shape
         tile = self.plan.gemv[linear.name]
         self.launch(
-            gemv.norm_gemv, (self._programs(tile.programs, n, tile.bn),),
+            gemv.norm_gemv, (triton.cdiv(n, tile.bn),),
             hidden, norm, linear.weight, self._or_nothing(linear.scale), self._or_nothing(linear.bias), out, zero,
-            self._nothing, self.shape.rms_norm_eps,
-            N=n, K=k, BN=tile.bn, BK=triton.next_power_of_2(k), STAGES=tile.stages, FP8=linear.is_fp8,
-            HAS_BIAS=linear.bias is not None, AHEAD=0, THREADS=32 * tile.num_warps, num_warps=tile.num_warps,
+            self.shape.rms_norm_eps,
+            N=n, K=k, BN=tile.bn, BK=triton.next_power_of_2(k), FP8=linear.is_fp8,
+            HAS_BIAS=linear.bias is not None, num_warps=tile.num_warps,
         )  # fmt: skip
 
-    def _norm_gemv_silu(
-        self, hidden: torch.Tensor, norm: torch.Tensor, linear: Linear, out: torch.Tensor, ahead: Prefetch
-    ) -> None:
+    def _norm_gemv_silu(self, hidden: torch.Tensor, norm: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
         n, k = linear.weight.shape[0] // 2, linear.weight.shape[1]
         tile = self.plan.gemv[linear.name]
         self.launch(
             gemv.norm_gemv_silu, (self._programs(tile.programs, n, tile.bn),),
             hidden, norm, linear.weight, self._or_nothing(linear.scale), self._or_nothing(linear.bias), out,
-            self._mlp_amax, self._attention_amax, ahead.tensor(0, self._nothing), self.shape.rms_norm_eps,
+            self._mlp_amax, self._attention_amax, self.shape.rms_norm_eps,
             N=n, K=k, BN=tile.bn, BK=triton.next_power_of_2(k), STAGES=tile.stages, FP8=linear.is_fp8,
-            HAS_BIAS=linear.bias is not None, AHEAD=ahead.size, THREADS=32 * tile.num_warps, num_warps=tile.num_warps,
+            HAS_BIAS=linear.bias is not None, num_warps=tile.num_warps,
         )  # fmt: skip
 
-    def _residual_gemv(
-        self, x: torch.Tensor, amax: torch.Tensor, linear: Linear, hidden: torch.Tensor, ahead: Prefetch
-    ) -> None:
+    def _residual_gemv(self, x: torch.Tensor, amax: torch.Tensor, linear: Linear, hidden: torch.Tensor) -> None:
         n, k = linear.weight.shape
         tile = self.plan.gemv[linear.name]
         self.launch(
             gemv.residual_gemv, (triton.cdiv(n, tile.bn),),
             x, amax, linear.weight, self._or_nothing(linear.scale), self._or_nothing(linear.bias), hidden,
-            ahead.tensor(0, self._nothing), ahead.tensor(1, ahead.tensor(0, self._nothing)),
-            N=n, K=k, BN=tile.bn, BK=min(tile.bk, triton.next_power_of_2(k)), STAGES=tile.stages,
-            FP8=linear.is_fp8, HAS_BIAS=linear.bias is not None, AHEAD=ahead.size, THREADS=32 * tile.num_warps,
+            N=n, K=k, BN=tile.bn, BK=min(tile.bk, triton.next_power_of_2(k)),
+            FP8=linear.is_fp8, HAS_BIAS=linear.bias is not None,
             num_warps=tile.num_warps,
         )  # fmt: skip
 
@@ -419,8 +386,6 @@ class Decoder:
         values: torch.Tensor,
         arrived: torch.Tensor,
         out: torch.Tensor,
-        ahead: Prefetch = NOTHING,
-        more: Prefetch = NOTHING,
     ) -> None:
         shape, count = self.shape, len(positions)
         shared = shape.num_heads // shape.num_kv_heads
@@ -431,12 +396,11 @@ class Decoder:
         self.launch(
             attention.decode_attention, (splits, shape.num_kv_heads, count),
             qkv.tensor, self._or_nothing(bias), self._or_nothing(layer.qk_norms), self.cos, self.sin, positions,
-            keys, values, partial, partial_max, partial_sum, arrived, ahead.tensor(0, self._nothing),
-            more.tensor(0, self._nothing), more.tensor(1, self._nothing), out, self._attention_amax,
+            keys, values, partial, partial_max, partial_sum, arrived, out, self._attention_amax,
             qkv.stride, shape.max_seq_len, shape.head_dim**-0.5 * LOG2_E, shape.rms_norm_eps,
             HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, D=shape.head_dim, GROUP=group, BLOCK_HALF=half,
             BLOCK=DECODE_BLOCK, SPLITS=splits, NUM_PARTS=qkv.count, HAS_BIAS=bias is not None, QK_NORM=shape.qk_norm,
-            HAS_AMAX=count == 1, EARLY=splits > 1, AHEAD=ahead.size, AHEAD_MORE=more.size, THREADS=128, PRECISION=self._precision, num_warps=4,
+            HAS_AMAX=count == 1, EARLY=splits > 1, PRECISION=self._precision, num_warps=4,
         )  # fmt: skip
 
     def _rope(
@@ -484,9 +448,3 @@ class Decoder:
 
     def _or_nothing(self, tensor: torch.Tensor | None) -> torch.Tensor:
         return self._nothing if tensor is None else tensor
-
-
-def _after(tensor: torch.Tensor, num_bytes: int) -> torch.Tensor:
-    """What of a contiguous tensor lies behind its first `num_bytes`; at most all of it is left out."""
-    flat = tensor.reshape(-1)
-    return flat[min(num_bytes // tensor.element_size(), len(flat) - 1) :]

@@ -37,30 +37,14 @@ class Skinny:
 
 
 @dataclass(frozen=True)
-class Ahead:
-    """At batch 1, how much of the weights to come travels into L2 while a kernel computes, in bytes.
-
-    o, gate_up: during attention; more_gate_up: during `o`; down: during `gate_up`; qkv: the next layer's, during `down`.
-    Of gate and of up that many each.
-    """
-
-    o: int
-    gate_up: int
-    more_gate_up: int
-    down: int
-    qkv: int
-
-
-@dataclass(frozen=True)
 class Plan:
-    """gemv, ahead: by fused matrix, for batch 1; gemv empty: batch 1 goes the way of others. skinny: by fused matrix.
+    """gemv: by fused matrix, for batch 1; gemv empty: batch 1 goes the way of others. skinny: by fused matrix.
 
     max_skinny_rows: above it the library's GEMM is used; None: never. splits: programs that share a slot's cache, None: by
     batch.
     """
 
     gemv: dict[str, Gemv] = field(default_factory=dict)
-    ahead: Ahead | None = None
     skinny: dict[str, Skinny] = field(default_factory=dict)
     max_skinny_rows: int | None = MAX_SKINNY_ROWS
     splits: int | None = None
@@ -85,16 +69,14 @@ SKINNY = {
     "down": Skinny(num_parts=7, bk=256),
     "head": Skinny(num_parts=1, bk=64),
 }
-MIB = 2**20
 FAST = Plan(
     gemv={
         "qkv": Gemv(bn=4, num_warps=4),
         "o": Gemv(bn=4, num_warps=4, bk=4096),
         "gate_up": Gemv(bn=8, num_warps=16, programs=1, stages=3),
-        "down": Gemv(bn=4, num_warps=4, bk=1024),
+        "down": Gemv(bn=8, num_warps=4, bk=1024),
         "head": Gemv(bn=4, num_warps=8),
     },
-    ahead=Ahead(o=16 * MIB, gate_up=4 * MIB, more_gate_up=4 * MIB, down=0, qkv=0),
     skinny=SKINNY,
 )
 INVARIANT = Plan(skinny=SKINNY, max_skinny_rows=None, splits=8)

@@ -199,7 +199,9 @@ def rope_rows(
             kind = tl.where(head < HEADS, 0, D) + d
             norm_mask = mask & (head < HEADS + KV_HEADS)
             a *= tl.where(is_value, 1.0, inverse * tl.load(norms + kind, mask=norm_mask, other=0.0).to(tl.float32))
-            b *= tl.where(is_value, 1.0, inverse * tl.load(norms + kind + HALF, mask=norm_mask, other=0.0).to(tl.float32))
+            b *= tl.where(
+                is_value, 1.0, inverse * tl.load(norms + kind + HALF, mask=norm_mask, other=0.0).to(tl.float32)
+            )
         c = tl.where(is_value, 1.0, tl.load(cos + position * HALF + d, mask=d < HALF, other=1.0))
         s = tl.where(is_value, 0.0, tl.load(sin + position * HALF + d, mask=d < HALF, other=0.0))
         low, high = a * c - b * s, b * c + a * s
