@@ -84,7 +84,9 @@ def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
     build.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
     build.add_argument("--target", default="onnx", choices=TARGETS, help="default: %(default)s")
     build.add_argument("--task", default="generate", choices=TASKS, help="default: %(default)s; score: target tensorrt")
-    build.add_argument("--precision", choices=PRECISIONS, help="default: fp32 for onnx, fp16 for TensorRT, fp8 for cuda")
+    build.add_argument(
+        "--precision", choices=PRECISIONS, help="default: fp32 for onnx, fp16 for TensorRT, fp8 for cuda"
+    )
     build.add_argument("--max-seq-len", type=int, help="tokens, prompt and answer (default: the model's, at most 2048)")
     for name, what in (
         ("num_slots", "sequences generated at once"),

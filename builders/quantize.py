@@ -7,7 +7,6 @@ quantised, so that each layer makes up for what those before it did. One layer's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

@@ -49,7 +49,7 @@ class Reference:
             prefix = f"layers.{layer}."
             normed = rms_norm(hidden, self._get(prefix + "attention_norm"), shape.rms_norm_eps)
             qkv = self._linear(normed, prefix + "qkv")
-            q, k, v = qkv.split([shape.q_size, shape.kv_size, shape.kv_size], dim=-1)
+            q, k, v = torch.split(qkv, [shape.q_size, shape.kv_size, shape.kv_size], dim=-1)
             q, k, v = (part.reshape(n, -1, d) for part in (q, k, v))
             if shape.qk_norm:
                 q = rms_norm(q, self._get(prefix + "q_norm"), shape.rms_norm_eps)

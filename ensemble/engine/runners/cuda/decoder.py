@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import triton
 
 from ensemble.cuda_layout import DecoderShape
-from ensemble.engine.runners.cuda import attention, gemv, rows, skinny
+from ensemble.engine.runners.cuda.kernels import attention, gemv, rows, skinny
 from ensemble.engine.runners.cuda.plan import Plan
+from ensemble.engine.runners.cuda.prompts import PackedPrompts
 from ensemble.engine.runners.cuda.weights import WeightSource
 
 LOG2_E = 1.0 / math.log(2.0)
@@ -61,6 +62,27 @@ class Caches:
 
 
 @dataclass(frozen=True)
+class Prompts:
+    """`PackedPrompts` on the device, field by field."""
+
+    ids: torch.Tensor
+    slots: torch.Tensor
+    positions: torch.Tensor
+    tiles: torch.Tensor
+    last_rows: torch.Tensor
+
+    @classmethod
+    def of(cls, packed: PackedPrompts, device: torch.device) -> Prompts:
+        """New tensors on `device`."""
+        return cls(*(torch.from_numpy(getattr(packed, field.name)).to(device) for field in fields(cls)))
+
+    def fill(self, packed: PackedPrompts) -> None:
+        """Overwrite with prompts of the same sizes."""
+        for field in fields(self):
+            getattr(self, field.name).copy_(torch.from_numpy(getattr(packed, field.name)))
+
+
+@dataclass(frozen=True)
 class Parts:
     """A matrix product in parts [n, rows, out], still to be added up."""
 
@@ -74,7 +96,7 @@ class Parts:
     @property
     def stride(self) -> int:
         """Elements from one part to the next."""
-        return self.tensor.stride(0)
+        return int(self.tensor.stride(0))
 
 
 @dataclass(frozen=True)
@@ -164,24 +186,11 @@ class Decoder:
             return self._decode_one(hidden, positions, caches, arrived)
         return self._decode_many(hidden, positions, caches, arrived)
 
-    def prefill(
-        self,
-        ids: torch.Tensor,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-        tiles: torch.Tensor,
-        last_rows: torch.Tensor,
-        caches: Caches,
-    ) -> torch.Tensor:
-        """Several slots' chunks, packed: logits [len(last_rows), vocab_size] float32 of those rows.
-
-        Args:
-            ids, slots, positions: [n] int64, a token each; position −1: none.
-            tiles: [num_tiles, 4] int32, as `attention.prefill_attention` reads them.
-        """
+    def prefill(self, prompts: Prompts, caches: Caches) -> torch.Tensor:
+        """Several slots' chunks, packed: logits [len(last_rows), vocab_size] float32 of their last tokens."""
         shape = self.shape
-        hidden = self._embed(ids, None)
-        q = self._empty(len(ids), shape.q_size, dtype=self.dtype)
+        hidden = self._embed(prompts.ids, None)
+        q = self._empty(len(hidden), shape.q_size, dtype=self.dtype)
         attended = torch.empty_like(q)
         parts: Parts | None = None
         bias: torch.Tensor | None = None
@@ -189,11 +198,11 @@ class Decoder:
             keys, values = caches.keys[index], caches.values[index]
             normed = self._norm(hidden, parts, bias, layer.attention_norm, layer.qkv.is_fp8)
             projected = self._multiply(normed, layer.qkv)
-            self._rope(projected, layer, slots, positions, q, keys, values)
-            self._prefill_attention(q, keys, values, tiles, attended)
+            self._rope(projected, layer, prompts.slots, prompts.positions, q, keys, values)
+            self._prefill_attention(q, keys, values, prompts.tiles, attended)
             parts, bias = self._multiply(self._quantise(attended, layer.o), layer.o), layer.o.bias
             parts, bias = self._mlp(hidden, parts, bias, layer)
-        return self._logits(hidden, parts, bias, last_rows)
+        return self._logits(hidden, parts, bias, prompts.last_rows)
 
     # ---- decode, one row
 
@@ -251,7 +260,7 @@ class Decoder:
         )  # fmt: skip
 
     def _programs(self, per_processor: int, n: int, bn: int) -> int:
-        tiles = triton.cdiv(n, bn)
+        tiles = int(triton.cdiv(n, bn))
         return min(tiles, per_processor * self._processors) if per_processor else tiles
 
     # ---- any number of rows

@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +21,9 @@ import triton
 
 from ensemble.cuda_layout import DecoderShape, LayoutError
 from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, PromptChunk, RunnerError
-from ensemble.engine.runners.cuda import sampling
 from ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT, StepInputs, StepSlot
-from ensemble.engine.runners.cuda.decoder import PREFILL_TILE, Caches, Decoder
+from ensemble.engine.runners.cuda.decoder import PREFILL_TILE, Caches, Decoder, Prompts
+from ensemble.engine.runners.cuda.kernels import sampling
 from ensemble.engine.runners.cuda.memory import MIB, check_fits, weight_bytes
 from ensemble.engine.runners.cuda.plan import FAST, INVARIANT, Plan
 from ensemble.engine.runners.cuda.prompts import PackedPrompts, pack
@@ -99,9 +101,11 @@ class CudaRunner:
             check_fits(
                 shape, weights, num_slots=num_slots, prefill_chunk=prefill_chunk, itemsize=dtype.itemsize, free=free
             )
-        self._stream = torch.cuda.Stream(self._device) if self._is_cuda else None
+        self._stream: torch.cuda.Stream | None = None
+        if self._is_cuda:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._graphs: dict[int, _Captured] = {}
-        self._prefill_graphs: dict[int, tuple[_Captured, dict[str, torch.Tensor]]] = {}
+        self._prefill_graphs: dict[int, tuple[_Captured, Prompts]] = {}
         self._pending: deque[_Pending] = deque()
         try:
             with self._on_stream():
@@ -163,6 +167,12 @@ class CudaRunner:
         total = sum(len(chunk.ids) for chunk in chunks)
         if not 0 < total <= self._prefill_chunk:
             raise RunnerError(f"{total} prompt tokens at once, the runner was made for 1 … {self._prefill_chunk}")
+        for chunk in chunks:
+            if chunk.start + len(chunk.ids) > self.max_seq_len:
+                end = chunk.start + len(chunk.ids)
+                raise RunnerError(
+                    f"a chunk ends at position {end}, a slot holds {self.max_seq_len}; shorten the prompt"
+                )
         with self._on_stream(), self._attributed():
             size = next((size for size in sorted(self._prefill_graphs) if size >= total), None)
             if size is not None and len(chunks) <= CAPTURED_CHUNKS:
@@ -177,6 +187,11 @@ class CudaRunner:
         if len(self._pending) == STEPS_IN_FLIGHT:
             raise RunnerError(f"{STEPS_IN_FLIGHT} steps are in flight; finish one first")
         n = len(ids)
+        if not 0 < n <= self.num_slots or int(positions.max()) >= self.max_seq_len:
+            raise RunnerError(
+                f"{n} rows up to position {int(positions.max(initial=-1))}: there are {self.num_slots} slots of "
+                f"{self.max_seq_len} positions"
+            )
         size = captured_size(n, self.num_slots)
         slot = self._slots[0]
         self._slots.rotate(-1)
@@ -192,7 +207,7 @@ class CudaRunner:
                     target[index].copy_(logits[row], non_blocking=True)
             done = None
             if self._is_cuda:
-                done = torch.cuda.Event()
+                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 done.record()
         self._pending.append(_Pending(slot, n, len(logits_rows), done))
 
@@ -242,16 +257,12 @@ class CudaRunner:
     # ---- prefill
 
     def _launch_prefill(self, packed: PackedPrompts) -> torch.Tensor:
-        return self._decoder.prefill(
-            *(torch.from_numpy(getattr(packed, name)).to(self._device) for name in PROMPT_ARRAYS), self._caches
-        )
+        return self._decoder.prefill(Prompts.of(packed, self._device), self._caches)
 
     def _replay_prefill(self, chunks: Sequence[PromptChunk], size: int) -> torch.Tensor:
-        captured, inputs = self._prefill_graphs[size]
+        captured, prompts = self._prefill_graphs[size]
         assert captured.addresses == self._addresses(), "a captured graph's memory has moved"
-        packed = _pack_for_graph(chunks, size)
-        for name, tensor in inputs.items():
-            tensor.copy_(torch.from_numpy(getattr(packed, name)))
+        prompts.fill(_pack_for_graph(chunks, size))
         captured.graph.replay()
         return captured.logits
 
@@ -282,21 +293,17 @@ class CudaRunner:
         pool = torch.cuda.graph_pool_handle()
         with self._attributed():
             for size in reversed(captured_sizes(self.num_slots)):
-                self._graphs[size] = self._capture(lambda size=size: self._step(size), pool)  # type: ignore[misc]
+                self._graphs[size] = self._capture(partial(self._step, size), pool)
             longest = padded_size(self._prefill_chunk)
             nothing = [PromptChunk(0, np.zeros(1, np.int64), 0)]
             for size in (size for size in reversed(PREFILL_SIZES) if size <= longest):
-                packed = _pack_for_graph(nothing, size)
-                inputs = {n: torch.from_numpy(getattr(packed, n)).to(self._device) for n in PROMPT_ARRAYS}
-                captured = self._capture(
-                    lambda inputs=inputs: self._decoder.prefill(*inputs.values(), self._caches),  # type: ignore[misc]
-                    pool,
-                )
-                self._prefill_graphs[size] = (captured, inputs)
+                prompts = Prompts.of(_pack_for_graph(nothing, size), self._device)
+                captured = self._capture(partial(self._decoder.prefill, prompts, self._caches), pool)
+                self._prefill_graphs[size] = (captured, prompts)
             self._launch_prefill(pack(nothing, tile=PREFILL_TILE, num_tokens=longest))
         torch.cuda.synchronize(self._device)
 
-    def _capture(self, run: Callable[[], torch.Tensor], pool: tuple[int, int]) -> _Captured:
+    def _capture(self, run: Callable[[], torch.Tensor], pool: Any) -> _Captured:
         run()  # compiles
         graph = torch.cuda.CUDAGraph()
         torch.cuda.current_stream().synchronize()
@@ -322,7 +329,6 @@ class CudaRunner:
             raise OutOfMemory(f"the GPU has no memory for this step: {str(error).splitlines()[0]}") from error
 
 
-PROMPT_ARRAYS = ("ids", "slots", "positions", "tiles", "last_rows")
 PREFILL_SIZES = (16, 32, 64, 128, 256, 512)  # captured: there launching would take longer than computing
 
 

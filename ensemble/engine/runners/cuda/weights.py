@@ -76,7 +76,7 @@ class RandomWeights:
         std = CODES_STD if dtype == torch.float8_e4m3fn else entry.shape[-1] ** -0.5
         tensor = torch.empty(entry.shape, dtype=dtype, device=device)
         rows = max(1, BLOCK_BYTES // (4 * entry.shape[-1]))
-        for part in tensor.split(rows):
+        for part in torch.split(tensor, rows):
             noise = torch.empty(part.shape, device=device).normal_(0, std, generator=generator)
             part.copy_(noise.clamp_(-448, 448))
         return tensor

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ensemble.engine.runners.cuda.common import begin, sum_of_parts, to_codes, token_scale, wait
+from ensemble.engine.runners.cuda.kernels.common import begin, sum_of_parts, to_codes, token_scale, wait
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def silu_rows(
     out,  # [M, I] codes, or the network's dtype
     out_scale,  # [M] float32
     part_stride,
-    I: tl.constexpr,  # noqa: E741
+    I: tl.constexpr,
     BLOCK: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ensemble.engine.runners.cuda.common import begin, wait
+from ensemble.engine.runners.cuda.kernels.common import begin, wait
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ensemble.engine.runners.cuda.common import begin, to_codes, token_scale, wait
+from ensemble.engine.runners.cuda.kernels.common import begin, to_codes, token_scale, wait
 
 VECTOR = tl.constexpr(16)  # elements of a row that one thread holds side by side
 
