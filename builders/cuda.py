@@ -1,8 +1,8 @@
 """Checkpoint → the `cuda` target's weights: fused matrices in E4M3 or bfloat16, as `ensemble/cuda_layout.py` has them.
 
-What enters answers the two questions that the graph's builder asks, a weight and an FP8 layer by name; what leaves is one
-file. A matrix is FP8 if all its modules are: those that read one input are multiplied at once. One decoder layer is in
-memory at a time.
+What enters answers the two questions that the graph's builder asks, a weight and an FP8 layer by name; what leaves is
+one file. A matrix is FP8 if all its modules are: those that read one input are multiplied at once. One decoder layer
+is in memory at a time.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def check_recipe(recipe: Recipe) -> None:
     """
     if recipe.activations != "dynamic":
         raise BuildError(
-            f"recipe: activations are {recipe.activations!r}; target cuda scales each token: use recipe default or mixed"
+            f"recipe: activations are {recipe.activations!r}; target cuda scales each token; use default or mixed"
         )
 
 

@@ -1,7 +1,8 @@
 """How the `cuda` target lays out a decoder: what the builder writes and the runner reads.
 
-Linear layers that read one input are one matrix, rows [out, in]: `qkv` (query heads, key heads, value heads) and `gate_up`
-(all of gate, then all of up). Each is E4M3 codes with a float32 scale for every row, or bfloat16. It knows no torch.
+Linear layers that read one input are one matrix, rows [out, in]: `qkv` (query heads, key heads, value heads) and
+`gate_up` (all of gate, then all of up). Each is E4M3 codes with a float32 scale for every row, or bfloat16. It knows
+no torch.
 """
 
 from __future__ import annotations

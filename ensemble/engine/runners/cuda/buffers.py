@@ -1,7 +1,7 @@
 """What goes to the GPU and comes back in each step: page-locked host memory beside fixed device memory.
 
-A decode step's inputs are one block of bytes, so that one copy carries them all; there are two blocks of everything on the
-host, so that a step can be prepared while the one before it runs. It knows nothing of models.
+A decode step's inputs are one block of bytes, so that one copy carries them all; there are two blocks of everything
+on the host, so that a step can be prepared while the one before it runs. It knows nothing of models.
 """
 
 from __future__ import annotations

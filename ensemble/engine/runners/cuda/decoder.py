@@ -1,7 +1,7 @@
 """The decoder's forward pass: kernels in order, over tensors that its caller owns.
 
-It holds the weights; it knows nothing of slots' owners, graphs or the host. Every function only launches: nothing waits, and
-nothing depends on a value on the device, so that a call can be captured.
+It holds the weights; it knows nothing of slots' owners, graphs or the host. Every function only launches: nothing
+waits, and nothing depends on a value on the device, so that a call can be captured.
 """
 
 from __future__ import annotations

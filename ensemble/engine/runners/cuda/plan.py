@@ -1,7 +1,7 @@
 """Which kernel multiplies how many rows, in tiles of what size: settled before the first step, the same ever after.
 
-Measured on an H100 (benchmarks/decode_gpu_notes.md). Nothing here changes what is computed, except the order in which sums
-are taken; the `invariant` plan takes them in one order for every batch.
+Measured on an H100 (benchmarks/decode_gpu_notes.md). Nothing here changes what is computed, except the order in which
+sums are taken; the `invariant` plan takes them in one order for every batch.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Skinny:
 class Plan:
     """gemv: by fused matrix, for batch 1; gemv empty: batch 1 goes the way of others. skinny: by fused matrix.
 
-    max_skinny_rows: above it the library's GEMM is used; None: never. splits: programs that share a slot's cache, None: by
-    batch.
+    max_skinny_rows: above it the library's GEMM is used; None: never. splits: programs that share a slot's cache;
+    None: by batch.
     """
 
     gemv: dict[str, Gemv] = field(default_factory=dict)

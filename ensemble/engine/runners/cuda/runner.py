@@ -1,8 +1,8 @@
 """The CUDA runner: a decoder on one GPU, in torch and Triton's compiler alone.
 
-Decoding replays one CUDA graph for each batch size, sampling included; prefill replays graphs for short prompts and launches
-kernels for long ones. Everything runs on one stream, in order; the host waits for results only. A step may be begun before
-the last one's tokens are known: an id of −1 stands for the token that the slot drew last.
+Decoding replays one CUDA graph for each batch size, sampling included; prefill replays graphs for short prompts and
+launches kernels for long ones. Everything runs on one stream, in order; the host waits for results only. A step may
+be begun before the last one's tokens are known: an id of −1 stands for the token that the slot drew last.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Attention over the slots' caches: decode (one token a slot) and prefill (chunks of prompts, packed).
 
-Keys and values: [num_slots, KV_HEADS, max_seq_len, D]. A decode program holds the query heads that share one key head, so
-that each key is read once; a long cache is split over several programs, and the last of them to finish merges. Lengths are
-data: one captured graph serves them all.
+Keys and values: [num_slots, KV_HEADS, max_seq_len, D]. A decode program holds the query heads that share one key
+head, so that each key is read once; a long cache is split over several programs, and the last of them to finish
+merges. Lengths are data: one captured graph serves them all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _rotated(
     parts, bias, norm, cos, sin, offsets, mask, d, position, part_stride, eps,
     D: tl.constexpr, NUM_PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, QK_NORM: tl.constexpr,
 ):  # fmt: skip
-    """Rows [heads, D / 2] twice of a projection, normed and rotated. offsets: of the first half, from the part's start."""
+    """A projection's rows, normed and rotated, as halves [heads, D / 2]. offsets: of the first half in a part."""
     HALF: tl.constexpr = D // 2
     a, b = _halves(parts, bias, offsets, mask, part_stride, D, NUM_PARTS, HAS_BIAS)
     if QK_NORM:

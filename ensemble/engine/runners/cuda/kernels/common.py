@@ -1,8 +1,8 @@
 """What several kernels share: E4M3 rounding, and programmatic dependent launch.
 
-With PDL a kernel starts while the one before it ends. Each kernel asks for its weights first (they depend on nothing), lets
-its successor start (`begin`), and only then waits for its predecessor (`wait`): every kernel waits, so that waiting for one
-is waiting for all before it.
+With PDL a kernel starts while the one before it ends. Each kernel asks for its weights first (they depend on
+nothing), lets its successor start (`begin`), and only then waits for its predecessor (`wait`): every kernel waits, so
+that waiting for one is waiting for all before it.
 """
 
 from __future__ import annotations

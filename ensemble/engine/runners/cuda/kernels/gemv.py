@@ -1,8 +1,8 @@
 """One token times a matrix: the kernels of decoding at batch 1, where reading the weights is all that costs.
 
-A program holds `BN` rows of the matrix at a time, or goes through tiles of them with several on their way (`STAGES`). Its
-first weights, their scales and biases it asks for before it waits for its predecessor. The activations are normed, scaled
-and rounded by every program for itself: cheaper than a kernel that does it once.
+A program holds `BN` rows of the matrix at a time, or goes through tiles of them with several on their way (`STAGES`).
+Its first weights, their scales and biases it asks for before it waits for its predecessor. The activations are
+normed, scaled and rounded by every program for itself: cheaper than a kernel that does it once.
 """
 
 from __future__ import annotations

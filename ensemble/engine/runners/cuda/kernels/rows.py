@@ -1,7 +1,7 @@
 """What is done to each token's row between two matrix products: embed, norm, round to E4M3, SiLU, rotary embedding.
 
-One program a row. The residual stream is float32: two bytes more for an element are nothing beside the weights, and what
-is rounded away here no later layer can give back.
+One program a row. The residual stream is float32: two bytes more for an element are nothing beside the weights, and
+what is rounded away here no later layer can give back.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Choosing tokens where the logits are: greedy, or by temperature, top-k, top-p and min-p.
 
-Nothing is sorted. A row's logits below its largest, over its temperature, are z ≤ 0; −z as an integer keeps the order, and
-the k-th largest, or the end of the nucleus, is found by halving the interval of such integers. One random number for each
-token, from (seed, step) alone, picks from what is kept: neither the batch nor the slot matters. Tokens that tie with the
-last one kept are kept too.
+Nothing is sorted. A row's logits below its largest, over its temperature, are z ≤ 0; −z as an integer keeps the
+order, and the k-th largest, or the end of the nucleus, is found by halving the interval of such integers. One random
+number for each token, from (seed, step) alone, picks from what is kept: neither the batch nor the slot matters.
+Tokens that tie with the last one kept are kept too.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A few tokens times a matrix on the tensor cores, where reading the weights still costs most.
 
-The weights' rows are the long side of each product (64 at least, as Hopper wants it), the tokens the short one. The inner
-dimension is split over `NUM_PARTS` programs, so that every multiprocessor has work; the next kernel adds the parts in order:
-no atomics, the same numbers every time. One token's sums don't depend on how many others there are.
+The weights' rows are the long side of each product (64 at least, as Hopper wants it), the tokens the short one. The
+inner dimension is split over `NUM_PARTS` programs, so that every multiprocessor has work; the next kernel adds the
+parts in order: no atomics, the same numbers every time. One token's sums don't depend on how many others there are.
 """
 
 from __future__ import annotations
