@@ -29,7 +29,7 @@ PACKAGES = ("deepseek-triton", "numpy", "onnx", "onnxruntime", "tensorrt", "tens
 ONNX_RUNTIME_FOR_OPSET = {24: (1, 24), 23: (1, 23)}
 TENSORRT_OPSET = STATELESS_OPSET = 24
 # What is not FP8 in an FP8 graph: embedding, head, norms and cache.
-NETWORK_OF = {"fp32": "fp32", "fp16": "fp16", "fp8": "fp16"}
+NETWORK_OF = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "fp8": "fp16"}
 
 
 def write_artefacts(
@@ -45,7 +45,11 @@ def write_artefacts(
     files: tuple[Path, ...]
     engine: dict[str, Any] = {}
     requires: dict[str, str] = {}
-    if options.target == "onnx":
+    recipe: Recipe | None
+    if options.target == "cuda":
+        weights, recipe, engine = _write_weights(checkpoint, options, max_seq_len, directory, report)
+        files, shapes = (weights,), {}
+    elif options.target == "onnx":
         opset = _onnx_opset()
         graph, recipe = _write_graph(checkpoint, options, max_seq_len, opset, directory, report)
         files, shapes = (graph, graph.with_name(graph.name + ".data")), _shapes(graph)
@@ -188,6 +192,34 @@ def _write_graph(
     )  # fmt: skip
 
 
+def _write_weights(
+    checkpoint: Checkpoint, options: BuildOptions, max_seq_len: int, directory: Path, report: Report
+) -> tuple[Path, Recipe | None, dict[str, Any]]:
+    """The cuda target's file, the recipe as for a graph, and the decoder's dimensions."""
+    from builders.cuda import check_recipe, decoder_shape, write_weights
+
+    spec, engine = checkpoint.spec, decoder_shape(checkpoint.spec, max_seq_len).to_dict()
+    advance = _weights_progress(spec, options.precision, max_seq_len, report)
+    if options.precision != "fp8":
+        path, _ = write_weights(spec, checkpoint.read, directory, max_seq_len=max_seq_len, progress=advance)
+        return path, None, engine
+    from builders.calibration_text import load_or_calibrate
+    from builders.quantize import NETWORK, Quantizer, settled_recipe
+
+    recipe = recipe_named(options.recipe)
+    recipe = replace(recipe, keep=recipe.keep + options.keep)
+    check_recipe(recipe)
+    calibration = load_or_calibrate(options.checkpoint, options.ranges, options.calibration_text, report)
+    # Scales that float16 holds, though these are stored in float32: so the codes are those of the other targets.
+    recipe = settled_recipe(checkpoint, recipe, calibration, NETWORK, report)
+    quantizer = Quantizer(checkpoint, recipe, calibration, network=NETWORK, report=report)
+    path, _ = write_weights(
+        spec, quantizer.read, directory,
+        max_seq_len=max_seq_len, recipe=recipe, quantized=quantizer.quantized, progress=advance,
+    )  # fmt: skip
+    return path, recipe, engine
+
+
 def _compile(
     graph: Path,
     spec: ModelSpec,
@@ -231,12 +263,12 @@ def _weights_progress(spec: ModelSpec, precision: str, max_seq_len: int, report:
 
 def _require_means(spec: ModelSpec, options: BuildOptions, directory: Path) -> None:
     """TensorRT, a GPU that it can build for, and room on the disk: told before minutes of quantising, not after."""
-    if options.target != "onnx":
+    if options.target not in ("onnx", "cuda"):
         from builders.engine.target import resolve_target
 
         resolve_target(options.target, options.precision, options.compute_capability)
     needed = spec.num_parameters() * (4 if options.precision == "fp32" else 2)
-    if options.target != "onnx":
+    if options.target not in ("onnx", "cuda"):
         needed *= 2  # the graph, for as long as it is compiled, and the plan
     free = shutil.disk_usage(directory).free
     if free < needed:

@@ -94,7 +94,9 @@ def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
     build.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
     build.add_argument("--target", default="onnx", choices=TARGETS, help="default: %(default)s")
     build.add_argument("--task", default="generate", choices=TASKS, help="default: %(default)s")
-    build.add_argument("--precision", choices=PRECISIONS, help="default: fp32 for onnx, fp16 for TensorRT")
+    build.add_argument(
+        "--precision", choices=PRECISIONS, help="default: fp32 for onnx, fp16 for TensorRT, fp8 for cuda"
+    )
     build.add_argument("--max-seq-len", type=int, help="tokens, prompt and answer (default: the model's, at most 2048)")
     for name, what in (
         ("num_slots", "sequences generated at once"),
@@ -174,7 +176,7 @@ def _add_client_commands(commands: argparse._SubParsersAction[argparse.ArgumentP
 
 def _build(arguments: argparse.Namespace) -> int:
     from builders.errors import BuildError
-    from builders.options import BuildOptions
+    from builders.options import PRECISIONS_OF, BuildOptions
     from builders.repository import build
     from builders.scoring_arguments import read_scoring_options
     from ensemble.settings import EngineSettings, SettingsError
@@ -192,7 +194,7 @@ def _build(arguments: argparse.Namespace) -> int:
             repository=arguments.repository,
             target=arguments.target,
             task=arguments.task,
-            precision=arguments.precision or ("fp32" if arguments.target == "onnx" else "fp16"),
+            precision=arguments.precision or PRECISIONS_OF[arguments.target][0],
             max_seq_len=arguments.max_seq_len,
             settings=settings,
             recipe=arguments.recipe,

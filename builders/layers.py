@@ -36,6 +36,16 @@ def layer_prefix(layer: int) -> str:
     return f"model.layers.{layer}."
 
 
+def in_graph_order(names: Sequence[str]) -> list[str]:
+    """A layer's tensors as the float graph's builder reads them, so that both builds give one digest."""
+    modules = (
+        "input_layernorm", "self_attn.q_proj", "self_attn.q_norm", "self_attn.k_proj", "self_attn.k_norm",
+        "self_attn.v_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj",
+        "mlp.down_proj",
+    )  # fmt: skip
+    return sorted(names, key=lambda name: (modules.index(name.rsplit(".", 1)[0]), name.endswith(".bias")))
+
+
 def runnable_opset() -> int:
     """The opset whose operators the ONNX Runtime installed here has: 24 from its release 1.24 on, else 23."""
     import onnxruntime as ort

@@ -12,8 +12,15 @@ from builders.errors import BuildError
 from builders.scoring_options import ScoringOptions
 from ensemble.settings import EngineSettings
 
-TARGETS = ("onnx", "tensorrt", "tensorrt-rtx")
-PRECISIONS = ("fp32", "fp16", "fp8")
+TARGETS = ("onnx", "tensorrt", "tensorrt-rtx", "cuda")
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
+# target → the precisions that it has; the first is the default
+PRECISIONS_OF = {
+    "onnx": ("fp32", "fp16", "fp8"),
+    "tensorrt": ("fp16", "fp32", "fp8"),
+    "tensorrt-rtx": ("fp16", "fp32", "fp8"),
+    "cuda": ("fp8", "bf16"),
+}
 TASKS = ("generate", "score")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -65,16 +72,19 @@ class BuildOptions:
             raise BuildError(f"target is {self.target!r}; supported: {', '.join(TARGETS)}")
         if self.precision not in PRECISIONS:
             raise BuildError(f"precision is {self.precision!r}; supported: {', '.join(PRECISIONS)}")
+        if self.precision not in PRECISIONS_OF[self.target]:
+            choices = ", ".join(PRECISIONS_OF[self.target])
+            raise BuildError(f"precision is {self.precision!r}; target {self.target} has {choices}")
         if self.max_seq_len is not None and self.max_seq_len < 2:
             raise BuildError(f"max_seq_len is {self.max_seq_len}, must be at least 2")
         if self.precision != "fp8":
             for name in ("keep", "calibration_text", "ranges"):
                 if getattr(self, name):
                     raise BuildError(f"{name} is for precision fp8, this is {self.precision}")
-        if self.target == "onnx":
+        if self.target in ("onnx", "cuda"):
             for name in ("compute_capability", "timing_cache"):
                 if getattr(self, name):
-                    raise BuildError(f"{name} is for TensorRT, the target is onnx")
+                    raise BuildError(f"{name} is for TensorRT, the target is {self.target}")
 
     def command(self) -> str:
         """The command line that builds this again."""

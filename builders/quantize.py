@@ -7,7 +7,6 @@ quantised, so that each layer makes up for what those before it did. One layer's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from builders.float8 import Float32, encode, least_error_scale, max_scale, round
 from builders.graph.builder import Progress
 from builders.graph.decoder import DTYPES, Logits, Read, build_graph
 from builders.graph.float8 import E4M3_MAX, MIN_TOKEN_SCALE, Float8Linear
-from builders.layers import TAP_OF, TAPS, embed, layer_prefix, layer_session
+from builders.layers import TAP_OF, TAPS, embed, in_graph_order, layer_prefix, layer_session
 from builders.recipe import Recipe
 from builders.smooth import smooth_layer
 
@@ -57,12 +56,7 @@ def quantized_graph(
     Raises:
         CalibrationError: the calibration is not of this checkpoint, or its windows lead to NaN or infinity.
     """
-    if recipe.extra_bytes:
-        from builders.sensitivity import keep_most_sensitive, measure_sensitivity
-
-        again = open_checkpoint(checkpoint.path)
-        ranking = measure_sensitivity(again, recipe, calibration, network, report)
-        recipe = keep_most_sensitive(checkpoint.spec, recipe, ranking, network)
+    recipe = settled_recipe(checkpoint, recipe, calibration, network, report)
     quantizer = Quantizer(checkpoint, recipe, calibration, network=network, report=report)
     path = build_graph(
         checkpoint.spec, quantizer.read, directory,
@@ -70,6 +64,18 @@ def quantized_graph(
         opset=opset, logits=logits, version=version, progress=progress,
     )  # fmt: skip
     return path, recipe
+
+
+def settled_recipe(
+    checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, network: str, report: Report
+) -> Recipe:
+    """The recipe with the layers kept by `extra_bytes` named in `keep`."""
+    if not recipe.extra_bytes:
+        return recipe
+    from builders.sensitivity import keep_most_sensitive, measure_sensitivity
+
+    ranking = measure_sensitivity(open_checkpoint(checkpoint.path), recipe, calibration, network, report)
+    return keep_most_sensitive(checkpoint.spec, recipe, ranking, network)
 
 
 @dataclass
@@ -138,7 +144,7 @@ class Quantizer:
 
     def _load(self, layer: int) -> _Layer:
         prefix = layer_prefix(layer)
-        names = _in_graph_order([name.removeprefix(prefix) for name in self._shapes if name.startswith(prefix)])
+        names = in_graph_order([name.removeprefix(prefix) for name in self._shapes if name.startswith(prefix)])
         # A copy, for smoothing works in place.
         weights = {name: np.array(self._checkpoint.read(prefix + name), np.float32) for name in names}
         for name, weight in weights.items():
@@ -246,13 +252,3 @@ def _split(name: str) -> tuple[int, str]:
     if parts[:2] != ["model", "layers"]:
         return -1, name
     return int(parts[2]), parts[3]
-
-
-def _in_graph_order(names: Sequence[str]) -> list[str]:
-    """A layer's tensors as the float graph's builder reads them, so that both builds give one digest."""
-    modules = (
-        "input_layernorm", "self_attn.q_proj", "self_attn.q_norm", "self_attn.k_proj", "self_attn.k_norm",
-        "self_attn.v_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj",
-        "mlp.down_proj",
-    )  # fmt: skip
-    return sorted(names, key=lambda name: (modules.index(name.rsplit(".", 1)[0]), name.endswith(".bias")))

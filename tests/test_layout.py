@@ -72,7 +72,10 @@ ARROWS = {
         ("triton_python_backend_utils",),
         excepted=ADAPTERS,
     ),
-    "torch is for tests and benchmarks": Arrow((*PRODUCT, "scripts", "loadtest", "gateway"), ("torch", "transformers")),
+    "torch is for the cuda runner, tests and benchmarks": Arrow(
+        (*PRODUCT, "scripts", "loadtest", "gateway"), ("torch", "triton"), excepted=("ensemble.engine.runners.cuda",)
+    ),
+    "transformers is for tests and benchmarks": Arrow((*PRODUCT, "scripts", "loadtest", "gateway"), ("transformers",)),
     "nothing depends on the tests": Arrow((*PRODUCT, "scripts", "benchmarks", "loadtest", "gateway"), ("tests",)),
 }
 
@@ -135,7 +138,7 @@ def test_imports_point_one_way(arrow: Arrow) -> None:
         ("builders.spec", "import ensemble.engine.runners.onnx as o", "builders don't know the runners"),
         ("builders.spec", "from ensemble.engine import runners", "builders don't know the runners"),
         ("builders.check", "from clients import cli", "only the command line starts clients and servers"),
-        ("ensemble.text", "importlib.import_module('torch.nn')", "torch is for tests and benchmarks"),
+        ("ensemble.text", "importlib.import_module('torch.nn')", "torch is for the cuda runner, tests and benchmarks"),
         (
             "ensemble.models.tensors",
             "import triton_python_backend_utils",

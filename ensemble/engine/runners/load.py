@@ -39,4 +39,25 @@ def load_runner(directory: Path, settings: EngineSettings) -> tuple[Manifest, Ru
         return manifest, TensorRTRunner(
             directory / PLAN_FILE, plan, num_slots=settings.num_slots, prefill_chunk=settings.prefill_chunk
         )
+    if manifest.target == "cuda":
+        return manifest, _load_cuda(directory, manifest, settings)
     raise RunnerError(f"{directory} is built for target {manifest.target!r}, which this version has no runner for")
+
+
+def _load_cuda(directory: Path, manifest: Manifest, settings: EngineSettings) -> Runner:
+    from ensemble.cuda_layout import WEIGHTS_FILE, DecoderShape, LayoutError
+    from ensemble.tensor_file import TensorFileError
+
+    try:
+        from ensemble.engine.runners.cuda.runner import CudaRunner
+        from ensemble.engine.runners.cuda.weights import StoredWeights
+    except ModuleNotFoundError as error:
+        raise RunnerError(f"{error.name} is not installed; pip install 'deepseek-triton[cuda]'") from error
+    try:
+        shape = DecoderShape.from_dict(manifest.engine)
+        return CudaRunner(
+            StoredWeights(directory / WEIGHTS_FILE), shape,
+            num_slots=settings.num_slots, prefill_chunk=settings.prefill_chunk,
+        )  # fmt: skip
+    except (LayoutError, TensorFileError) as error:
+        raise RunnerError(f"{directory}: {error}; {manifest.command}") from error

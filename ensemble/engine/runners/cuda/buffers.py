@@ -1,0 +1,86 @@
+"""What goes to the GPU and comes back in each step: page-locked host memory beside fixed device memory.
+
+A decode step's inputs are one block of bytes, so that one copy carries them all; there are two blocks of everything
+on the host, so that a step can be prepared while the one before it runs. It knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ensemble.engine.runners.base import Draw, Ids
+
+STEPS_IN_FLIGHT = 2
+NO_TOKEN = -1  # position of a row without a token
+INPUTS: dict[str, torch.dtype] = {
+    "ids": torch.int64, "positions": torch.int64, "seeds": torch.int64, "steps": torch.int64, "top_ks": torch.int32,
+    "temperatures": torch.float32, "top_ps": torch.float32, "min_ps": torch.float32,
+}  # fmt: skip
+
+
+class StepInputs:
+    """One decode step's inputs: a tensor [rows] for each of `INPUTS`, views of one block of bytes."""
+
+    def __init__(self, num_rows: int, device: torch.device, *, is_pinned: bool = False) -> None:
+        size = num_rows * sum(dtype.itemsize for dtype in INPUTS.values())
+        self.block = torch.zeros(size, dtype=torch.uint8, device=device, pin_memory=is_pinned)
+        self.tensors: dict[str, torch.Tensor] = {}
+        offset = 0
+        for name, dtype in INPUTS.items():
+            end = offset + num_rows * dtype.itemsize
+            self.tensors[name] = self.block[offset:end].view(dtype)
+            offset = end
+
+    def arrays(self) -> dict[str, NDArray[np.generic]]:
+        """The tensors as NumPy sees them; for a block on the host."""
+        return {name: tensor.numpy() for name, tensor in self.tensors.items()}
+
+
+@dataclass
+class StepSlot:
+    """The host's side of one decode step."""
+
+    inputs: StepInputs
+    arrays: dict[str, NDArray[np.generic]]
+    tokens: torch.Tensor  # [rows] int64
+    log_probs: torch.Tensor  # [rows] float32
+    logits: torch.Tensor | None = None  # [k, vocab_size] float32, made when first asked for
+
+    @classmethod
+    def make(cls, num_rows: int, *, is_pinned: bool) -> StepSlot:
+        """Host memory for steps of up to `num_rows` rows."""
+        host = torch.device("cpu")
+        inputs = StepInputs(num_rows, host, is_pinned=is_pinned)
+        tokens = torch.zeros(num_rows, dtype=torch.int64, pin_memory=is_pinned)
+        log_probs = torch.zeros(num_rows, dtype=torch.float32, pin_memory=is_pinned)
+        return cls(inputs, inputs.arrays(), tokens, log_probs)
+
+    def fill(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], size: int) -> None:
+        """Set rows 0 … size − 1; those behind `ids` have no token. A row that draws nothing is greedy."""
+        n = len(ids)
+        self.arrays["ids"][:n], self.arrays["positions"][:n] = ids, positions
+        self.arrays["ids"][n:size], self.arrays["positions"][n:size] = 0, NO_TOKEN
+        self.arrays["temperatures"][:size] = 0.0
+        for row, draw in enumerate(draws):
+            if draw is not None and draw.temperature > 0:
+                values = (draw.temperature, draw.top_k, draw.top_p, draw.min_p, _signed(draw.seed), draw.step)
+                names = ("temperatures", "top_ks", "top_ps", "min_ps", "seeds", "steps")
+                for name, value in zip(names, values, strict=True):
+                    self.arrays[name][row] = value
+
+    def logits_rows(self, count: int, vocab_size: int) -> torch.Tensor:
+        """Host memory for `count` rows of logits."""
+        if self.logits is None or len(self.logits) < count:
+            self.logits = torch.empty(count, vocab_size, dtype=torch.float32, pin_memory=self.tokens.is_pinned())
+        return self.logits[:count]
+
+
+def _signed(seed: int) -> int:
+    """An unsigned 64-bit seed as the int64 of the same bits."""
+    seed &= 2**64 - 1
+    return seed - 2**64 if seed >= 2**63 else seed

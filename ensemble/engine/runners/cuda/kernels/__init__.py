@@ -1,0 +1,1 @@
+"""Triton kernels: what is computed, on whatever tensors they are given; how many and when is the decoder's business."""

@@ -1,0 +1,218 @@
+"""What is done to each token's row between two matrix products: embed, norm, round to E4M3, SiLU, rotary embedding.
+
+One program a row. The residual stream is float32: two bytes more for an element are nothing beside the weights, and
+what is rounded away here no later layer can give back.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ensemble.engine.runners.cuda.kernels.common import begin, sum_of_parts, to_codes, token_scale, wait
+
+
+@triton.jit
+def embed_rows(
+    ids,  # [M] int64; negative: the token that this row drew last
+    last_tokens,  # [M] int64
+    embedding,  # [vocab, H]
+    hidden,  # [M, H] float32
+    zero,  # [1] float32, set to 0
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_LAST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """hidden = embedding[ids]."""
+    begin(PDL)
+    wait(PDL)
+    m = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(ids + m)
+    if HAS_LAST:
+        if token < 0:
+            token = tl.load(last_tokens + m)
+    row = tl.load(embedding + token * H + column, mask=column < H, other=0.0)
+    tl.store(hidden + m * H + column, row.to(tl.float32), mask=column < H)
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        tl.store(zero, 0.0)
+
+
+@triton.jit
+def norm_rows(
+    hidden,  # [*, H] float32; row m is hidden[rows[m]] with HAS_ROWS
+    rows,  # [M] int64
+    parts,  # [NUM_PARTS, M, H], added to the residual stream first
+    bias,  # [H] float32, likewise
+    norm_weight,  # [H]
+    out,  # [M, H] codes, or the network's dtype
+    out_scale,  # [M] float32
+    part_stride,
+    eps,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    FP8: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """hidden += Σ parts + bias, written back; out = norm(hidden)."""
+    begin(PDL)
+    m = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < H
+    weight = tl.load(norm_weight + column, mask=mask, other=0.0).to(tl.float32)
+    wait(PDL)
+    source = m
+    if HAS_ROWS:
+        source = tl.load(rows + m)
+    x = tl.load(hidden + source * H + column, mask=mask, other=0.0)
+    if NUM_PARTS:
+        x += sum_of_parts(parts, m * H + column, mask, part_stride, NUM_PARTS)
+        if HAS_BIAS:
+            x += tl.load(bias + column, mask=mask, other=0.0)
+        tl.store(hidden + source * H + column, x, mask=mask)
+    y = x * tl.rsqrt(tl.sum(x * x) / H + eps) * weight
+    if FP8:
+        scale = token_scale(tl.max(tl.abs(y)))
+        tl.store(out + m * H + column, to_codes(y, scale), mask=mask)
+        tl.store(out_scale + m, scale)
+    else:
+        tl.store(out + m * H + column, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def quantise_rows(
+    x,  # [M, K]
+    out,  # [M, K] codes
+    out_scale,  # [M] float32
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Each row as codes, by its own scale."""
+    begin(PDL)
+    wait(PDL)
+    m = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    value = tl.load(x + m * K + column, mask=column < K, other=0.0).to(tl.float32)
+    scale = token_scale(tl.max(tl.abs(value)))
+    tl.store(out + m * K + column, to_codes(value, scale), mask=column < K)
+    tl.store(out_scale + m, scale)
+
+
+@triton.jit
+def _silu(parts, bias, m, column, part_stride, I: tl.constexpr, NUM_PARTS: tl.constexpr, HAS_BIAS: tl.constexpr):
+    mask = column < I
+    gate = sum_of_parts(parts, m * (2 * I) + column, mask, part_stride, NUM_PARTS)
+    up = sum_of_parts(parts, m * (2 * I) + I + column, mask, part_stride, NUM_PARTS)
+    if HAS_BIAS:
+        gate += tl.load(bias + column, mask=mask, other=0.0)
+        up += tl.load(bias + I + column, mask=mask, other=0.0)
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def silu_rows(
+    parts,  # [NUM_PARTS, M, 2 I]: gate, then up
+    bias,  # [2 I] float32
+    out,  # [M, I] codes, or the network's dtype
+    out_scale,  # [M] float32
+    part_stride,
+    I: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FP8: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out = silu(gate) * up. A row is read twice, the second time from cache: once for its scale, once to round it."""
+    begin(PDL)
+    wait(PDL)
+    m = tl.program_id(0).to(tl.int64)
+    scale = 1.0
+    if FP8:
+        largest = tl.zeros([BLOCK], tl.float32)
+        for first in range(0, I, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            y = _silu(parts, bias, m, column, part_stride, I, NUM_PARTS, HAS_BIAS)
+            largest = tl.maximum(largest, tl.where(column < I, tl.abs(y), 0.0))
+        scale = token_scale(tl.max(largest))
+        tl.store(out_scale + m, scale)
+    for first in range(0, I, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        y = _silu(parts, bias, m, column, part_stride, I, NUM_PARTS, HAS_BIAS)
+        if FP8:
+            tl.store(out + m * I + column, to_codes(y, scale), mask=column < I)
+        else:
+            tl.store(out + m * I + column, y.to(out.dtype.element_ty), mask=column < I)
+
+
+@triton.jit
+def rope_rows(
+    parts,  # [NUM_PARTS, M, (HEADS + 2 KV_HEADS) D]
+    bias,  # float32
+    norms,  # [2, D]: of q and of k
+    cos,  # [max_seq_len, D / 2] float32
+    sin,
+    slots,  # [M] int64
+    positions,  # [M] int64; negative: no token
+    q,  # [M, HEADS, D]
+    keys,  # [num_slots, KV_HEADS, max_seq_len, D]
+    values,
+    part_stride,
+    max_seq_len,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Rotate q and k, and write k and v into the cache: prefill's step between projection and attention."""
+    begin(PDL)
+    wait(PDL)
+    HALF: tl.constexpr = D // 2
+    ALL: tl.constexpr = HEADS + 2 * KV_HEADS
+    m = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions + m)
+    if position >= 0:
+        slot = tl.load(slots + m)
+        head = tl.arange(0, BLOCK_HEADS)[:, None]
+        d = tl.arange(0, BLOCK_HALF)[None, :]
+        mask = (head < ALL) & (d < HALF)
+        offsets = head * D + d
+        a = sum_of_parts(parts, m * (ALL * D) + offsets, mask, part_stride, NUM_PARTS)
+        b = sum_of_parts(parts, m * (ALL * D) + offsets + HALF, mask, part_stride, NUM_PARTS)
+        if HAS_BIAS:
+            a += tl.load(bias + offsets, mask=mask, other=0.0)
+            b += tl.load(bias + offsets + HALF, mask=mask, other=0.0)
+        is_value = head >= HEADS + KV_HEADS
+        if QK_NORM:
+            inverse = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
+            kind = tl.where(head < HEADS, 0, D) + d
+            norm_mask = mask & (head < HEADS + KV_HEADS)
+            a *= tl.where(is_value, 1.0, inverse * tl.load(norms + kind, mask=norm_mask, other=0.0).to(tl.float32))
+            b *= tl.where(
+                is_value, 1.0, inverse * tl.load(norms + kind + HALF, mask=norm_mask, other=0.0).to(tl.float32)
+            )
+        c = tl.where(is_value, 1.0, tl.load(cos + position * HALF + d, mask=d < HALF, other=1.0))
+        s = tl.where(is_value, 0.0, tl.load(sin + position * HALF + d, mask=d < HALF, other=0.0))
+        low, high = a * c - b * s, b * c + a * s
+        dtype = keys.dtype.element_ty
+        to_q = q + m * (HEADS * D) + offsets
+        tl.store(to_q, low.to(dtype), mask=mask & (head < HEADS))
+        tl.store(to_q + HALF, high.to(dtype), mask=mask & (head < HEADS))
+        is_key = (head >= HEADS) & (head < HEADS + KV_HEADS)
+        key_row = (slot * KV_HEADS + head - HEADS) * max_seq_len + position
+        tl.store(keys + key_row * D + d, low.to(dtype), mask=mask & is_key)
+        tl.store(keys + key_row * D + d + HALF, high.to(dtype), mask=mask & is_key)
+        value_row = (slot * KV_HEADS + head - HEADS - KV_HEADS) * max_seq_len + position
+        tl.store(values + value_row * D + d, low.to(dtype), mask=mask & is_value)
+        tl.store(values + value_row * D + d + HALF, high.to(dtype), mask=mask & is_value)

@@ -1,0 +1,82 @@
+"""Which kernel multiplies how many rows, in tiles of what size: settled before the first step, the same ever after.
+
+Measured on an H100 (benchmarks/decode_gpu_notes.md). Nothing here changes what is computed, except the order in which
+sums are taken; the `invariant` plan takes them in one order for every batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+MAX_SKINNY_ROWS = 64  # above, the library's GEMM
+
+
+@dataclass(frozen=True)
+class Gemv:
+    """One row: tiles of `bn` weight rows, `bk` columns at a time where a row isn't read whole.
+
+    programs: for each multiprocessor, that go through tiles with `stages` of them on their way; 0: one program a tile.
+    """
+
+    bn: int
+    num_warps: int
+    bk: int = 0
+    programs: int = 0
+    stages: int = 0
+
+
+@dataclass(frozen=True)
+class Skinny:
+    """A few rows: tiles of `bn` weight rows, the inner dimension split into `num_parts`."""
+
+    num_parts: int
+    bn: int = 64
+    bk: int = 128
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """gemv: by fused matrix, for batch 1; gemv empty: batch 1 goes the way of others. skinny: by fused matrix.
+
+    max_skinny_rows: above it the library's GEMM is used; None: never. splits: programs that share a slot's cache;
+    None: by batch.
+    """
+
+    gemv: dict[str, Gemv] = field(default_factory=dict)
+    skinny: dict[str, Skinny] = field(default_factory=dict)
+    max_skinny_rows: int | None = MAX_SKINNY_ROWS
+    splits: int | None = None
+
+    def use_library(self, rows: int) -> bool:
+        """Whether `rows` are more than the skinny kernel is for."""
+        return self.max_skinny_rows is not None and rows > self.max_skinny_rows
+
+    def num_splits(self, rows: int, num_kv_heads: int, num_processors: int) -> int:
+        """Programs for each slot and key head, a power of two: together some two for each multiprocessor."""
+        if self.splits is not None:
+            return self.splits
+        wanted = max(1, 2 * num_processors // (rows * num_kv_heads))
+        return min(1 << (wanted.bit_length() - 1), MAX_SPLITS)
+
+
+MAX_SPLITS = 32
+SKINNY = {
+    "qkv": Skinny(num_parts=4, bk=256),
+    "o": Skinny(num_parts=4, bk=256),
+    "gate_up": Skinny(num_parts=1, bk=256),
+    "down": Skinny(num_parts=7, bk=256),
+    "head": Skinny(num_parts=1, bk=64),
+}
+FAST = Plan(
+    gemv={
+        "qkv": Gemv(bn=4, num_warps=4),
+        "o": Gemv(bn=4, num_warps=4, bk=4096),
+        "gate_up": Gemv(bn=8, num_warps=16, programs=1, stages=3),
+        "down": Gemv(bn=8, num_warps=4, bk=1024),
+        "head": Gemv(bn=4, num_warps=8),
+    },
+    skinny=SKINNY,
+)
+INVARIANT = Plan(skinny=SKINNY, max_skinny_rows=None, splits=8)

@@ -1,0 +1,360 @@
+"""The CUDA runner: a decoder on one GPU, in torch and Triton's compiler alone.
+
+Decoding replays one CUDA graph for each batch size, sampling included; prefill replays graphs for short prompts and
+launches kernels for long ones. Everything runs on one stream, in order; the host waits for results only. A step may
+be begun before the last one's tokens are known: an id of −1 stands for the token that the slot drew last.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+
+from ensemble.cuda_layout import DecoderShape, LayoutError
+from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, OutOfMemoryError, PromptChunk, RunnerError
+from ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT, StepInputs, StepSlot
+from ensemble.engine.runners.cuda.decoder import PREFILL_TILE, Caches, Decoder, Prompts
+from ensemble.engine.runners.cuda.kernels import sampling
+from ensemble.engine.runners.cuda.memory import MIB, check_fits, weight_bytes
+from ensemble.engine.runners.cuda.plan import FAST, INVARIANT, Plan
+from ensemble.engine.runners.cuda.prompts import PackedPrompts, pack
+from ensemble.engine.runners.cuda.weights import WeightSource
+
+log = logging.getLogger(__name__)
+
+LAST_TOKEN = -1  # as an id: the token that the slot drew last
+SCAN_CHUNK = 4096  # logits that one program looks through
+DRAW_BLOCK = 4096
+CAPTURED_CHUNKS = 8  # chunks that one captured prefill may hold
+FP8_CAPABILITY = (8, 9)
+PDL_CAPABILITY = (9, 0)
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A graph, and what it reads and writes: none of it may move while the graph lives."""
+
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor
+    addresses: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A step that was begun: where its results arrive, and when."""
+
+    slot: StepSlot
+    rows: int
+    num_logits: int
+    done: torch.cuda.Event | None
+
+
+class CudaRunner:
+    """Runs the weights that `builders/cuda.py` writes. Implements `DrawingRunner`.
+
+    Args:
+        source: the weights.
+        shape: the decoder's dimensions.
+        num_slots: how many sequences have a cache at once.
+        prefill_chunk: the most tokens that `prefill` and `prefill_many` will be given at once.
+        is_invariant: sums in one order for every batch: a sequence's tokens don't depend on its neighbours. Slower.
+        device: a CUDA device; the CPU, for tests under Triton's interpreter, has no graphs.
+        dtype: of what isn't FP8, the caches among it; None: bfloat16.
+
+    Raises:
+        RunnerError: the weights aren't this shape's, the GPU can't run them, or they don't fit into its memory.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        shape: DecoderShape,
+        *,
+        num_slots: int,
+        prefill_chunk: int,
+        is_invariant: bool = False,
+        plan: Plan | None = None,
+        device: str = "cuda",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.num_slots, self.max_seq_len, self.vocab_size = num_slots, shape.max_seq_len, shape.vocab_size
+        self._shape, self._prefill_chunk = shape, prefill_chunk
+        self._device = torch.device(device)
+        self._is_cuda = self._device.type == "cuda"
+        weights = weight_bytes(source.entries.values())
+        if self._is_cuda:
+            _check_device(source, self._device)
+            free, _ = torch.cuda.mem_get_info(self._device)
+            check_fits(
+                shape, weights, num_slots=num_slots, prefill_chunk=prefill_chunk, itemsize=dtype.itemsize, free=free
+            )
+        self._stream: torch.cuda.Stream | None = None
+        if self._is_cuda:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._graphs: dict[int, _Captured] = {}
+        self._prefill_graphs: dict[int, tuple[_Captured, Prompts]] = {}
+        self._pending: deque[_Pending] = deque()
+        try:
+            with self._on_stream():
+                pdl = self._is_cuda and torch.cuda.get_device_capability(self._device) >= PDL_CAPABILITY
+                chosen = plan or (INVARIANT if is_invariant else FAST)
+                self._decoder = Decoder(shape, source, chosen, self._device, dtype=dtype, pdl=pdl)
+                self._allocate(dtype)
+                self._warm_up()
+        except LayoutError as error:
+            self.close()
+            raise RunnerError(f"{error}; build the model again") from error
+        except RunnerError:
+            self.close()
+            raise
+        log.info(
+            "KV cache: %d slots x %d tokens = %d MiB; weights: %d MiB; graphs: decode %s, prefill %s",
+            num_slots, self.max_seq_len, self.cache_bytes // MIB, weights // MIB,
+            sorted(self._graphs), sorted(self._prefill_graphs),
+        )  # fmt: skip
+
+    # ---- Runner
+
+    def prefill(self, slot: int, ids: Ids, start: int) -> Logits:
+        """See Runner."""
+        first: Logits = self.prefill_many([PromptChunk(slot, ids, start)])[0]
+        return first
+
+    def decode(self, ids: Ids, positions: Ids) -> Logits:
+        """See Runner."""
+        self.start_decode(ids, positions, [None] * len(ids), range(len(ids)))
+        return self.finish_decode().logits
+
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """See Runner."""
+        with self._on_stream():
+            for cache in (self._caches.keys, self._caches.values):
+                cache[:, target, :, :num_tokens].copy_(cache[:, source, :, :num_tokens])
+
+    def close(self) -> None:
+        """Free the weights, the caches and the graphs; a second call does nothing."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._graphs.clear()
+        self._prefill_graphs.clear()
+        self._pending.clear()
+        for name in ("_decoder", "_caches", "_inputs", "_tokens", "_log_probs", "_arrived", "_slots"):
+            self.__dict__.pop(name, None)
+        if self._is_cuda:
+            torch.cuda.empty_cache()
+
+    # ---- DrawingRunner
+
+    def can_draw(self, draw: Draw) -> bool:
+        """See DrawingRunner: every Draw."""
+        return True
+
+    def prefill_many(self, chunks: Sequence[PromptChunk]) -> Logits:
+        """See DrawingRunner."""
+        total = sum(len(chunk.ids) for chunk in chunks)
+        if not 0 < total <= self._prefill_chunk:
+            raise RunnerError(f"{total} prompt tokens at once, the runner was made for 1 … {self._prefill_chunk}")
+        for chunk in chunks:
+            if chunk.start + len(chunk.ids) > self.max_seq_len:
+                end = chunk.start + len(chunk.ids)
+                raise RunnerError(
+                    f"a chunk ends at position {end}, a slot holds {self.max_seq_len}; shorten the prompt"
+                )
+        with self._on_stream(), self._attributed():
+            size = next((size for size in sorted(self._prefill_graphs) if size >= total), None)
+            if size is not None and len(chunks) <= CAPTURED_CHUNKS:
+                logits = self._replay_prefill(chunks, size)
+            else:
+                logits = self._launch_prefill(pack(chunks, tile=PREFILL_TILE, num_tokens=padded_size(total)))
+            result: Logits = logits[: len(chunks)].cpu().numpy()
+        return result
+
+    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
+        """See DrawingRunner; a second step may be begun before the first is finished, ids −1 its tokens."""
+        if len(self._pending) == STEPS_IN_FLIGHT:
+            raise RunnerError(f"{STEPS_IN_FLIGHT} steps are in flight; finish one first")
+        n = len(ids)
+        if not 0 < n <= self.num_slots or int(positions.max()) >= self.max_seq_len:
+            raise RunnerError(
+                f"{n} rows up to position {int(positions.max(initial=-1))}: there are {self.num_slots} slots of "
+                f"{self.max_seq_len} positions"
+            )
+        size = captured_size(n, self.num_slots)
+        slot = self._slots[0]
+        self._slots.rotate(-1)
+        slot.fill(ids, positions, draws, size)
+        with self._on_stream(), self._attributed():
+            self._inputs.block.copy_(slot.inputs.block, non_blocking=True)
+            logits = self._run(size)
+            slot.tokens[:n].copy_(self._tokens[:n], non_blocking=True)
+            slot.log_probs[:n].copy_(self._log_probs[:n], non_blocking=True)
+            if logits_rows:
+                target = slot.logits_rows(len(logits_rows), self.vocab_size)
+                for index, row in enumerate(logits_rows):
+                    target[index].copy_(logits[row], non_blocking=True)
+            done = None
+            if self._is_cuda:
+                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                done.record()
+        self._pending.append(_Pending(slot, n, len(logits_rows), done))
+
+    def finish_decode(self) -> Decoded:
+        """See DrawingRunner: the earliest step that was begun."""
+        if not self._pending:
+            raise RunnerError("no decode step was begun")
+        pending = self._pending.popleft()
+        if pending.done is not None:
+            pending.done.synchronize()
+        slot, n = pending.slot, pending.rows
+        logits = slot.logits_rows(pending.num_logits, self.vocab_size).numpy()
+        return Decoded(slot.tokens[:n].numpy(), slot.log_probs[:n].numpy(), logits)
+
+    # ---- decode
+
+    def _run(self, size: int) -> torch.Tensor:
+        """The step of `size` rows, by its graph: logits [size, vocab_size]."""
+        if not self._is_cuda:
+            return self._step(size)
+        captured = self._graphs[size]
+        assert captured.addresses == self._addresses(), "a captured graph's memory has moved"
+        captured.graph.replay()
+        return captured.logits
+
+    def _step(self, size: int) -> torch.Tensor:
+        inputs = {name: tensor[:size] for name, tensor in self._inputs.tensors.items()}
+        logits = self._decoder.decode(
+            inputs["ids"], inputs["positions"], self._tokens[:size], self._caches, self._arrived
+        )
+        chunks = triton.cdiv(self.vocab_size, SCAN_CHUNK)
+        best, total = (torch.empty(size, chunks, dtype=torch.float32, device=self._device) for _ in range(2))
+        where = torch.empty(size, chunks, dtype=torch.int32, device=self._device)
+        self._decoder.launch(
+            sampling.scan_logits, (chunks, size), logits, best, where, total,
+            V=self.vocab_size, CHUNK=SCAN_CHUNK, CHUNKS=chunks, num_warps=4,
+        )  # fmt: skip
+        self._decoder.launch(
+            sampling.draw_tokens, (size,), logits, best, where, total,
+            inputs["temperatures"], inputs["top_ks"], inputs["top_ps"], inputs["min_ps"], inputs["seeds"],
+            inputs["steps"], self._tokens, self._log_probs,
+            V=self.vocab_size, CHUNKS=chunks, BLOCK_CHUNKS=triton.next_power_of_2(chunks), BLOCK=DRAW_BLOCK,
+            num_warps=16,
+        )  # fmt: skip
+        return logits
+
+    # ---- prefill
+
+    def _launch_prefill(self, packed: PackedPrompts) -> torch.Tensor:
+        return self._decoder.prefill(Prompts.of(packed, self._device), self._caches)
+
+    def _replay_prefill(self, chunks: Sequence[PromptChunk], size: int) -> torch.Tensor:
+        captured, prompts = self._prefill_graphs[size]
+        assert captured.addresses == self._addresses(), "a captured graph's memory has moved"
+        prompts.fill(_pack_for_graph(chunks, size))
+        captured.graph.replay()
+        return captured.logits
+
+    # ---- memory and graphs
+
+    def _allocate(self, dtype: torch.dtype) -> None:
+        shape, slots, device = self._shape, self.num_slots, self._device
+        size = (shape.num_layers, slots, shape.num_kv_heads, shape.max_seq_len, shape.head_dim)
+        # Zeros, not empty: a masked position is multiplied by 0, and 0 x NaN is NaN.
+        self._caches = Caches(*(torch.zeros(size, dtype=dtype, device=device) for _ in range(2)))
+        self.cache_bytes = shape.cache_bytes(slots, dtype.itemsize)
+        self._inputs = StepInputs(slots, device)
+        self._tokens = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._log_probs = torch.zeros(slots, dtype=torch.float32, device=device)
+        self._arrived = torch.zeros(slots, shape.num_kv_heads, dtype=torch.int32, device=device)
+        self._slots = deque(StepSlot.make(slots, is_pinned=self._is_cuda) for _ in range(STEPS_IN_FLIGHT))
+
+    def _addresses(self) -> tuple[int, ...]:
+        """Where a graph finds what outlives it."""
+        tensors = (self._caches.keys, self._caches.values, self._inputs.block, self._tokens, self._arrived)
+        return tuple(tensor.data_ptr() for tensor in tensors)
+
+    def _warm_up(self) -> None:
+        """Compile every kernel and capture every graph, so that no request waits for it."""
+        if not self._is_cuda:
+            return
+        self._inputs.tensors["positions"].fill_(-1)
+        pool = torch.cuda.graph_pool_handle()
+        with self._attributed():
+            for size in reversed(captured_sizes(self.num_slots)):
+                self._graphs[size] = self._capture(partial(self._step, size), pool)
+            longest = padded_size(self._prefill_chunk)
+            nothing = [PromptChunk(0, np.zeros(1, np.int64), 0)]
+            for size in (size for size in reversed(PREFILL_SIZES) if size <= longest):
+                prompts = Prompts.of(_pack_for_graph(nothing, size), self._device)
+                captured = self._capture(partial(self._decoder.prefill, prompts, self._caches), pool)
+                self._prefill_graphs[size] = (captured, prompts)
+            self._launch_prefill(pack(nothing, tile=PREFILL_TILE, num_tokens=longest))
+        torch.cuda.synchronize(self._device)
+
+    def _capture(self, run: Callable[[], torch.Tensor], pool: Any) -> _Captured:
+        run()  # compiles
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.current_stream().synchronize()
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+            logits = run()
+        return _Captured(graph, logits, self._addresses())
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream), torch.no_grad():
+            yield
+
+    @contextmanager
+    def _attributed(self) -> Iterator[None]:
+        """Tell a lack of memory from other failures, and leave what was taken for the step."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise OutOfMemoryError(f"the GPU has no memory for this step: {str(error).splitlines()[0]}") from error
+
+
+PREFILL_SIZES = (16, 32, 64, 128, 256, 512)  # captured: there launching would take longer than computing
+
+
+def captured_sizes(num_slots: int) -> list[int]:
+    """The batch sizes that have a graph: 1, 2, 4, 8, then two for each doubling, at most all slots."""
+    sizes = {1, 2, 4} | {base * factor for factor in (1, 2, 4, 8, 16, 32, 64, 128) for base in (8, 12)}
+    return sorted({min(size, num_slots) for size in sizes})
+
+
+def captured_size(n: int, num_slots: int) -> int:
+    """The captured batch size that runs `n` rows."""
+    return next(size for size in captured_sizes(num_slots) if size >= n)
+
+
+def padded_size(num_tokens: int) -> int:
+    """Tokens that a prefill of `num_tokens` computes: few different shapes, and whole tiles."""
+    return max(16, -(-num_tokens // 64) * 64)
+
+
+def _pack_for_graph(chunks: Sequence[PromptChunk], size: int) -> PackedPrompts:
+    return pack(
+        chunks, tile=PREFILL_TILE, num_tokens=size, num_tiles=size // PREFILL_TILE + CAPTURED_CHUNKS,
+        num_logits=CAPTURED_CHUNKS,
+    )  # fmt: skip
+
+
+def _check_device(source: WeightSource, device: torch.device) -> None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY and any(entry.dtype == "F8_E4M3" for entry in source.entries.values()):
+        major, minor = capability
+        raise RunnerError(
+            f"FP8 needs compute capability 8.9 or later, this GPU has {major}.{minor}; build with --precision bf16"
+        )

@@ -1,0 +1,100 @@
+"""A safetensors file: tensors by name, written one after another and read by memory map.
+
+It knows bytes, shapes and dtype names; it knows nothing of models. NumPy holds what NumPy can; E4M3 codes and bfloat16
+travel as raw bytes, so that neither torch nor ml_dtypes is needed here.
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ITEM_BYTES = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4}
+ALIGNMENT = 256  # bytes; of the header's end, and so of everything whose size is a multiple of it
+
+
+class TensorFileError(Exception):
+    """The file is missing, cut short, or not what it says; one line."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor's dtype, by its safetensors name, and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEM_BYTES:
+            raise TensorFileError(f"dtype is {self.dtype!r}, must be one of {', '.join(ITEM_BYTES)}")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the tensor takes."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def write_tensors(path: Path, entries: Mapping[str, TensorEntry], arrays: Iterable[tuple[str, NDArray[Any]]]) -> None:
+    """Write `arrays`, in the order of `entries` and of their very dtypes and shapes, to `path`.
+
+    Raises:
+        TensorFileError: an array is missing, left over, or not as its entry says.
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, entry in entries.items():
+        end = offset + entry.num_bytes
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)  # the format allows spaces behind the header
+    expected = iter(entries.items())
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name, array in arrays:
+            wanted, entry = next(expected, ("nothing more", TensorEntry("F32", ())))
+            if name != wanted or array.shape != entry.shape or array.nbytes != entry.num_bytes:
+                raise TensorFileError(
+                    f"{path}: got {name} {array.dtype} {list(array.shape)}, expected {wanted} {entry}"
+                )
+            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        if (left := next(expected, None)) is not None:
+            raise TensorFileError(f"{path}: {left[0]} was not given")
+
+
+class TensorFile:
+    """A file's tensors, mapped into memory: `entries` by name.
+
+    Raises:
+        TensorFileError: it can't be read, or its header doesn't fit its size.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(min(length, 2**28)))
+            self._data: NDArray[np.uint8] = np.memmap(path, np.uint8, "r", offset=8 + length)
+            self._places = {name: tuple(map(int, entry["data_offsets"])) for name, entry in header.items()}
+            self.entries = {name: TensorEntry(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        except OSError as error:
+            raise TensorFileError(f"{path}: {error.strerror}; build the model again") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TensorFileError(f"{path} is not a tensor file, or was cut short; build the model again") from error
+        for name, (begin, end) in self._places.items():
+            if end - begin != self.entries[name].num_bytes or not 0 <= begin <= end <= len(self._data):
+                raise TensorFileError(f"{path}: {name} doesn't lie where the header says; build the model again")
+
+    def read(self, name: str) -> NDArray[np.uint8]:
+        """The tensor's bytes, flat and read-only."""
+        begin, end = self._places[name]
+        return self._data[begin:end]

@@ -1,0 +1,46 @@
+"""Where the cuda runner's kernels are tested: on a GPU, else under Triton's interpreter on the CPU.
+
+Import this before anything that imports triton.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if find_spec("triton") is None:
+    pytest.skip("triton is not installed: pip install triton", allow_module_level=True)
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+# The interpreter has no bfloat16 products.
+DTYPE = torch.bfloat16 if HAS_GPU else torch.float32
+
+
+def exact_interpreter() -> None:
+    """Make the interpreter round to E4M3 as the hardware does: to nearest, ties to even. It truncates some."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+    if getattr(convert, "is_exact", False):
+        return
+
+    def exact(values: Any, source: Any, target: Any, mode: Any) -> Any:
+        if source == tl.float32 and target == tl.float8e4nv:
+            codes = torch.from_numpy(np.array(values, np.float32)).to(torch.float8_e4m3fn)
+            return codes.view(torch.uint8).numpy()
+        return convert(values, source, target, mode)
+
+    exact.is_exact = True  # type: ignore[attr-defined]
+    interpreter._convert_float = exact
+
+
+if not HAS_GPU:
+    exact_interpreter()

@@ -1,0 +1,77 @@
+"""The decoder in plain torch, float64: what the cuda runner's kernels are measured against."""
+
+from __future__ import annotations
+
+import torch
+
+from ensemble.cuda_layout import E4M3_MAX, MIN_TOKEN_SCALE, DecoderShape
+from ensemble.engine.runners.cuda.weights import WeightSource
+
+CPU = torch.device("cpu")
+
+
+def round_rows(x: torch.Tensor) -> torch.Tensor:
+    """Each row [..., k] through E4M3 by its own scale."""
+    scale = (x.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=MIN_TOKEN_SCALE)
+    codes = (x / scale).float().clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return codes.to(x.dtype) * scale
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * weight."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [n, heads, d], cos and sin [n, d / 2]."""
+    low, high = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+
+
+class Reference:
+    """One sequence at a time, from its first token on, without a cache.
+
+    is_rounded: activations pass E4M3 where the weights are E4M3; without it only the weights are rounded.
+    """
+
+    def __init__(self, shape: DecoderShape, source: WeightSource, *, is_rounded: bool = True) -> None:
+        self.shape, self.source, self.is_rounded = shape, source, is_rounded
+
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        """[len(ids), vocab_size] float64."""
+        shape = self.shape
+        n, d = len(ids), shape.head_dim
+        hidden = self._get("embedding")[torch.tensor(ids)]
+        cos, sin = self._get("rope.cos")[:n], self._get("rope.sin")[:n]
+        mask = torch.full((n, n), float("-inf"), dtype=torch.float64).triu(1)
+        for layer in range(shape.num_layers):
+            prefix = f"layers.{layer}."
+            normed = rms_norm(hidden, self._get(prefix + "attention_norm"), shape.rms_norm_eps)
+            qkv = self._linear(normed, prefix + "qkv")
+            q, k, v = torch.split(qkv, [shape.q_size, shape.kv_size, shape.kv_size], dim=-1)
+            q, k, v = (part.reshape(n, -1, d) for part in (q, k, v))
+            if shape.qk_norm:
+                q = rms_norm(q, self._get(prefix + "q_norm"), shape.rms_norm_eps)
+                k = rms_norm(k, self._get(prefix + "k_norm"), shape.rms_norm_eps)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            k, v = (part.repeat_interleave(shape.num_heads // shape.num_kv_heads, dim=1) for part in (k, v))
+            scores = torch.einsum("qhd,khd->hqk", q, k) * d**-0.5 + mask
+            attended = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).reshape(n, -1)
+            hidden = hidden + self._linear(attended, prefix + "o")
+            normed = rms_norm(hidden, self._get(prefix + "mlp_norm"), shape.rms_norm_eps)
+            gate, up = self._linear(normed, prefix + "gate_up").chunk(2, dim=-1)
+            hidden = hidden + self._linear(torch.nn.functional.silu(gate) * up, prefix + "down")
+        head = self._get("embedding" if shape.tie_word_embeddings else "head")
+        return rms_norm(hidden, self._get("norm"), shape.rms_norm_eps) @ head.T
+
+    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        weight = self._get(f"{name}.weight")
+        if f"{name}.scale" in self.source.entries:
+            weight = weight * self._get(f"{name}.scale")[:, None]
+            x = round_rows(x) if self.is_rounded else x
+        y = x @ weight.T
+        return y + self._get(f"{name}.bias") if f"{name}.bias" in self.source.entries else y
+
+    def _get(self, name: str) -> torch.Tensor:
+        return self.source.load(name, CPU).double()
