@@ -17,8 +17,8 @@ torch = pytest.importorskip("torch")
 from tests.cuda_device import DEVICE, DTYPE, HAS_GPU  # isort: skip  # before triton
 
 from ensemble.cuda_layout import DecoderShape
-from ensemble.engine.runners.base import Draw, DrawingRunner, PromptChunk, RunnerError
-from ensemble.engine.runners.cuda.runner import LAST_TOKEN, CudaRunner, OutOfMemoryError, captured_size, captured_sizes
+from ensemble.engine.runners.base import Draw, DrawingRunner, OutOfMemoryError, PromptChunk, RunnerError
+from ensemble.engine.runners.cuda.runner import LAST_TOKEN, CudaRunner, captured_size, captured_sizes
 from ensemble.engine.runners.cuda.weights import RandomWeights
 from ensemble.tensor_file import TensorEntry
 from tests.cuda_reference import Reference
