@@ -152,7 +152,7 @@ class FakeAcknowledgements:
 
 
 class FakeMetricFamilies:
-    """Stands where pb_utils.MetricFamily does; as Triton's own, a family can't be made twice and a counter can't fall."""
+    """Stands where pb_utils.MetricFamily does: a family is made once, and a counter never falls."""
 
     COUNTER, GAUGE = "counter", "gauge"
 
