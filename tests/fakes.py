@@ -149,3 +149,50 @@ class FakeAcknowledgements:
     def drain(self) -> list[int]:
         received, self.received = self.received, []
         return received
+
+
+class FakeMetricFamilies:
+    """Stands where pb_utils.MetricFamily does: a family is made once, and a counter never falls."""
+
+    COUNTER, GAUGE = "counter", "gauge"
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, str] = {}
+        self.values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+
+    def __call__(self, name: str, description: str, kind: str) -> FakeMetricFamily:
+        assert name not in self.kinds and description and kind in ("counter", "gauge")
+        self.kinds[name] = kind
+        return FakeMetricFamily(self, name)
+
+    def value(self, name: str, **labels: str) -> float:
+        """The value of one series."""
+        return self.values[name, tuple(sorted(labels.items()))]
+
+    def series(self, name: str) -> dict[str, float]:
+        """The values of a family, by their label `le`, in order of their making."""
+        return {dict(labels).get("le", ""): value for (own, labels), value in self.values.items() if own == name}
+
+
+class FakeMetricFamily:
+    def __init__(self, families: FakeMetricFamilies, name: str) -> None:
+        self._families, self._name = families, name
+
+    def Metric(self, labels: dict[str, str]) -> FakeMetric:  # noqa: N802 - Triton's name
+        return FakeMetric(self._families, self._name, labels)
+
+
+class FakeMetric:
+    def __init__(self, families: FakeMetricFamilies, name: str, labels: dict[str, str]) -> None:
+        self._values, self._kind = families.values, families.kinds[name]
+        self._key = (name, tuple(sorted(labels.items())))
+        assert self._key not in self._values
+        self._values[self._key] = 0.0
+
+    def increment(self, value: float) -> None:
+        assert self._kind == "gauge" or value >= 0
+        self._values[self._key] += value
+
+    def set(self, value: float) -> None:
+        assert self._kind == "gauge"
+        self._values[self._key] = value
