@@ -562,7 +562,7 @@ def test_engine_answers_a_request_that_it_can_t_even_read(engine: Any, monkeypat
 
 
 def test_engine_publishes_its_numbers(engine: Any) -> None:
-    families = sys.modules["triton_python_backend_utils"].MetricFamily  # type: ignore[attr-defined]
+    families = sys.modules["triton_python_backend_utils"].MetricFamily
     done = request({contract.INPUT_IDS: PROMPT, contract.MAX_TOKENS: 4})
     engine.execute([done])
     answers(done.sender)

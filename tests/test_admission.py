@@ -136,7 +136,7 @@ def test_a_budget_of_reasoning_where_the_prompt_opened_it_and_where_the_model_ma
 
 
 def test_the_guide_begins_where_the_reasoning_ends(thinking: Path) -> None:
-    options = {"guide_type": "choice", "guide": '["yes"]'}
+    options: dict[str, Any] = {"guide_type": "choice", "guide": '["yes"]'}
     opened = make(thinking, prompt_info=PromptInfo(True), **options).sequences[0]
     assert not opened.is_guided and opened.thinking is not None
     opened.thinking.push(CLOSE)
