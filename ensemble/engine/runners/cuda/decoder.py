@@ -360,7 +360,7 @@ class Decoder:
         self.launch(
             skinny.skinny_gemm, (triton.cdiv(count, bm), triton.cdiv(n, tile.bn), tile.num_parts),
             x.values, self._or_nothing(x.scale), linear.weight, self._or_nothing(linear.scale), parts, count,
-            N=n, K=k, BM=bm, BN=tile.bn, BK=tile.bk, NUM_PARTS=tile.num_parts, FP8=linear.is_fp8,
+            N=n, K=k, BM=bm, BN=tile.bn, BK=tile.row_bytes // linear.weight.element_size(), NUM_PARTS=tile.num_parts, FP8=linear.is_fp8,
             PRECISION=self._precision, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         return Parts(parts)
