@@ -68,7 +68,7 @@ FORMS = list(itertools.product([True, False], [True, False]))
 
 
 @pytest.mark.parametrize(("is_fp8", "has_bias"), FORMS)
-@pytest.mark.parametrize("k", [64, 80])
+@pytest.mark.parametrize("k", [64, 80, 3584])
 def test_a_normed_token_times_a_matrix(k: int, is_fp8: bool, has_bias: bool) -> None:
     d, weights = decoder(), linear("qkv", 50, k, is_fp8=is_fp8, has_bias=has_bias)
     hidden, norm = random(1, k), random(k, seed=5)
@@ -97,10 +97,10 @@ def test_a_normed_token_times_gate_and_up(tile: Gemv, is_fp8: bool, has_bias: bo
 
 
 @pytest.mark.parametrize(("is_fp8", "has_bias"), FORMS)
-@pytest.mark.parametrize("k", [64, 200])  # read whole, and in parts
-def test_a_token_times_a_matrix_is_added_to_the_residual(k: int, is_fp8: bool, has_bias: bool) -> None:
+@pytest.mark.parametrize(("k", "bk"), [(64, 128), (200, 128), (3584, 4096)])  # read whole, in parts, and with a gap
+def test_a_token_times_a_matrix_is_added_to_the_residual(k: int, bk: int, is_fp8: bool, has_bias: bool) -> None:
     d, weights = decoder(), linear("o", 50, k, is_fp8=is_fp8, has_bias=has_bias)
-    d.plan = replace(FAST, gemv=FAST.gemv | {"o": Gemv(bn=8, num_warps=4, bk=128)})
+    d.plan = replace(FAST, gemv=FAST.gemv | {"o": Gemv(bn=4, num_warps=4, bk=bk)})
     x, hidden = random(1, k), random(1, 50, seed=6)
     wanted = hidden.double() + rounded(x, weights) @ matrix(weights).T
     wanted = wanted + (0 if weights.bias is None else weights.bias.double())

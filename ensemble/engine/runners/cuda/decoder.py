@@ -232,7 +232,7 @@ class Decoder:
         self.launch(
             gemv.norm_gemv, (triton.cdiv(n, tile.bn),),
             hidden, norm, linear.weight, self._or_nothing(linear.scale), self._or_nothing(linear.bias), out, zero,
-            self.shape.rms_norm_eps,
+            self.shape.rms_norm_eps, k,
             N=n, K=k, BN=tile.bn, BK=triton.next_power_of_2(k), FP8=linear.is_fp8,
             HAS_BIAS=linear.bias is not None, num_warps=tile.num_warps,
         )  # fmt: skip
@@ -243,7 +243,7 @@ class Decoder:
         self.launch(
             gemv.norm_gemv_silu, (self._programs(tile.programs, n, tile.bn),),
             hidden, norm, linear.weight, self._or_nothing(linear.scale), self._or_nothing(linear.bias), out,
-            self._mlp_amax, self._attention_amax, self.shape.rms_norm_eps,
+            self._mlp_amax, self._attention_amax, self.shape.rms_norm_eps, k,
             N=n, K=k, BN=tile.bn, BK=triton.next_power_of_2(k), STAGES=tile.stages, FP8=linear.is_fp8,
             HAS_BIAS=linear.bias is not None, num_warps=tile.num_warps,
         )  # fmt: skip
@@ -253,10 +253,9 @@ class Decoder:
         tile = self.plan.gemv[linear.name]
         self.launch(
             gemv.residual_gemv, (triton.cdiv(n, tile.bn),),
-            x, amax, linear.weight, self._or_nothing(linear.scale), self._or_nothing(linear.bias), hidden,
+            x, amax, linear.weight, self._or_nothing(linear.scale), self._or_nothing(linear.bias), hidden, k,
             N=n, K=k, BN=tile.bn, BK=min(tile.bk, triton.next_power_of_2(k)),
-            FP8=linear.is_fp8, HAS_BIAS=linear.bias is not None,
-            num_warps=tile.num_warps,
+            FP8=linear.is_fp8, HAS_BIAS=linear.bias is not None, num_warps=tile.num_warps,
         )  # fmt: skip
 
     def _programs(self, per_processor: int, n: int, bn: int) -> int:
@@ -360,8 +359,9 @@ class Decoder:
         self.launch(
             skinny.skinny_gemm, (triton.cdiv(count, bm), triton.cdiv(n, tile.bn), tile.num_parts),
             x.values, self._or_nothing(x.scale), linear.weight, self._or_nothing(linear.scale), parts, count,
-            N=n, K=k, BM=bm, BN=tile.bn, BK=tile.bk, NUM_PARTS=tile.num_parts, FP8=linear.is_fp8,
-            PRECISION=self._precision, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            N=n, K=k, BM=bm, BN=tile.bn, BK=tile.row_bytes // linear.weight.element_size(),
+            NUM_PARTS=tile.num_parts, FP8=linear.is_fp8, PRECISION=self._precision, num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )  # fmt: skip
         return Parts(parts)
 

@@ -27,11 +27,11 @@ class Gemv:
 
 @dataclass(frozen=True)
 class Skinny:
-    """A few rows: tiles of `bn` weight rows, the inner dimension split into `num_parts`."""
+    """A few rows: tiles of `bn` weight rows and `row_bytes` of each, the inner dimension split into `num_parts`."""
 
     num_parts: int
     bn: int = 64
-    bk: int = 128
+    row_bytes: int = 256
     num_warps: int = 4
     num_stages: int = 4
 
@@ -63,11 +63,11 @@ class Plan:
 
 MAX_SPLITS = 32
 SKINNY = {
-    "qkv": Skinny(num_parts=4, bk=256),
-    "o": Skinny(num_parts=4, bk=256),
-    "gate_up": Skinny(num_parts=1, bk=256),
-    "down": Skinny(num_parts=7, bk=256),
-    "head": Skinny(num_parts=1, bk=64),
+    "qkv": Skinny(num_parts=4),
+    "o": Skinny(num_parts=4),
+    "gate_up": Skinny(num_parts=1),
+    "down": Skinny(num_parts=7),
+    "head": Skinny(num_parts=1, row_bytes=128),
 }
 FAST = Plan(
     gemv={

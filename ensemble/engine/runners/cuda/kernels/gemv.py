@@ -12,6 +12,8 @@ import triton.language as tl
 
 from ensemble.engine.runners.cuda.kernels.common import begin, to_codes, token_scale, wait
 
+# `columns` is K, but not known to the compiler: ptxas (CUDA 12.8) packs two pairs of equal constants into E4M3 codes
+# wrongly, and where it sees that the columns behind K are zeros, their codes become whatever a register holds, even NaN.
 VECTOR = tl.constexpr(16)  # elements of a row that one thread holds side by side
 
 
@@ -63,6 +65,7 @@ def norm_gemv(
     out,  # [N] float32
     zero,  # [1] float32, set to 0: a later kernel raises it to its largest magnitude
     eps,
+    columns,
     N: tl.constexpr,
     K: tl.constexpr,
     BN: tl.constexpr,
@@ -76,10 +79,10 @@ def norm_gemv(
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     w = _rows(weight, n, k, N, K)
     row_scale, shift = _affine(weight_scale, bias, n, N, FP8, HAS_BIAS)
-    norm = tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32)
+    norm = tl.load(norm_weight + k, mask=k < columns, other=0.0).to(tl.float32)
     begin(PDL)
     wait(PDL)
-    x, scale = _normed(hidden, norm, k, k < K, eps, K, FP8)
+    x, scale = _normed(hidden, norm, k, k < columns, eps, K, FP8)
     tl.store(out + n, _dot(w, x) * (row_scale * scale) + shift, mask=n < N)
     if tl.program_id(0) == 0:
         tl.store(zero, 0.0)
@@ -96,6 +99,7 @@ def norm_gemv_silu(
     amax,  # [1] float32, raised to the largest |out|
     zero,  # [1] float32, set to 0
     eps,
+    columns,
     N: tl.constexpr,
     K: tl.constexpr,
     BN: tl.constexpr,
@@ -113,10 +117,10 @@ def norm_gemv_silu(
     gate_w, up_w = _rows(weight, n, k, N, K), _rows(up_weight, n, k, N, K)
     gate_scale, gate_shift = _affine(weight_scale, bias, n, N, FP8, HAS_BIAS)
     up_scale, up_shift = _affine(weight_scale + N, bias + N, n, N, FP8, HAS_BIAS)
-    norm = tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32)
+    norm = tl.load(norm_weight + k, mask=k < columns, other=0.0).to(tl.float32)
     begin(PDL)
     wait(PDL)
-    x, scale = _normed(hidden, norm, k, k < K, eps, K, FP8)
+    x, scale = _normed(hidden, norm, k, k < columns, eps, K, FP8)
     gate = _dot(gate_w, x) * (gate_scale * scale) + gate_shift
     y = gate * tl.sigmoid(gate) * (_dot(up_w, x) * (up_scale * scale) + up_shift)
     tl.store(out + n, y, mask=n < N)
@@ -145,6 +149,7 @@ def residual_gemv(
     weight_scale,  # [N] float32
     bias,  # [N] float32
     hidden,  # [N] float32, added to
+    columns,
     N: tl.constexpr,
     K: tl.constexpr,
     BN: tl.constexpr,
@@ -167,7 +172,7 @@ def residual_gemv(
     for first in range(0, K, BK):
         if BK < K:
             w_next = _rows(weight, n, first + BK + k, N, K)
-        value = tl.load(x + first + k, mask=first + k < K, other=0.0).to(tl.float32)
+        value = tl.load(x + first + k, mask=first + k < columns, other=0.0).to(tl.float32)
         if FP8:
             value = to_codes(value, scale).to(tl.float32)
         # Added up within each thread; between threads once, at the end.
