@@ -3,7 +3,7 @@
 Every judge sees the same held-out payments (benchmarks/payments.py). The language model is asked through a running
 tritonserver: with the prompt alone, with examples in the prompt, calibrated, and with a linear head on its hidden state
 that was fitted on the same training records as the logistic regression.
-    python -m benchmarks.fraud [--train 800] [--test 300]
+    python -m benchmarks.fraud [--train 600] [--test 240]
 writes benchmarks/results/fraud.json and prints the table.
 """
 
@@ -41,7 +41,7 @@ A card payment is screened for fraud.
 Payment: {text}
 This payment is"""
 FEW_SHOT_EXAMPLES = 4
-FEW_SHOT_TRAIN = 80  # of the training records: a bias needs no more, and each costs half a second
+FEW_SHOT_TRAIN = 60  # of the training records: a bias needs no more, and each costs half a second
 Probabilities = NDArray[Any]
 
 
@@ -98,8 +98,8 @@ def through_triton(template: str, train: Sequence[Payment], test: Sequence[Payme
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--train", type=int, default=800, help="training records")
-    parser.add_argument("--test", type=int, default=300, help="held-out records")
+    parser.add_argument("--train", type=int, default=600, help="training records")
+    parser.add_argument("--test", type=int, default=240, help="held-out records")
     arguments = parser.parse_args(argv)
     train, test = make_payments(arguments.train, SEED), make_payments(arguments.test, SEED + 1)
     truth, known = (np.array([payment.is_fraud for payment in part], int) for part in (test, train))
