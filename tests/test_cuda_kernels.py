@@ -1,6 +1,6 @@
 """Each kernel against float64 on fresh random inputs: on a GPU where there is one, else interpreted."""
 
-# ruff: noqa: E402  # without torch or triton the file is skipped before it imports what needs them
+# without triton the file is skipped before it imports what needs it
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
-
-torch = pytest.importorskip("torch")
 
 from tests.cuda_device import DEVICE, DTYPE, HAS_GPU  # isort: skip  # before triton
 

@@ -1,6 +1,6 @@
 """The cuda runner as the engine uses it: against float64, batch against single, every slot, the context's end."""
 
-# ruff: noqa: E402  # without torch or triton the file is skipped before it imports what needs them
+# without triton the file is skipped before it imports what needs it
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
-
-torch = pytest.importorskip("torch")
 
 from tests.cuda_device import DEVICE, DTYPE, HAS_GPU  # isort: skip  # before triton
 
@@ -47,8 +46,8 @@ class Biased(RandomWeights):
         return super().load(name, DEVICE).to(device)
 
 
-def make(shape: DecoderShape = SHAPE, *, is_fp8: bool = True, num_slots: int = 5, **options: Any) -> CudaRunner:
-    options = {"dtype": DTYPE, "device": str(DEVICE), "prefill_chunk": 64} | options
+def make(shape: DecoderShape = SHAPE, *, is_fp8: bool = True, num_slots: int = 5, **more: Any) -> CudaRunner:
+    options: dict[str, Any] = {"dtype": DTYPE, "device": str(DEVICE), "prefill_chunk": 64, **more}
     return CudaRunner(Biased(shape, is_fp8=is_fp8), shape, num_slots=num_slots, **options)
 
 
@@ -238,7 +237,7 @@ class TestGpu:
         def fails(*arguments: object) -> torch.Tensor:
             return torch.empty(2**50, dtype=torch.uint8, device="cuda")
 
-        decoder_prefill, runner._decoder.prefill = runner._decoder.prefill, fails  # type: ignore[method-assign]
+        decoder_prefill, runner._decoder.prefill = runner._decoder.prefill, fails  # type: ignore[method-assign, assignment]
         with pytest.raises(OutOfMemoryError, match="no memory for this step"):
             runner.prefill(1, text, 0)
         runner._decoder.prefill, runner._prefill_graphs = decoder_prefill, original  # type: ignore[method-assign]

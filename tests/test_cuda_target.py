@@ -9,6 +9,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from builders.calibrate import calibrate
 from builders.checkpoint import open_checkpoint
@@ -24,6 +25,7 @@ from ensemble.settings import EngineSettings
 from ensemble.tensor_file import TensorEntry, TensorFile, TensorFileError, write_tensors
 from tests.checkpoints import make_checkpoint, make_tokenizer
 
+Array = NDArray[np.float32]
 ENTRIES = {"a": TensorEntry("F32", (2, 3)), "b": TensorEntry("BF16", (4,)), "c": TensorEntry("F8_E4M3", (0,))}
 ARRAYS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -80,7 +82,7 @@ def test_a_shape_survives_the_manifest() -> None:
 @pytest.mark.parametrize(("field", "value"), [("num_heads", 3), ("hidden_size", 0), ("max_seq_len", 1)])
 def test_an_impossible_shape_is_refused(field: str, value: int) -> None:
     with pytest.raises(LayoutError, match=field):
-        replace(SHAPE, **{field: value})
+        replace(SHAPE, **{field: value})  # type: ignore[arg-type]
 
 
 def test_missing_and_wrong_tensors_are_named() -> None:
@@ -95,15 +97,16 @@ def test_missing_and_wrong_tensors_are_named() -> None:
 
 
 def bfloat16(
-    array: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    array: Array,
+) -> Array:
     return array.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
-def read(file: TensorFile, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def read(file: TensorFile, name: str) -> Array:
     dtypes = {"BF16": ml_dtypes.bfloat16, "F32": np.float32, "F8_E4M3": ml_dtypes.float8_e4m3fn}
     entry = file.entries[name]
-    return file.read(name).view(dtypes[entry.dtype]).reshape(entry.shape).astype(np.float32)
+    found: Array = file.read(name).view(dtypes[entry.dtype]).reshape(entry.shape).astype(np.float32)
+    return found
 
 
 @pytest.mark.parametrize("option", ["qwen2", "qwen3", "llama-biases", "llama-mha-tied"])

@@ -350,7 +350,7 @@ def test_limits_of_the_sequence_length(sound: tuple[Path, Path], tmp_path: Path)
         ({"name": ".."}, "name is '..'"),
         ({"name": "-x"}, "name is '-x'"),
         ({"name": "a b"}, "name is 'a b'"),
-        ({"target": "cuda"}, "target is 'cuda'; supported: onnx"),
+        ({"target": "abacus"}, "target is 'abacus'; supported: onnx"),
         ({"precision": "fp7"}, "precision is 'fp7'; supported: fp32, fp16"),
     ],
 )

@@ -147,8 +147,8 @@ def test_greedy_decoding_gets_one_token_a_row(graphs: dict[str, Path]) -> None:
     network.parse(read_graph(graphs["fp16"]), graphs["fp16"])
     network.add_best_token()
     outputs = network.outputs()
-    found = {name: (tuple(outputs[name].shape), outputs[name].dtype.name) for name in ("best_id", "best_logit")}
-    assert found == {"best_id": ((-1, 1), "INT32"), "best_logit": ((-1, 1), "FLOAT")}
+    found = {name: (tuple(outputs[name].shape), outputs[name].dtype.name) for name in ("best_id", "best_log_prob")}
+    assert found == {"best_id": ((-1, 1), "INT32"), "best_log_prob": ((-1, 1), "FLOAT")}
 
 
 def inputs_of(network: Any, api: Any, name: str) -> set[str]:

@@ -102,6 +102,8 @@ class Admission:
             raise OptionError(f"end_id is {params.end_id}, the model has {self._vocab_size} tokens")
         if params.end_id is not None and options.guide_type is not None:
             raise OptionError("end_id can't be given with guided decoding: the guide says where the text ends")
+        if params.min_tokens and options.guide_type is not None:
+            raise OptionError("min_tokens can't be given with guided decoding: the guide says where the text ends")
         head = None
         if info is not None:
             head = Head(info, tuple(prompt_ids.tolist()) if options.echoes_prompt else ())

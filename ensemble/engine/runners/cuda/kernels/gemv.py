@@ -13,7 +13,7 @@ import triton.language as tl
 from ensemble.engine.runners.cuda.kernels.common import begin, to_codes, token_scale, wait
 
 # `columns` is K, but not known to the compiler: ptxas (CUDA 12.8) packs two pairs of equal constants into E4M3 codes
-# wrongly, and where it sees that the columns behind K are zeros, their codes become whatever a register holds, even NaN.
+# wrongly: where it sees that the columns behind K are zeros, their codes become what some register holds, even NaN.
 VECTOR = tl.constexpr(16)  # elements of a row that one thread holds side by side
 
 
