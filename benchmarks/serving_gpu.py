@@ -104,7 +104,8 @@ async def stream(stub: Any, name: str, prompt: str, num_tokens: int) -> list[tup
 
 async def through_triton(url: str, name: str) -> dict[str, Any]:
     """The same figures as the runner's own, seen by a client."""
-    between, rates = [], {n: [] for n in STREAMS}
+    between: list[float] = []
+    rates: dict[int, list[float]] = {n: [] for n in STREAMS}
     async with grpc.aio.insecure_channel(url) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         for number in range(ROUNDS + 1):  # the first warms up
