@@ -18,16 +18,18 @@ from ensemble.contract import FinishReason
 class PromptInfo:
     """How the answer to a prompt is to be read.
 
-    is_reasoning_open: None: reasoning stays in the text; True: the prompt ends inside an open `<think>`.
+    is_reasoning_open: whether the prompt ends inside an open `<think>`; None: the model knows no reasoning.
     has_tools: whether the prompt offered tools, so that calls are looked for.
+    separates_reasoning: whether the client wants it apart from the text.
     """
 
     is_reasoning_open: bool | None = None
     has_tools: bool = False
+    separates_reasoning: bool = True
 
     def to_json(self) -> str:
         """One line of JSON."""
-        return json.dumps([self.is_reasoning_open, self.has_tools])
+        return json.dumps([self.is_reasoning_open, self.has_tools, self.separates_reasoning])
 
     @classmethod
     def from_json(cls, text: str | bytes) -> PromptInfo:
@@ -42,11 +44,11 @@ class PromptInfo:
             values = None
         if (
             not isinstance(values, list)
-            or len(values) != 2
+            or len(values) != 3
             or not all(v is None or v is True or v is False for v in values)
         ):
             raise ValueError(f"prompt_info is {text[:40]!r}, must be what the tokenizer gives; leave it out")
-        return cls(values[0], bool(values[1]))
+        return cls(values[0], bool(values[1]), bool(values[2]))
 
 
 @dataclass(frozen=True)

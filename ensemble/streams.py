@@ -48,7 +48,7 @@ class Stream:
         text, channels = sequence.push(update)
         outputs[contract.TEXT_OUTPUT].append((text + channels.text).encode())
         outputs[contract.FINISH_REASON].append((update.finish_reason or "").encode())
-        if self._head.info.is_reasoning_open is not None:
+        if sequence.has_reasoning:
             outputs.setdefault(contract.REASONING_OUTPUT, []).append(channels.reasoning.encode())
         if sequence.has_tools:
             calls = [delta.as_openai() for delta in channels.tool_calls]
@@ -67,7 +67,9 @@ class _Sequence:
         self._echo = self._detokenizer.push(head.echo) if head.echo else ""
         tool_format = tokenizer.tool_format if head.info.has_tools else None
         self.has_tools = tool_format is not None
-        self._channels = ChannelSplitter(head.info.is_reasoning_open, tool_format)
+        is_reasoning_open = head.info.is_reasoning_open if head.info.separates_reasoning else None
+        self.has_reasoning = is_reasoning_open is not None
+        self._channels = ChannelSplitter(is_reasoning_open, tool_format)
 
     def push(self, update: Update) -> tuple[str, Channels]:
         """The prompt's text, once, where it is wanted; and what the update adds to each channel."""

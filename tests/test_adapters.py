@@ -170,7 +170,8 @@ def test_tokenizer_encodes_text_and_messages(tokenizer: Any) -> None:
     text, chat = tokenizer.execute(requests)
     for response in (text, chat):
         check_outputs(response, contract.TOKENIZER.outputs)
-        assert info_of(response) == PromptInfo()
+    assert info_of(text) == PromptInfo(is_reasoning_open=False, separates_reasoning=False)
+    assert info_of(chat) == PromptInfo()
     assert text.tensors["input_ids"].shape == (1, 2)
     assert chat.tensors["input_ids"].shape == (1, len("user: hi\n"))
 
@@ -204,8 +205,8 @@ def test_tokenizer_answers_a_bad_request_and_the_others_beside_it(
 @pytest.mark.parametrize(
     ("text", "separates", "is_open"),
     [
-        (b"a<think>\n", None, None),
-        (b"a<think>\n", False, None),
+        (b"a<think>\n", None, True),
+        (b"a<think>\n", False, True),
         (b"a<think>\n", True, True),
         (b"a", True, False),
     ],
@@ -217,7 +218,7 @@ def test_a_text_s_reasoning_is_told_apart_where_the_client_says_so(
     if separates is not None:
         values[contract.SEPARATE_REASONING] = separates
     (response,) = tokenizer.execute([request(values)])
-    assert info_of(response) == PromptInfo(is_open)
+    assert info_of(response) == PromptInfo(is_open, separates_reasoning=bool(separates))
 
 
 def test_tokenizer_faults_cost_one_request(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def test_the_ids_travel_in_their_own_tensor_one_behind_the_other() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "5", "null", "[]", "[null]", "[1, 0]", '["x", true]', "[true, true, true]", "[" * 100_000]
+    "text", ["", "{", "5", "null", "[]", "[null]", "[1, 0]", '["x", true]', "[true, true, true, true]", "[" * 100_000]
 )
 def test_what_a_direct_client_sends_as_prompt_info_is_checked(text: str) -> None:
     with pytest.raises(

@@ -65,10 +65,10 @@ class TritonPythonModel:
                 raise RequestError("enable_thinking is for messages: with text_input, the text decides")
             return self._tokenizer.encode(text), _text_info(text, bool(separate_reasoning))
         chat = self._tokenizer.encode_chat(messages, enable_thinking)
-        is_reasoning_open = None if separate_reasoning is False else chat.is_reasoning_open
-        return chat.ids, PromptInfo(is_reasoning_open, chat.has_tools)
+        return chat.ids, PromptInfo(chat.is_reasoning_open, chat.has_tools, separate_reasoning is not False)
 
 
 def _text_info(text: bytes, separates_reasoning: bool) -> PromptInfo:
     """A text that is continued as it is keeps its reasoning in it, unless the client says otherwise."""
-    return PromptInfo(opens_reasoning(utf8_text(text, contract.TEXT_INPUT.name)) if separates_reasoning else None)
+    is_open = opens_reasoning(utf8_text(text, contract.TEXT_INPUT.name))
+    return PromptInfo(is_open, separates_reasoning=separates_reasoning)
