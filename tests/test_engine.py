@@ -540,6 +540,34 @@ def test_what_is_ready_is_sent_while_the_runner_computes() -> None:
     assert sent == [1, 2, 3], "before each step ends, the tokens of those before have gone out"
 
 
+def test_sending_never_takes_longer_than_the_step_that_runs_meanwhile() -> None:
+    class SlowSink(FakeSink):
+        def send(self, request: Request, updates: Any) -> None:
+            engine.now += 0.001  # of the 0.01 that a step takes
+            super().send(request, updates)
+
+    class SteadyRunner(DrawingFakeRunner):
+        def finish_decode(self) -> Any:
+            engine.now = max(engine.now, started[-1] + 0.01)
+            return super().finish_decode()
+
+        def start_decode(self, *arguments: Any) -> None:
+            started.append(engine.now)
+            super().start_decode(*arguments)
+
+    started: list[float] = []
+    engine = Engine(SteadyRunner(num_slots=24, max_seq_len=200))
+    sinks = [engine.submit([n], sink=SlowSink(), max_tokens=100) for n in range(1, 25)]
+    engine.loop._receive()
+    while engine.loop._requests:
+        engine.loop.step()
+    intervals = np.diff(started[30:])
+    assert np.median(intervals) < 0.0115, "sending to all would take 0.024"
+    for n, sink in enumerate(sinks, 1):
+        assert sink.ids == expected_tokens([n], 100)
+        assert len(sink.responses) > 20, "nobody is left out"
+
+
 def test_cancelling_while_a_step_runs_leaves_the_others_alone() -> None:
     class CancellingRunner(DrawingFakeRunner):
         def start_decode(self, *arguments: Any) -> None:

@@ -23,6 +23,11 @@ class PrefillBudget:
         self._tokens = float(min(FIRST_TOKENS, chunk))
         self._decode_s = 0.0
 
+    @property
+    def decode_s(self) -> float:
+        """How long a step's decode usually takes, in seconds; 0 before the first."""
+        return self._decode_s
+
     def tokens(self, *, is_decoding: bool) -> int:
         """The most tokens of prompts for the next step."""
         return int(self._tokens) if is_decoding else self._chunk
