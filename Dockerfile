@@ -51,4 +51,5 @@ SHELL ["/bin/sh", "-c"]
 CMD restricted="shared-memory,model-config,model-repository,statistics,trace,logging"; \
     key="x-triton-admin=${TRITON_ADMIN_KEY:-$(cat /proc/sys/kernel/random/uuid)}"; \
     exec tritonserver --model-repository=/models --disable-auto-complete-config --exit-timeout-secs=10 \
+    --grpc-keepalive-time=1000 --grpc-keepalive-timeout=1000 --grpc-http2-max-pings-without-data=0 \
     --http-restricted-api="$restricted:$key" --grpc-restricted-protocol="$restricted:$key"

@@ -28,8 +28,8 @@ LONG = "1 2 3 4 5 6 7 8"  # counting goes on to the context's end
 LIMIT_S = 1.0 + PUBLISH_S + 0.75
 
 
-@pytest.fixture
-def beside(server: TritonServer) -> Iterator[None]:
+@contextmanager
+def stream_beside(server: TritonServer) -> Iterator[None]:
     """A stream that runs meanwhile and must come out whole."""
     request = GenerateRequest(prompt="A short text about the sea:", max_tokens=150)
     texts: list[str] = []
@@ -45,6 +45,12 @@ def beside(server: TritonServer) -> Iterator[None]:
     thread.join()
     with GrpcClient(server.grpc_url, NAME, TIMEOUT_S) as client:
         assert texts == [client.generate(request).text]
+
+
+@pytest.fixture
+def beside(server: TritonServer) -> Iterator[None]:
+    with stream_beside(server):
+        yield
 
 
 @contextmanager
@@ -102,6 +108,8 @@ from clients.api import GenerateRequest
 from clients.connect import connect
 protocol, url, is_streamed = sys.argv[1:]
 with connect(protocol, {name!r}, url) as client:
+    print("ready", client.is_ready(), flush=True)
+    sys.stdin.readline()
     request = GenerateRequest(prompt={prompt!r})
     if is_streamed == "streamed":
         for chunk in client.stream(request):
@@ -113,30 +121,32 @@ with connect(protocol, {name!r}, url) as client:
 
 @contextmanager
 def client_process(server: TritonServer, protocol: str, kind: str) -> Iterator[subprocess.Popen[str]]:
-    """Another process that has a request running."""
+    """Another process whose request runs, and a stream beside it."""
     url = server.grpc_url if protocol == "grpc" else server.http_url
     program = PROGRAM.format(name=NAME, prompt=LONG)
     process = subprocess.Popen(
-        [sys.executable, "-c", program, protocol, url, kind],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
+        [sys.executable, "-c", program, protocol, url, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
+    assert process.stdin is not None and process.stdout is not None
     try:
-        wait_until(server, 20, slots_used=2)
-        yield process
+        assert process.stdout.readline() == "ready True\n"  # starting may take long: the stream must not end meanwhile
+        with stream_beside(server):
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            wait_until(server, 10, slots_used=2)
+            yield process
     finally:
         process.kill()
         process.communicate()
 
 
 @pytest.mark.parametrize(("protocol", "kind"), [("grpc", "streamed"), ("grpc", "whole"), ("http", "streamed")])
-def test_a_killed_client(server: TritonServer, beside: None, protocol: str, kind: str) -> None:
-    with one_more_is_cancelled(server), client_process(server, protocol, kind) as process:
+def test_a_killed_client(server: TritonServer, protocol: str, kind: str) -> None:
+    with client_process(server, protocol, kind) as process, one_more_is_cancelled(server):
         process.send_signal(signal.SIGKILL)
 
 
-def test_a_grpc_client_that_is_frozen(server: TritonServer, beside: None) -> None:
+def test_a_grpc_client_that_is_frozen(server: TritonServer) -> None:
     # It answers no ping: the server closes its connection (ensemble/server.py's keepalive).
     with client_process(server, "grpc", "streamed") as process, one_more_is_cancelled(server, LIMIT_S + 1.0):
         process.send_signal(signal.SIGSTOP)

@@ -229,8 +229,9 @@ import importlib, importlib.util, pkgutil, sys, types
 sys.modules["triton_python_backend_utils"] = types.ModuleType("triton_python_backend_utils")
 import ensemble
 for module in pkgutil.walk_packages(ensemble.__path__, "ensemble."):
-    importlib.import_module(module.name)
-    print(module.name)
+    if not module.name.startswith("ensemble.engine.runners.cuda."):  # it needs torch, which this image leaves out
+        importlib.import_module(module.name)
+        print(module.name)
 for absent in sys.argv[1:]:
     assert importlib.util.find_spec(absent) is None, f"{absent} is installed"
 """
@@ -255,7 +256,8 @@ def test_serve_imports_every_module_of_the_models_and_has_nothing_else(serve: Im
     imported = serve.run("python", "-c", IMPORT_EVERYTHING, *absent).split()
     sources = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / "ensemble").rglob("*.py"))
     modules = {".".join(path.parts).removesuffix(".__init__") for path in sources}
-    assert set(imported) == modules - {"ensemble"}
+    with_torch = {name for name in modules if name.startswith("ensemble.engine.runners.cuda.")}
+    assert with_torch and set(imported) == modules - with_torch - {"ensemble"}
 
 
 def test_serve_runs_the_model_with_the_numpy_that_it_gets(serve: Image, smollm2_repository: Path) -> None:
