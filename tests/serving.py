@@ -41,6 +41,14 @@ def wait_until(server: TritonServer, limit_s: float, **wanted: float) -> float:
         time.sleep(0.02)
 
 
+def wait_for_slots(server: TritonServer, at_most: int) -> None:
+    """Wait until so few slots are used; the numbers of one publication are not all published at one time."""
+    deadline = time.monotonic() + 4 * PUBLISH_S
+    while (used := metrics(server)["slots_used"]) > at_most:
+        assert time.monotonic() < deadline, f"{used} slots are used, {at_most} at most should be"
+        time.sleep(0.02)
+
+
 def infer_request(request_id: str = "", **values: Any) -> service_pb2.ModelInferRequest:
     """A request of the served model over gRPC: text, bool, int (INT32) and float (FP32) inputs."""
     request = service_pb2.ModelInferRequest(model_name=NAME, id=request_id)
