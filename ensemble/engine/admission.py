@@ -24,8 +24,6 @@ from ensemble.settings import EngineSettings
 from ensemble.stop_words import StopMatcher
 from ensemble.text import Tokenizer
 
-MAX_TIMEOUT_MS = 2**31 - 1
-
 
 class OptionError(ValueError):
     """An option has a value that it can't have, or that the model has no use for; one line for the client."""

@@ -105,9 +105,7 @@ def _choose(sequence: TokenSequence, logits: Logits, mask: NDArray[np.uint32] | 
                 sequence.bad_words.push(forced)
             return sequence.sampler.force(forced, logits)
         return choose(sequence.sampler, sequence.bad_words, logits, mask)
-    except (
-        Exception
-    ) as error:  # a SamplingError, or whatever a client's words make of an odd token: its sequence's alone
+    except Exception as error:  # a SamplingError, or whatever a client's words make of an odd token: this one's alone
         return error
 
 

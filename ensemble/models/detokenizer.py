@@ -59,15 +59,15 @@ class TritonPythonModel:
         sender = request.get_response_sender()
         try:
             progress = _read(request)
-            if progress.updates:
-                sender.send(_response(self._outputs(progress)))
+            response = _response(self._outputs(progress)) if progress.updates else None
         except Exception as error:
             log.error("a response of the engine can't be read", exc_info=error)
             message = f"output_ids and progress must be what the engine gives: {one_line(error)}"
             invalid = pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG)
             sender.send(pb_utils.InferenceResponse(error=invalid), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             return None
-        sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        sent = () if response is None else (response,)
+        sender.send(*sent, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)  # one call: each crosses processes
         return progress.stream_id
 
     def _outputs(self, progress: Progress) -> Outputs:
