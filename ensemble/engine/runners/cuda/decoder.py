@@ -6,6 +6,7 @@ waits, and nothing depends on a value on the device, so that a call can be captu
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -15,10 +16,14 @@ import torch
 import triton
 
 from ensemble.cuda_layout import DecoderShape
+from ensemble.engine.runners.cuda.decode_one import DecodeOne, LayerTensors, reason_against
 from ensemble.engine.runners.cuda.kernels import attention, gemv, rows, skinny
+from ensemble.engine.runners.cuda.nvrtc import CompileError
 from ensemble.engine.runners.cuda.plan import Plan
 from ensemble.engine.runners.cuda.prompts import PackedPrompts
 from ensemble.engine.runners.cuda.weights import WeightSource
+
+log = logging.getLogger(__name__)
 
 LOG2_E = 1.0 / math.log(2.0)
 DECODE_BLOCK = 64  # cached positions that decode attention reads at a time
@@ -138,6 +143,7 @@ class Decoder:
         self._nothing = torch.zeros(1, dtype=torch.float32, device=device)
         self._attention_amax = torch.zeros(1, dtype=torch.float32, device=device)
         self._mlp_amax = torch.zeros(1, dtype=torch.float32, device=device)
+        self._one: DecodeOne | None = None
 
     def _load(self, source: WeightSource) -> None:
         def load(name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -181,10 +187,39 @@ class Decoder:
             positions: [n] int64, where each token goes; negative: the row has none, and its logits mean nothing.
             arrived: [slots, kv_heads] int32 zeros, and zeros again afterwards.
         """
+        if len(ids) == 1 and self._one is not None:
+            return self._one(ids, positions, last_tokens)
         hidden = self._embed(ids, last_tokens)
         if len(ids) == 1 and self.plan.gemv:
             return self._decode_one(hidden, positions, caches, arrived)
         return self._decode_many(hidden, positions, caches, arrived)
+
+    def prepare(self, caches: Caches) -> None:
+        """Compile the single kernel of batch 1 for these caches, if it can run here; else batch 1 takes several."""
+        matrices = [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        reason = (
+            "the plan has no kernels for one row"
+            if not self.plan.gemv
+            else reason_against(self.shape, [linear.is_fp8 for linear in matrices], self.device, self.dtype)
+        )
+        if reason is None:
+            layers = [
+                LayerTensors(
+                    layer.attention_norm, layer.mlp_norm, layer.qk_norms,
+                    [(m.weight, m.scale, m.bias) for m in (layer.qkv, layer.o, layer.gate_up, layer.down)],
+                    caches.keys[index, 0], caches.values[index, 0],
+                )
+                for index, layer in enumerate(self.layers)
+            ]  # fmt: skip
+            try:
+                self._one = DecodeOne(
+                    self.shape, layers, embedding=self.embedding, norm=self.norm, head=self.head.weight,
+                    cos=self.cos, sin=self.sin, is_fp8=matrices[0].is_fp8,
+                )  # fmt: skip
+            except CompileError as error:
+                reason = str(error)
+        if reason is not None:
+            log.info("batch 1 runs by several kernels: %s", reason)
 
     def prefill(self, prompts: Prompts, caches: Caches) -> torch.Tensor:
         """Several slots' chunks, packed: logits [len(last_rows), vocab_size] float32 of their last tokens."""

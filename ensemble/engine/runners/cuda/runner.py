@@ -109,6 +109,7 @@ class CudaRunner:
                 chosen = plan or (INVARIANT if is_invariant else FAST)
                 self._decoder = Decoder(shape, source, chosen, self._device, dtype=dtype, pdl=pdl)
                 self._allocate(dtype)
+                self._decoder.prepare(self._caches)
                 self._warm_up()
         except LayoutError as error:
             self.close()
