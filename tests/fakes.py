@@ -7,7 +7,7 @@ from zlib import crc32
 
 import numpy as np
 
-from ensemble.engine.runners.base import Decoded, Draw, Logits, PromptChunk
+from ensemble.engine.runners.base import LAST_TOKEN, Decoded, Draw, Logits, PromptChunk
 from ensemble.engine.runners.base import Ids as IdArray
 from ensemble.engine.sequence import FailureKind, Request
 from ensemble.progress import Update
@@ -67,9 +67,6 @@ class DrawingFakeRunner(FakeRunner):
     def can_draw(self, draw: Draw) -> bool:
         return draw.temperature == 0
 
-    def prefill_many(self, chunks: Ids[PromptChunk]) -> Logits:
-        return np.stack([self.prefill(chunk.slot, chunk.ids, chunk.start) for chunk in chunks])
-
     def start_decode(self, ids: IdArray, positions: IdArray, draws: Ids[Draw | None], logits_rows: Ids[int]) -> None:
         assert self._started is None, "one step at a time"
         self._started = ids.copy(), positions.copy(), list(draws), list(logits_rows)
@@ -82,6 +79,97 @@ class DrawingFakeRunner(FakeRunner):
         self.num_logits_rows += len(logits_rows)
         log_probs = logits.max(axis=1) - np.log(np.exp(logits).sum(axis=1))
         return Decoded(logits.argmax(axis=1), log_probs, logits[logits_rows])
+
+
+class PipelinedFakeRunner(FakeRunner):
+    """Computes what is begun at once, as a stream of kernels would in the end, and tells of it when it is finished.
+
+    Strict about what a runner may rely on: how many calls are in flight, what LAST_TOKEN stands for, and that nothing
+    is written over what a slot's sequence has computed or awaits. A call that fails may have been computed or not.
+    """
+
+    steps_in_flight = 2
+    packs_prompts = True
+
+    def __init__(self, num_slots: int = 4, max_seq_len: int = 64, vocab_size: int = 100) -> None:
+        super().__init__(num_slots, max_seq_len, vocab_size)
+        self.num_ahead = self.num_drawn = self.num_logits_rows = 0
+        self.fail_finish: dict[str, Exception] = {}  # by kind
+        self._last_tokens: list[int | None] = [None] * num_slots  # None: nothing that could be meant
+        self._lengths = [0] * num_slots  # positions that the slot's sequence has begun
+        self._in_flight: dict[str, list[Decoded]] = {"decode": [], "prefill": []}
+
+    def can_draw(self, draw: Draw) -> bool:
+        return draw.temperature == 0 or draw.top_k == 0
+
+    def start_prefill(self, chunks: Ids[PromptChunk], draws: Ids[Draw | None], logits_rows: Ids[int]) -> None:
+        assert len({chunk.slot for chunk in chunks}) == len(chunks) == len(draws)
+        rows = []
+        for chunk, draw in zip(chunks, draws, strict=True):
+            rows.append(super().prefill(chunk.slot, chunk.ids, chunk.start))
+            self._lengths[chunk.slot] = chunk.start + len(chunk.ids)
+            self._last_tokens[chunk.slot] = None if draw is None else drawn_token(rows[-1], draw)
+        self._begin("prefill", np.stack(rows), draws, [chunk.slot for chunk in chunks], logits_rows)
+
+    def start_decode(self, ids: IdArray, positions: IdArray, draws: Ids[Draw | None], logits_rows: Ids[int]) -> None:
+        self._maybe_fail()
+        self.calls.append(("decode", len(ids)))
+        is_ahead = bool(self._in_flight["decode"] or self._in_flight["prefill"])
+        rows = []
+        for slot, (token, position) in enumerate(zip(ids.tolist(), positions.tolist(), strict=True)):
+            is_active = draws[slot] is not None or slot in logits_rows
+            if is_active:
+                assert position == self._lengths[slot], "a slot's positions are contiguous"
+                self._lengths[slot] += 1
+            elif position != self.max_seq_len - 1:
+                assert position >= self._lengths[slot], "an idle slot is written behind what it holds"
+            if token == LAST_TOKEN:
+                assert is_active and is_ahead
+                assert self._last_tokens[slot] is not None, "LAST_TOKEN stands for a token that was drawn"
+                token = self._last_tokens[slot]
+                self.num_ahead += 1
+            self.cache[slot, position] = token
+            rows.append(self._logits(slot, position + 1))
+            draw = draws[slot]
+            self._last_tokens[slot] = None if draw is None else drawn_token(rows[-1], draw)
+        self._begin("decode", np.stack(rows), draws, range(len(ids)), logits_rows)
+
+    def finish_decode(self) -> Decoded:
+        return self._finish("decode")
+
+    def finish_prefill(self) -> Decoded:
+        return self._finish("prefill")
+
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        super().copy_prefix(source, target, num_tokens)
+        self._lengths[target] = num_tokens
+
+    def abandon(self) -> None:
+        for calls in self._in_flight.values():
+            calls.clear()
+
+    def _begin(
+        self, kind: str, logits: Logits, draws: Ids[Draw | None], slots: Ids[int], logits_rows: Ids[int]
+    ) -> None:
+        assert len(self._in_flight[kind]) < self.steps_in_flight
+        assert all(draws[row] is None for row in logits_rows)
+        self.num_drawn += sum(draw is not None for draw in draws)
+        self.num_logits_rows += len(logits_rows)
+        tokens = np.array([-7 if draw is None else self._last_tokens[slot] for slot, draw in zip(slots, draws)])
+        log_probs = logits.max(axis=1) - np.log(np.exp(logits).sum(axis=1))
+        self._in_flight[kind].append(Decoded(tokens, log_probs, logits[list(logits_rows)]))
+
+    def _finish(self, kind: str) -> Decoded:
+        decoded = self._in_flight[kind].pop(0)
+        if error := self.fail_finish.pop(kind, None):
+            raise error
+        return decoded
+
+
+def drawn_token(logits: Logits, draw: Draw) -> int:
+    """What PipelinedFakeRunner draws: the likeliest, or a function of it, the seed and the step."""
+    best = int(logits.argmax())
+    return best if draw.temperature == 0 else 1 + crc32(repr((best, draw.seed, draw.step)).encode()) % (len(logits) - 1)
 
 
 def next_token(history: Ids[int], vocab_size: int = 100) -> int:
