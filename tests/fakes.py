@@ -84,8 +84,9 @@ class DrawingFakeRunner(FakeRunner):
 class PipelinedFakeRunner(FakeRunner):
     """Computes what is begun at once, as a stream of kernels would in the end, and tells of it when it is finished.
 
-    Strict about what a runner may rely on: how many calls are in flight, what LAST_TOKEN stands for, and that nothing
-    is written over what a slot's sequence has computed or awaits. A call that fails may have been computed or not.
+    Strict about what a runner may rely on: how many calls are in flight, in order, contiguous positions, and that
+    LAST_TOKEN stands for a token that was drawn for the slot since the decode before. Every row of a decode loses the
+    token that it drew before, drawing or not. A call that fails has written whatever it would have.
     """
 
     steps_in_flight = 2
@@ -94,45 +95,43 @@ class PipelinedFakeRunner(FakeRunner):
     def __init__(self, num_slots: int = 4, max_seq_len: int = 64, vocab_size: int = 100) -> None:
         super().__init__(num_slots, max_seq_len, vocab_size)
         self.num_ahead = self.num_drawn = self.num_logits_rows = 0
-        self.fail_finish: dict[str, Exception] = {}  # by kind
-        self._last_tokens: list[int | None] = [None] * num_slots  # None: nothing that could be meant
-        self._lengths = [0] * num_slots  # positions that the slot's sequence has begun
+        self.fail_finish: dict[str, Exception] = {}  # by kind of call
+        self._last_tokens: list[int | None] = [None] * num_slots
+        self._ends: list[int | None] = [None] * num_slots  # where a slot's next position is; None: unknown
         self._in_flight: dict[str, list[Decoded]] = {"decode": [], "prefill": []}
 
     def can_draw(self, draw: Draw) -> bool:
-        return draw.temperature == 0 or draw.top_k == 0
+        return draw.top_k == 0
 
     def start_prefill(self, chunks: Ids[PromptChunk], draws: Ids[Draw | None], logits_rows: Ids[int]) -> None:
-        assert len({chunk.slot for chunk in chunks}) == len(chunks) == len(draws)
-        rows = []
-        for chunk, draw in zip(chunks, draws, strict=True):
-            rows.append(super().prefill(chunk.slot, chunk.ids, chunk.start))
-            self._lengths[chunk.slot] = chunk.start + len(chunk.ids)
-            self._last_tokens[chunk.slot] = None if draw is None else drawn_token(rows[-1], draw)
-        self._begin("prefill", np.stack(rows), draws, [chunk.slot for chunk in chunks], logits_rows)
+        slots = [chunk.slot for chunk in chunks]
+        assert len(set(slots)) == len(chunks) == len(draws)
+        logits = []
+        for chunk in chunks:
+            self.calls.append(("prefill", len(chunk.ids)))
+            self.cache[chunk.slot, chunk.start : chunk.start + len(chunk.ids)] = chunk.ids
+            logits.append(self._logits(chunk.slot, chunk.start + len(chunk.ids)))
+        self._begin("prefill", np.stack(logits), slots, draws, logits_rows)
+        for chunk in chunks:
+            self._ends[chunk.slot] = chunk.start + len(chunk.ids)
 
     def start_decode(self, ids: IdArray, positions: IdArray, draws: Ids[Draw | None], logits_rows: Ids[int]) -> None:
-        self._maybe_fail()
         self.calls.append(("decode", len(ids)))
-        is_ahead = bool(self._in_flight["decode"] or self._in_flight["prefill"])
-        rows = []
+        logits = []
         for slot, (token, position) in enumerate(zip(ids.tolist(), positions.tolist(), strict=True)):
-            is_active = draws[slot] is not None or slot in logits_rows
-            if is_active:
-                assert position == self._lengths[slot], "a slot's positions are contiguous"
-                self._lengths[slot] += 1
-            elif position != self.max_seq_len - 1:
-                assert position >= self._lengths[slot], "an idle slot is written behind what it holds"
             if token == LAST_TOKEN:
-                assert is_active and is_ahead
-                assert self._last_tokens[slot] is not None, "LAST_TOKEN stands for a token that was drawn"
                 token = self._last_tokens[slot]
+                assert token is not None, "LAST_TOKEN stands for nothing"
+                assert self._in_flight["decode"] or self._in_flight["prefill"], "the token is known"
                 self.num_ahead += 1
+            if draws[slot] is not None or slot in logits_rows:
+                assert self._ends[slot] in (None, position), "a slot's positions are contiguous"
             self.cache[slot, position] = token
-            rows.append(self._logits(slot, position + 1))
-            draw = draws[slot]
-            self._last_tokens[slot] = None if draw is None else drawn_token(rows[-1], draw)
-        self._begin("decode", np.stack(rows), draws, range(len(ids)), logits_rows)
+            logits.append(self._logits(slot, position + 1))
+        self._begin("decode", np.stack(logits), range(len(ids)), draws, logits_rows)
+        for slot, position in enumerate(positions.tolist()):
+            if draws[slot] is not None or slot in logits_rows:
+                self._ends[slot] = position + 1
 
     def finish_decode(self) -> Decoded:
         return self._finish("decode")
@@ -140,36 +139,43 @@ class PipelinedFakeRunner(FakeRunner):
     def finish_prefill(self) -> Decoded:
         return self._finish("prefill")
 
-    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
-        super().copy_prefix(source, target, num_tokens)
-        self._lengths[target] = num_tokens
-
     def abandon(self) -> None:
         for calls in self._in_flight.values():
             calls.clear()
+        self._ends = [None] * self.num_slots
+        self._last_tokens = [None] * self.num_slots
 
     def _begin(
-        self, kind: str, logits: Logits, draws: Ids[Draw | None], slots: Ids[int], logits_rows: Ids[int]
+        self, kind: str, logits: Logits, slots: Ids[int], draws: Ids[Draw | None], logits_rows: Ids[int]
     ) -> None:
         assert len(self._in_flight[kind]) < self.steps_in_flight
         assert all(draws[row] is None for row in logits_rows)
+        tokens = [drawn_token(row, draw) for row, draw in zip(logits, draws, strict=True)]
+        for slot, token, draw in zip(slots, tokens, draws, strict=True):
+            self._last_tokens[slot] = None if draw is None else token
+        if self.fail_next is not None:
+            self._last_tokens = [None] * self.num_slots
+        self._maybe_fail()
         self.num_drawn += sum(draw is not None for draw in draws)
         self.num_logits_rows += len(logits_rows)
-        tokens = np.array([-7 if draw is None else self._last_tokens[slot] for slot, draw in zip(slots, draws)])
         log_probs = logits.max(axis=1) - np.log(np.exp(logits).sum(axis=1))
-        self._in_flight[kind].append(Decoded(tokens, log_probs, logits[list(logits_rows)]))
+        self._in_flight[kind].append(Decoded(np.array(tokens), log_probs, logits[list(logits_rows)]))
 
     def _finish(self, kind: str) -> Decoded:
         decoded = self._in_flight[kind].pop(0)
-        if error := self.fail_finish.pop(kind, None):
+        if (error := self.fail_finish.pop(kind, None)) is not None:
             raise error
         return decoded
 
 
-def drawn_token(logits: Logits, draw: Draw) -> int:
-    """What PipelinedFakeRunner draws: the likeliest, or a function of it, the seed and the step."""
+def drawn_token(logits: Logits, draw: Draw | None) -> int:
+    """What PipelinedFakeRunner draws: the likeliest, or a function of it, seed and step; nonsense without a Draw."""
+    if draw is None:
+        return -7
     best = int(logits.argmax())
-    return best if draw.temperature == 0 else 1 + crc32(repr((best, draw.seed, draw.step)).encode()) % (len(logits) - 1)
+    if draw.temperature == 0:
+        return best
+    return 1 + crc32(repr((best, draw.seed, draw.step)).encode()) % (len(logits) - 1)
 
 
 def next_token(history: Ids[int], vocab_size: int = 100) -> int:

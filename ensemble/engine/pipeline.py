@@ -85,6 +85,7 @@ class Pipeline:
         self._clock = clock
         self._steps: deque[list[Call]] = deque()  # in flight, the earliest first
         self._is_step_begun = False  # by the last `begin`
+        self._drawn: set[TokenSequence] = set()  # whose last token the runner has, for it was drawn by the last step
         self._finished_at = 0.0
 
     @property
@@ -115,6 +116,8 @@ class Pipeline:
             for part in call.parts:
                 part.sequence.num_in_flight += part.num_tokens
                 part.sequence.num_awaited += part.gives_token
+        if begun or failures:  # what failed may have been computed in part
+            self._drawn = {part.sequence for call in begun for part in call.parts if part.draw is not None}
         self._is_step_begun = bool(begun)
         if begun:
             self._steps.append(begun)
@@ -151,14 +154,12 @@ class Pipeline:
 
     def _decode_parts(self, sequences: Sequence[TokenSequence]) -> list[Part]:
         """Those that can go on now, if they are enough."""
-        last_step = self._steps[-1] if self._steps else ()
-        drawn = {part.sequence for call in last_step for part in call.parts if part.draw is not None}
         parts, num_left_out = [], 0
         for sequence in sequences:
             if sequence.num_awaited and sequence.ends_with_awaited:
                 continue
             draw = self._draw(sequence)
-            if sequence.num_awaited and (draw is None or sequence not in drawn):
+            if sequence.num_awaited and (draw is None or sequence not in self._drawn):
                 num_left_out += 1
                 continue
             assert sequence.slot is not None

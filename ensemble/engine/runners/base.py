@@ -138,4 +138,4 @@ class PipelinedRunner(Protocol):
         """Wait for the prefill that was begun first."""
 
     def abandon(self) -> None:
-        """Forget every call that was begun and not finished; what they write, or don't, is written when this returns."""
+        """Forget every call that was begun and not finished; what these write is written when this returns."""
