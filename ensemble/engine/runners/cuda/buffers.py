@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ensemble.engine.runners.base import Draw, Ids
+from ensemble.engine.runners.base import Decoded, Draw, Ids
 
 STEPS_IN_FLIGHT = 2
 NO_TOKEN = -1  # position of a row without a token
@@ -78,6 +78,45 @@ class StepSlot:
         if self.logits is None or len(self.logits) < count:
             self.logits = torch.empty(count, vocab_size, dtype=torch.float32, pin_memory=self.tokens.is_pinned())
         return self.logits[:count]
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A step that was begun: where its results arrive, and when."""
+
+    slot: StepSlot
+    num_rows: int
+    logits: torch.Tensor
+    done: torch.cuda.Event | None  # None: they are there
+
+    @classmethod
+    def fetch(
+        cls,
+        slot: StepSlot,
+        tokens: torch.Tensor,
+        log_probs: torch.Tensor,
+        logits: torch.Tensor,
+        logits_rows: Sequence[int],
+    ) -> PendingStep:
+        """Begin to bring tokens and log probabilities [n], and `logits_rows` of the logits, into the host's `slot`."""
+        n = len(tokens)
+        slot.tokens[:n].copy_(tokens, non_blocking=True)
+        slot.log_probs[:n].copy_(log_probs, non_blocking=True)
+        target = slot.logits_rows(len(logits_rows), logits.shape[1])
+        for index, row in enumerate(logits_rows):
+            target[index].copy_(logits[row], non_blocking=True)
+        done = None
+        if tokens.is_cuda:
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        return cls(slot, n, target, done)
+
+    def wait(self) -> Decoded:
+        """The results, once they have arrived."""
+        if self.done is not None:
+            self.done.synchronize()
+        tokens, log_probs = self.slot.tokens[: self.num_rows], self.slot.log_probs[: self.num_rows]
+        return Decoded(tokens.numpy(), log_probs.numpy(), self.logits.numpy())
 
 
 def _signed(seed: int) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import triton
+from numpy.typing import NDArray
 
 from ensemble.cuda_layout import DecoderShape
 from ensemble.engine.runners.cuda.decode_one import DecodeOne, LayerTensors, reason_against
@@ -78,13 +79,22 @@ class Prompts:
 
     @classmethod
     def of(cls, packed: PackedPrompts, device: torch.device) -> Prompts:
-        """New tensors on `device`."""
-        return cls(*(torch.from_numpy(getattr(packed, field.name)).to(device) for field in fields(cls)))
+        """New tensors on `device`; nothing waits."""
+        return cls(
+            *(_staged(getattr(packed, field.name), device).to(device, non_blocking=True) for field in fields(cls))
+        )
 
     def fill(self, packed: PackedPrompts) -> None:
-        """Overwrite with prompts of the same sizes."""
+        """Overwrite with prompts of the same sizes; nothing waits."""
         for field in fields(self):
-            getattr(self, field.name).copy_(torch.from_numpy(getattr(packed, field.name)))
+            tensor = getattr(self, field.name)
+            tensor.copy_(_staged(getattr(packed, field.name), tensor.device), non_blocking=True)
+
+
+def _staged(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """`array` where a copy to `device` needn't wait: page-locked, and kept by torch until the copy is done."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 @dataclass(frozen=True)

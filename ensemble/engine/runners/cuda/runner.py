@@ -17,13 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
 
 from ensemble.cuda_layout import DecoderShape, LayoutError
 from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, OutOfMemoryError, PromptChunk, RunnerError
-from ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT, StepInputs, StepSlot
+from ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT, PendingStep, StepInputs, StepSlot
 from ensemble.engine.runners.cuda.decoder import PREFILL_TILE, Caches, Decoder, Prompts
-from ensemble.engine.runners.cuda.kernels import sampling
+from ensemble.engine.runners.cuda.drawing import FirstTokens, draw_rows
 from ensemble.engine.runners.cuda.memory import MIB, check_fits, weight_bytes
 from ensemble.engine.runners.cuda.plan import FAST, INVARIANT, Plan
 from ensemble.engine.runners.cuda.prompts import PackedPrompts, pack
@@ -31,9 +30,6 @@ from ensemble.engine.runners.cuda.weights import WeightSource
 
 log = logging.getLogger(__name__)
 
-LAST_TOKEN = -1  # as an id: the token that the slot drew last
-SCAN_CHUNK = 4096  # logits that one program looks through
-DRAW_BLOCK = 4096
 CAPTURED_CHUNKS = 8  # chunks that one captured prefill may hold
 FP8_CAPABILITY = (8, 9)
 PDL_CAPABILITY = (9, 0)
@@ -48,18 +44,8 @@ class _Captured:
     addresses: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Pending:
-    """A step that was begun: where its results arrive, and when."""
-
-    slot: StepSlot
-    rows: int
-    num_logits: int
-    done: torch.cuda.Event | None
-
-
 class CudaRunner:
-    """Runs the weights that `builders/cuda.py` writes. Implements `DrawingRunner`.
+    """Runs the weights that `builders/cuda.py` writes. Implements `DrawingRunner` and `PipelinedRunner`.
 
     Args:
         source: the weights.
@@ -73,6 +59,9 @@ class CudaRunner:
     Raises:
         RunnerError: the weights aren't this shape's, the GPU can't run them, or they don't fit into its memory.
     """
+
+    steps_in_flight = STEPS_IN_FLIGHT
+    packs_prompts = True
 
     def __init__(
         self,
@@ -102,7 +91,8 @@ class CudaRunner:
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._graphs: dict[int, _Captured] = {}
         self._prefill_graphs: dict[int, tuple[_Captured, Prompts]] = {}
-        self._pending: deque[_Pending] = deque()
+        self._pending: deque[PendingStep] = deque()
+        self._pending_prefills: deque[PendingStep] = deque()
         try:
             with self._on_stream():
                 pdl = self._is_cuda and torch.cuda.get_device_capability(self._device) >= PDL_CAPABILITY
@@ -148,7 +138,8 @@ class CudaRunner:
         self._graphs.clear()
         self._prefill_graphs.clear()
         self._pending.clear()
-        for name in ("_decoder", "_caches", "_inputs", "_tokens", "_log_probs", "_arrived", "_slots"):
+        self._pending_prefills.clear()
+        for name in ("_decoder", "_caches", "_inputs", "_tokens", "_log_probs", "_arrived", "_slots", "_first_tokens"):
             self.__dict__.pop(name, None)
         if self._is_cuda:
             torch.cuda.empty_cache()
@@ -160,7 +151,37 @@ class CudaRunner:
         return True
 
     def prefill_many(self, chunks: Sequence[PromptChunk]) -> Logits:
-        """See DrawingRunner."""
+        """`prefill` of several slots' chunks at once: the logits [len(chunks), vocab_size] of each one's last token."""
+        with self._on_stream(), self._attributed():
+            logits: Logits = self._prefill(chunks)[: len(chunks)].cpu().numpy()
+        return logits
+
+    def start_prefill(
+        self, chunks: Sequence[PromptChunk], draws: Sequence[Draw | None], logits_rows: Sequence[int]
+    ) -> None:
+        """See PipelinedRunner."""
+        if len(self._pending_prefills) == STEPS_IN_FLIGHT:
+            raise RunnerError(f"{STEPS_IN_FLIGHT} prefills are in flight; finish one first")
+        with self._on_stream(), self._attributed():
+            logits = self._prefill(chunks)
+            slots = np.array([chunk.slot for chunk in chunks])
+            self._pending_prefills.append(self._first_tokens.start(logits, slots, draws, logits_rows, self._tokens))
+
+    def finish_prefill(self) -> Decoded:
+        """See PipelinedRunner."""
+        if not self._pending_prefills:
+            raise RunnerError("no prefill was begun")
+        return self._pending_prefills.popleft().wait()
+
+    def abandon(self) -> None:
+        """See PipelinedRunner."""
+        self._pending.clear()
+        self._pending_prefills.clear()
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _prefill(self, chunks: Sequence[PromptChunk]) -> torch.Tensor:
+        """Launch a prefill: logits [len(chunks) or more, vocab_size]."""
         total = sum(len(chunk.ids) for chunk in chunks)
         if not 0 < total <= self._prefill_chunk:
             raise RunnerError(f"{total} prompt tokens at once, the runner was made for 1 … {self._prefill_chunk}")
@@ -170,14 +191,10 @@ class CudaRunner:
                 raise RunnerError(
                     f"a chunk ends at position {end}, a slot holds {self.max_seq_len}; shorten the prompt"
                 )
-        with self._on_stream(), self._attributed():
-            size = next((size for size in sorted(self._prefill_graphs) if size >= total), None)
-            if size is not None and len(chunks) <= CAPTURED_CHUNKS:
-                logits = self._replay_prefill(chunks, size)
-            else:
-                logits = self._launch_prefill(pack(chunks, tile=PREFILL_TILE, num_tokens=padded_size(total)))
-            result: Logits = logits[: len(chunks)].cpu().numpy()
-        return result
+        size = next((size for size in sorted(self._prefill_graphs) if size >= total), None)
+        if size is not None and len(chunks) <= CAPTURED_CHUNKS:
+            return self._replay_prefill(chunks, size)
+        return self._launch_prefill(pack(chunks, tile=PREFILL_TILE, num_tokens=padded_size(total)))
 
     def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
         """See DrawingRunner; a second step may be begun before the first is finished, ids −1 its tokens."""
@@ -196,28 +213,13 @@ class CudaRunner:
         with self._on_stream(), self._attributed():
             self._inputs.block.copy_(slot.inputs.block, non_blocking=True)
             logits = self._run(size)
-            slot.tokens[:n].copy_(self._tokens[:n], non_blocking=True)
-            slot.log_probs[:n].copy_(self._log_probs[:n], non_blocking=True)
-            if logits_rows:
-                target = slot.logits_rows(len(logits_rows), self.vocab_size)
-                for index, row in enumerate(logits_rows):
-                    target[index].copy_(logits[row], non_blocking=True)
-            done = None
-            if self._is_cuda:
-                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                done.record()
-        self._pending.append(_Pending(slot, n, len(logits_rows), done))
+            self._pending.append(PendingStep.fetch(slot, self._tokens[:n], self._log_probs[:n], logits, logits_rows))
 
     def finish_decode(self) -> Decoded:
         """See DrawingRunner: the earliest step that was begun."""
         if not self._pending:
             raise RunnerError("no decode step was begun")
-        pending = self._pending.popleft()
-        if pending.done is not None:
-            pending.done.synchronize()
-        slot, n = pending.slot, pending.rows
-        logits = slot.logits_rows(pending.num_logits, self.vocab_size).numpy()
-        return Decoded(slot.tokens[:n].numpy(), slot.log_probs[:n].numpy(), logits)
+        return self._pending.popleft().wait()
 
     # ---- decode
 
@@ -235,20 +237,7 @@ class CudaRunner:
         logits = self._decoder.decode(
             inputs["ids"], inputs["positions"], self._tokens[:size], self._caches, self._arrived
         )
-        chunks = triton.cdiv(self.vocab_size, SCAN_CHUNK)
-        best, total = (torch.empty(size, chunks, dtype=torch.float32, device=self._device) for _ in range(2))
-        where = torch.empty(size, chunks, dtype=torch.int32, device=self._device)
-        self._decoder.launch(
-            sampling.scan_logits, (chunks, size), logits, best, where, total,
-            V=self.vocab_size, CHUNK=SCAN_CHUNK, CHUNKS=chunks, num_warps=4,
-        )  # fmt: skip
-        self._decoder.launch(
-            sampling.draw_tokens, (size,), logits, best, where, total,
-            inputs["temperatures"], inputs["top_ks"], inputs["top_ps"], inputs["min_ps"], inputs["seeds"],
-            inputs["steps"], self._tokens, self._log_probs,
-            V=self.vocab_size, CHUNKS=chunks, BLOCK_CHUNKS=triton.next_power_of_2(chunks), BLOCK=DRAW_BLOCK,
-            num_warps=16,
-        )  # fmt: skip
+        draw_rows(self._decoder.launch, logits, inputs, self._tokens, self._log_probs)
         return logits
 
     # ---- prefill
@@ -276,6 +265,7 @@ class CudaRunner:
         self._log_probs = torch.zeros(slots, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(slots, shape.num_kv_heads, dtype=torch.int32, device=device)
         self._slots = deque(StepSlot.make(slots, is_pinned=self._is_cuda) for _ in range(STEPS_IN_FLIGHT))
+        self._first_tokens = FirstTokens(self._decoder.launch, slots, device)
 
     def _addresses(self) -> tuple[int, ...]:
         """Where a graph finds what outlives it."""
@@ -297,7 +287,8 @@ class CudaRunner:
                 prompts = Prompts.of(_pack_for_graph(nothing, size), self._device)
                 captured = self._capture(partial(self._decoder.prefill, prompts, self._caches), pool)
                 self._prefill_graphs[size] = (captured, prompts)
-            self._launch_prefill(pack(nothing, tile=PREFILL_TILE, num_tokens=longest))
+            logits = self._launch_prefill(pack(nothing, tile=PREFILL_TILE, num_tokens=longest))
+            self._first_tokens.start(logits, np.zeros(1, np.int64), [None], [], self._tokens).wait()
         torch.cuda.synchronize(self._device)
 
     def _capture(self, run: Callable[[], torch.Tensor], pool: Any) -> _Captured:
