@@ -15,7 +15,7 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from builders.errors import BuildError
-from builders.scoring_options import Batching
+from builders.scoring_options import TIMER_LATE_US, Batching
 from ensemble.contract import (
     DETOKENIZER,
     ENGINE,
@@ -170,7 +170,13 @@ def ensemble_config(served_name: str, pipeline: Pipeline, max_batch_size: int = 
 
 def to_text(config: ModelConfig) -> str:
     """The text of a config.pbtxt file."""
-    return HEADER + str(text_format.MessageToString(config, as_utf8=True))
+    text = str(text_format.MessageToString(config, as_utf8=True))
+    if delay := config.dynamic_batching.max_queue_delay_microseconds:
+        line = f"  max_queue_delay_microseconds: {delay}\n"
+        text = text.replace(
+            line, f"  # {delay + TIMER_LATE_US} at most: Triton's timer is late by up to {TIMER_LATE_US}.\n" + line
+        )
+    return HEADER + text
 
 
 def parse_text(text: str, path: Path) -> ModelConfig:
@@ -221,7 +227,7 @@ def _batched(batching: Batching) -> dict[str, Any]:
         "max_batch_size": batching.max_batch_size,
         "dynamic_batching": {
             "preferred_batch_size": batching.preferred,
-            "max_queue_delay_microseconds": batching.max_queue_delay_us,
+            "max_queue_delay_microseconds": batching.timer_us,
             "default_queue_policy": policy,
         },
     }

@@ -245,6 +245,26 @@ def test_prompts_at_fault(tokenizer: Tokenizer) -> None:
         prompter.labels_of([b"a", b"\xff"])
 
 
+def test_what_the_prompts_of_all_texts_begin_with(tokenizer: Tokenizer) -> None:
+    def beginning(**changes: Any) -> str:
+        return tokenizer.decode(np.array(Prompter(ScoringProfile(**changes), tokenizer).prefix_ids(), np.int32))
+
+    assert beginning(template="So: {text}, right?") == "So: "
+    assert beginning(template="{text} is") == ""
+    assert beginning(template="<{text}>", is_chat=True, label_prefix="") == "user: <"
+
+
+def test_a_row_begins_with_a_prefix_only_where_something_of_its_prompt_is_left() -> None:
+    row, _ = make_row(ints(5, 6, 7), [ints(1, 2), ints(3)])
+    assert [row.begins_with(ints(*own)) for own in ((5,), (5, 6), (5, 6, 7), (5, 7), (6,))] == [
+        True, True, False, False, False,
+    ]  # fmt: skip
+    rest = row.without(2)
+    assert (rest.input_ids.tolist(), rest.branch_ids.tolist()) == ([7, 1], [0, 1])
+    assert rest.logit_positions.tolist() == [0, 1]
+    rest.check(vocab_size=10, max_seq_len=2)
+
+
 def test_labels_that_are_the_same_tokens_are_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     prompter = Prompter(ScoringProfile(), tokenizer)
     monkeypatch.setattr(tokenizer, "encode_continuation", lambda text: ints(*text.lower().encode()))
