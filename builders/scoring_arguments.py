@@ -13,6 +13,7 @@ BATCHING = {
     "max_queue_delay_us": "microseconds that a request waits for company, at most",
     "queue_timeout_us": "microseconds in the queue after which a request is rejected; 0: never",
     "max_queue_size": "requests waiting, beyond which more are rejected; 0: any number",
+    "engine_instances": "batches computed at once, each on a copy of the weights; on a CPU they share its cores",
 }
 
 

@@ -19,7 +19,8 @@ class Batching:
 
     max_batch_size: texts in one batch. preferred_batch_sizes: a batch of one of these goes at once. max_queue_delay_us:
     the longest that a smaller one waits for company. queue_timeout_us: a request that waited so long is rejected; 0:
-    never. max_queue_size: requests beyond so many waiting are rejected; 0: none.
+    never. max_queue_size: requests beyond so many waiting are rejected; 0: none. engine_instances: batches computed at
+    once, each by a copy of the weights; on a CPU they share out the cores.
     """
 
     max_batch_size: int = 16
@@ -27,6 +28,7 @@ class Batching:
     max_queue_delay_us: int = 2000
     queue_timeout_us: int = 30_000_000
     max_queue_size: int = 1024
+    engine_instances: int = 1
 
     def __post_init__(self) -> None:
         for name, lowest in (
@@ -34,6 +36,7 @@ class Batching:
             ("max_queue_delay_us", 0),
             ("queue_timeout_us", 0),
             ("max_queue_size", 0),
+            ("engine_instances", 1),
         ):
             if getattr(self, name) < lowest:
                 raise BuildError(f"{name} is {getattr(self, name)}, must be at least {lowest}")
@@ -98,7 +101,10 @@ class ScoringOptions:
             words += ["--preferred-batch-sizes", ",".join(map(str, self.batching.preferred_batch_sizes))]
         for owner, names in (
             (self, ("label_prefix", "normalisation", "max_pass_tokens")),
-            (self.batching, ("max_batch_size", "max_queue_delay_us", "queue_timeout_us", "max_queue_size")),
+            (
+                self.batching,
+                ("max_batch_size", "max_queue_delay_us", "queue_timeout_us", "max_queue_size", "engine_instances"),
+            ),
         ):
             defaults = {f.name: f.default for f in fields(owner)}
             for name in names:

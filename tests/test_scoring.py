@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,11 @@ def test_a_damaged_profile_names_its_file(tmp_path: Path) -> None:
 def test_settings_travel_as_text() -> None:
     settings = ScoringSettings(num_threads=3, max_pass_tokens=99)
     assert ScoringSettings.from_parameters({**settings.to_parameters(), "EXECUTION_ENV_PATH": "x"}) == settings
+    assert ScoringSettings.from_model_config("{}") == ScoringSettings()
+    cores = len(os.sched_getaffinity(0))
+    for threads, count, expected in (("0", 1, 0), ("0", 2, max(1, cores // 2)), ("3", 2, 3), ("0", 999, 1)):
+        config = {"parameters": {"num_threads": {"string_value": threads}}, "instance_group": [{"count": count}]}
+        assert ScoringSettings.from_model_config(json.dumps(config)).num_threads == expected
     for parameters, message in (
         ({"num_slots": "1"}, "unknown scoring engine parameter 'num_slots'"),
         ({"num_threads": "x"}, "num_threads is 'x', must be an integer"),

@@ -244,6 +244,7 @@ def test_the_command_builds_what_the_manifest_says_it_built(
         "--max-seq-len", "48", "--template", str(template), "--labels", "yes, no", "--label-prefix", "",
         "--normalisation", "sum", "--max-batch-size", "8", "--preferred-batch-sizes", "2,4",
         "--max-queue-delay-us", "1230", "--queue-timeout-us", "0", "--max-queue-size", "0", "--max-pass-tokens", "64",
+        "--engine-instances", "2",
     ]  # fmt: skip
     assert cli.main(arguments) == 0, capsys.readouterr().err
     directory = checkpoint.parent / "models" / "s-engine"
@@ -253,6 +254,7 @@ def test_the_command_builds_what_the_manifest_says_it_built(
     batching = config.dynamic_batching
     assert (config.max_batch_size, list(batching.preferred_batch_size)) == (8, [2, 4, 8])
     assert batching.max_queue_delay_microseconds == 1230 - TIMER_LATE_US
+    assert [group.count for group in config.instance_group] == [2]
     command = Manifest.load(directory / "1").command
     import shlex
 
