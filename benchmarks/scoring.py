@@ -1,8 +1,10 @@
-"""What dynamic batching brings a scoring model, and what it costs: two servers on the same weights, in turn.
+"""What dynamic batching brings a scoring model, and what it costs: servers on the same weights, in turn.
 
-One server's engine has Triton's dynamic batcher, the other's has none; rounds alternate, and every figure that is
-judged is a ratio or difference of one run. Batch sizes and queue times are Triton's own statistics.
-    python -m benchmarks.scoring [--rounds 3] [--seconds 6]
+One server's engine has Triton's dynamic batcher, another's has none; two more have two engine instances of half the
+cores each. Rounds alternate, and every figure that is judged is a ratio or difference of one run. Batch sizes and queue
+times are Triton's own statistics. Beside the requests/s stands what the processor did for them, and the rate at which
+it multiplies large matrices: their quotient is the most that any batching could win.
+    python -m benchmarks.scoring [--rounds 3] [--seconds 3.5]
 writes benchmarks/results/scoring.json and prints the figures.
 """
 
@@ -18,12 +20,17 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from benchmarks.fraud import FEW_SHOT_EXAMPLES, ZERO_SHOT, few_shot
 from benchmarks.machine import describe
+from benchmarks.payments import LABELS as FRAUD_LABELS
+from benchmarks.payments import make_payments
 from benchmarks.weights import smollm2
 from builders.commands.tune import load
 from builders.options import BuildOptions
@@ -34,33 +41,67 @@ from clients.base import BaseClient
 from clients.grpc import GrpcClient
 from clients.score import Score, ScoreRequest
 from ensemble import contract
+from ensemble.manifest import Manifest
+from ensemble.scoring.profile import ScoringProfile
+from ensemble.scoring.prompts import Prompter
 from ensemble.server import TritonServer
+from ensemble.text import Tokenizer
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 NAME = "scoring"
 ENGINE = f"{NAME}-engine"
 LABELS = ("positive", "negative")
 TEMPLATE = "Review: {text}\nSentiment:"
 CLIENTS = 16
+MAX_SEQ_LEN = 1024
+QUEUE_REQUESTS = 100
 WORDS = (
     "the film was slow but honest and I liked how quietly it ended while we expected much more noise from such a loud "
     "director whose earlier work bored everyone in our row of seats on a cold evening last week"
 )
-# name → words in a text, fewest and most
-WORKLOADS = {"short": (2, 8), "medium": (8, 24), "long": (40, 80)}
-JUDGED = "short"
-TARGETS = {
-    "requests/s, batched / one by one, 16 clients": ("at least", 1.8),
-    "mean executed batch size, 16 clients": ("at least", 2.0),
-    "added queue time at one client, ms": ("at most", None),  # the configured delay
-    "preprocessing a request, median ms": ("at most", 8.0),
-}
+BATCHING = "requests/s, batched / one by one, 16 clients"
+TARGET = 1.8
+PLAIN = {"batched": (True, 1), "single": (False, 1)}  # server → has it a batcher, how many engine instances
+DOUBLED = {"batched, 2 instances": (True, 2), "single, 2 instances": (False, 2)}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Texts, and the template and labels that they are scored with; servers: as PLAIN."""
+
+    template: str
+    labels: tuple[str, ...]
+    texts: Mapping[str, Sequence[str]]
+    servers: Mapping[str, tuple[bool, int]] = field(default_factory=lambda: PLAIN)
 
 
 def make_texts(count: int, fewest: int, most: int) -> list[str]:
-    """Texts of ragged lengths; always the same."""
+    """Texts of `fewest` to `most` words; always the same."""
     random = np.random.default_rng(7)
     return [" ".join(random.choice(WORDS.split(), random.integers(fewest, most + 1))) for _ in range(count)]
+
+
+def make_workloads() -> list[Workload]:
+    """Random words in three lengths, reviews as people write them (3 to 111 words), and the fraud example's records."""
+    reviews = (HERE / "data" / "reviews.txt").read_text(encoding="utf-8").splitlines()
+    payments = make_payments(64, 1)
+    records = [payment.text() for payment in payments[FEW_SHOT_EXAMPLES:]]
+    return [
+        Workload(
+            TEMPLATE,
+            LABELS,
+            {
+                "short (2-8 words)": make_texts(256, 2, 8),
+                "medium (8-24 words)": make_texts(256, 8, 24),
+                "long (40-80 words)": make_texts(256, 40, 80),
+                "reviews": reviews,
+            },
+            PLAIN | DOUBLED,
+        ),
+        Workload(ZERO_SHOT, FRAUD_LABELS, {"fraud, zero-shot": records}),
+        Workload(few_shot(payments[:FEW_SHOT_EXAMPLES]), FRAUD_LABELS, {"fraud, few-shot": records}),
+    ]
 
 
 def ask(client: BaseClient, text: str) -> tuple[Score, ...]:
@@ -91,14 +132,27 @@ class Engine:
         return {name: value - before[name] for name, value in self.read().items()}
 
 
-def without_batcher(repository: Path, copy: Path) -> None:
-    """A copy of the repository, sharing its files, whose engine takes one request at a time."""
+def with_engine(repository: Path, copy: Path, *, has_batcher: bool, instances: int) -> None:
+    """A copy of the repository, sharing its files, with another engine configuration."""
     shutil.copytree(repository, copy, copy_function=os.link)
     path = copy / ENGINE / "config.pbtxt"
     config = parse_text(path.read_text(), path)
-    config.ClearField("dynamic_batching")
+    if not has_batcher:
+        config.ClearField("dynamic_batching")
+    config.instance_group[0].count = instances
     path.unlink()  # a link: the original must not change
     path.write_text(to_text(config))
+
+
+def queue_ms(server: TritonServer, texts: Sequence[str]) -> list[float]:
+    """How long each of some requests waited for the engine, one client asking, in ms."""
+    engine, times = Engine(server), []
+    with GrpcClient(server.grpc_url, NAME) as client:
+        for text in texts:
+            before = engine.read()
+            ask(client, text)
+            times.append(engine.during(before)["queue_ns"] / 1e6)
+    return times
 
 
 def preprocessing_ms(client: BaseClient, texts: Sequence[str]) -> list[float]:
@@ -111,84 +165,174 @@ def preprocessing_ms(client: BaseClient, texts: Sequence[str]) -> list[float]:
     return times
 
 
+def matmul_gflops() -> float:
+    """What ONNX Runtime reaches here with a large product of the model's own width, GFLOP/s."""
+    import onnxruntime as ort
+    from onnx import TensorProto, helper, numpy_helper
+
+    rows, width, columns = 512, 576, 1536
+    weight = numpy_helper.from_array(np.ones((width, columns), np.float32), "w")
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [rows, c]) for n, c in (("x", width), ("y", columns))]
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", values[:1], values[1:], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    feeds, times = {"x": np.ones((rows, width), np.float32)}, []
+    for _ in range(100):
+        start = time.perf_counter()
+        session.run(None, feeds)
+        times.append(time.perf_counter() - start)
+    return 2 * rows * width * columns / statistics.median(times) / 1e9
+
+
+def work_of(repository: Path, workload: Workload, texts: Sequence[str]) -> dict[str, float]:
+    """Of a request on average: tokens of its prompt, tokens computed for it, and multiplications' GFLOP."""
+    tokenizer, version = repository / f"{NAME}-tokenizer" / "1", repository / ENGINE / "1"
+    prompter = Prompter(ScoringProfile.load(tokenizer), Tokenizer.from_directory(tokenizer))
+    manifest = Manifest.load(version)
+    spec, prefix = manifest.spec, np.array(manifest.engine.get("prefix_ids", ()), np.int32)
+    rows = [prompter.row(text, None, workload.labels) for text in texts]
+    computed = [len(row) - len(prefix) * row.begins_with(prefix) for row, _, _ in rows]
+    hidden, heads = spec["hidden_size"], (2 * spec["num_heads"] + 2 * spec["num_kv_heads"]) * spec["head_dim"]
+    weights = spec["num_layers"] * hidden * (heads + 3 * spec["intermediate_size"])
+    head = spec["vocab_size"] * hidden * statistics.mean(len(row.logit_positions) for row, _, _ in rows)
+    return {
+        "prompt_tokens": statistics.mean(num_tokens for _, _, num_tokens in rows),
+        "computed_tokens": statistics.mean(computed),
+        "gflop": 2 * (weights * statistics.mean(computed) + head) / 1e9,
+    }
+
+
+@dataclass
+class Load:
+    """What one server did with one kind of text, a value for each round."""
+
+    requests_per_s: list[float] = field(default_factory=list)
+    p99_ms: list[float] = field(default_factory=list)
+    batch_size: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Found:
+    """Everything measured."""
+
+    loads: dict[str, dict[str, Load]] = field(default_factory=dict)  # kind of text → server → Load
+    work: dict[str, dict[str, float]] = field(default_factory=dict)
+    queue_ms: dict[str, list[float]] = field(default_factory=dict)
+    preprocessing_ms: list[float] = field(default_factory=list)
+
+
+def measure(workload: Workload, found: Found, rounds: int, seconds: float, *, is_first: bool) -> None:
+    """Build, serve, load; the first workload also shows the waiting and the tokenizer."""
+    scoring = ScoringOptions(template=workload.template, labels=workload.labels)
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+        repository = Path(directory) / "built"
+        build(BuildOptions(smollm2(), NAME, repository, task="score", max_seq_len=MAX_SEQ_LEN, scoring=scoring))
+        servers = {}
+        for name, (has_batcher, instances) in workload.servers.items():
+            with_engine(repository, Path(directory) / name, has_batcher=has_batcher, instances=instances)
+            server = TritonServer(Path(directory) / name, http_port=0, grpc_port=0, metrics_port=0)
+            servers[name] = stack.enter_context(server)
+        for kind, texts in workload.texts.items():
+            found.work[kind] = work_of(repository, workload, texts)
+            found.loads[kind] = {name: Load() for name in servers}
+        for number in range(rounds + 1):  # the first warms up
+            for kind, texts in workload.texts.items():
+                for name, server in servers.items():
+                    engine = Engine(server)
+                    before = engine.read()
+                    result = load(ask, server.grpc_url, NAME, texts, CLIENTS, seconds if number else seconds / 2)
+                    counted = engine.during(before)
+                    if result.failure:
+                        raise RuntimeError(result.failure)
+                    print(f"round {number}: {kind}, {name}: {result.throughput:.1f} requests/s", flush=True)
+                    if number:
+                        own = found.loads[kind][name]
+                        own.requests_per_s.append(result.throughput)
+                        own.p99_ms.append(result.p99_ms)
+                        own.batch_size.append(counted["requests"] / counted["executions"])
+        if is_first:
+            texts = next(iter(workload.texts.values()))[:QUEUE_REQUESTS]
+            found.queue_ms = {name: queue_ms(servers[name], texts) for name in PLAIN}
+            with GrpcClient(servers["batched"].grpc_url, NAME) as client:
+                found.preprocessing_ms = preprocessing_ms(client, workload.texts["reviews"])
+
+
+def figures_of(found: Found, peak: float) -> dict[str, dict[str, Any]]:
+    """Every figure that has a target, and for a ratio what this processor leaves room for."""
+    delay_ms = ScoringOptions().batching.max_queue_delay_us / 1e3
+    figures: dict[str, dict[str, Any]] = {}
+
+    def judge(name: str, value: float, kind: str, limit: float, **more: float) -> None:
+        is_met = value >= limit if kind == "at least" else value <= limit
+        figures[name] = {"value": round(value, 3), "target": f"{kind} {limit:g}", "met": is_met, **more}
+
+    for kind, loads in found.loads.items():
+        batched, single = loads["batched"].requests_per_s, loads["single"].requests_per_s
+        ratio = statistics.median(one / other for one, other in zip(batched, single, strict=True))
+        room = peak / (statistics.median(single) * found.work[kind]["gflop"])
+        judge(f"{BATCHING}, {kind}", ratio, "at least", TARGET, at_matmul_speed=round(room, 2))
+    kinds = [loads["batched"].batch_size for loads in found.loads.values()]
+    judge("mean executed batch size, 16 clients, lowest", min(map(statistics.median, kinds)), "at least", 2.0)
+    waited, unbatched = found.queue_ms["batched"], found.queue_ms["single"]
+    added = statistics.median(waited) - statistics.median(unbatched)
+    judge("added queue time at one client, median ms", added, "at most", delay_ms)
+    judge("queue time at one client, 95 of 100 requests, ms", float(np.percentile(waited, 95)), "at most", delay_ms)
+    judge("preprocessing a review, median ms", statistics.median(found.preprocessing_ms), "at most", 8.0)
+    return figures
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write; 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=6.0, help="of load in each round")
+    parser.add_argument("--seconds", type=float, default=3.5, help="of load in each round")
     arguments = parser.parse_args(argv)
-    scoring = ScoringOptions(template=TEMPLATE, labels=LABELS)
-    workloads = {name: make_texts(256, *words) for name, words in WORKLOADS.items()}
-    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
-        repository = Path(directory) / "batched"
-        build(BuildOptions(smollm2(), NAME, repository, task="score", max_seq_len=512, scoring=scoring))
-        without_batcher(repository, Path(directory) / "single")
-        servers = {
-            name: stack.enter_context(TritonServer(Path(directory) / name, http_port=0, grpc_port=0, metrics_port=0))
-            for name in ("batched", "single")
-        }
-        rates: dict[tuple[str, str], list[float]] = {(w, s): [] for w in workloads for s in servers}
-        p99_ms: dict[tuple[str, str], list[float]] = {key: [] for key in rates}
-        batch_sizes: dict[str, list[float]] = {workload: [] for workload in workloads}
-        queue_ms: dict[str, list[float]] = {name: [] for name in servers}
-        for round_number in range(arguments.rounds + 1):  # the first warms up
-            seconds = arguments.seconds if round_number else arguments.seconds / 2
-            for workload, texts in workloads.items():
-                for name, server in servers.items():
-                    engine = Engine(server)
-                    before = engine.read()
-                    found = load(ask, server.grpc_url, NAME, texts, CLIENTS, seconds)
-                    counted = engine.during(before)
-                    if found.failure and round_number:
-                        raise RuntimeError(found.failure)
-                    print(f"round {round_number}: {workload}, {name}: {found.throughput:.1f} requests/s", flush=True)
-                    if round_number:
-                        rates[workload, name].append(found.throughput)
-                        p99_ms[workload, name].append(found.p99_ms)
-                        if name == "batched":
-                            batch_sizes[workload].append(counted["requests"] / counted["executions"])
-            for name, server in servers.items():
-                engine = Engine(server)
-                before = engine.read()
-                load(ask, server.grpc_url, NAME, workloads[JUDGED], 1, seconds / 2)
-                counted = engine.during(before)
-                if round_number:
-                    queue_ms[name].append(counted["queue_ns"] / counted["requests"] / 1e6)
-        with GrpcClient(servers["batched"].grpc_url, NAME) as client:
-            preprocessing = preprocessing_ms(client, workloads["long"])
-
-    delay_ms = scoring.batching.max_queue_delay_us / 1e3
-    pairs = zip(rates[JUDGED, "batched"], rates[JUDGED, "single"], strict=True)
-    added = (one - other for one, other in zip(queue_ms["batched"], queue_ms["single"], strict=True))
-    values = (
-        statistics.median(batched / single for batched, single in pairs),
-        statistics.median(batch_sizes[JUDGED]),
-        statistics.median(added),
-        statistics.median(preprocessing),
-    )
-    figures = {}
-    for (name, (kind, target)), value in zip(TARGETS.items(), values, strict=True):
-        limit = delay_ms if target is None else target
-        is_met = value >= limit if kind == "at least" else value <= limit
-        figures[name] = {"value": round(value, 3), "target": f"{kind} {limit:g}", "met": is_met}
-        print(f"{name}: {value:.3f} ({kind} {limit:g}) {'met' if is_met else 'MISSED'}")
+    found, peak = Found(), matmul_gflops()
+    for number, workload in enumerate(make_workloads()):
+        measure(workload, found, arguments.rounds, arguments.seconds, is_first=number == 0)
+    peak = max(peak, matmul_gflops())
+    figures = figures_of(found, peak)
+    for name, figure in figures.items():
+        verdict = "met" if figure["met"] else "MISSED"
+        room = f"; at matmul speed {figure['at_matmul_speed']:.2f}" if "at_matmul_speed" in figure else ""
+        print(f"{name}: {figure['value']:.3f} ({figure['target']}) {verdict}{room}")
+    batching = ScoringOptions().batching
     result = {
         "machine": describe(),
         "model": "SmolLM2-135M-Instruct, float32",
         "template": TEMPLATE,
         "clients": CLIENTS,
-        "max_batch_size": scoring.batching.max_batch_size,
-        "max_queue_delay_us": scoring.batching.max_queue_delay_us,
-        "words_in_a_text": WORKLOADS,
+        "max_batch_size": batching.max_batch_size,
+        "max_queue_delay_us": batching.max_queue_delay_us,
+        "matmul_gflops": round(peak, 1),
         "figures": figures,
-        "requests_per_s": {f"{w}, {s}": [round(r, 2) for r in values] for (w, s), values in rates.items()},
-        "p99_ms": {f"{w}, {s}": [round(r, 1) for r in values] for (w, s), values in p99_ms.items()},
-        "mean_batch_size": {workload: [round(size, 2) for size in sizes] for workload, sizes in batch_sizes.items()},
-        "queue_ms_at_one_client": {name: [round(ms, 3) for ms in values] for name, values in queue_ms.items()},
+        "loads": {
+            kind: {
+                **{name: round(value, 2) for name, value in found.work[kind].items()},
+                **{name: told(own, found.work[kind]["gflop"]) for name, own in loads.items()},
+            }
+            for kind, loads in found.loads.items()
+        },
+        "queue_ms_at_one_client": {
+            name: {f"p{share}": round(float(np.percentile(times, share)), 3) for share in (50, 95, 99)}
+            for name, times in found.queue_ms.items()
+        },
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "scoring.json").write_text(json.dumps(result, indent=2) + "\n")
     return 0 if all(figure["met"] for figure in figures.values()) else 1
+
+
+def told(own: Load, gflop: float) -> dict[str, Any]:
+    """A Load for the file."""
+    return {
+        "requests_per_s": [round(rate, 2) for rate in own.requests_per_s],
+        "p99_ms": [round(ms, 1) for ms in own.p99_ms],
+        "mean_batch_size": [round(size, 2) for size in own.batch_size],
+        "gflops": round(statistics.median(own.requests_per_s) * gflop, 1),
+    }
 
 
 if __name__ == "__main__":

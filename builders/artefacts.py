@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -64,9 +65,16 @@ def write_artefacts(
 
 
 def write_scoring_artefacts(
-    checkpoint: Checkpoint, options: BuildOptions, max_seq_len: int, directory: Path, report: Report
+    checkpoint: Checkpoint,
+    options: BuildOptions,
+    max_seq_len: int,
+    directory: Path,
+    report: Report,
+    prefix_ids: Sequence[int] = (),
 ) -> int:
     """Write a stateless engine and its manifest.json into `directory`; returns the width of its hidden state.
+
+    prefix_ids: what the template's prompts begin with; a plan computes it for each anew.
 
     Raises:
         BuildError: as `write_artefacts`.
@@ -86,12 +94,13 @@ def write_scoring_artefacts(
             temporary = tempfile.TemporaryDirectory(prefix="graph-", dir=directory.parent)
             place = Path(stack.enter_context(temporary))
         graph, recipe = _write_graph(checkpoint, options, max_seq_len, STATELESS_OPSET, place, report)
-        stateless = write_stateless(graph, graph.with_name(GRAPH_FILE))
+        stateless = write_stateless(graph, graph.with_name(GRAPH_FILE), takes_prefix=options.target == "onnx")
         _, hidden_size = stateless_widths(stateless)
         shapes = _shapes(stateless)
         if options.target == "onnx":
             files = (stateless, graph.with_name(graph.name + ".data"))
             graph.unlink()  # its weights are the stateless graph's
+            engine = {"prefix_ids": list(prefix_ids)}
         else:
             plan, engine = _compile_scoring(stateless, spec, options, recipe, max_seq_len, directory, report)
             files = (plan,)

@@ -15,7 +15,7 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from builders.errors import BuildError
-from builders.scoring_options import Batching
+from builders.scoring_options import TIMER_LATE_US, Batching
 from ensemble.contract import (
     DETOKENIZER,
     ENGINE,
@@ -109,7 +109,7 @@ def score_engine_config(
     """The configuration of a stateless engine on a CPU; `parameters` are ScoringSettings.to_parameters()."""
     contract = _with_hidden_size(SCORE_ENGINE, hidden_size)
     model = _python_model(model_name(served_name, ENGINE_SUFFIX), contract, parameters)
-    return _model_config({**_ragged(model), **_batched(batching)})
+    return _model_config(_batched(_ragged(model), batching))
 
 
 def score_plan_config(served_name: str, hidden_size: int, batching: Batching) -> ModelConfig:
@@ -142,7 +142,7 @@ def score_plan_config(served_name: str, hidden_size: int, batching: Batching) ->
             }
         ],
     }
-    return _model_config({**_ragged(model), **_batched(batching)})
+    return _model_config(_batched(_ragged(model), batching))
 
 
 def ensemble_config(served_name: str, pipeline: Pipeline, max_batch_size: int = 1) -> ModelConfig:
@@ -170,7 +170,13 @@ def ensemble_config(served_name: str, pipeline: Pipeline, max_batch_size: int = 
 
 def to_text(config: ModelConfig) -> str:
     """The text of a config.pbtxt file."""
-    return HEADER + str(text_format.MessageToString(config, as_utf8=True))
+    text = str(text_format.MessageToString(config, as_utf8=True))
+    if delay := config.dynamic_batching.max_queue_delay_microseconds:
+        line = f"  max_queue_delay_microseconds: {delay}\n"
+        text = text.replace(
+            line, f"  # {delay + TIMER_LATE_US} at most: Triton's timer is late by up to {TIMER_LATE_US}.\n" + line
+        )
+    return HEADER + text
 
 
 def parse_text(text: str, path: Path) -> ModelConfig:
@@ -210,7 +216,7 @@ def _ragged(model: dict[str, Any]) -> dict[str, Any]:
     return {**model, "input": [{**tensor, "allow_ragged_batch": tensor["dims"] == [-1]} for tensor in model["input"]]}
 
 
-def _batched(batching: Batching) -> dict[str, Any]:
+def _batched(model: dict[str, Any], batching: Batching) -> dict[str, Any]:
     policy = {
         "timeout_action": "REJECT",
         "default_timeout_microseconds": batching.queue_timeout_us,
@@ -218,10 +224,12 @@ def _batched(batching: Batching) -> dict[str, Any]:
         "max_queue_size": batching.max_queue_size,
     }
     return {
+        **model,
         "max_batch_size": batching.max_batch_size,
+        "instance_group": [{**group, "count": batching.engine_instances} for group in model["instance_group"]],
         "dynamic_batching": {
             "preferred_batch_size": batching.preferred,
-            "max_queue_delay_microseconds": batching.max_queue_delay_us,
+            "max_queue_delay_microseconds": batching.timer_us,
             "default_queue_policy": policy,
         },
     }

@@ -78,8 +78,9 @@ def _write_scorer(
     for name in names:
         (staging / name / str(version)).mkdir(parents=True)
     _write_tokenizer(checkpoint, (tokenizer,))
-    write_profile(options.scoring, max_seq_len, is_plan=options.target != "onnx", tokenizer=tokenizer, scorer=scorer)
-    hidden_size = write_scoring_artefacts(checkpoint, options, max_seq_len, engine, report)
+    is_plan = options.target != "onnx"
+    prefix_ids = write_profile(options.scoring, max_seq_len, is_plan=is_plan, tokenizer=tokenizer, scorer=scorer)
+    hidden_size = write_scoring_artefacts(checkpoint, options, max_seq_len, engine, report, prefix_ids)
     for config in scoring_configs(options, hidden_size):
         _write_config(staging, config)
     _write_adapter("score_tokenizer", tokenizer)

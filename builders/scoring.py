@@ -28,8 +28,13 @@ def scoring_configs(options: BuildOptions, hidden_size: int) -> tuple[pbtxt.Mode
     )
 
 
-def write_profile(scoring: ScoringOptions, max_seq_len: int, *, is_plan: bool, tokenizer: Path, scorer: Path) -> None:
-    """Write scoring.json beside the tokenizer and the scorer, after a first prompt has been made with it.
+def write_profile(
+    scoring: ScoringOptions, max_seq_len: int, *, is_plan: bool, tokenizer: Path, scorer: Path
+) -> list[int]:
+    """Write scoring.json beside the tokenizer and the scorer, after first prompts have been made with it.
+
+    Returns:
+        The ids that the prompts of all texts begin with.
 
     Raises:
         BuildError: the template or the labels are at fault, or leave no room for a text.
@@ -41,7 +46,9 @@ def write_profile(scoring: ScoringOptions, max_seq_len: int, *, is_plan: bool, t
     try:
         prompter = Prompter(profile, Tokenizer.from_directory(tokenizer))
         prompter.row("x", None, profile.labels or ("a", "b"))
+        prefix_ids = prompter.prefix_ids()
     except ValueError as error:  # ProfileError, TextError: one line each
         raise BuildError(f"the scoring prompt can't be made: {error}") from error
     for directory in (tokenizer, scorer):
         profile.save(directory)
+    return prefix_ids

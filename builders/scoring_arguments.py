@@ -10,9 +10,10 @@ from ensemble.scoring.profile import NORMALISATIONS, PLACE
 
 BATCHING = {
     "max_batch_size": "texts in one batch",
-    "max_queue_delay_us": "microseconds that a batch waits to fill up",
+    "max_queue_delay_us": "microseconds that a request waits for company, at most",
     "queue_timeout_us": "microseconds in the queue after which a request is rejected; 0: never",
     "max_queue_size": "requests waiting, beyond which more are rejected; 0: any number",
+    "engine_instances": "batches computed at once, each on a copy of the weights; on a CPU they share its cores",
 }
 
 

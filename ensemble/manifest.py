@@ -48,7 +48,8 @@ class Manifest:
     spec: ModelSpec's fields, as plain values. limits: max_seq_len in tokens. versions: package → version at build time.
     requires: package → lowest version that can load the artefacts. shapes: graph tensor → its dimensions.
     command: the command line that builds these artefacts again. recipe: how an FP8 graph was quantised, else empty.
-    engine: what a TensorRT plan was compiled with and for, and what is in it; else empty.
+    engine: what a TensorRT plan was compiled with and for, and what is in it; a scoring graph's `prefix_ids`, which its
+    prompts begin with; else empty.
     """
 
     name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,11 @@ def test_a_damaged_profile_names_its_file(tmp_path: Path) -> None:
 def test_settings_travel_as_text() -> None:
     settings = ScoringSettings(num_threads=3, max_pass_tokens=99)
     assert ScoringSettings.from_parameters({**settings.to_parameters(), "EXECUTION_ENV_PATH": "x"}) == settings
+    assert ScoringSettings.from_model_config("{}") == ScoringSettings()
+    cores = len(os.sched_getaffinity(0))
+    for threads, count, expected in (("0", 1, 0), ("0", 2, max(1, cores // 2)), ("3", 2, 3), ("0", 999, 1)):
+        config = {"parameters": {"num_threads": {"string_value": threads}}, "instance_group": [{"count": count}]}
+        assert ScoringSettings.from_model_config(json.dumps(config)).num_threads == expected
     for parameters, message in (
         ({"num_slots": "1"}, "unknown scoring engine parameter 'num_slots'"),
         ({"num_threads": "x"}, "num_threads is 'x', must be an integer"),
@@ -243,6 +249,26 @@ def test_prompts_at_fault(tokenizer: Tokenizer) -> None:
         prompter.labels_of(None)
     with pytest.raises(TextError, match=r"labels\[1\] is not UTF-8"):
         prompter.labels_of([b"a", b"\xff"])
+
+
+def test_what_the_prompts_of_all_texts_begin_with(tokenizer: Tokenizer) -> None:
+    def beginning(**changes: Any) -> str:
+        return tokenizer.decode(np.array(Prompter(ScoringProfile(**changes), tokenizer).prefix_ids(), np.int32))
+
+    assert beginning(template="So: {text}, right?") == "So: "
+    assert beginning(template="{text} is") == ""
+    assert beginning(template="<{text}>", is_chat=True, label_prefix="") == "user: <"
+
+
+def test_a_row_begins_with_a_prefix_only_where_something_of_its_prompt_is_left() -> None:
+    row, _ = make_row(ints(5, 6, 7), [ints(1, 2), ints(3)])
+    assert [row.begins_with(ints(*own)) for own in ((5,), (5, 6), (5, 6, 7), (5, 7), (6,))] == [
+        True, True, False, False, False,
+    ]  # fmt: skip
+    rest = row.without(2)
+    assert (rest.input_ids.tolist(), rest.branch_ids.tolist()) == ([7, 1], [0, 1])
+    assert rest.logit_positions.tolist() == [0, 1]
+    rest.check(vocab_size=10, max_seq_len=2)
 
 
 def test_labels_that_are_the_same_tokens_are_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

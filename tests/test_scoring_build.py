@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,17 @@ from builders.errors import BuildError
 from builders.options import BuildOptions
 from builders.pbtxt import parse_text
 from builders.repository import build
-from builders.scoring_options import Batching, ScoringOptions, read_template
+from builders.scoring_options import TIMER_LATE_US, Batching, ScoringOptions, read_template
 from ensemble import contract
 from ensemble.engine.runners.base import RunnerError
-from ensemble.engine.runners.scoring import load_scoring_runner
+from ensemble.engine.runners.scoring import OnnxScoringRunner, load_scoring_runner
 from ensemble.manifest import Manifest
 from ensemble.pipelines import SCORE_PIPELINE
 from ensemble.scoring.profile import ScoringProfile
-from ensemble.scoring.rows import make_row
+from ensemble.scoring.rows import GRAPH_FILE, make_row
 from ensemble.scoring.settings import ScoringSettings
 from ensemble.settings import EngineSettings
+from ensemble.text import Tokenizer
 from tests.checkpoints import make_tokenizer, write_tiny
 
 SCORING = ScoringOptions(template="{text} is", labels=("a", "b"), batching=Batching(max_batch_size=4))
@@ -82,6 +84,55 @@ def test_the_runner_scores_in_passes_what_it_scores_at_once(models: Path) -> Non
         np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
         np.testing.assert_allclose(one.hidden, other.hidden, atol=1e-4)
     assert len({tuple(scores.log_probs.tolist()) for scores in whole}) == len(rows)
+
+
+class CountingSession:
+    """An ONNX Runtime session that notes how many tokens each pass computes."""
+
+    def __init__(self, session: Any) -> None:
+        self._session, self.num_tokens = session, list[int]()
+
+    def run(self, outputs: list[str], feeds: dict[str, Any]) -> Any:
+        self.num_tokens.append(len(feeds["input_ids"]))
+        return self._session.run(outputs, feeds)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_templates_beginning_is_computed_once_and_changes_no_score(checkpoint: Path, precision: str) -> None:
+    scoring = replace(SCORING, template="Is it so: {text}?", batching=Batching(max_batch_size=4))
+    build(options(checkpoint, scoring=scoring, precision=precision, max_seq_len=64))
+    directory = checkpoint.parent / "models" / "s-engine" / "1"
+    manifest = Manifest.load(directory)
+    prefix = manifest.engine["prefix_ids"]
+    tokenizer = Tokenizer.from_directory(checkpoint.parent / "models" / "s-tokenizer" / "1")
+    assert tokenizer.decode(np.array(prefix, np.int32)) == "Is it so: "
+    runner = load_scoring_runner(directory, ScoringSettings(num_threads=1))
+    assert isinstance(runner, OnnxScoringRunner)
+    cold = OnnxScoringRunner(directory / GRAPH_FILE, ScoringSettings(num_threads=1), vocab_size=320, max_seq_len=64)
+    labels = [np.array([5, 6, 7], np.int32), np.array([8], np.int32)]
+    prompts = [[*prefix, *range(40, 40 + n)] for n in (1, 9, 20)]
+    others = [prefix, prefix[:3], [*prefix[:-1], 1, 2, 3], [9]]  # all of it and no more; less; another; nothing of it
+    rows = [make_row(np.array(prompt, np.int32), labels)[0] for prompt in (*prompts, *others)]
+    rows = [rows[number] for number in (3, 0, 4, 1, 5, 2, 6)]  # mixed
+    runner._session = counting = CountingSession(runner._session)
+    for found, expected in zip(runner.score(rows), cold.score(rows), strict=True):
+        np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-5 if precision == "fp32" else 1e-2)
+        np.testing.assert_allclose(found.hidden, expected.hidden, atol=1e-4 if precision == "fp32" else 2e-2)
+    branch = len(labels[0]) - 1
+    assert counting.num_tokens == [
+        sum(len(prompt) - len(prefix) + branch for prompt in prompts),
+        sum(len(prompt) + branch for prompt in others),
+    ]
+
+
+def test_a_graph_of_before_prefixes_still_runs(models: Path) -> None:
+    path = models / "s-engine" / "1" / "manifest.json"
+    values = json.loads(path.read_text())
+    assert values["engine"]["prefix_ids"] == [], "the template begins with the text"
+    path.write_text(json.dumps({**values, "engine": {}}))
+    rows = [make_row(np.arange(5, dtype=np.int32), [np.array([5], np.int32), np.array([7], np.int32)])[0]]
+    (found,) = load_scoring_runner(path.parent, ScoringSettings(num_threads=1)).score(rows)
+    assert found.log_probs.shape == (2,)
 
 
 def test_another_targets_artefacts_are_refused(models: Path) -> None:
@@ -192,7 +243,8 @@ def test_the_command_builds_what_the_manifest_says_it_built(
         "build", str(checkpoint), "--name", "s", "--task", "score", "--repository", str(checkpoint.parent / "models"),
         "--max-seq-len", "48", "--template", str(template), "--labels", "yes, no", "--label-prefix", "",
         "--normalisation", "sum", "--max-batch-size", "8", "--preferred-batch-sizes", "2,4",
-        "--max-queue-delay-us", "123", "--queue-timeout-us", "0", "--max-queue-size", "0", "--max-pass-tokens", "64",
+        "--max-queue-delay-us", "1230", "--queue-timeout-us", "0", "--max-queue-size", "0", "--max-pass-tokens", "64",
+        "--engine-instances", "2",
     ]  # fmt: skip
     assert cli.main(arguments) == 0, capsys.readouterr().err
     directory = checkpoint.parent / "models" / "s-engine"
@@ -201,7 +253,8 @@ def test_the_command_builds_what_the_manifest_says_it_built(
     config = parse_text((directory / "config.pbtxt").read_text(), directory)
     batching = config.dynamic_batching
     assert (config.max_batch_size, list(batching.preferred_batch_size)) == (8, [2, 4, 8])
-    assert batching.max_queue_delay_microseconds == 123
+    assert batching.max_queue_delay_microseconds == 1230 - TIMER_LATE_US
+    assert [group.count for group in config.instance_group] == [2]
     command = Manifest.load(directory / "1").command
     import shlex
 

@@ -177,7 +177,7 @@ def test_a_profile_longer_than_the_positions_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_plans_tensors_are_those_of_the_engine_on_a_cpu(tmp_path: Path) -> None:
-    batching = Batching(max_batch_size=6, preferred_batch_sizes=(4,), max_queue_delay_us=700, max_queue_size=9)
+    batching = Batching(max_batch_size=6, preferred_batch_sizes=(4,), max_queue_delay_us=950, max_queue_size=9)
     configs = (score_plan_config("s", 128, batching), score_engine_config("s", 128, batching, {}))
     plan, python = (MessageToDict(parse_text(to_text(config), tmp_path)) for config in configs)
     for key in ("name", "input", "output", "maxBatchSize", "dynamicBatching"):

@@ -3,7 +3,8 @@
 What enters is decoder.py's graph, quantised or not; what leaves is a graph over the same weight file. A row is a
 prompt and, after it, branches: the tokens of each candidate but its last. A token sees the prompt and its own branch,
 so the prompt is computed once for all candidates. Rows arrive unpadded, one behind the other, as Triton concatenates
-ragged requests, and stay so: attention alone pads them, to the longest of the batch and no further.
+ragged requests, and stay so: attention alone pads them, to the longest of the batch and no further. A graph for a CPU
+also takes the keys and values of a beginning that all rows share, and gives those of its rows.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ensemble.contract import (
     TARGET_LOGITS,
     TOKEN_LOG_PROBS,
 )
-from ensemble.scoring.rows import GRAPH_FILE, LOGIT_COUNTS, LONGEST_ROW, ROW_LENS, TARGET_COUNTS
+from ensemble.scoring.rows import GRAPH_FILE, LOGIT_COUNTS, LONGEST_ROW, OWN, PREFIX, ROW_LENS, TARGET_COUNTS
 
 __all__ = ["GRAPH_FILE", "stateless_widths", "write_stateless"]
 
@@ -37,6 +38,10 @@ Inputs: {SCORE_IDS.name} [tokens]; {BRANCH_IDS.name} [tokens] 0: prompt, 1 …: 
 row's predictions a target is read from; {TARGET_IDS.name} [targets] token ids; {ROW_LENS}, {LOGIT_COUNTS},
 {TARGET_COUNTS} [batch, 1] how many of the values are each row's; {LONGEST_ROW} [seq_len]: its length alone counts.
 Outputs: {TOKEN_LOG_PROBS.name} [targets]; {HIDDEN_STATE.name} [batch, hidden] where the first logits are."""
+PREFIX_DOC = f"""
+For each layer, inputs {PREFIX["keys"]}n, {PREFIX["values"]}n [1, kv_heads, prefix_len, head_dim] of a beginning that
+all rows share and that isn't among their tokens; outputs {OWN["keys"]}n, {OWN["values"]}n [batch, kv_heads, seq_len,
+head_dim]."""
 
 INT32, INT64 = TensorProto.INT32, TensorProto.INT64
 # What the graph with a cache says about positions, masks and last tokens; the prelude says it anew.
@@ -47,8 +52,10 @@ REPLACED = frozenset(
 RENAMED = {"input_ids": "token_line"}
 
 
-def write_stateless(path: Path, output: Path) -> Path:
+def write_stateless(path: Path, output: Path, *, takes_prefix: bool = False) -> Path:
     """Write the scoring version of the graph at `path` to `output`, beside it, sharing its weight file.
+
+    takes_prefix: with the inputs and outputs of PREFIX_DOC; Triton's own backends can't feed them.
 
     Raises:
         EngineError: `output` lies elsewhere, or the graph isn't decoder.py's in opset 24 with the last logits alone.
@@ -63,15 +70,15 @@ def write_stateless(path: Path, output: Path) -> Path:
         raise EngineError(
             f"{path} is not a decoder's graph with a cache in opset 24, giving the last logits; build it again so"
         )
-    widths = _head_widths(graph)
     nodes = _Nodes()
-    _layout(nodes)
+    prefix = _Prefix(nodes, graph) if takes_prefix else None
+    _layout(nodes, prefix)
     for node in graph.node:
         if node.op_type == "TensorScatter" or node.name in REPLACED:
             continue
         node.input[:] = [scatters.get(name, RENAMED.get(name, name)) for name in node.input]
         if node.op_type == "Attention":
-            _attend(nodes, node, *widths)
+            _attend(nodes, node, _head_shape(graph, "q"), prefix)
             continue
         if node.op_type == "RotaryEmbedding":
             # Padded already: its tables are no longer than one row may be, and a batch's tokens are more.
@@ -86,14 +93,17 @@ def write_stateless(path: Path, output: Path) -> Path:
         helper.make_tensor_value_info(TOKEN_LOG_PROBS.name, TensorProto.FLOAT, ["targets"]),
         helper.make_tensor_value_info(HIDDEN_STATE.name, TensorProto.FLOAT, ["batch", hidden_size]),
     ]
+    inputs = _inputs()
+    if prefix is not None:
+        inputs, outputs = inputs + prefix.inputs, outputs + prefix.outputs
     _replace(graph.node, _reachable(nodes.nodes, [value.name for value in outputs]))
-    _replace(graph.input, _inputs())
+    _replace(graph.input, inputs)
     _replace(graph.output, outputs)
     graph.initializer.extend(nodes.constants)
     used = {name for node in graph.node for name in node.input}
     _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in used])
     del graph.value_info[:]
-    model.doc_string = graph.doc_string = DOC
+    model.doc_string = graph.doc_string = DOC if prefix is None else DOC + PREFIX_DOC
     onnx.save(model, output)
     onnx.checker.check_model(str(output), full_check=True)
     return output
@@ -147,11 +157,54 @@ class _Nodes:
         return self.add("Add", [first, self.add("Cast", [own], f"{name}.own", to=INT64)], name)
 
 
-def _layout(nodes: _Nodes) -> None:
+class _Prefix:
+    """A beginning that all rows share: its keys and values stand before a row's own, and a row's own are given."""
+
+    def __init__(self, nodes: _Nodes, graph: onnx.GraphProto) -> None:
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+        self._nodes = nodes
+        self._dtype = next(tensor.data_type for tensor in graph.initializer if tensor.name == "rope.cos")
+        self._heads, self._head_dim = _head_shape(graph, "k")
+        self._num_layers = 0
+        self._count = nodes.add("Shape", [f"{PREFIX['keys']}0"], "prefix_len_1d", start=2, end=3)
+
+    def positions(self, own: str) -> None:
+        """`position_ids`: places among the rows' own tokens, behind the prefix."""
+        self._nodes.add("Add", [own, self._count], "position_ids")
+
+    def mask(self, seen: str) -> None:
+        """`mask` [batch, 1, seq_len, prefix_len + seq_len]: every token sees the whole prefix."""
+        add, ints = self._nodes.add, self._nodes.int
+        batch = add("Shape", [ROW_LENS], "batch_1d", start=0, end=1)
+        self._one_for_each = add("Concat", [batch, ints([1]), ints([1]), ints([1])], "one_for_each_row", axis=0)
+        shape = add("Concat", [batch, ints([1]), "seq_len_1d", self._count], "prefix_mask_shape", axis=0)
+        always = add("Equal", [ints(0), ints(0)], "always")
+        add("Concat", [add("Expand", [always, shape], "prefix_mask"), seen], "mask", axis=3)
+
+    def before(self, keys: str, values: str) -> tuple[str, str]:
+        """The layer's keys and values [batch, kv_heads, prefix_len + seq_len, head_dim]."""
+        layer, found = self._num_layers, []
+        self._num_layers += 1
+        for kind, own in (("keys", keys), ("values", values)):
+            name, given = f"{PREFIX[kind]}{layer}", f"{OWN[kind]}{layer}"
+            self._nodes.add("Identity", [own], given)
+            rows = self._nodes.add("Expand", [name, self._one_for_each], f"{name}.rows")
+            found.append(self._nodes.add("Concat", [rows, own], f"{name}.joined", axis=2))
+            for value, tensors, sizes in (
+                (name, self.inputs, (1, "prefix_len")),
+                (given, self.outputs, ("batch", "seq_len")),
+            ):
+                shape = [sizes[0], self._heads, sizes[1], self._head_dim]
+                tensors.append(helper.make_tensor_value_info(value, self._dtype, shape))
+        return found[0], found[1]
+
+
+def _layout(nodes: _Nodes, prefix: _Prefix | None) -> None:
     """Where each token lies, packed and padded, and what it sees.
 
     `token_line` [1, tokens]; `padded_places` [batch, seq_len] of packed tokens; `packed_places` [tokens] of padded
-    ones; `position_ids` [batch, seq_len]; `mask` [batch, 1, seq_len, seq_len].
+    ones; `position_ids` [batch, seq_len]; `mask` [batch, 1, seq_len, seq_len], behind a prefix's if there is one.
     """
     add, ints = nodes.add, nodes.int
     add("Unsqueeze", [SCORE_IDS.name, ints([0])], "token_line")
@@ -176,10 +229,14 @@ def _layout(nodes: _Nodes) -> None:
     query_column = add("Unsqueeze", [line, ints([2])], "query_offsets")
     is_before = add("LessOrEqual", [key_line, query_column], "is_before")
     seen = add("And", [add("Or", [is_prompt, is_own], "is_related"), is_before], "seen")
-    add("Unsqueeze", [seen, ints([1])], "mask")
     # A token's position is how many tokens it sees before itself.
     count = add("ReduceSum", [add("Cast", [seen], "seen64", to=INT64), ints([2])], "num_seen", keepdims=0)
-    add("Sub", [count, ints(1)], "position_ids")
+    if prefix is None:
+        add("Unsqueeze", [seen, ints([1])], "mask")
+        add("Sub", [count, ints(1)], "position_ids")
+    else:
+        prefix.mask(add("Unsqueeze", [seen, ints([1])], "own_mask"))
+        prefix.positions(add("Sub", [count, ints(1)], "own_positions"))
 
 
 def _padded(nodes: _Nodes, heads: str) -> str:
@@ -189,12 +246,16 @@ def _padded(nodes: _Nodes, heads: str) -> str:
     return nodes.add("Transpose", [rows], f"{heads}.padded", perm=[1, 0, 2, 3])
 
 
-def _attend(nodes: _Nodes, attention: onnx.NodeProto, num_heads: int, head_dim: int) -> None:
+def _attend(nodes: _Nodes, attention: onnx.NodeProto, shape: tuple[int, int], prefix: _Prefix | None) -> None:
     """One attention: queries and keys are padded, the values not yet; what comes back is packed again."""
     add, ints = nodes.add, nodes.int
+    num_heads, head_dim = shape
     queries, keys, values = attention.input[:3]
     (name,) = attention.output
-    rows = add("Attention", [queries, keys, _padded(nodes, values), "mask"], f"{name}.padded")
+    values = _padded(nodes, values)
+    if prefix is not None:
+        keys, values = prefix.before(keys, values)
+    rows = add("Attention", [queries, keys, values, "mask"], f"{name}.padded")
     rows = add("Transpose", [rows], f"{name}.rows", perm=[1, 0, 2, 3])  # [heads, batch, seq_len, d]
     line = add("Reshape", [rows, ints([num_heads, -1, head_dim])], f"{name}.line")
     tokens = add("Gather", [line, "packed_places"], f"{name}.packed", axis=1)  # [heads, tokens, d]
@@ -231,9 +292,9 @@ def _inputs() -> list[onnx.ValueInfoProto]:
     return inputs + [helper.make_tensor_value_info(name, INT32, ["batch", 1]) for name in counts]
 
 
-def _head_widths(graph: onnx.GraphProto) -> tuple[int, int]:
-    """num_heads and head_dim: the queries are split so."""
-    split = next(node for node in graph.node if node.name.endswith("self_attn.q_split"))
+def _head_shape(graph: onnx.GraphProto, kind: str) -> tuple[int, int]:
+    """num_heads and head_dim: the queries ("q") or keys ("k") are split so."""
+    split = next(node for node in graph.node if node.name.endswith(f"self_attn.{kind}_split"))
     shape = next(tensor for tensor in graph.initializer if tensor.name == split.input[1])
     _, _, num_heads, head_dim = numpy_helper.to_array(shape).tolist()
     return num_heads, head_dim

@@ -15,6 +15,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from builders.check_scoring import is_scoring
 from builders.errors import BuildError
 from builders.pbtxt import TEXT_MAX_BATCH_SIZE
+from builders.scoring_options import TIMER_LATE_US, Batching
 from ensemble.manifest import Manifest, ManifestError
 from ensemble.pipelines import ENGINE_SUFFIX, SCORER_SUFFIX, TOKENIZER_SUFFIX, model_name
 
@@ -125,11 +126,14 @@ def _write_batch(configs: Configs, name: str, value: int) -> None:
 
 
 def _read_delay(configs: Configs, name: str) -> int:
-    return int(configs[model_name(name, ENGINE_SUFFIX)].dynamic_batching.max_queue_delay_microseconds)
+    """As in `Batching`: the longest that a request waits, not what Triton's timer is set to."""
+    timer = int(configs[model_name(name, ENGINE_SUFFIX)].dynamic_batching.max_queue_delay_microseconds)
+    return timer and timer + TIMER_LATE_US
 
 
 def _write_delay(configs: Configs, name: str, value: int) -> None:
-    configs[model_name(name, ENGINE_SUFFIX)].dynamic_batching.max_queue_delay_microseconds = value
+    batching = configs[model_name(name, ENGINE_SUFFIX)].dynamic_batching
+    batching.max_queue_delay_microseconds = Batching(max_queue_delay_us=value).timer_us
 
 
 SCORING = (

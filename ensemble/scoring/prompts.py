@@ -16,6 +16,27 @@ from ensemble.scoring.rows import Ints, ScoreRow, make_row
 from ensemble.text import Tokenizer
 
 CACHED_LABEL_SETS = 256
+# Texts that begin as differently as texts do: a tokenizer may join the template's last characters with their first.
+BEGINNINGS = (
+    "x",
+    "The",
+    " x",
+    "  x",
+    "\nx",
+    "\n\nx",
+    "\tx",
+    "1",
+    "-",
+    "'s",
+    '"x',
+    ".",
+    "(x",
+    "/x",
+    "_x",
+    "é",
+    "中",
+    "🙂",
+)
 
 
 class Prompter:
@@ -59,6 +80,13 @@ class Prompter:
                 f"the prompt has {len(prompt)} tokens, its labels {others} more; at most {limit} in all: shorten it"
             )
         return row, targets, len(prompt)
+
+    def prefix_ids(self) -> list[int]:
+        """The ids that the prompts of texts begin with, as far as a few different texts tell."""
+        prompts: list[list[int]] = [self._prompt(text, None).tolist() for text in BEGINNINGS]
+        shortest = min(map(len, prompts)) - 1  # something of a prompt's own has to be left to ask about
+        differs = (i for i in range(shortest) if len({prompt[i] for prompt in prompts}) > 1)
+        return prompts[0][: next(differs, shortest)]
 
     def _prompt(self, text: str | bytes | None, messages: str | bytes | None) -> Ints:
         if (text is None) == (messages is None):

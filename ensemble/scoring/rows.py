@@ -26,6 +26,11 @@ LOGIT_COUNTS = "logit_counts"
 TARGET_COUNTS = "target_counts"
 LONGEST_ROW = "longest_row"
 
+# What a graph on a CPU takes and gives besides, a tensor for each layer: the keys and values of a beginning that all
+# rows of a pass share [1, kv_heads, prefix_len, head_dim], and those of the rows [batch, kv_heads, seq_len, head_dim].
+PREFIX = {"keys": "prefix_keys_", "values": "prefix_values_"}
+OWN = {"keys": "row_keys_", "values": "row_values_"}
+
 FIELDS = {
     "input_ids": SCORE_IDS,
     "branch_ids": BRANCH_IDS,
@@ -51,6 +56,20 @@ class ScoreRow:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def begins_with(self, prefix: Ints) -> bool:
+        """Whether `prefix` is the prompt's beginning, and not all that is asked about."""
+        n = len(prefix)
+        return (
+            len(self) > n
+            and bool((self.input_ids[:n] == prefix).all() and (self.branch_ids[:n] == 0).all())
+            and int(self.logit_positions.min()) >= n
+        )
+
+    def without(self, num_tokens: int) -> ScoreRow:
+        """The row behind its first `num_tokens`, of which nothing is asked."""
+        ids, branches = self.input_ids[num_tokens:], self.branch_ids[num_tokens:]
+        return ScoreRow(ids, branches, self.logit_positions - np.int32(num_tokens), self.target_logits, self.target_ids)
 
     def check(self, vocab_size: int, max_seq_len: int) -> None:
         """Is every value one that an engine can take? A wrong one would fail the whole batch.

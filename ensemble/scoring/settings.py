@@ -6,8 +6,9 @@ What enters and leaves are Triton's `parameters`: text by name.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from ensemble.settings import SettingsError
 
@@ -16,8 +17,8 @@ from ensemble.settings import SettingsError
 class ScoringSettings:
     """How a stateless engine runs; none of it changes what it answers.
 
-    num_threads: CPU threads, 0 for all cores. max_pass_tokens: tokens, padding included, in one pass over the
-    weights: a batch of more runs as several passes, rows of like length together.
+    num_threads: CPU threads of an instance, 0 for its share of the cores. max_pass_tokens: tokens, padding included, in
+    one pass over the weights: a batch of more runs as several passes, rows of like length together.
     """
 
     num_threads: int = 0
@@ -55,6 +56,11 @@ class ScoringSettings:
 
     @classmethod
     def from_model_config(cls, model_config: str) -> ScoringSettings:
-        """Read the JSON that a Python model gets as `args["model_config"]`."""
-        parameters = json.loads(model_config).get("parameters", {})
-        return cls.from_parameters({name: value["string_value"] for name, value in parameters.items()})
+        """Read the JSON that a Python model gets as `args["model_config"]`; instances share out the cores."""
+        config = json.loads(model_config)
+        parameters = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
+        settings = cls.from_parameters(parameters)
+        num_instances = sum(group["count"] for group in config.get("instance_group", ())) or 1
+        if settings.num_threads or num_instances == 1:
+            return settings
+        return replace(settings, num_threads=max(1, len(os.sched_getaffinity(0)) // num_instances))
