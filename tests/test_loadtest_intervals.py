@@ -48,7 +48,7 @@ def test_eight_paired_blocks_cover_the_difference_as_often_as_they_say() -> None
 
 
 def test_pairing_takes_out_what_both_runs_met() -> None:
-    mood = np.array([100, 180, 120, 160, 140, 110, 190, 130], float)
+    mood = np.array([100, 180, 120, 160, 140, 110, 190, 130], np.float64)
     a, b = counts_run(mood), counts_run(mood + 5)
     widths = []
     for is_paired in (True, False):

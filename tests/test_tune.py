@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,26 +20,26 @@ import pytest
 from builders import cli
 from builders.check import CheckError, check_repository
 from builders.commands import tune as command
-from builders.commands.tune import TuneOptions, load, read_texts, tune
+from builders.commands import tune_load
+from builders.commands.tune import TuneOptions, tune
+from builders.commands.tune_load import Load, measure, read_texts, run
 from builders.files import write_atomically
 from builders.options import BuildOptions
+from builders.pbtxt import to_text
 from builders.repository import build
 from builders.scoring_options import Batching, ScoringOptions
 from builders.tune import repository as tuned_repository
-from builders.tune.journal import Journal
-from builders.tune.report import table
-from builders.tune.repository import copied, put_configs, read_configs
-from builders.tune.search import Axis, Measured, Measurement, best_of, is_better, search
+from builders.tune import subject as tuned_subject
+from builders.tune.measurement import Measurement
+from builders.tune.repository import copied, finish_pending, put_configs, read_configs
+from builders.tune.search import Axis, is_better, search
 from builders.tune.space import Point, TuneError, read_point, space_of, with_point
 from clients.errors import RequestRejected
 from ensemble.settings import EngineSettings
 from tests.checkpoints import make_tokenizer, write_tiny
+from tests.tuning import found
 
 LIMIT_MS = 100.0
-
-
-def found(throughput: float, p99_ms: float = 10.0, failure: str = "") -> Measurement:
-    return Measurement(throughput, p99_ms / 2, p99_ms, 100, failure)
 
 
 # Search
@@ -64,8 +71,8 @@ def test_the_search_finds_the_hill_with_fewer_points_than_the_product(start: Poi
         return hill(point)
 
     measured = search(AXES, start, measure, LIMIT_MS)
-    best = best_of(measured, LIMIT_MS)
-    assert best is not None and best.point == {"batch": 8, "delay": 2000}
+    best = max(measured, key=lambda one: one.result.throughput)
+    assert best.point == {"batch": 8, "delay": 2000}
     assert len({tuple(point.items()) for point in asked}) == len(asked) == len(measured) < 20
 
 
@@ -74,55 +81,6 @@ def test_the_search_ends_with_what_it_has_when_time_is_up() -> None:
     measured = search(AXES, {"batch": 1, "delay": 0}, lambda p: hill(p) if next(left, None) is not None else None, 100)
     assert len(measured) == 3
     assert search(AXES, {"batch": 1, "delay": 0}, lambda point: None, 100) == []
-
-
-def test_nothing_within_the_limit_has_no_winner() -> None:
-    measured = search(AXES, {"batch": 1, "delay": 0}, lambda point: found(5, 300), LIMIT_MS)
-    assert best_of(measured, LIMIT_MS) is None
-    assert table(measured, None, LIMIT_MS).splitlines()[1].startswith("-")
-
-
-# Journal
-
-
-def test_a_journal_gives_back_what_it_was_given(tmp_path: Path) -> None:
-    path = tmp_path / "out" / "journal.jsonl"
-    journal = Journal(path, {"model": "m"})
-    journal.add(Measured({"batch": 2, "delay": 0}, found(12.5)))
-    journal.add(Measured({"batch": 4, "delay": 0}, Measurement(failure="no server")))
-    again = Journal(path, {"model": "m"})
-    assert again.get({"delay": 0, "batch": 2}) == found(12.5)
-    assert again.get({"delay": 0, "batch": 4}) == Measurement(failure="no server")
-    assert again.get({"delay": 1, "batch": 4}) is None
-
-
-def test_a_write_that_was_cut_short_costs_one_point(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    journal = Journal(path, {"model": "m"})
-    for batch in (1, 2):
-        journal.add(Measured({"batch": batch}, found(batch)))
-    path.write_text(path.read_text()[:-9])
-    again = Journal(path, {"model": "m"})
-    assert again.get({"batch": 1}) == found(1) and again.get({"batch": 2}) is None
-    again.add(Measured({"batch": 2}, found(3)))
-    assert Journal(path, {"model": "m"}).get({"batch": 2}) == found(3)
-
-
-def test_a_damaged_journal_is_an_error_that_names_the_line(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    Journal(path, {"model": "m"}).add(Measured({"batch": 1}, found(1)))
-    whole = path.read_text()
-    for text, message in (
-        (whole.replace('"point"', '"poin'), r"journal.jsonl:2 is damaged; remove that line"),
-        (whole.replace('"batch": 1', '"batch": "x"'), r":2 is damaged"),
-        (whole.replace('"throughput"', '"speed"'), r":2 is damaged"),
-        ("nonsense\n", r":1 is no journal's first line"),
-        (whole.replace('"model": "m"', '"model": "n"'), "is of another run: model is 'n' there and 'm' now"),
-    ):
-        path.write_text(text)
-        with pytest.raises(TuneError, match=message):
-            Journal(path, {"model": "m"})
-        assert path.read_text() == text, "it is left to be looked at"
 
 
 # The space, and a repository
@@ -208,7 +166,7 @@ def test_an_interrupt_while_writing_changes_nothing(repository: Path, monkeypatc
     def interrupted(path: Path, data: Any, error_type: Any) -> None:
         write_atomically(path, data, error_type)
         calls.append(path)
-        if len(calls) == 2:
+        if len(calls) == 3:  # the record, and two of the files
             raise KeyboardInterrupt
 
     monkeypatch.setattr(tuned_repository, "write_atomically", interrupted)
@@ -217,10 +175,71 @@ def test_an_interrupt_while_writing_changes_nothing(repository: Path, monkeypatc
     assert {path: path.read_bytes() for path in repository.rglob("config.pbtxt")} == before
 
 
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+from builders.tune.repository import put_configs, read_configs
+from builders.tune.space import read_point, space_of, with_point
+
+repository, left = Path(sys.argv[1]), int(sys.argv[2])
+replace = Path.replace
+
+def killed(path, target):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(path, target)
+
+configs = read_configs(repository, "s")
+space = space_of(configs, "s", {})
+names = ("max_batch_size", "max_queue_delay_us", "tokenizer_instances", "scorer_instances")
+Path.replace = killed
+put_configs(repository, with_point(space, configs, "s", dict(zip(names, (2, 0, 2, 2), strict=True))))
+"""
+
+
+def test_a_kill_while_writing_leaves_the_old_or_the_new(repository: Path) -> None:
+    """The process is killed before the first rename, the second, and so on; then the next command comes along."""
+    old, root = point_of(repository), Path(__file__).parents[1]
+    before = {path: path.read_bytes() for path in repository.rglob("config.pbtxt")}
+    new = {"max_batch_size": 2, "max_queue_delay_us": 0, "tokenizer_instances": 2, "scorer_instances": 2}
+    ends: list[Point] = []
+    for num_renames in range(6):
+        done = subprocess.run([sys.executable, "-c", WRITER, str(repository), str(num_renames)], cwd=root, check=False)
+        assert done.returncode == (-signal.SIGKILL if num_renames < 5 else 0)
+        finished = finish_pending(repository)
+        assert bool(finished) == (0 < num_renames < 5), "the record is the first file that is renamed"
+        ends.append(point_of(repository))
+        assert check_repository(repository) == [] and finish_pending(repository) == []
+        for path, data in before.items():
+            path.write_bytes(data)
+    assert ends == [old] + [new] * 5
+
+
+def test_what_was_changed_since_the_kill_stays(repository: Path) -> None:
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", WRITER, str(repository), "2"], cwd=root, check=False)
+    assert len(list(repository.glob(".*.json"))) == 1
+    configs = read_configs(repository, "s")
+    changed = configs["s-scorer"]
+    changed.instance_group[0].count = 3
+    (repository / "s-scorer" / "config.pbtxt").write_text(to_text(changed))
+    kept = {path: path.read_bytes() for path in repository.rglob("config.pbtxt")}
+    assert finish_pending(repository) == []
+    assert {path: path.read_bytes() for path in repository.rglob("config.pbtxt")} == kept
+    assert not list(repository.glob(".*.json"))
+
+
+def point_of(repository: Path) -> dict[str, int]:
+    configs = read_configs(repository, "s")
+    return read_point(space_of(configs, "s", {}), configs, "s")
+
+
 def test_what_is_no_ensemble_is_refused(repository: Path) -> None:
     with pytest.raises(TuneError, match="s-engine is no ensemble"):
         read_configs(repository, "s-engine")
-    with pytest.raises(TuneError, match=r"nobody/config.pbtxt: No such file"):
+    with pytest.raises(TuneError, match=r"nobody/config.pbtxt: No such file .*; the repository's models are g, s$"):
         read_configs(repository, "nobody")
 
 
@@ -232,13 +251,12 @@ def measured_points(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
     """Points as they are measured; the fastest has a batch of 16 and 2 tokenizers."""
     points: list[dict[str, int]] = []
 
-    def measure(options: TuneOptions, configs: Any, texts: Any, ask: Any) -> Measurement:
-        space = space_of(configs, "s", {})
-        point = read_point(space, configs, "s")
+    def fake(repository: Path, name: str, configs: Any, load: Load) -> Measurement:
+        point = read_point(space_of(configs, name, {}), configs, name)
         points.append(point)
         return found(50 - abs(point["max_batch_size"] - 16) + 5 * point["tokenizer_instances"], 40)
 
-    monkeypatch.setattr(command, "_measure", measure)
+    monkeypatch.setattr(command, "measure", fake)
     return points
 
 
@@ -252,52 +270,258 @@ def options(repository: Path, **changes: Any) -> TuneOptions:
     return TuneOptions(**{**values, **changes})
 
 
+def in_the_repository(repository: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in repository.rglob("*.pbtxt")}
+
+
 def test_tune_writes_the_winner_and_what_it_saw(repository: Path, measured_points: list[dict[str, int]]) -> None:
-    tuned = tune(options(repository))
-    assert tuned.best is not None and tuned.is_complete
-    assert (tuned.best.point["max_batch_size"], tuned.best.point["tokenizer_instances"]) == (16, 2)
+    told: list[str] = []
+    tuned = tune(options(repository), tell=told.append)
+    assert tuned.decision is not None and tuned.decision.winner is not None and tuned.is_complete and tuned.is_held
+    winner = tuned.decision.winner.point
+    assert (winner["max_batch_size"], winner["tokenizer_instances"]) == (16, 2)
     configs = read_configs(repository, "s")
     assert (configs["s-engine"].max_batch_size, configs["s-tokenizer"].instance_group[0].count) == (16, 2)
-    assert {path.name for path in (repository.parent / "out").iterdir()} == {
-        "journal.jsonl", "table.txt", "throughput.png",
-    }  # fmt: skip
-    assert (repository.parent / "out" / "throughput.png").stat().st_size > 5000
-    lines = (repository.parent / "out" / "table.txt").read_text().splitlines()
-    assert lines[1].startswith("*") and len(lines) == 1 + len(measured_points)
+    out = repository.parent / "out"
+    assert {path.name for path in out.iterdir()} == {"journal.jsonl", "table.txt", "throughput.png"}
+    assert (out / "table.txt").read_text() == tuned.table
+    search, decision = tuned.table.split("\n\n")
+    assert len(search.splitlines()) == 1 + len(tuned.measured) and len(decision.splitlines()) == 2 + 3
+    assert len(measured_points) == len(tuned.measured) + 8 * 3
+    assert measured_points[-6:-3] == measured_points[-3:][::-1], "there and back"
+    assert told[0].splitlines() == [
+        "searching max_batch_size, max_queue_delay_us, tokenizer_instances, scorer_instances: 12 s a point and a "
+        "server's start",
+        "then confirming: 8 rounds of the start and at most 2 candidates, 24 measurements x 12 s = 288 s and as many "
+        "starts",
+        "in all at most 900 s",
+    ]
+    assert "confirming: 8 rounds of the start and 2 candidates; 24 measurements to do x 12 s = 288 s" in told
 
 
+def test_the_winner_becomes_the_start_and_keeps_its_place(
+    repository: Path, measured_points: list[dict[str, int]]
+) -> None:
+    """The same command again: the rounds are known, whichever of their configurations was the start."""
+    first = tune(options(repository))
+    kept, count = in_the_repository(repository), len(measured_points)
+    again = tune(options(repository))
+    assert first.decision is not None and first.decision.winner is not None
+    assert again.start == first.decision.winner.point
+    assert again.decision is not None and again.decision.winner is None and again.is_held
+    assert command.conclusion(again) == "nothing is better than the start beyond the noise: the configuration stays"
+    assert in_the_repository(repository) == kept
+    # A batch size is written with preferred sizes that depend on what was there before: those points are new.
+    assert len(measured_points) - count < count
+
+
+def test_a_lucky_search_changes_nothing(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every configuration does the same, but for the luck of its first measurement."""
+    seen: dict[str, int] = {}
+
+    def lucky(repository: Path, name: str, configs: Any, load: Load) -> Measurement:
+        digest = tuned_subject.configs_digest(configs)
+        seen[digest] = seen.get(digest, -1) + 1
+        return found(50 + (20 if seen[digest] == 0 and len(seen) == 4 else seen[digest] % 3), 40)
+
+    monkeypatch.setattr(command, "measure", lucky)
+    before = in_the_repository(repository)
+    tuned = tune(options(repository))
+    assert max(one.result.throughput for one in tuned.measured) == 70
+    assert tuned.decision is not None and tuned.decision.winner is None and tuned.is_held
+    assert in_the_repository(repository) == before and tuned.changed == []
+
+
+def test_what_breaks_the_limit_when_repeated_does_not_win(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: dict[str, int] = {}
+
+    def measure(repository: Path, name: str, configs: Any, load: Load) -> Measurement:
+        point = read_point(space_of(configs, name, {}), configs, name)
+        digest = tuned_subject.configs_digest(configs)
+        counts[digest] = counts.get(digest, 0) + 1
+        is_fast = point["max_batch_size"] == 16
+        return found(90 if is_fast else 50, 150 if is_fast and counts[digest] > 1 else 40)
+
+    monkeypatch.setattr(command, "measure", measure)
+    before = in_the_repository(repository)
+    tuned = tune(options(repository))
+    assert tuned.decision is not None and "over the limit" in tuned.decision.verdicts[1]
+    assert tuned.decision.winner is None and in_the_repository(repository) == before
+
+
+@pytest.mark.parametrize("killed_at", [3, "confirming"])
 def test_a_run_that_was_killed_goes_on_where_it_was(
-    repository: Path, measured_points: list[dict[str, int]], monkeypatch: pytest.MonkeyPatch
+    killed_at: int | str, repository: Path, measured_points: list[dict[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tune(options(repository, is_dry=True, output=repository.parent / "whole"))
+    num_measured, num_search = len(measured_points), len(whole.measured)
     measured_points.clear()
-    real = command._measure
+    limit = num_search + 3 * 2 + 1 if killed_at == "confirming" else int(killed_at)
+    real = vars(command)["measure"]
 
     def killed(*arguments: Any) -> Measurement:
-        if len(measured_points) == 3:
+        if len(measured_points) == limit:
             raise KeyboardInterrupt
         return real(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(command, "_measure", killed)
+        patched.setattr(command, "measure", killed)
         with pytest.raises(KeyboardInterrupt):
             tune(options(repository))
-    assert len(measured_points) == 3
-    resumed = tune(options(repository))
-    assert resumed.best == whole.best
-    assert len(measured_points) == len(whole.measured), "no point was measured twice"
+    assert len(measured_points) == limit
+    told: list[str] = []
+    resumed = tune(options(repository), tell=told.append)
+    assert resumed.decision == whole.decision
+    # A round is measured whole: the one measurement of the third that was there can't be paired any more.
+    assert len(measured_points) == num_measured + (1 if killed_at == "confirming" else 0)
+    assert any("points were in" in line for line in told)
 
 
-def test_the_budget_bounds_the_search(repository: Path, measured_points: list[dict[str, int]]) -> None:
-    tuned = tune(options(repository, budget_s=1e-9))
-    assert not tuned.is_complete and tuned.best is None and tuned.changed == []
+def test_the_budget_bounds_the_search_and_keeps_room_for_the_rounds(
+    repository: Path, measured_points: list[dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TuneError, match=r"budget_s is 200; 24 confirming measurements of 12 s alone need 288 s: raise"):
+        tune(options(repository, budget_s=200))
     assert measured_points == []
+    now = 0.0
+
+    def slow(*arguments: Any) -> Measurement:
+        nonlocal now
+        now += 20.0
+        return real(*arguments)
+
+    real = vars(command)["measure"]
+    monkeypatch.setattr(command, "measure", slow)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    told: list[str] = []
+    tuned = tune(options(repository, budget_s=580.0), tell=told.append)
+    assert len(tuned.measured) == 5 and now == 580.0, "5 points and 24 confirming measurements of 20 s"
+    assert not tuned.is_complete and tuned.decision is not None
+    assert "no time for another point: the rest of the budget is kept for 24 confirming measurements x 20 s" in told
 
 
-def test_a_journal_of_another_load_is_refused(repository: Path, measured_points: list[dict[str, int]]) -> None:
+def test_rounds_without_time_decide_nothing(
+    repository: Path, measured_points: list[dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def slower(*arguments: Any) -> Measurement:
+        nonlocal now
+        now += 12.0 if len(measured_points) < 20 else 40.0
+        return real(*arguments)
+
+    real = vars(command)["measure"]
+    monkeypatch.setattr(command, "measure", slower)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    before = in_the_repository(repository)
+    tuned = tune(options(repository, budget_s=600.0))
+    assert tuned.decision is None and not tuned.is_complete and now <= 640.0
+    assert in_the_repository(repository) == before
+    assert command.conclusion(tuned) == "nothing chosen yet"
+    assert tune(options(repository, budget_s=3000.0)).decision is not None
+
+
+def test_a_start_that_cannot_be_measured_ends_at_once(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def fail(*_: Any) -> Measurement:
+        calls.append(1)
+        return found(0, failure="no labels in the request")
+
+    monkeypatch.setattr(command, "measure", fail)
+    with pytest.raises(TuneError, match=r"^s as it is can't be measured: no labels in the request$"):
+        tune(options(repository))
+    assert len(calls) == 1
+
+
+# What a journal is worth when something has changed
+
+
+def rerun_error(repository: Path, **changes: Any) -> str:
+    with pytest.raises(TuneError) as caught:
+        tune(options(repository, is_dry=True, **changes))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clients": 4}, "clients is 16 there and 4 now"),
+        ({"seconds": 5.0}, "seconds is 10.0 there and 5.0 now"),
+        ({"labels": ("x", "y")}, r"labels is \[\] there and \['x', 'y'\] now"),
+    ],
+)
+def test_a_journal_of_another_load_is_refused(
+    changes: dict[str, Any], message: str, repository: Path, measured_points: list[dict[str, int]]
+) -> None:
     tune(options(repository, is_dry=True))
-    with pytest.raises(TuneError, match="is of another run: clients is 16 there and 4 now"):
-        tune(options(repository, clients=4))
+    assert re.search(f"journal.jsonl is of another run: {message}; remove it, or", rerun_error(repository, **changes))
+
+
+def test_a_journal_of_another_build_machine_or_code_is_refused(
+    repository: Path,
+    checkpoint: Path,
+    measured_points: list[dict[str, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "texts").write_text("one\ntwo\n")
+    tune(options(repository, is_dry=True, texts=tmp_path / "texts"))
+    count = len(measured_points)
+    assert tune(options(repository, is_dry=True, texts=tmp_path / "texts")).decision is not None
+    assert len(measured_points) == count, "nothing has changed: nothing is measured"
+    (tmp_path / "texts").write_text("one\nthree\n")
+    assert "texts is" in rerun_error(repository, texts=tmp_path / "texts")
+    (tmp_path / "texts").write_text("one\ntwo\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "sched_getaffinity", lambda _: {0})
+        assert "machine is {" in rerun_error(repository, texts=tmp_path / "texts")
+    with monkeypatch.context() as patched:
+        shutil.copytree(tuned_subject.CODE / "scoring", tmp_path / "code")
+        patched.setattr(tuned_subject, "CODE", tmp_path / "code")
+        assert "code is" in rerun_error(repository, texts=tmp_path / "texts")
+    assert tune(options(repository, is_dry=True, texts=tmp_path / "texts")).is_complete
+    scoring = ScoringOptions(labels=("a", "b"), batching=Batching(max_batch_size=8, preferred_batch_sizes=(4,)))
+    build(BuildOptions(checkpoint, "s", repository, task="score", max_seq_len=24, scoring=scoring))
+    assert "build is" in rerun_error(repository, texts=tmp_path / "texts")
+    assert len(measured_points) == count
+
+
+def test_every_artefact_counts_as_the_build(repository: Path) -> None:
+    configs = read_configs(repository, "s")
+    before = tuned_subject.build_digest(repository, configs)
+    for path in sorted((repository).glob("s*/1/*")):
+        data = path.read_bytes()
+        path.write_bytes(data + b" ")
+        assert tuned_subject.build_digest(repository, configs) != before, path
+        path.write_bytes(data)
+    assert tuned_subject.build_digest(repository, configs) == before
+
+
+def test_another_limit_measures_nothing_again_and_decides_anew(
+    repository: Path, measured_points: list[dict[str, int]]
+) -> None:
+    """A measurement doesn't depend on the limit; which points are searched, and what wins, does."""
+    first = tune(options(repository, is_dry=True))
+    count = len(measured_points)
+    other = tune(options(repository, is_dry=True, p99_ms=39.0))
+    assert other.decision is None or other.decision.winner is None
+    assert not other.is_held and first.is_held
+    assert all(point not in [one.point for one in first.measured] for point in measured_points[count:][:-24])
+
+
+def test_a_configuration_that_was_changed_by_hand_is_measured_anew(
+    repository: Path, measured_points: list[dict[str, int]]
+) -> None:
+    """The queue policy isn't tuned; the same point with another one is another configuration."""
+    first = tune(options(repository, is_dry=True))
+    configs = read_configs(repository, "s")
+    configs["s-engine"].dynamic_batching.default_queue_policy.max_queue_size = 7
+    put_configs(repository, configs)
+    measured_points.clear()
+    again = tune(options(repository, is_dry=True))
+    assert len(measured_points) == len(again.measured) + 24
+    assert [one.point for one in again.measured] == [one.point for one in first.measured]
 
 
 @pytest.mark.parametrize(
@@ -306,6 +530,7 @@ def test_a_journal_of_another_load_is_refused(repository: Path, measured_points:
         ({"p99_ms": 0.0}, "p99_ms is 0.0, must be finite and above 0"),
         ({"budget_s": float("nan")}, "budget_s is nan"),
         ({"clients": 0}, "clients is 0, must be at least 1"),
+        ({"rounds": 4}, "rounds is 4, must be at least 5"),
     ],
 )
 def test_options_at_fault(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -313,14 +538,21 @@ def test_options_at_fault(change: dict[str, Any], message: str, tmp_path: Path) 
         options(tmp_path, **change)
 
 
-def test_texts_are_lines(tmp_path: Path) -> None:
-    (tmp_path / "t").write_text("a\n\n  b \n")
-    assert read_texts(tmp_path / "t") == ["a", "b"]
-    assert len(read_texts(None)) > 3 and max(map(len, read_texts(None))) <= 240
+def test_texts_are_lines_as_they_are(tmp_path: Path) -> None:
+    long = "word " * 200
+    (tmp_path / "t").write_text(f"a\n\n  b \n{long}\n")
+    assert read_texts(tmp_path / "t") == ["a", "b", long.strip()]
     (tmp_path / "t").write_text("\n")
     for path, message in ((tmp_path / "t", "holds no text"), (tmp_path / "no", "can't be read")):
         with pytest.raises(TuneError, match=message):
             read_texts(path)
+
+
+def test_built_in_texts_begin_differently_so_that_no_prefix_is_reused() -> None:
+    texts = read_texts(None)
+    assert len(texts) > 600
+    assert len({" ".join(text.split()[:6]) for text in texts}) == len(texts)
+    assert {len(text.split()) for text in texts} == {40}
 
 
 def test_the_command_tells_what_it_found(
@@ -329,12 +561,58 @@ def test_the_command_tells_what_it_found(
     arguments = ["tune", "s", "--repository", str(repository), "--output", str(repository.parent / "out")]
     assert cli.main([*arguments, "--p99-ms", "1"]) == 1
     captured = capsys.readouterr()
-    assert captured.err.splitlines()[-1] == "error: no point is within 1 ms; raise --p99-ms, or lower --clients"
+    assert captured.err.splitlines()[-1] == "error: nothing holds 1 ms for sure; raise --p99-ms, or lower --clients"
+    assert "nothing chosen, the configuration stays; see" in captured.out
     assert cli.main([*arguments, "--p99-ms", "100"]) == 0
-    out = capsys.readouterr().out
-    assert "max_batch_size" in out and f"wrote {repository / 's-engine' / 'config.pbtxt'}" in out
-    assert cli.main(["tune", "s", "--p99-ms", "1", "--repository", str(repository), "--clients", "0"]) == 1
-    assert capsys.readouterr().err == "error: clients is 0, must be at least 1\n"
+    captured = capsys.readouterr()
+    assert "max_batch_size" in captured.out and f"wrote {repository / 's-engine' / 'config.pbtxt'}" in captured.out
+    assert captured.out.splitlines()[-1].startswith("start the server again; see")
+    assert "confirming: 8 rounds" in captured.err
+
+
+def test_what_is_wrong_is_told_in_one_line_before_anything_starts(
+    repository: Path, measured_points: list[dict[str, int]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["--repository", str(repository), "--p99-ms", "100"]
+    for more, message in (
+        (["s", "--clients", "0"], "clients is 0, must be at least 1"),
+        (["s", "--p99-ms", "0"], "p99_ms is 0.0, must be finite and above 0"),
+        (["no", *arguments], "no/config.pbtxt: No such file or directory; the repository's models are g, s"),
+        (["s", "--repository", str(tmp_path / "none")], "build the model first, or name another --repository"),
+        (["s-engine"], "s-engine is no ensemble: tune the model that clients ask for"),
+        (["s", "--texts", str(tmp_path / "none")], "can't be read"),
+        (["g", "--labels", "a,b"], "labels are for scoring models, g generates"),
+        (["s", "--budget-s", "30"], "budget_s is 30; 24 confirming measurements"),
+        (["s", "--output", "/dev/null/x"], "Not a directory; choose another --output"),
+    ):
+        assert cli.main(["tune", *more[:1], *arguments, *more[1:]]) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.splitlines()[-1].startswith("error: "), error
+        assert "Traceback" not in error
+    assert measured_points == []
+
+
+def test_a_repository_that_cannot_be_written_to_is_told_before_anything_is_measured(
+    repository: Path, measured_points: list[dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # To the superuser a directory's mode says nothing, so what it would say is put in.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "s-engine")
+    with pytest.raises(TuneError, match=r"s-engine can't be written to, so a winner couldn't be: --dry-run only"):
+        tune(options(repository))
+    assert measured_points == []
+    assert tune(options(repository, is_dry=True)).decision is not None
+
+
+def test_an_interrupt_tells_how_to_go_on(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> Measurement:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "measure", interrupted)
+    out = str(repository.parent / "out")
+    assert cli.main(["tune", "s", "--repository", str(repository), "--p99-ms", "9", "--output", out]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command goes on from the journal"
 
 
 # Load
@@ -349,28 +627,62 @@ class FakeClient:
     def __exit__(self, *_: object) -> None: ...
 
 
+def a_load(ask: Any, clients: int, seconds: float) -> Load:
+    return Load(["a"], clients, seconds, ask)
+
+
 def test_load_counts_what_is_answered_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "GrpcClient", FakeClient)
-    result = load(lambda client, text: time.sleep(0.01), "x:1", "m", ["a"], clients=4, seconds=0.5)
-    assert not result.failure and 100 < result.num_requests <= 220
-    assert result.throughput == result.num_requests / 0.5
+    monkeypatch.setattr(tune_load, "GrpcClient", FakeClient)
+    result = run(a_load(lambda client, text: time.sleep(0.01), 4, 0.5), "x:1", "m")
+    assert not result.failure and 100 < len(result.latencies_ms) <= 220
+    assert result.throughput == len(result.latencies_ms) / 0.5
     assert 10 <= result.p50_ms <= result.p99_ms < 200
+    assert Measurement.from_dict(json.loads(json.dumps(result.to_dict()))) == result
 
 
 def test_a_load_with_one_error_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "GrpcClient", FakeClient)
+    monkeypatch.setattr(tune_load, "GrpcClient", FakeClient)
 
     def ask(client: Any, text: str) -> None:
         raise RequestRejected("queue\nis full")
 
-    assert load(ask, "x:1", "m", ["a"], clients=2, seconds=5).failure == "queue is full"
-    assert "no request was answered" in load(lambda c, t: time.sleep(0.2), "x:1", "m", ["a"], 1, 0.1).failure
+    assert run(a_load(ask, 2, 5), "x:1", "m").failure == "queue is full"
+    assert "no request was answered" in run(a_load(lambda c, t: time.sleep(0.2), 1, 0.1), "x:1", "m").failure
 
 
-def test_a_point_that_cannot_be_served_is_a_result(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_does_not_wait_for_the_seconds_to_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[int] = []
+
+    class Closable(FakeClient):
+        def __exit__(self, *_: object) -> None:
+            closed.append(1)
+
+    class Interrupted(ThreadPoolExecutor):
+        def map(self, *arguments: Any, **options: Any) -> Any:
+            super().map(*arguments, **options)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune_load, "GrpcClient", Closable)
+    monkeypatch.setattr(tune_load, "ThreadPoolExecutor", Interrupted)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(a_load(lambda client, text: time.sleep(0.01), 3, 60), "x:1", "m")
+    assert time.monotonic() - began < 5 and len(closed) == 3
+
+
+def test_a_point_that_cannot_be_served_is_a_result(repository: Path) -> None:
     configs = read_configs(repository, "g")
     space = space_of(configs, "g", {})
     bad = with_point(space, configs, "g", {**read_point(space, configs, "g"), "prefill_chunk": 256})
-    result = command._measure(SimpleNamespace(repository=repository), bad, ["a"], None)  # type: ignore[arg-type]
+    result = measure(repository, "g", bad, a_load(None, 1, 1))
     assert "prefill_chunk is 256" in result.failure and "\n" not in result.failure
-    assert json.dumps(result.failure)
+
+
+def test_a_full_disk_is_no_result_but_an_error(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device", "temporary")
+
+    configs = read_configs(repository, "g")
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(TuneError, match="temporary: No space left on device; set TMPDIR to another disk"):
+        measure(repository, "g", configs, a_load(None, 1, 1))

@@ -1,37 +1,19 @@
 """Coordinate search: one parameter after the other, up and down from the best so far, until nothing improves.
 
 What enters is a space and something that measures a point; what leaves is every point that was measured. It knows
-nothing of servers, and what was measured before is not measured again.
+nothing of servers. One measurement of a point is good enough to find the way; which point is best, confirm.py decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from builders.tune.measurement import Measured, Measurement
 from builders.tune.space import Point
 
-# A difference below this is noise: the search doesn't follow it.
+# A difference below this is likely noise: the search doesn't follow it.
 MIN_GAIN = 0.03
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """throughput in requests/s; p50_ms, p99_ms of a request's latency; failure: why there are none, else empty."""
-
-    throughput: float = 0.0
-    p50_ms: float = 0.0
-    p99_ms: float = 0.0
-    num_requests: int = 0
-    failure: str = ""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A point and what it did."""
-
-    point: dict[str, int]
-    result: Measurement
 
 
 @dataclass(frozen=True)
@@ -57,12 +39,6 @@ def is_better(result: Measurement, other: Measurement, p99_limit_ms: float) -> b
     if within:
         return result.throughput > other.throughput * (1 + MIN_GAIN)
     return result.p99_ms < other.p99_ms * (1 - MIN_GAIN)
-
-
-def best_of(measured: Iterable[Measured], p99_limit_ms: float) -> Measured | None:
-    """The most throughput within the limit; None where nothing is within it."""
-    within = [one for one in measured if is_within(one.result, p99_limit_ms)]
-    return max(within, key=lambda one: one.result.throughput, default=None)
 
 
 def search(
