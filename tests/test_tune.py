@@ -357,12 +357,13 @@ def test_a_run_that_was_killed_goes_on_where_it_was(
     num_measured, num_search = len(measured_points), len(whole.measured)
     measured_points.clear()
     limit = num_search + 3 * 2 + 1 if killed_at == "confirming" else int(killed_at)
-    real = vars(command)["measure"]
+    real: Any = vars(command)["measure"]
 
     def killed(*arguments: Any) -> Measurement:
         if len(measured_points) == limit:
             raise KeyboardInterrupt
-        return real(*arguments)
+        result: Measurement = real(*arguments)
+        return result
 
     with monkeypatch.context() as patched:
         patched.setattr(command, "measure", killed)
@@ -388,9 +389,10 @@ def test_the_budget_bounds_the_search_and_keeps_room_for_the_rounds(
     def slow(*arguments: Any) -> Measurement:
         nonlocal now
         now += 20.0
-        return real(*arguments)
+        result: Measurement = real(*arguments)
+        return result
 
-    real = vars(command)["measure"]
+    real: Any = vars(command)["measure"]
     monkeypatch.setattr(command, "measure", slow)
     monkeypatch.setattr(time, "monotonic", lambda: now)
     told: list[str] = []
@@ -408,9 +410,10 @@ def test_rounds_without_time_decide_nothing(
     def slower(*arguments: Any) -> Measurement:
         nonlocal now
         now += 12.0 if len(measured_points) < 20 else 40.0
-        return real(*arguments)
+        result: Measurement = real(*arguments)
+        return result
 
-    real = vars(command)["measure"]
+    real: Any = vars(command)["measure"]
     monkeypatch.setattr(command, "measure", slower)
     monkeypatch.setattr(time, "monotonic", lambda: now)
     before = in_the_repository(repository)
