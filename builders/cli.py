@@ -263,9 +263,10 @@ def _fit(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    from builders.commands.tune import TuneOptions, conclusion, tune
+    from builders.commands.tune import conclusion, tune
     from builders.errors import BuildError
     from builders.scoring_arguments import split_labels
+    from builders.tune.options import TuneOptions
 
     bar = _ProgressBar()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how supervisors say Ctrl-C

@@ -20,8 +20,8 @@ from builders.check import check_repository
 from builders.options import BuildOptions
 from builders.repository import build
 from ensemble.settings import EngineSettings
-from tests.checkpoints import make_tokenizer, write_tiny
 from tests.test_server import needs_server
+from tests.tuning import tiny_checkpoint
 
 ROUNDS = 5
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    checkpoint = make_tokenizer(write_tiny(tmp_path / "tiny", vocab_size=320, eos_token_id=319))
+    checkpoint = tiny_checkpoint(tmp_path)
     settings = EngineSettings(num_slots=4, prefill_chunk=16)
     build(BuildOptions(checkpoint, "g", tmp_path / "models", max_seq_len=64, settings=settings))
     return tmp_path / "models"

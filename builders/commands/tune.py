@@ -7,9 +7,7 @@ starts a server on a copy of the model's parts, and stands in a journal when it 
 
 from __future__ import annotations
 
-import math
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -17,9 +15,11 @@ from pathlib import Path
 
 from builders.commands.tune_load import Load, asker, measure, read_texts
 from builders.options import Report
-from builders.tune.confirm import MIN_ROUNDS, NUM_CANDIDATES, ROUNDS, Decision, contenders, decide, order
+from builders.tune.clock import Clock
+from builders.tune.confirm import NUM_CANDIDATES, Decision, contenders, decide, order
 from builders.tune.journal import Journal
 from builders.tune.measurement import Measured, Measurement
+from builders.tune.options import TuneOptions
 from builders.tune.report import decision_table, plot, search_table
 from builders.tune.repository import finish_pending, newest_version, put_configs, read_configs
 from builders.tune.search import Axis, is_within, search
@@ -29,50 +29,6 @@ from ensemble.pipelines import ENGINE_SUFFIX, model_name
 from ensemble.server import ServerError, find_tritonserver
 
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class TuneOptions:
-    """What to tune, and within what.
-
-    p99_ms: the limit of the 99th percentile of a request's latency. clients: asking at once. seconds: of each
-    measurement. rounds: measurements of each configuration before one is chosen. budget_s: no measurement is begun that
-    would end after it. texts: a file, a text a line; None: built-in ones. labels: for a scoring model built without.
-    max_tokens: generated for each request. output: directory of journal, tables and plot. is_dry: the repository stays
-    as it is.
-    """
-
-    name: str
-    repository: Path
-    p99_ms: float
-    clients: int = 16
-    seconds: float = 10.0
-    rounds: int = ROUNDS
-    budget_s: float = 900.0
-    texts: Path | None = None
-    labels: tuple[str, ...] = ()
-    max_tokens: int = 32
-    output: Path | None = None
-    is_dry: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("p99_ms", "seconds", "budget_s"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise TuneError(f"{name} is {value!r}, must be finite and above 0")
-        for name, lowest in (("clients", 1), ("max_tokens", 1), ("rounds", MIN_ROUNDS)):
-            if getattr(self, name) < lowest:
-                raise TuneError(f"{name} is {getattr(self, name)}, must be at least {lowest}")
-
-    @property
-    def directory(self) -> Path:
-        """Where journal, tables and plot go."""
-        return self.output or Path(f"tune-{self.name}")
-
-    @property
-    def num_confirming(self) -> int:
-        """Measurements of all rounds, at most."""
-        return self.rounds * (1 + NUM_CANDIDATES)
 
 
 @dataclass(frozen=True)
@@ -119,7 +75,7 @@ def tune(
         find_tritonserver()
     except ServerError as error:
         raise TuneError(str(error)) from error
-    clock = _Clock(options.budget_s, load.seconds_in_all, report)
+    clock = Clock(options.budget_s, load.seconds_in_all, report)
     _tell_plan(options, load, space, tell)
     with Journal(options.directory / "journal.jsonl", _subject(options, configs, texts)) as journal:
         bench = _Bench(options, space, configs, load, journal, clock, tell)
@@ -158,7 +114,7 @@ class _Bench:
         configs: Configs,
         load: Load,
         journal: Journal,
-        clock: _Clock,
+        clock: Clock,
         tell: Tell,
     ) -> None:
         self.options = options
@@ -289,27 +245,3 @@ def _save(options: TuneOptions, start: Point, measured: list[Measured], decision
     title = f"{options.name}, {options.clients} clients"
     plot(measured, start, decision, options.p99_ms, title, options.directory / "throughput.png")
     return text
-
-
-class _Clock:
-    """The budget, as a progress bar too; a context for each measurement."""
-
-    def __init__(self, budget_s: float, least_s: float, report: Report) -> None:
-        self._start = self._began = time.monotonic()
-        self._budget_s, self._report = budget_s, report
-        self.longest_s = least_s  # of a measurement, its server's start and end included
-
-    def leaves_room(self, count: int) -> bool:
-        """Whether so many measurements, each as long as the longest, would still end in time."""
-        return time.monotonic() - self._start + count * self.longest_s <= self._budget_s
-
-    def measurement(self) -> _Clock:
-        return self
-
-    def __enter__(self) -> None:
-        self._began = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        now = time.monotonic()
-        self.longest_s = max(self.longest_s, now - self._began)
-        self._report("seconds of the budget", min(int(now - self._start), int(self._budget_s)), int(self._budget_s))
