@@ -57,6 +57,24 @@ def test_the_search_finds_the_hill_with_fewer_points_than_the_product(start: Poi
     assert len({tuple(point.items()) for point in asked}) == len(asked) == len(measured) < 20
 
 
+def test_the_search_looks_beyond_one_value_that_noise_may_have_spoilt() -> None:
+    def measure(point: Point) -> Measurement:
+        return found({1: 50, 2: 49, 4: 60, 8: 59, 16: 58, 32: 90}[point["batch"]])
+
+    axes = [AXES[0]]
+    tried = [one.point["batch"] for one in search(axes, {"batch": 1}, measure, LIMIT_MS)]
+    assert tried == [1, 2, 4, 8, 16], "over 2 to 4, one value beyond 8, and no further; what was tried isn't again"
+
+
+def test_the_search_does_not_look_beyond_a_clear_loss() -> None:
+    def measure(point: Point) -> Measurement:
+        return found({1: 50, 2: 40, 4: 90}.get(point["batch"], 1))
+
+    assert [one.point["batch"] for one in search([AXES[0]], {"batch": 1}, measure, LIMIT_MS)] == [1, 2]
+    slow = search([AXES[0]], {"batch": 1}, lambda point: found(50, 10 if point["batch"] == 1 else 101), LIMIT_MS)
+    assert len(slow) == 2, "over the limit is a clear loss"
+
+
 def test_the_search_ends_with_what_it_has_when_time_is_up() -> None:
     left = iter(range(3))
     measured = search(AXES, {"batch": 1, "delay": 0}, lambda p: hill(p) if next(left, None) is not None else None, 100)

@@ -361,7 +361,7 @@ def test_the_command_tells_what_it_found(
     captured = capsys.readouterr()
     assert "max_batch_size" in captured.out and f"wrote {repository / 's-engine' / 'config.pbtxt'}" in captured.out
     assert captured.out.splitlines()[-1].startswith("start the server again; see")
-    assert "confirming: 8 rounds" in captured.err
+    assert "confirming: 8 rounds" in captured.err and "round 8 of 8: max_batch_size" in captured.err
 
 
 def test_what_is_wrong_is_told_in_one_line_before_anything_starts(

@@ -27,6 +27,7 @@ from builders.tune.space import Configs, Parameter, Point, TuneError, limits_of,
 from builders.tune.subject import configs_digest, subject
 from ensemble.pipelines import ENGINE_SUFFIX, model_name
 from ensemble.server import ServerError, find_tritonserver
+from loadtest.intervals import CONFIDENCE
 
 Tell = Callable[[str], None]
 
@@ -128,11 +129,11 @@ class _Bench:
     def digest(self, point: Point) -> str:
         return configs_digest(self._at(point))
 
-    def measure(self, point: Point) -> Measurement:
+    def measure(self, point: Point, when: str) -> Measurement:
         with self.clock.measurement():
             result = measure(self.options.repository, self.options.name, self._at(point), self._load)
         told = result.failure or f"{result.throughput:.2f} requests/s, p99 {result.p99_ms:.0f} ms"
-        self.tell(f"{', '.join(f'{name} {value}' for name, value in point.items())}: {told}")
+        self.tell(f"{when}: {', '.join(f'{name} {value}' for name, value in point.items())}: {told}")
         return result
 
     def _at(self, point: Point) -> Configs:
@@ -158,7 +159,7 @@ def _search(bench: _Bench, space: list[Parameter], start: Point) -> tuple[list[M
             bench.tell(f"no time for another point: the rest of the budget is kept for {needed}")
             is_complete = False
             return None
-        result = bench.measure(point)
+        result = bench.measure(point, "search")
         if result.failure and point == start:
             raise TuneError(f"{bench.options.name} as it is can't be measured: {result.failure}")
         bench.journal.add(digest, Measured(dict(point), result))
@@ -181,12 +182,14 @@ def _confirm(bench: _Bench, points: Sequence[Point]) -> list[list[Measurement]]:
     bench.tell(
         f"confirming: {bench.options.rounds} rounds of the start and {len(points) - 1} candidates; "
         f"{num_left} measurements to do x {seconds:.0f} s = {num_left * seconds:.0f} s"
+        f"{'' if bench.clock.has_measured else ' and as many starts'}"
     )
     for number, found in enumerate(known):
         if found is None:
             if not bench.clock.leaves_room(len(points)):
                 break
-            results = {i: bench.measure(points[i]) for i in order(len(points), number)}
+            when = f"round {number + 1} of {bench.options.rounds}"
+            results = {i: bench.measure(points[i], when) for i in order(len(points), number)}
             if results[0].failure:
                 raise TuneError(f"{bench.options.name} as it is can't be measured: {results[0].failure}")
             found = [results[i] for i in range(len(points))]
@@ -243,5 +246,7 @@ def _save(options: TuneOptions, start: Point, measured: list[Measured], decision
     except OSError as error:
         raise TuneError(f"{options.directory}: {error.strerror}") from error
     title = f"{options.name}, {options.clients} clients"
+    if decision is not None:
+        title += f"; bars: {options.rounds} rounds, {CONFIDENCE:.0%} intervals"
     plot(measured, start, decision, options.p99_ms, title, options.directory / "throughput.png")
     return text

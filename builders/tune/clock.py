@@ -14,6 +14,7 @@ class Clock:
         self._start = self._began = time.monotonic()
         self._budget_s, self._report = budget_s, report
         self.longest_s = least_s  # of a measurement, its server's start and end included
+        self.has_measured = False
 
     def leaves_room(self, count: int) -> bool:
         """Whether so many measurements, each as long as the longest, would still end in time."""
@@ -27,5 +28,6 @@ class Clock:
 
     def __exit__(self, *_: object) -> None:
         now = time.monotonic()
+        self.has_measured = True
         self.longest_s = max(self.longest_s, now - self._began)
         self._report("seconds of the budget", min(int(now - self._start), int(self._budget_s)), int(self._budget_s))

@@ -110,7 +110,7 @@ def _apply(repository: Path, changes: Mapping[str, Mapping[str, str]], which: st
 
 def newest_version(directory: Path) -> Path:
     """The version that Triton serves."""
-    versions = _versions(directory)
+    versions = _versions(directory) if directory.is_dir() else []
     if not versions:
         raise TuneError(f"{directory} has no version: build the model first")
     return max(versions, key=lambda path: int(path.name))

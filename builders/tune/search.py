@@ -14,6 +14,8 @@ from builders.tune.space import Point
 
 # A difference below this is likely noise: the search doesn't follow it.
 MIN_GAIN = 0.03
+# A loss below this may be noise that hides a gain: the search looks one value further.
+MIN_LOSS = 0.1
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,16 @@ def is_within(result: Measurement, p99_limit_ms: float) -> bool:
     return not result.failure and result.p99_ms <= p99_limit_ms
 
 
-def is_better(result: Measurement, other: Measurement, p99_limit_ms: float) -> bool:
-    """Within the limit more throughput is better, by more than noise; while none is within it, less latency."""
+def is_better(result: Measurement, other: Measurement, p99_limit_ms: float, least: float = MIN_GAIN) -> bool:
+    """Within the limit more throughput is better, by more than `least`; while none is within it, less latency."""
     if result.failure or other.failure:
         return bool(other.failure) and not result.failure
     within, other_within = is_within(result, p99_limit_ms), is_within(other, p99_limit_ms)
     if within != other_within:
         return within
     if within:
-        return result.throughput > other.throughput * (1 + MIN_GAIN)
-    return result.p99_ms < other.p99_ms * (1 - MIN_GAIN)
+        return result.throughput > other.throughput * (1 + least)
+    return result.p99_ms < other.p99_ms * (1 - least)
 
 
 def search(
@@ -69,13 +71,18 @@ def search(
         is_improved = False
         for axis in axes:
             for step in (1, -1):
-                while (point := _neighbour(axis, best.point, step)) is not None:
+                last, may_look_on = best.point, True
+                while (point := _neighbour(axis, last, step)) is not None:
                     candidate = at(point)
                     if candidate is None:
                         return list(found.values())
-                    if not is_better(candidate.result, best.result, p99_limit_ms):
+                    if is_better(candidate.result, best.result, p99_limit_ms):
+                        best, is_improved, may_look_on = candidate, True, True
+                    elif may_look_on and not is_better(best.result, candidate.result, p99_limit_ms, MIN_LOSS):
+                        may_look_on = False
+                    else:
                         break
-                    best, is_improved = candidate, True
+                    last = point
     return list(found.values())
 
 
