@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.machine import describe
 from benchmarks.weights import smollm2
-from builders.commands.tune import load
+from builders.commands.tune_load import Load, run
 from builders.options import BuildOptions
 from builders.pbtxt import parse_text, to_text
 from builders.repository import build
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for name, server in servers.items():
                     engine = Engine(server)
                     before = engine.read()
-                    found = load(ask, server.grpc_url, NAME, texts, CLIENTS, seconds)
+                    found = run(Load(texts, CLIENTS, seconds, ask), server.grpc_url, NAME)
                     counted = engine.during(before)
                     if found.failure and round_number:
                         raise RuntimeError(found.failure)
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, server in servers.items():
                 engine = Engine(server)
                 before = engine.read()
-                load(ask, server.grpc_url, NAME, workloads[JUDGED], 1, seconds / 2)
+                run(Load(workloads[JUDGED], 1, seconds / 2, ask), server.grpc_url, NAME)
                 counted = engine.during(before)
                 if round_number:
                     queue_ms[name].append(counted["queue_ns"] / counted["requests"] / 1e6)

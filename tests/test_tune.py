@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from builders import cli
 from builders.check import CheckError, check_repository
 from builders.files import write_atomically
 from builders.pbtxt import to_text
@@ -18,6 +19,7 @@ from builders.tune.measurement import Measurement
 from builders.tune.repository import copied, finish_pending, put_configs, read_configs
 from builders.tune.search import Axis, is_better, search
 from builders.tune.space import Point, TuneError, read_point, space_of, with_point
+from ensemble import supervisor
 from tests.tuning import found, point_of, tiny_repository
 
 LIMIT_MS = 100.0
@@ -218,6 +220,28 @@ def test_what_was_changed_since_the_kill_stays(repository: Path) -> None:
     assert finish_pending(repository) == []
     assert {path: path.read_bytes() for path in repository.rglob("config.pbtxt")} == kept
     assert not list(repository.glob(".*.json"))
+
+
+def test_serve_finishes_what_a_killed_run_began(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", WRITER, str(repository), "2"], cwd=root, check=False)
+    served: list[Point] = []
+    monkeypatch.setattr(supervisor, "supervise", lambda *_, **__: served.append(point_of(repository)))
+    assert cli.main(["serve", str(repository)]) == 0
+    assert list(served[0].values()) == [2, 0, 2, 2]
+    assert "s-engine: finished writing the configuration that a killed `tune` had chosen" in capsys.readouterr().out
+
+
+def test_a_record_that_cannot_be_read_is_told(repository: Path) -> None:
+    record = repository / tuned_repository.PENDING.format("s")
+    record.write_text('{"s": 1}')
+    with pytest.raises(
+        TuneError, match=r"\.s\.tuned\.json can't be finished: .*; remove it, then build the model again"
+    ):
+        finish_pending(repository)
+    assert record.exists()
 
 
 def test_what_is_no_ensemble_is_refused(repository: Path) -> None:

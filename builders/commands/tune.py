@@ -244,7 +244,7 @@ def _save(options: TuneOptions, start: Point, measured: list[Measured], decision
     try:
         (options.directory / "table.txt").write_text(text, encoding="utf-8")
     except OSError as error:
-        raise TuneError(f"{options.directory}: {error.strerror}") from error
+        raise TuneError(f"{options.directory}: {error.strerror}; make room, the same command goes on") from error
     title = f"{options.name}, {options.clients} clients"
     if decision is not None:
         title += f"; bars: {options.rounds} rounds, {CONFIDENCE:.0%} intervals"
