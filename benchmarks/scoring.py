@@ -32,7 +32,7 @@ from benchmarks.machine import describe
 from benchmarks.payments import LABELS as FRAUD_LABELS
 from benchmarks.payments import make_payments
 from benchmarks.weights import smollm2
-from builders.commands.tune import load
+from builders.commands import tune_load
 from builders.options import BuildOptions
 from builders.pbtxt import parse_text, to_text
 from builders.repository import build
@@ -242,7 +242,8 @@ def measure(workload: Workload, found: Found, rounds: int, seconds: float, *, is
                 for name, server in servers.items():
                     engine = Engine(server)
                     before = engine.read()
-                    result = load(ask, server.grpc_url, NAME, texts, CLIENTS, seconds if number else seconds / 2)
+                    load = tune_load.Load(texts, CLIENTS, seconds if number else seconds / 2, ask)
+                    result = tune_load.run(load, server.grpc_url, NAME)
                     counted = engine.during(before)
                     if result.failure:
                         raise RuntimeError(result.failure)

@@ -149,7 +149,10 @@ def _add_tune_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
     tune.add_argument("--p99-ms", type=float, required=True, help="limit of the 99th percentile of a request's latency")
     tune.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
     tune.add_argument("--clients", type=int, default=16, help="asking at once (default: %(default)s)")
-    tune.add_argument("--seconds", type=float, default=10.0, help="measured for each point (default: %(default)g)")
+    tune.add_argument("--seconds", type=float, default=10.0, help="of each measurement (default: %(default)g)")
+    tune.add_argument(
+        "--rounds", type=int, default=8, help="measurements of each before one is chosen (default: %(default)s)"
+    )
     tune.add_argument("--budget-s", type=float, default=900.0, help="seconds in all (default: %(default)g)")
     tune.add_argument("--texts", type=Path, help="what clients send, a text a line (default: a built-in set)")
     tune.add_argument("--labels", metavar="A,B,…", help="for a scoring model built without")
@@ -260,12 +263,13 @@ def _fit(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    from builders.commands.tune import TuneOptions, tune
+    from builders.commands.tune import conclusion, tune
     from builders.errors import BuildError
     from builders.scoring_arguments import split_labels
-    from builders.tune.report import table
+    from builders.tune.options import TuneOptions
 
     bar = _ProgressBar()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how supervisors say Ctrl-C
     try:
         options = TuneOptions(
             name=arguments.model,
@@ -273,6 +277,7 @@ def _tune(arguments: argparse.Namespace) -> int:
             p99_ms=arguments.p99_ms,
             clients=arguments.clients,
             seconds=arguments.seconds,
+            rounds=arguments.rounds,
             budget_s=arguments.budget_s,
             texts=arguments.texts,
             labels=split_labels(arguments.labels),
@@ -280,19 +285,23 @@ def _tune(arguments: argparse.Namespace) -> int:
             output=arguments.output,
             is_dry=arguments.dry_run,
         )
-        tuned = tune(options, bar.report)
+        tuned = tune(options, bar.report, bar.say)
     except BuildError as error:
         bar.close()
         return _fail(str(error))
+    except KeyboardInterrupt:
+        bar.close()
+        print("interrupted; the same command goes on from the journal", file=sys.stderr)
+        raise
     bar.close()
-    print(table(tuned.measured, tuned.best, options.p99_ms))
+    print(tuned.table)
     if not tuned.is_complete:
         print("the budget is used up; the same command with more --budget-s goes on from the journal")
-    if tuned.best is None:
-        return _fail(f"no point is within {options.p99_ms:g} ms; raise --p99-ms, or lower --clients")
     for path in tuned.changed:
         print(f"wrote {path}")
-    print(f"{'nothing written' if not tuned.changed else 'start the server again'}; see {options.directory}")
+    print(f"{conclusion(tuned)}; see {options.directory}")
+    if not tuned.is_held:
+        return _fail(f"nothing holds {options.p99_ms:g} ms for sure; raise --p99-ms, or lower --clients")
     return 0
 
 
@@ -307,7 +316,9 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from builders.check import CheckError, built_models, is_scoring_model, require_sound, served_models
+    from builders.check import built_models, is_scoring_model, require_sound, served_models
+    from builders.errors import BuildError
+    from builders.tune.repository import finish_pending
     from clients.examples import examples, score_examples
     from ensemble.server import ServerError, TritonServer
     from ensemble.supervisor import supervise
@@ -324,6 +335,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGTERM is how supervisors say Ctrl-C
         signal.signal(number, signal.default_int_handler)
     try:
+        for name in finish_pending(repository):
+            print(f"{name}: finished writing the configuration that a killed `tune` had chosen", flush=True)
         require_sound(repository)
         built = built_models(repository)
         print(f"starting tritonserver on {repository}", flush=True)
@@ -341,7 +354,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         supervise(
             server, on_ready=announce, on_restart=lambda reason: print(f"{reason}; starting it again", flush=True)
         )
-    except (CheckError, ServerError) as error:
+    except (BuildError, ServerError) as error:
         return _fail(str(error))
     return 0
 
@@ -370,6 +383,12 @@ class _ProgressBar:
             )
             self._what = what
         self._bar.update(done - self._bar.n)
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        from tqdm import tqdm
+
+        tqdm.write(line, file=sys.stderr)
 
     def close(self) -> None:
         if self._bar is not None:

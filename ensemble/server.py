@@ -11,17 +11,16 @@ import errno
 import http.client
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from ensemble.installation import Installation, ServerError, find_tritonserver
+from ensemble.leftovers import make_directory, remove_directory
 from ensemble.process import launch
 from ensemble.server_log import failure, loaded_models
 
@@ -143,7 +142,7 @@ class TritonServer:
             self.host, {"HTTP": self.http_port, "gRPC": self.grpc_port, "metrics": self.metrics_port}
         )
         self._loaded = []
-        self._directory = Path(tempfile.mkdtemp(prefix="tritonserver-"))
+        self._directory = make_directory("tritonserver-")
         try:
             command = [
                 str(installation.binary),
@@ -179,9 +178,7 @@ class TritonServer:
             self._process.wait()
             self._process = None
         if self._directory is not None:
-            for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
-                region.unlink(missing_ok=True)
-            shutil.rmtree(self._directory)
+            remove_directory(self._directory)
             self._directory = None
 
     def restart(self) -> None:

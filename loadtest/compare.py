@@ -1,9 +1,8 @@
 """`deepseek-triton compare a.json b.json`: two results in, their differences with confidence intervals out.
 
-The intervals are bootstrapped over blocks of time, not over requests: requests that queue behind one another are slow
-together, and resampling them one by one would count each as news of its own and make the intervals too narrow. Where
-both runs are of one open-loop profile, the same arrivals fall in the same block of both, so blocks are drawn in pairs:
-what the schedule did to a block, a spike for one, then cancels out. Else each run's blocks are drawn by themselves.
+How an interval is made is loadtest/intervals.py's. Where both runs are of one open-loop profile, the same arrivals fall
+in the same block of both, so blocks are drawn in pairs: what the schedule did to a block, a spike for one, then cancels
+out. Else each run's blocks are drawn by themselves.
 
 What an interval covers is chance within the two runs. A machine that was busier during one of them is no chance but a
 difference, and only more runs tell it from the software's.
@@ -13,71 +12,30 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from loadtest.intervals import (
+    CONFIDENCE,
+    MEASURES,
+    MIN_BLOCKS,
+    NUM_RESAMPLES,
+    Difference,
+    Figures,
+    Floats,
+    Run,
+    difference,
+    resample,
+)
 from loadtest.measure import counted
 from loadtest.result import Result, ResultError, load
 from loadtest.sample import Sample
 from loadtest.verdict import amount
 
-CONFIDENCE = 0.95
-NUM_RESAMPLES = 2000
 BLOCK_S = 5.0  # longer than most answers take to come
-MIN_BLOCKS = 8
-
-Floats = npt.NDArray[np.float64]
-Better = Literal["lower", "higher"]
-
-
-@dataclass(frozen=True)
-class Figures:
-    """One run's counted requests, a value each; NaN: the request has no such figure, infinite: it failed."""
-
-    block: npt.NDArray[np.int64]
-    latency_s: Floats
-    first_token_s: Floats
-    inter_token_s: Floats
-    tokens: Floats  # of complete answers
-    failed: Floats  # 0 or 1
-
-    def take(self, indices: npt.NDArray[np.int64]) -> Figures:
-        """The requests at `indices`."""
-        return Figures(*(getattr(self, name)[indices] for name in self.__dataclass_fields__))
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One figure of two runs; `change` and the interval are of b - a, None where failures leave nothing."""
-
-    name: str
-    unit: str
-    better: Better
-    a: float | None
-    b: float | None
-    low: float | None
-    high: float | None
-
-    @property
-    def change(self) -> float | None:
-        """b - a."""
-        if self.a is None or self.b is None or not (math.isfinite(self.a) and math.isfinite(self.b)):
-            return None
-        return self.b - self.a
-
-    @property
-    def conclusion(self) -> str:
-        """What may be said."""
-        if self.change is None or self.low is None or self.high is None:
-            return "no interval: too few requests, or some failed"
-        if self.low <= 0 <= self.high:
-            return "the interval includes zero: no difference seen"
-        return "better" if (self.change < 0) == (self.better == "lower") else "worse"
 
 
 @dataclass(frozen=True)
@@ -90,62 +48,19 @@ class Comparison:
     is_paired: bool
 
 
-Measure = Callable[[Figures, float], float | None]
-
-
-def _percentile(field: str, rank: float) -> Measure:
-    def measure(figures: Figures, seconds: float) -> float | None:
-        values = getattr(figures, field)
-        values = values[~np.isnan(values)]
-        if not len(values):
-            return None
-        index = max(math.ceil(rank / 100 * len(values)), 1) - 1
-        return float(np.partition(values, index)[index])
-
-    return measure
-
-
-# Name, unit, what is better, the figure.
-MEASURES: tuple[tuple[str, str, Better, Measure], ...] = (
-    ("latency, median", "s", "lower", _percentile("latency_s", 50)),
-    ("latency, 99th percentile", "s", "lower", _percentile("latency_s", 99)),
-    ("time to first token, median", "s", "lower", _percentile("first_token_s", 50)),
-    ("time to first token, 99th percentile", "s", "lower", _percentile("first_token_s", 99)),
-    ("inter-token latency, median", "s", "lower", _percentile("inter_token_s", 50)),
-    ("inter-token latency, 99th percentile", "s", "lower", _percentile("inter_token_s", 99)),
-    ("complete requests/s", "", "higher", lambda figures, seconds: float((1 - figures.failed).sum() / seconds)),
-    ("output tokens/s", "", "higher", lambda figures, seconds: float(figures.tokens.sum() / seconds)),
-    (
-        "requests without a complete answer",
-        "%",
-        "lower",
-        lambda figures, seconds: float(figures.failed.mean() * 100) if len(figures.failed) else None,
-    ),
-)
-
-
 def compare(a: Result, b: Result, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Comparison:
     """Every figure of b less that of a. Requests are counted by when they were due."""
     is_paired = a.profile == b.profile and a.profile.arrivals == "open"
     num_blocks = max(MIN_BLOCKS, round(min(a.profile.duration_s, b.profile.duration_s) / BLOCK_S))
-    runs = [(figures_of(run.samples, run.profile.duration_s, num_blocks), run.profile.duration_s) for run in (a, b)]
-    random = np.random.default_rng(seed)
-    resampled: list[list[tuple[float | None, float | None]]] = [[] for _ in MEASURES]
-    members = [[np.flatnonzero(figures.block == i) for i in range(num_blocks)] for figures, _ in runs]
-    for _ in range(num_resamples):
-        first = random.integers(num_blocks, size=num_blocks)
-        second = first if is_paired else random.integers(num_blocks, size=num_blocks)
-        drawn = [
-            figures.take(np.concatenate([blocks[i] for i in chosen]))
-            for (figures, _), blocks, chosen in zip(runs, members, (first, second), strict=True)
-        ]
-        for values, (_, _, _, measure) in zip(resampled, MEASURES, strict=True):
-            values.append((measure(drawn[0], runs[0][1]), measure(drawn[1], runs[1][1])))
-    differences = [
-        Difference(name, unit, better, measure(*runs[0]), measure(*runs[1]), *_interval(values))
-        for (name, unit, better, measure), values in zip(MEASURES, resampled, strict=True)
-    ]
+    runs = _run(a, num_blocks), _run(b, num_blocks)
+    drawn = resample(runs, MEASURES, num_blocks, is_paired=is_paired, num_resamples=num_resamples, seed=seed)
+    differences = [difference(m, runs, draws, num_blocks) for m, draws in zip(MEASURES, drawn, strict=True)]
     return Comparison(differences, num_blocks, a.profile.duration_s / num_blocks, is_paired)
+
+
+def _run(result: Result, num_blocks: int) -> Run:
+    seconds = result.profile.duration_s
+    return Run(figures_of(result.samples, seconds, num_blocks), seconds)
 
 
 def figures_of(samples: Sequence[Sample], duration_s: float, num_blocks: int) -> Figures:
@@ -174,16 +89,6 @@ def figures_of(samples: Sequence[Sample], duration_s: float, num_blocks: int) ->
         tokens=np.array([s.num_output_tokens * s.is_complete for s in kept], dtype=np.float64),
         failed=np.array([not s.is_complete for s in kept], dtype=np.float64),
     )
-
-
-def _interval(values: Sequence[tuple[float | None, float | None]]) -> tuple[float | None, float | None]:
-    """The middle CONFIDENCE of b - a; nothing where a draw has no figure, or an infinite one."""
-    changes = [b - a for a, b in values if a is not None and b is not None and math.isfinite(a) and math.isfinite(b)]
-    if len(changes) < len(values) or not changes:
-        return None, None
-    outside = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(changes, [outside, 1 - outside])
-    return float(low), float(high)
 
 
 def run(first: Path, second: Path) -> int:

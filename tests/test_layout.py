@@ -52,7 +52,10 @@ ARROWS = {
     "what runs inside Triton knows neither builders nor clients": Arrow(("ensemble",), ("builders", "clients")),
     "the contract is a leaf": Arrow(("ensemble.contract",), PRODUCT),
     "only the command line starts clients and servers": Arrow(
-        ("builders",), ("clients", "loadtest", "ensemble.server"), excepted=("builders.cli", "builders.commands")
+        ("builders",),
+        ("clients", "loadtest", "ensemble.server"),
+        excepted=("builders.cli", "builders.commands"),
+        allowed=("loadtest.intervals",),  # figures alone
     ),
     "load tests know the rest as a user does: clients, and a server to start": Arrow(
         ("loadtest",), ("builders", "ensemble"), allowed=("ensemble.server",)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from builders.cli import main
-from loadtest.compare import Comparison, Difference, compare, figures_of, table
+from loadtest.compare import Comparison, compare, figures_of, table
+from loadtest.intervals import Difference
 from loadtest.result import Result, ResultError, load
 from loadtest.sample import Sample
 from tests.loadtests import failed, make_profile, make_result, sample

@@ -1,250 +1,252 @@
 """`deepseek-triton tune`: the configuration that serves most requests within a latency limit, found by trying.
 
-For each point it starts a server of its own on a copy of the model's parts, loads it with as many clients as asked, and
-notes the result in a journal; the winner goes into the repository. Load is closed-loop: a client asks again when it has
-its answer.
+A search measures each of its points once. Then the configuration as it was and the best candidates are measured again
+and again, in turn, and a candidate goes into the repository only if it is better beyond the noise. Every measurement
+starts a server on a copy of the model's parts, and stands in a journal when it is done.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
-import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
-from builders.check import CheckError
-from builders.check_scoring import is_scoring
+from builders.commands.tune_load import Load, asker, measure, read_texts
 from builders.options import Report
+from builders.tune.clock import Clock
+from builders.tune.confirm import NUM_CANDIDATES, Decision, contenders, decide, order
 from builders.tune.journal import Journal
-from builders.tune.report import plot, table
-from builders.tune.repository import copied, newest_version, put_configs, read_configs
-from builders.tune.search import Axis, Measured, Measurement, best_of, search
+from builders.tune.measurement import Measured, Measurement
+from builders.tune.options import TuneOptions
+from builders.tune.report import decision_table, plot, search_table
+from builders.tune.repository import finish_pending, newest_version, put_configs, read_configs
+from builders.tune.search import Axis, is_within, search
 from builders.tune.space import Configs, Parameter, Point, TuneError, limits_of, read_point, space_of, with_point
-from clients.api import GenerateRequest
-from clients.base import BaseClient
-from clients.errors import ClientError
-from clients.grpc import GrpcClient
-from clients.score import ScoreRequest
+from builders.tune.subject import configs_digest, subject
 from ensemble.pipelines import ENGINE_SUFFIX, model_name
-from ensemble.server import ServerError, TritonServer
+from ensemble.server import ServerError, find_tritonserver
+from loadtest.intervals import CONFIDENCE
 
-DEFAULT_TEXTS = Path(__file__).parents[1] / "data" / "english.txt"
-TEXT_CHARS = 240  # of a line; longer ones are cut
-REQUEST_TIMEOUT_S = 60.0
-WARM_UP_SHARE = 0.2  # of a point's seconds, on top of them
-
-
-@dataclass(frozen=True)
-class TuneOptions:
-    """What to tune, and within what.
-
-    p99_ms: the limit of the 99th percentile of a request's latency. clients: asking at once. seconds: measured for
-    each point. budget_s: no new point is begun that would end after it. texts: a file, a text a line; None: a built-in
-    one. labels: for a scoring model built without. max_tokens: generated for each request. output: directory of
-    journal, table and plot. is_dry: the repository stays as it is.
-    """
-
-    name: str
-    repository: Path
-    p99_ms: float
-    clients: int = 16
-    seconds: float = 10.0
-    budget_s: float = 900.0
-    texts: Path | None = None
-    labels: tuple[str, ...] = ()
-    max_tokens: int = 32
-    output: Path | None = None
-    is_dry: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("p99_ms", "seconds", "budget_s"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise TuneError(f"{name} is {value!r}, must be finite and above 0")
-        for name in ("clients", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise TuneError(f"{name} is {getattr(self, name)}, must be at least 1")
-
-    @property
-    def directory(self) -> Path:
-        """Where journal, table and plot go."""
-        return self.output or Path(f"tune-{self.name}")
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """measured: every point. best: the winner, None where nothing is within the limit. changed: files written."""
+    """What tuning found.
 
+    measured: every point of the search. decision: None where it wasn't made: no candidate, or no time. changed: files
+    written. is_complete: whether the budget was enough. is_held: whether what the repository should now say holds the
+    limit.
+    """
+
+    start: dict[str, int]
     measured: list[Measured]
-    best: Measured | None
+    decision: Decision | None
     changed: list[Path]
     is_complete: bool
+    is_held: bool
+    table: str
 
 
-def tune(options: TuneOptions, report: Report = lambda what, done, total: None) -> Tuned:
-    """Search, and write the winner into the repository.
+def tune(
+    options: TuneOptions, report: Report = lambda what, done, total: None, tell: Tell = lambda line: None
+) -> Tuned:
+    """Search, confirm, and write a winner into the repository.
 
     Raises:
-        BuildError: the model, the journal or an option is at fault; the repository is as it was.
+        BuildError: the model, the journal, the machine or an option is at fault; the repository is as it was.
     """
+    if finished := finish_pending(options.repository):
+        tell(f"finished what a killed run had begun to write: {', '.join(finished)}")
     configs = read_configs(options.repository, options.name)
-    version_dir = newest_version(options.repository / model_name(options.name, ENGINE_SUFFIX))
-    space = space_of(configs, options.name, limits_of(version_dir))
+    if not options.is_dry:
+        _require_writable(options.repository, configs)
+    space = space_of(configs, options.name, limits_of(_engine_version(options)))
+    start = read_point(space, configs, options.name)
     texts = read_texts(options.texts)
-    journal = Journal(options.directory / "journal.jsonl", _subject(options, configs, space, version_dir, texts))
-    ask = _asker(options, configs)
-    deadline, is_complete = _Deadline(options.budget_s, report), True
+    load = Load(
+        texts,
+        options.clients,
+        options.seconds,
+        asker(options.name, configs, options.labels, options.max_tokens),
+    )
+    try:
+        find_tritonserver()
+    except ServerError as error:
+        raise TuneError(str(error)) from error
+    clock = Clock(options.budget_s, load.seconds_in_all, report)
+    _tell_plan(options, load, space, tell)
+    with Journal(options.directory / "journal.jsonl", _subject(options, configs, texts)) as journal:
+        bench = _Bench(options, space, configs, load, journal, clock, tell)
+        measured, is_searched = _search(bench, space, start)
+        points = contenders(measured, start, options.p99_ms)
+        rounds = _confirm(bench, points) if len(points) > 1 else []
+    is_decided = len(rounds) == options.rounds
+    decision = decide(points, rounds, options.p99_ms) if is_decided else None
+    text = _save(options, start, measured, decision)
+    changed: list[Path] = []
+    winner = decision.winner if decision else None
+    if winner is not None and not options.is_dry:
+        changed = put_configs(options.repository, with_point(space, configs, options.name, winner.point))
+    is_complete = is_searched and (is_decided or len(points) == 1)
+    return Tuned(start, measured, decision, changed, is_complete, _is_held(measured, start, decision, options), text)
 
-    def measure(point: Point) -> Measurement | None:
-        nonlocal is_complete
-        if (known := journal.get(point)) is not None:
+
+def conclusion(tuned: Tuned) -> str:
+    """What came of it, in a few words."""
+    if tuned.changed:
+        return "start the server again"
+    if tuned.decision is None:
+        return "nothing chosen, the configuration stays" if tuned.is_complete else "nothing chosen yet"
+    if tuned.decision.winner is None:
+        return "nothing is better than the start beyond the noise: the configuration stays"
+    return "nothing written, as asked"
+
+
+class _Bench:
+    """Measures points of one model, each once, by the clock, and tells of them."""
+
+    def __init__(
+        self,
+        options: TuneOptions,
+        space: list[Parameter],
+        configs: Configs,
+        load: Load,
+        journal: Journal,
+        clock: Clock,
+        tell: Tell,
+    ) -> None:
+        self.options = options
+        self.journal = journal
+        self.clock = clock
+        self.tell = tell
+        self._space = space
+        self._configs = configs
+        self._load = load
+
+    def digest(self, point: Point) -> str:
+        return configs_digest(self._at(point))
+
+    def measure(self, point: Point, when: str) -> Measurement:
+        with self.clock.measurement():
+            result = measure(self.options.repository, self.options.name, self._at(point), self._load)
+        told = result.failure or f"{result.throughput:.2f} requests/s, p99 {result.p99_ms:.0f} ms"
+        self.tell(f"{when}: {', '.join(f'{name} {value}' for name, value in point.items())}: {told}")
+        return result
+
+    def _at(self, point: Point) -> Configs:
+        return with_point(self._space, self._configs, self.options.name, point)
+
+
+def _search(bench: _Bench, space: list[Parameter], start: Point) -> tuple[list[Measured], bool]:
+    """The points that were measured, and whether the search came to its end.
+
+    Raises:
+        TuneError: the start can't be measured: there is nothing to compare with.
+    """
+    is_complete, num_known = True, 0
+
+    def at(point: Point) -> Measurement | None:
+        nonlocal is_complete, num_known
+        digest = bench.digest(point)
+        if (known := bench.journal.get(digest)) is not None:
+            num_known += 1
             return known
-        if not deadline.leaves_room():
+        if not bench.clock.leaves_room(1 + bench.options.num_confirming):
+            needed = f"{bench.options.num_confirming} confirming measurements x {bench.clock.longest_s:.0f} s"
+            bench.tell(f"no time for another point: the rest of the budget is kept for {needed}")
             is_complete = False
             return None
-        with deadline.point():
-            result = _measure(options, with_point(space, configs, options.name, point), texts, ask)
-        journal.add(Measured(dict(point), result))
+        result = bench.measure(point, "search")
+        if result.failure and point == start:
+            raise TuneError(f"{bench.options.name} as it is can't be measured: {result.failure}")
+        bench.journal.add(digest, Measured(dict(point), result))
         return result
 
     axes = [Axis(parameter.name, parameter.values) for parameter in space]
-    measured = search(axes, read_point(space, configs, options.name), measure, options.p99_ms)
-    best = best_of(measured, options.p99_ms)
-    _save(options, measured, best)
-    changed = []
-    if best is not None and not options.is_dry:
-        changed = put_configs(options.repository, with_point(space, configs, options.name, best.point))
-    return Tuned(measured, best, changed, is_complete)
+    measured = search(axes, start, at, bench.options.p99_ms)
+    if num_known:
+        bench.tell(f"{num_known} of {len(measured)} points were in {bench.journal.path}")
+    return measured, is_complete
 
 
-def read_texts(path: Path | None) -> list[str]:
-    """What clients send: a text a line.
+def _confirm(bench: _Bench, points: Sequence[Point]) -> list[list[Measurement]]:
+    """Rounds in which every point is measured: as many as were asked for, or as there was time for."""
+    digests = [bench.digest(point) for point in points]
+    rounds: list[list[Measurement]] = []
+    known = [bench.journal.get_round(number, digests) for number in range(bench.options.rounds)]
+    num_left = known.count(None) * len(points)
+    seconds = bench.clock.longest_s
+    bench.tell(
+        f"confirming: {bench.options.rounds} rounds of the start and {len(points) - 1} candidates; "
+        f"{num_left} measurements to do x {seconds:.0f} s = {num_left * seconds:.0f} s"
+        f"{'' if bench.clock.has_measured else ' and as many starts'}"
+    )
+    for number, found in enumerate(known):
+        if found is None:
+            if not bench.clock.leaves_room(len(points)):
+                break
+            when = f"round {number + 1} of {bench.options.rounds}"
+            results = {i: bench.measure(points[i], when) for i in order(len(points), number)}
+            if results[0].failure:
+                raise TuneError(f"{bench.options.name} as it is can't be measured: {results[0].failure}")
+            found = [results[i] for i in range(len(points))]
+            bench.journal.add_round(number, dict(zip(digests, found, strict=True)))
+        rounds.append(found)
+    return rounds
 
-    Raises:
-        TuneError: the file can't be read, or holds none.
-    """
-    file = path or DEFAULT_TEXTS
+
+def _tell_plan(options: TuneOptions, load: Load, space: list[Parameter], tell: Tell) -> None:
+    one = load.seconds_in_all
+    least = options.num_confirming * one
+    if least + one > options.budget_s:
+        what = f"{options.num_confirming} confirming measurements of {one:g} s alone need {least:g} s"
+        raise TuneError(f"budget_s is {options.budget_s:g}; {what}: raise --budget-s, or lower --seconds or --rounds")
+    tell(
+        f"searching {', '.join(parameter.name for parameter in space)}: {one:g} s a point and a server's start\n"
+        f"then confirming: {options.rounds} rounds of the start and at most {NUM_CANDIDATES} candidates, "
+        f"{options.num_confirming} measurements x {one:g} s = {least:g} s and as many starts\n"
+        f"in all at most {options.budget_s:g} s"
+    )
+
+
+def _engine_version(options: TuneOptions) -> Path:
+    return newest_version(options.repository / model_name(options.name, ENGINE_SUFFIX))
+
+
+def _require_writable(repository: Path, configs: Configs) -> None:
+    """Now, not after a quarter of an hour."""
+    for directory in (repository, *(repository / name for name in configs)):
+        if not os.access(directory, os.W_OK):
+            raise TuneError(f"{directory} can't be written to, so a winner couldn't be: --dry-run only measures")
+
+
+def _subject(options: TuneOptions, configs: Configs, texts: Sequence[str]) -> dict[str, object]:
+    load = {name: getattr(options, name) for name in ("clients", "seconds", "max_tokens")}
+    digest = sha256("\n".join(texts).encode()).hexdigest()[:24]
+    load |= {"model": options.name, "labels": list(options.labels), "texts": digest}
+    return subject(options.repository, configs, load)
+
+
+def _is_held(measured: list[Measured], start: Point, decision: Decision | None, options: TuneOptions) -> bool:
+    if decision is None:
+        return any(one.point == start and is_within(one.result, options.p99_ms) for one in measured)
+    p99_s = decision.confirmed[0].p99_s
+    return decision.winner is not None or (p99_s is not None and p99_s.value * 1e3 <= options.p99_ms)
+
+
+def _save(options: TuneOptions, start: Point, measured: list[Measured], decision: Decision | None) -> str:
+    text = search_table(measured, start, options.p99_ms) + "\n"
+    if decision is not None:
+        text += f"\n{decision_table(decision, options.rounds)}\n"
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TuneError(f"texts {file} can't be read: {error}") from error
-    texts = [line.strip()[:TEXT_CHARS] for line in lines if line.strip()]
-    if not texts:
-        raise TuneError(f"texts {file} holds no text: write one on each line")
-    return texts
-
-
-def load(
-    ask: Callable[[BaseClient, str], Any], url: str, model: str, texts: Sequence[str], clients: int, seconds: float
-) -> Measurement:
-    """Let `clients` ask for `seconds`, after a warm-up that doesn't count."""
-    start = time.perf_counter()
-    counted_from, end = start + seconds * WARM_UP_SHARE, start + seconds * (1 + WARM_UP_SHARE)
-    latencies: list[float] = []
-    lock, failed = threading.Lock(), threading.Event()
-
-    def run(number: int) -> str:
-        with GrpcClient(url, model, REQUEST_TIMEOUT_S) as client:
-            index = number
-            while (began := time.perf_counter()) < end and not failed.is_set():
-                try:
-                    ask(client, texts[index % len(texts)])
-                except ClientError as error:
-                    failed.set()
-                    return " ".join(str(error).split())
-                index += clients
-                finished = time.perf_counter()
-                # By their ends: counting only those that also began here would leave out the slow ones.
-                if counted_from <= finished <= end:
-                    with lock:
-                        latencies.append(finished - began)
-        return ""
-
-    with ThreadPoolExecutor(clients) as pool:
-        failure = next((told for told in pool.map(run, range(clients)) if told), "")
-    if not failure and not latencies:
-        failure = f"no request was answered within {seconds:g} s"
-    if failure:
-        return Measurement(failure=failure)
-    ordered = sorted(latencies)
-    p50, p99 = (ordered[min(len(ordered) - 1, int(len(ordered) * share))] * 1e3 for share in (0.5, 0.99))
-    return Measurement(len(ordered) / seconds, p50, p99, len(ordered))
-
-
-def _measure(options: TuneOptions, configs: Configs, texts: Sequence[str], ask: Any) -> Measurement:
-    """One point; one that can't be served is a result too."""
-    try:
-        with (
-            copied(options.repository, configs) as repository,
-            TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0) as server,
-        ):
-            return load(ask, server.grpc_url, options.name, texts, options.clients, options.seconds)
-    except (CheckError, ServerError) as error:
-        return Measurement(failure=" ".join(str(error).split()))
-
-
-def _asker(options: TuneOptions, configs: Configs) -> Callable[[BaseClient, str], Any]:
-    if is_scoring(configs[model_name(options.name, ENGINE_SUFFIX)]):
-        labels = options.labels or None
-        return lambda client, text: client.score(ScoreRequest(texts=[text], labels=labels))
-    if options.labels:
-        raise TuneError(f"labels are for scoring models, {options.name} generates")
-    return lambda client, text: client.generate(GenerateRequest(prompt=text, max_tokens=options.max_tokens))
-
-
-def _subject(
-    options: TuneOptions, configs: Configs, space: list[Parameter], version_dir: Path, texts: Sequence[str]
-) -> dict[str, Any]:
-    """What a measurement depends on beside the point: the journal is worth nothing for another."""
-    tuned = {parameter.name for parameter in space}
-    parameters = configs[model_name(options.name, ENGINE_SUFFIX)].parameters
-    return {
-        "model": options.name,
-        "engine": hashlib.sha256((version_dir / "manifest.json").read_bytes()).hexdigest(),
-        "parameters": {name: parameters[name].string_value for name in sorted(parameters) if name not in tuned},
-        "cores": len(os.sched_getaffinity(0)),
-        "clients": options.clients,
-        "seconds": options.seconds,
-        "max_tokens": options.max_tokens,
-        "labels": list(options.labels),
-        "texts": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
-    }
-
-
-def _save(options: TuneOptions, measured: list[Measured], best: Measured | None) -> None:
-    try:
-        (options.directory / "table.txt").write_text(table(measured, best, options.p99_ms) + "\n", encoding="utf-8")
+        (options.directory / "table.txt").write_text(text, encoding="utf-8")
     except OSError as error:
-        raise TuneError(f"{options.directory}: {error.strerror}") from error
+        raise TuneError(f"{options.directory}: {error.strerror}; make room, the same command goes on") from error
     title = f"{options.name}, {options.clients} clients"
-    plot(measured, best, options.p99_ms, title, options.directory / "throughput.png")
-
-
-class _Deadline:
-    """The budget, as a progress bar too; a context for each point."""
-
-    def __init__(self, budget_s: float, report: Report) -> None:
-        self._start = self._began = time.monotonic()
-        self._budget_s, self._report = budget_s, report
-        self._longest_s = 0.0
-
-    def leaves_room(self) -> bool:
-        """Whether a point as long as the longest would still end in time; the first always may."""
-        return time.monotonic() - self._start + self._longest_s <= self._budget_s
-
-    def point(self) -> _Deadline:
-        return self
-
-    def __enter__(self) -> None:
-        self._began = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        now = time.monotonic()
-        self._longest_s = max(self._longest_s, now - self._began)
-        self._report("seconds of the budget", min(int(now - self._start), int(self._budget_s)), int(self._budget_s))
+    if decision is not None:
+        title += f"; bars: {options.rounds} rounds, {CONFIDENCE:.0%} intervals"
+    plot(measured, start, decision, options.p99_ms, title, options.directory / "throughput.png")
+    return text

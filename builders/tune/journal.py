@@ -1,64 +1,116 @@
-"""The journal of a tuning run: a line for each finished point, so that a run that was killed goes on where it was.
+"""The journal of a tuning run: a line for each finished point and each finished round, so that a run that was killed
+goes on where it was.
 
-The first line says what is measured: points of another model or another load mean nothing here. A last line without
-its end is a write that was cut short, and its point is measured again; any other damage is an error.
+The first line says what is measured and on what: measurements of another build, load or machine mean nothing here.
+Each later line carries the digest of the very configurations that were served, and is found by it alone. A round is one
+line, for only measurements that were made close together can be compared in pairs. A last line without its end is a
+write that was cut short; any other damage is an error. One run at a time: the file is locked.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from builders.tune.search import Measured, Measurement
-from builders.tune.space import Point, TuneError
+from builders.tune.measurement import Measured, Measurement
+from builders.tune.space import TuneError
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Journal:
-    """Opened for one run; `found` is what earlier runs measured.
+    """Opened for one run, closed as a context manager.
 
     Raises:
-        TuneError: the file is damaged, or of something else.
+        TuneError: the file is damaged, of something else, or of a run that is under way.
     """
 
     def __init__(self, path: Path, subject: Mapping[str, Any]) -> None:
         self.path = path
-        self.found: dict[tuple[tuple[str, int], ...], Measurement] = {}
+        self._points: dict[str, Measurement] = {}
+        self._rounds: dict[tuple[int, frozenset[str]], dict[str, Measurement]] = {}
         header = {"format": FORMAT, **subject}
         try:
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = path.open("ab+", buffering=0)
+        except OSError as error:
+            raise TuneError(f"{path}: {error.strerror}; choose another --output") from error
+        try:
+            self._open(header)
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+    def get(self, configs: str) -> Measurement | None:
+        """What was measured of the configurations with this digest, or None."""
+        return self._points.get(configs)
+
+    def add(self, configs: str, measured: Measured) -> None:
+        """Note a finished point; it is on the disk when this returns. A failure may pass, so none is kept."""
+        if not measured.result.failure:
+            self._points[configs] = measured.result
+            self._append({"configs": configs, "point": measured.point, "result": measured.result.to_dict()})
+
+    def get_round(self, number: int, configs: Sequence[str]) -> list[Measurement] | None:
+        """The measurements of a round between exactly these, in their order."""
+        found = self._rounds.get((number, frozenset(configs)))
+        return [found[each] for each in configs] if found else None
+
+    def add_round(self, number: int, results: Mapping[str, Measurement]) -> None:
+        """Note a finished round: digest → measurement."""
+        if not any(result.failure for result in results.values()):
+            self._rounds[number, frozenset(results)] = dict(results)
+            plain = {configs: result.to_dict() for configs, result in results.items()}
+            self._append({"round": number, "results": plain})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        try:
+            self._write(entry)
+        except OSError as error:
+            raise TuneError(f"{self.path}: {error.strerror}; make room, the same command goes on from there") from error
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        line = json.dumps(entry).encode() + b"\n"
+        while line:
+            line = line[self._stream.write(line) :]
+        os.fsync(self._stream.fileno())
+
+    def _open(self, header: dict[str, Any]) -> None:
+        """Lock the file, read it, and cut off what a killed run didn't finish to write."""
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what = "is in use by another run; wait for its end, or choose another --output"
+            raise TuneError(f"{self.path} {what}") from None
+        try:
+            self._stream.seek(0)
+            data = self._stream.readall()
+            lines = data[: data.rfind(b"\n") + 1].decode().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise TuneError(f"{path} can't be read: {error}; remove it to start anew") from error
-        whole = text[: text.rfind("\n") + 1]
-        lines = whole.splitlines()
+            raise TuneError(f"{self.path} can't be read: {error}; remove it to start anew") from error
         if lines:
             self._check_header(lines[0], header)
             for number, line in enumerate(lines[1:], start=2):
-                point, result = self._read(number, line)
-                self.found[_key(point)] = result
+                self._read(number, line)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", encoding="utf-8") as stream:
-                stream.write(whole or json.dumps(header) + "\n")
+            self._stream.truncate(data.rfind(b"\n") + 1)
+            if not lines:
+                self._write(header)
         except OSError as error:
-            raise TuneError(f"{path}: {error.strerror}; choose another --output") from error
-
-    def get(self, point: Point) -> Measurement | None:
-        """What was measured at `point`, or None."""
-        return self.found.get(_key(point))
-
-    def add(self, measured: Measured) -> None:
-        """Note a finished point; it is on the disk when this returns."""
-        self.found[_key(measured.point)] = measured.result
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"point": measured.point, "result": asdict(measured.result)}) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+            raise TuneError(f"{self.path}: {error.strerror}; choose another --output") from error
 
     def _check_header(self, line: str, header: dict[str, Any]) -> None:
         try:
@@ -72,14 +124,13 @@ class Journal:
                 what = f"{name} is {found.get(name)!r} there and {header.get(name)!r} now"
                 raise TuneError(f"{self.path} is of another run: {what}; remove it, or choose another --output")
 
-    def _read(self, number: int, line: str) -> tuple[dict[str, int], Measurement]:
+    def _read(self, number: int, line: str) -> None:
         try:
             values = json.loads(line)
-            point = {str(name): int(value) for name, value in values["point"].items()}
-            return point, Measurement(**values["result"])
+            if "round" in values:
+                results = {str(name): Measurement.from_dict(each) for name, each in values["results"].items()}
+                self._rounds[int(values["round"]), frozenset(results)] = results
+            else:
+                self._points[str(values["configs"])] = Measurement.from_dict(values["result"])
         except (ValueError, KeyError, TypeError, AttributeError):
             raise TuneError(f"{self.path}:{number} is damaged; remove that line, or the file to start anew") from None
-
-
-def _key(point: Point) -> tuple[tuple[str, int], ...]:
-    return tuple(sorted(point.items()))

@@ -1,13 +1,15 @@
 """A model's parts in a repository: read, copied with other configurations, and given those of the winner.
 
-A copy shares the artefacts with the original; only its config.pbtxt files are its own. It starts nothing.
+A copy shares the artefacts with the original; only its config.pbtxt files are its own. The winner's configurations are
+several files, and no rename moves several: so what is to be written stands in one file first, and a run that was killed
+between two of them is finished by the next that comes along. It starts nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,8 +17,12 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from builders.check import CONFIG, require_sound
 from builders.files import write_atomically
-from builders.pbtxt import parse_text, to_text
+from builders.pbtxt import PbtxtError, parse_text, to_text
 from builders.tune.space import TuneError
+from ensemble.leftovers import temporary_directory
+
+COPIES = "deepseek-triton-tune-"  # the start of their directories' names
+PENDING = ".{}.tuned.json"  # in the repository, where Triton looks at directories only
 
 
 def read_configs(repository: Path, name: str) -> dict[str, ModelConfig]:
@@ -39,15 +45,13 @@ def copied(repository: Path, configs: Mapping[str, ModelConfig]) -> Iterator[Pat
     Raises:
         CheckError: with these configurations it can't be served.
     """
-    with tempfile.TemporaryDirectory(prefix="deepseek-triton-tune-") as directory:
-        copy = Path(directory) / "models"
-        for name, config in configs.items():
-            (copy / name).mkdir(parents=True)
-            (copy / name / CONFIG).write_text(to_text(config), encoding="utf-8")
-            for version in _versions(repository / name):
-                (copy / name / version.name).mkdir()
-                for file in version.iterdir():
-                    _share(file, copy / name / version.name / file.name)
+    with temporary_directory(COPIES) as directory:
+        copy = directory / "models"
+        try:
+            for name, config in configs.items():
+                _copy(repository, name, config, copy)
+        except OSError as error:
+            raise TuneError(f"{error.filename or directory}: {error.strerror}; set TMPDIR to another disk") from error
         require_sound(copy)
         yield copy
 
@@ -60,26 +64,65 @@ def put_configs(repository: Path, configs: Mapping[str, ModelConfig]) -> list[Pa
     """
     with copied(repository, configs):
         pass  # checked as a whole
-    changed: list[Path] = []
-    with contextlib.ExitStack() as undo:
-        for name, config in configs.items():
-            path = repository / name / CONFIG
-            before, after = path.read_bytes(), to_text(config).encode()
-            if before == after:
-                continue
-            undo.callback(path.write_bytes, before)
-            write_atomically(path, after, TuneError)
-            changed.append(path)
-        undo.pop_all()
-    return changed
+    changes = {}
+    for name, config in configs.items():
+        before, after = (repository / name / CONFIG).read_text(encoding="utf-8"), to_text(config)
+        if before != after:
+            changes[name] = {"before": before, "after": after}
+    if changes:
+        record = repository / PENDING.format(next(iter(configs)))
+        write_atomically(record, json.dumps(changes).encode(), TuneError)
+        try:
+            _apply(repository, changes, "after")
+        except BaseException:
+            _apply(repository, changes, "before")
+            record.unlink()
+            raise
+        record.unlink()
+    return [repository / name / CONFIG for name in changes]
+
+
+def finish_pending(repository: Path) -> list[str]:
+    """Write what killed runs began to write; gives the models' names. What has been changed since then stays.
+
+    Raises:
+        TuneError: a file can't be written.
+    """
+    finished = []
+    for record in repository.glob(PENDING.format("*")):
+        try:
+            changes = json.loads(record.read_text(encoding="utf-8"))
+            texts = {name: (repository / name / CONFIG).read_text(encoding="utf-8") for name in changes}
+            if all(texts[name] in (change["before"], change["after"]) for name, change in changes.items()):
+                _apply(repository, changes, "after")
+                finished.extend(changes)
+            record.unlink()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            what = f"can't be finished: {error}; remove it, then build the model again or tune it"
+            raise TuneError(f"{record} {what}") from error
+    return finished
+
+
+def _apply(repository: Path, changes: Mapping[str, Mapping[str, str]], which: str) -> None:
+    for name, change in changes.items():
+        write_atomically(repository / name / CONFIG, change[which].encode(), TuneError)
 
 
 def newest_version(directory: Path) -> Path:
     """The version that Triton serves."""
-    versions = _versions(directory)
+    versions = _versions(directory) if directory.is_dir() else []
     if not versions:
         raise TuneError(f"{directory} has no version: build the model first")
     return max(versions, key=lambda path: int(path.name))
+
+
+def _copy(repository: Path, name: str, config: ModelConfig, copy: Path) -> None:
+    (copy / name).mkdir(parents=True)
+    (copy / name / CONFIG).write_text(to_text(config), encoding="utf-8")
+    for version in _versions(repository / name):
+        (copy / name / version.name).mkdir()
+        for file in version.iterdir():
+            _share(file, copy / name / version.name / file.name)
 
 
 def _versions(directory: Path) -> list[Path]:
@@ -99,4 +142,19 @@ def _read(repository: Path, name: str) -> ModelConfig:
     try:
         return parse_text(path.read_text(encoding="utf-8"), path)
     except OSError as error:
-        raise TuneError(f"{path}: {error.strerror}; name a model of the repository") from error
+        raise TuneError(f"{path}: {error.strerror}; {_there_are(repository)}") from error
+
+
+def _there_are(repository: Path) -> str:
+    if not repository.is_dir():
+        return "build the model first, or name another --repository"
+    with contextlib.suppress(PbtxtError):
+        names = [path.parent.name for path in sorted(repository.glob(f"*/{CONFIG}")) if _is_served(path)]
+        return (
+            f"the repository's models are {', '.join(names)}" if names else "the repository holds no model: build one"
+        )
+    return "name a model of the repository"
+
+
+def _is_served(path: Path) -> bool:
+    return bool(parse_text(path.read_text(encoding="utf-8"), path).platform == "ensemble")

@@ -1,37 +1,21 @@
 """Coordinate search: one parameter after the other, up and down from the best so far, until nothing improves.
 
 What enters is a space and something that measures a point; what leaves is every point that was measured. It knows
-nothing of servers, and what was measured before is not measured again.
+nothing of servers. One measurement of a point is good enough to find the way; which point is best, confirm.py decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from builders.tune.measurement import Measured, Measurement
 from builders.tune.space import Point
 
-# A difference below this is noise: the search doesn't follow it.
+# A difference below this is likely noise: the search doesn't follow it.
 MIN_GAIN = 0.03
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """throughput in requests/s; p50_ms, p99_ms of a request's latency; failure: why there are none, else empty."""
-
-    throughput: float = 0.0
-    p50_ms: float = 0.0
-    p99_ms: float = 0.0
-    num_requests: int = 0
-    failure: str = ""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A point and what it did."""
-
-    point: dict[str, int]
-    result: Measurement
+# A loss below this may be noise that hides a gain: the search looks one value further.
+MIN_LOSS = 0.1
 
 
 @dataclass(frozen=True)
@@ -47,22 +31,16 @@ def is_within(result: Measurement, p99_limit_ms: float) -> bool:
     return not result.failure and result.p99_ms <= p99_limit_ms
 
 
-def is_better(result: Measurement, other: Measurement, p99_limit_ms: float) -> bool:
-    """Within the limit more throughput is better, by more than noise; while none is within it, less latency."""
+def is_better(result: Measurement, other: Measurement, p99_limit_ms: float, least: float = MIN_GAIN) -> bool:
+    """Within the limit more throughput is better, by more than `least`; while none is within it, less latency."""
     if result.failure or other.failure:
         return bool(other.failure) and not result.failure
     within, other_within = is_within(result, p99_limit_ms), is_within(other, p99_limit_ms)
     if within != other_within:
         return within
     if within:
-        return result.throughput > other.throughput * (1 + MIN_GAIN)
-    return result.p99_ms < other.p99_ms * (1 - MIN_GAIN)
-
-
-def best_of(measured: Iterable[Measured], p99_limit_ms: float) -> Measured | None:
-    """The most throughput within the limit; None where nothing is within it."""
-    within = [one for one in measured if is_within(one.result, p99_limit_ms)]
-    return max(within, key=lambda one: one.result.throughput, default=None)
+        return result.throughput > other.throughput * (1 + least)
+    return result.p99_ms < other.p99_ms * (1 - least)
 
 
 def search(
@@ -93,13 +71,18 @@ def search(
         is_improved = False
         for axis in axes:
             for step in (1, -1):
-                while (point := _neighbour(axis, best.point, step)) is not None:
+                last, may_look_on = best.point, True
+                while (point := _neighbour(axis, last, step)) is not None:
                     candidate = at(point)
                     if candidate is None:
                         return list(found.values())
-                    if not is_better(candidate.result, best.result, p99_limit_ms):
+                    if is_better(candidate.result, best.result, p99_limit_ms):
+                        best, is_improved, may_look_on = candidate, True, True
+                    elif may_look_on and not is_better(best.result, candidate.result, p99_limit_ms, MIN_LOSS):
+                        may_look_on = False
+                    else:
                         break
-                    best, is_improved = candidate, True
+                    last = point
     return list(found.values())
 
 

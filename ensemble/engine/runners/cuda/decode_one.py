@@ -158,7 +158,7 @@ class DecodeOne:
             "KV_BLOCK": memory.kv_block,
             "SCRATCH_BYTES": memory.scratch_bytes,
         }
-        self._kernel = Kernel(SOURCE.read_text(), "decode_one", macros, shared_bytes=memory.total)
+        self._kernel = Kernel(SOURCE.read_text("utf-8"), "decode_one", macros, shared_bytes=memory.total)
         self._layers = layers  # keeps what the table points to
         table = [address for layer in layers for address in layer.addresses()]
         self._table = torch.tensor(table, dtype=torch.int64, device=device)

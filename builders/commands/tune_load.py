@@ -1,0 +1,139 @@
+"""One measurement for `deepseek-triton tune`: a server of its own for a point, clients that ask it, their latencies.
+
+Load is closed-loop: a client asks again when it has its answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from builders.check import CheckError
+from builders.check_scoring import is_scoring
+from builders.tune.measurement import Measurement
+from builders.tune.repository import copied
+from builders.tune.space import Configs, TuneError
+from clients.api import GenerateRequest
+from clients.base import BaseClient
+from clients.errors import ClientError
+from clients.grpc import GrpcClient
+from clients.score import ScoreRequest
+from ensemble.pipelines import ENGINE_SUFFIX, model_name
+from ensemble.server import ServerError, TritonServer
+
+DEFAULT_TEXTS = Path(__file__).parents[1] / "data" / "english.txt"
+PASSAGE_WORDS = 40
+REQUEST_TIMEOUT_S = 60.0
+DECIMALS = 2  # of a millisecond
+WARM_UP_SHARE = 0.2  # of a measurement's seconds, on top of them
+
+Ask = Callable[[BaseClient, str], Any]
+
+
+@dataclass(frozen=True)
+class Load:
+    """How one point is loaded: by so many clients at once, measured for `seconds` after a warm-up."""
+
+    texts: Sequence[str]
+    clients: int
+    seconds: float
+    ask: Ask
+
+    @property
+    def seconds_in_all(self) -> float:
+        """With the warm-up, without the server's start."""
+        return self.seconds * (1 + WARM_UP_SHARE)
+
+
+def read_texts(path: Path | None) -> list[str]:
+    """What clients send: a text a line, as it is; without a file, passages that all begin differently.
+
+    A generator continues from what an earlier prompt left in its slot, so prompts that repeat measure that instead.
+
+    Raises:
+        TuneError: the file can't be read, or holds none.
+    """
+    file = path or DEFAULT_TEXTS
+    try:
+        whole = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TuneError(f"texts {file} can't be read: {error}") from error
+    if path is None:
+        words = whole.split()
+        # A stride that shares no divisor with their number: neighbours in the list are far apart in the text.
+        starts = [i * 101 % len(words) for i in range(len(words))]
+        return [" ".join(words[i : i + PASSAGE_WORDS]) for i in starts if i + PASSAGE_WORDS <= len(words)]
+    texts = [line.strip() for line in whole.splitlines() if line.strip()]
+    if not texts:
+        raise TuneError(f"texts {file} holds no text: write one on each line")
+    return texts
+
+
+def asker(name: str, configs: Configs, labels: tuple[str, ...], max_tokens: int) -> Ask:
+    """One request to model `name`.
+
+    Raises:
+        TuneError: labels for a model that generates.
+    """
+    if is_scoring(configs[model_name(name, ENGINE_SUFFIX)]):
+        return lambda client, text: client.score(ScoreRequest(texts=[text], labels=labels or None))
+    if labels:
+        raise TuneError(f"labels are for scoring models, {name} generates")
+    return lambda client, text: client.generate(GenerateRequest(prompt=text, max_tokens=max_tokens))
+
+
+def measure(repository: Path, name: str, configs: Configs, load: Load) -> Measurement:
+    """Serve model `name` with these configurations and load it; what can't be served is a result too.
+
+    Raises:
+        TuneError: not the configurations are at fault, but this machine.
+    """
+    try:
+        with (
+            copied(repository, configs) as copy,
+            TritonServer(copy, http_port=0, grpc_port=0, metrics_port=0) as server,
+        ):
+            return run(load, server.grpc_url, name)
+    except (CheckError, ServerError) as error:
+        return Measurement(failure=" ".join(str(error).split()))
+    except OSError as error:
+        raise TuneError(f"{error.filename or 'temporary files'}: {error.strerror}; mend it, then go on") from error
+
+
+def run(load: Load, url: str, model: str) -> Measurement:
+    """Let the clients ask, and take the latencies of the answers that come after the warm-up."""
+    start = time.perf_counter()
+    counted_from, end = start + load.seconds_in_all - load.seconds, start + load.seconds_in_all
+    latencies: list[float] = []
+    lock, is_over = threading.Lock(), threading.Event()
+
+    def ask(number: int, client: BaseClient) -> str:
+        index = number
+        while (began := time.perf_counter()) < end and not is_over.is_set():
+            try:
+                load.ask(client, load.texts[index % len(load.texts)])
+            except ClientError as error:
+                is_over.set()
+                return " ".join(str(error).split())
+            index += load.clients
+            finished = time.perf_counter()
+            # By their ends: counting only those that also began here would leave out the slow ones.
+            if counted_from <= finished <= end:
+                with lock:
+                    latencies.append(round((finished - began) * 1e3, DECIMALS))
+        return ""
+
+    with ThreadPoolExecutor(load.clients) as pool, contextlib.ExitStack() as stack:
+        # Closed before the pool waits for its threads: an interrupt ends what they wait for.
+        stack.callback(is_over.set)
+        clients = [stack.enter_context(GrpcClient(url, model, REQUEST_TIMEOUT_S)) for _ in range(load.clients)]
+        failure = next((told for told in pool.map(ask, range(load.clients), clients) if told), "")
+    if not failure and not latencies:
+        failure = f"no request was answered within {load.seconds:g} s"
+    return Measurement(failure=failure) if failure else Measurement(tuple(latencies), load.seconds)

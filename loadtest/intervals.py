@@ -1,0 +1,184 @@
+"""Confidence intervals of runs' figures: requests by block of time in, what chance may have done out.
+
+Bootstrapped over blocks, not over requests: requests that queue behind one another are slow together, and resampling
+them one by one would count each as news of its own and make the intervals too narrow. Where block i of every run met
+the same conditions, blocks are drawn together: what the conditions did to a block then cancels out of a difference.
+
+So few blocks as a run has give a bootstrap too narrow tails, as if a normal distribution with the sample's own spread
+were taken for Student's t; the quantiles are moved outward by as much as those two differ (Hesterberg, "What Teachers
+Should Know About the Bootstrap", 2015, "expanded percentile interval").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+CONFIDENCE = 0.95
+NUM_RESAMPLES = 2000
+MIN_BLOCKS = 8
+
+Floats = npt.NDArray[np.float64]
+Better = Literal["lower", "higher"]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One run's counted requests, a value each; NaN: the request has no such figure, infinite: it failed."""
+
+    block: npt.NDArray[np.int64]
+    latency_s: Floats
+    first_token_s: Floats
+    inter_token_s: Floats
+    tokens: Floats  # of complete answers
+    failed: Floats  # 0 or 1
+
+    def take(self, indices: npt.NDArray[np.int64]) -> Figures:
+        """The requests at `indices`."""
+        return Figures(*(getattr(self, name)[indices] for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One figure of two runs; `change` and the interval are of b - a, None where failures leave nothing."""
+
+    name: str
+    unit: str
+    better: Better
+    a: float | None
+    b: float | None
+    low: float | None
+    high: float | None
+
+    @property
+    def change(self) -> float | None:
+        """b - a."""
+        if self.a is None or self.b is None or not (math.isfinite(self.a) and math.isfinite(self.b)):
+            return None
+        return self.b - self.a
+
+    @property
+    def conclusion(self) -> str:
+        """What may be said."""
+        if self.change is None or self.low is None or self.high is None:
+            return "no interval: too few requests, or some failed"
+        if self.low <= 0 <= self.high:
+            return "the interval includes zero: no difference seen"
+        return "better" if (self.change < 0) == (self.better == "lower") else "worse"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was counted, and in how many seconds."""
+
+    figures: Figures
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure: its name, its unit, what is better, and how it is had of requests and seconds."""
+
+    name: str
+    unit: str
+    better: Better
+    of: Callable[[Figures, float], float | None]
+
+
+def _percentile(field: str, rank: float) -> Callable[[Figures, float], float | None]:
+    def measure(figures: Figures, seconds: float) -> float | None:
+        values = getattr(figures, field)
+        values = values[~np.isnan(values)]
+        if not len(values):
+            return None
+        index = max(math.ceil(rank / 100 * len(values)), 1) - 1
+        return float(np.partition(values, index)[index])
+
+    return measure
+
+
+P99_LATENCY = Measure("latency, 99th percentile", "s", "lower", _percentile("latency_s", 99))
+REQUESTS_PER_S = Measure(
+    "complete requests/s", "", "higher", lambda figures, seconds: float((1 - figures.failed).sum() / seconds)
+)
+MEASURES = (
+    Measure("latency, median", "s", "lower", _percentile("latency_s", 50)),
+    P99_LATENCY,
+    Measure("time to first token, median", "s", "lower", _percentile("first_token_s", 50)),
+    Measure("time to first token, 99th percentile", "s", "lower", _percentile("first_token_s", 99)),
+    Measure("inter-token latency, median", "s", "lower", _percentile("inter_token_s", 50)),
+    Measure("inter-token latency, 99th percentile", "s", "lower", _percentile("inter_token_s", 99)),
+    REQUESTS_PER_S,
+    Measure("output tokens/s", "", "higher", lambda figures, seconds: float(figures.tokens.sum() / seconds)),
+    Measure(
+        "requests without a complete answer",
+        "%",
+        "lower",
+        lambda figures, seconds: float(figures.failed.mean() * 100) if len(figures.failed) else None,
+    ),
+)
+
+Draw = tuple[float | None, ...]  # one value for each run
+
+
+def resample(
+    runs: Sequence[Run],
+    measures: Sequence[Measure],
+    num_blocks: int,
+    *,
+    is_paired: bool,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> list[list[Draw]]:
+    """Each measure's values of each run, over and over, every time from other blocks; [measure][draw][run]."""
+    random = np.random.default_rng(seed)
+    resampled: list[list[Draw]] = [[] for _ in measures]
+    members = [[np.flatnonzero(run.figures.block == i) for i in range(num_blocks)] for run in runs]
+    for _ in range(num_resamples):
+        first = random.integers(num_blocks, size=num_blocks)
+        chosen = [first, *(first if is_paired else random.integers(num_blocks, size=num_blocks) for _ in runs[1:])]
+        drawn = [
+            run.figures.take(np.concatenate([blocks[i] for i in numbers]))
+            for run, blocks, numbers in zip(runs, members, chosen, strict=True)
+        ]
+        for values, measure in zip(resampled, measures, strict=True):
+            values.append(tuple(measure.of(figures, run.seconds) for figures, run in zip(drawn, runs, strict=True)))
+    return resampled
+
+
+def interval(
+    values: Sequence[float | None], num_blocks: int, confidence: float = CONFIDENCE
+) -> tuple[float | None, float | None]:
+    """The middle `confidence` of what was drawn; nothing where a draw has no figure, or an infinite one."""
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    if len(finite) < len(values) or not finite:
+        return None, None
+    outside = _tail(num_blocks, confidence)
+    low, high = np.quantile(finite, [outside, 1 - outside])
+    return float(low), float(high)
+
+
+def difference(
+    measure: Measure, runs: tuple[Run, Run], draws: Sequence[Draw], num_blocks: int, confidence: float = CONFIDENCE
+) -> Difference:
+    """One figure of two runs; `draws` are of the same two."""
+    changes = [None if one is None or other is None else other - one for one, other in draws]
+    low, high = interval(changes, num_blocks, confidence)
+    a, b = (measure.of(run.figures, run.seconds) for run in runs)
+    return Difference(measure.name, measure.unit, measure.better, a, b, low, high)
+
+
+def _tail(num_blocks: int, confidence: float) -> float:
+    """The share of draws to leave out at each end."""
+    normal, freedom = NormalDist(), max(num_blocks - 1, 1)
+    z = normal.inv_cdf((1 + confidence) / 2)
+    # Student's quantile, as a series in 1/freedom (Abramowitz & Stegun 26.7.5).
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    return normal.cdf(-t * math.sqrt(num_blocks / freedom))
