@@ -106,6 +106,7 @@ class Levels:
     p99_inter_token_s: float | None = None
     max_error_ratio: float | None = None  # of the requests counted, 0 … 1
     max_backlog: int | None = None  # requests due whose answer hasn't begun, at any moment
+    max_backlog_s: float | None = None  # how long something waited without a pause, around the backlog's peak
 
     def __post_init__(self) -> None:
         """Check every field."""

@@ -24,7 +24,7 @@ class Series:
 
     name: str
     values: Sequence[float | None]
-    colour: str  # a class of the style sheet
+    colour: str  # classes of the style sheet
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Bars:
     parts: Sequence[tuple[str, str]]  # name and colour of each
 
     def svg(self) -> str:
-        """The bars, each below its label."""
+        """The bars, each below its label; a part of nothing is left out."""
         height = len(self.rows) * (BAR_HEIGHT + BAR_GAP) + 4
         longest = max((sum(values) for _, values in self.rows), default=0.0) or 1.0
         parts = []
@@ -125,6 +125,8 @@ class Bars:
             parts.append(_text(WIDTH - 4, y - 5, self._amounts(values), "end"))
             at = 4.0
             for value, (part, colour) in zip(values, self.parts, strict=True):
+                if not value:
+                    continue
                 width = value / longest * (WIDTH - 8)
                 parts.append(
                     f'<rect class="bar {colour}" x="{at:.1f}" y="{y}" width="{max(width, 0.8):.1f}" '
@@ -134,7 +136,12 @@ class Bars:
         return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="time in each model">{"".join(parts)}</svg>'
 
     def _amounts(self, values: Sequence[float]) -> str:
-        return " + ".join(_number(value) for value in values) + f" {self.unit}"
+        return " + ".join(_number(value) for value in values if value) + f" {self.unit}"
+
+    @property
+    def parts_shown(self) -> list[tuple[str, str]]:
+        """Name and colour of the parts that any row has."""
+        return [part for i, part in enumerate(self.parts) if any(values[i] for _, values in self.rows)]
 
 
 def nice_ticks(highest: float) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loadtest.measure import Distribution
+from loadtest.measure import Backlog, Distribution
 from loadtest.result import Result
 from loadtest.verdict import amount
 
@@ -23,7 +23,7 @@ def table(result: Result) -> str:
         headline(result),
         f"{result.profile.name}: {summary.num_complete} of {summary.num_requests} requests complete, "
         f"{amount(summary.requests_per_s)} requests/s, {amount(summary.output_tokens_per_s)} tokens/s, "
-        f"backlog at most {summary.max_backlog}",
+        f"{backlog_sentence(summary.backlog)}",
         "",
         "{:26}{:>12}{:>12}{:>12}{:>12}".format(*COLUMNS),
         *(_row(name, spread) for name, spread in rows),
@@ -45,6 +45,16 @@ def headline(result: Result) -> str:
     if not result.levels:
         return "DONE: the run is valid; the profile promises no service level"
     return f"MET: all {len(result.levels)} service levels hold, and the run is valid"
+
+
+def backlog_sentence(backlog: Backlog) -> str:
+    """How far the backlog grew and when it was gone."""
+    if not backlog.peak:
+        return "no backlog"
+    return (
+        f"backlog: {backlog.peak} at most, {amount(backlog.peak_s, 's')} into the run; "
+        f"gone at {amount(backlog.gone_s, 's')}, it lasted {amount(backlog.lasted_s, 's')}"
+    )
 
 
 def _and_more(count: int, what: str) -> str:
