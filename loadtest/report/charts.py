@@ -43,9 +43,9 @@ def short(model: str, result: Result) -> str:
 
 def is_computing(model: str, result: Result) -> bool:
     """Whether Triton's times are a model's work: an ensemble's are its parts' sums, a decoupled engine only queues."""
-    if result.engine is not None and short(model, result) == "engine":
-        return False
-    return model != result.target.model or len(result.server) == 1
+    if model == result.target.model:
+        return len(result.server) == 1 and result.engine is None
+    return result.engine is None or short(model, result) != "engine"
 
 
 def _seen_by_clients(result: Result) -> list[Chart]:
