@@ -84,10 +84,10 @@ def _check_generator(observed: Observed) -> list[Verdict]:
     share = usage.highest_generator_core(observed.usage, GENERATOR_STRETCH_S)
     verdicts = [
         Verdict(
-            f"load generator's CPU, busiest {GENERATOR_STRETCH_S:g} s",
+            f"load generator's CPU, of one core, busiest {GENERATOR_STRETCH_S:g} s",
             None if share is None else 100 * share,
             100 * MAX_GENERATOR_SHARE,
-            "% of a core",
+            "%",
             "the generator was the bottleneck: lower the level, or give it a machine of its own",
         )
     ]
@@ -145,10 +145,10 @@ def _check_machine(observed: Observed) -> list[Verdict]:
         return []  # the server is here, but not ours to see: what is its own and what is others' can't be told apart
     return [
         Verdict(
-            "CPU taken by other programs",
+            "CPU taken by other programs, of the whole machine",
             100 * part.others,
             100 if observed.may_be_shared else 100 * TOLERANCE,
-            "% of the machine",
+            "%",
             "the figures are of a machine that did something else too: run it again when it is quiet",
         )
     ]

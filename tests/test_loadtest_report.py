@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from html import unescape
@@ -13,7 +14,7 @@ import pytest
 from loadtest.report.__main__ import main
 from loadtest.report.chart import Bars, Chart, Series, nice_ticks, time_ticks
 from loadtest.report.page import render
-from loadtest.report.text import headline, table
+from loadtest.report.text import drift_sentence, headline, table
 from tests.loadtests import engine_reading, failed, make_profile, make_result, reading, sample, usage
 
 SAMPLES = [sample(i / 2 - 5, latency_s=1 + i / 100) for i in range(90)]
@@ -143,9 +144,7 @@ def test_the_headline_says_the_worst_first() -> None:
     missed = make_result(SAMPLES, make_profile(levels=levels))
     assert headline(missed).startswith("MISSED: latency, 99th percentile: 1.89 s, limit 1 s (and 1 more level)")
     invalid = make_result(SAMPLES, make_profile(levels=levels), usage=[usage(0.0), usage(40.0, generator_s=38.8)])
-    assert headline(invalid).startswith(
-        "INVALID: load generator's CPU, busiest 5 s: 97 % of a core, limit 50 % of a core"
-    )
+    assert headline(invalid).startswith("INVALID: load generator's CPU, of one core, busiest 5 s: 97 %, limit 50 %")
     assert headline(make_result(SAMPLES)) == "DONE: the run is valid; the profile promises no service level"
     assert "MISSED service level: latency, 99th percentile: 1.89 s, limit 1 s" in table(missed)
 
@@ -158,3 +157,14 @@ def test_the_report_is_made_again_from_the_file(tmp_path: Path, capsys: pytest.C
     assert main([str(tmp_path / "other.json")]) == 1
     assert main([]) == 2
     assert "usage: " in capsys.readouterr().err
+
+
+def test_what_creeps_up_is_told() -> None:
+    samples = [sample(float(i), latency_s=1.0 if i < 20 else 3.0) for i in range(40)]
+    grown = dataclasses.replace(usage(40.0), server_bytes=500 * 2**20)
+    result = make_result([*samples, failed(39.5)], usage=[usage(-5.0), usage(2.0), grown])
+    told = "from the first quarter to the last: median latency 1 s to 3 s, the server's memory 400 MiB to 500 MiB"
+    assert drift_sentence(result) == told
+    assert told in table(result)
+    assert f"F{told[1:]}." in unescape(render(result)).replace("\u00a0", " ")
+    assert "memory" not in drift_sentence(make_result(samples, usage=[usage(0.0, server_s=None)] * 2))

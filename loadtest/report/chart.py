@@ -16,6 +16,7 @@ from html import escape
 WIDTH, HEIGHT = 400, 236
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 20, 34
 BAR_HEIGHT, BAR_GAP = 16, 30
+LEVEL = "limit"  # what the line of a service level is called
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Chart:
     unit: str
     edges: Sequence[float]
     series: Sequence[Series]
-    limit: float | None = None  # a service level, drawn as a line
+    limit: float | None = None  # drawn as a line: a service level, unless it has another name
+    limit_name: str = LEVEL
     note: str = ""
 
     @property
@@ -66,11 +68,14 @@ class Chart:
         parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 3, "seconds after the warm-up", "middle", "axis"))
         parts.append(_text(4, 11, self.unit, "start", "axis"))
         if shown_limit is not None:
+            kind = "limit" if self.limit_name == LEVEL else "bound"
             parts.append(
-                f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(shown_limit):.1f}" '
+                f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(shown_limit):.1f}" '
                 f'y2="{y(shown_limit):.1f}"/>'
             )
-            parts.append(_text(WIDTH - RIGHT - 3, y(shown_limit) - 4, f"limit {_number(shown_limit)}", "end", "limit"))
+            parts.append(
+                _text(WIDTH - RIGHT - 3, y(shown_limit) - 4, f"{self.limit_name} {_number(shown_limit)}", "end", kind)
+            )
         centres = [x((a + b) / 2) for a, b in itertools.pairwise(self.edges)]
         for series in self.series:
             for run in _runs(series.values):

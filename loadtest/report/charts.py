@@ -52,7 +52,7 @@ def _seen_by_clients(result: Result) -> list[Chart]:
     course, engine, levels = result.course, result.engine_course, result.profile.levels
 
     def chart(title: str, unit: str, lines: list[Series], limit: float | None = None, note: str = "") -> Chart:
-        return Chart(title, unit, course.edges, lines, limit, note)
+        return Chart(title, unit, course.edges, lines, limit, note=note)
 
     latency = _lines(("median", course.latency_p50_s), ("90th", course.latency_p90_s), ("99th", course.latency_p99_s))
     first_token = _lines(("median", course.first_token_p50_s), ("99th", course.first_token_p99_s))
@@ -65,9 +65,11 @@ def _seen_by_clients(result: Result) -> list[Chart]:
         requests.append(Series("failed", course.failed_per_s, "c3"))
     slots = None
     if engine is not None:
-        first_token += _engines(("engine's median", engine.first_token_p50_s), ("99th", engine.first_token_p99_s))
+        first_token += _engines(
+            ("engine's median", engine.first_token_p50_s), ("engine's 99th", engine.first_token_p99_s)
+        )
         inter_token += _engines(
-            ("engine's median", _ms(engine.inter_token_p50_s)), ("99th", _ms(engine.inter_token_p99_s))
+            ("engine's median", _ms(engine.inter_token_p50_s)), ("engine's 99th", _ms(engine.inter_token_p99_s))
         )
         output += _engines(("generated", engine.tokens_per_s))
         running += _engines(("engine's slots used", engine.slots_used))
@@ -92,12 +94,14 @@ def _seen_by_clients(result: Result) -> list[Chart]:
         ),
         chart("Requests", "requests/s", requests, note="when they were due, and when their answer was complete"),
         chart("Output", "tokens/s", output, note="when they came"),
-        chart(
+        Chart(
             "Batch size" if engine else "Streams under way",
             "sequences",
+            course.edges,
             running,
-            slots,
-            "on average; the limit is the engine's slots" if engine else "on average",
+            limit=slots,
+            limit_name="slots",
+            note="on average",
         ),
         chart("Waiting", "requests", waiting, levels.max_backlog, "on average; a request waits for its first token"),
     ]

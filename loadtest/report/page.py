@@ -10,7 +10,7 @@ from pathlib import Path
 from loadtest.engine import EngineWork, Spread
 from loadtest.measure import Distribution, Summary
 from loadtest.report.charts import bars, charts
-from loadtest.report.text import backlog_sentence, headline
+from loadtest.report.text import backlog_sentence, drift_sentence, headline
 from loadtest.result import Result
 from loadtest.verdict import amount
 
@@ -51,6 +51,7 @@ def render(result: Result) -> str:
         bars=Markup(inside.svg()) if result.server else None,
         parts=inside.parts_shown,
         backlog=backlog_sentence(result.summary.backlog),
+        drift=drift_sentence(result),
         agreement=_agreement(result.engine, result.summary) if result.engine else [],
         few=result.summary.num_requests < MANY_REQUESTS,
         profile_json=json.dumps(dataclasses.asdict(result.profile), indent=2),
