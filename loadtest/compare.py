@@ -50,7 +50,7 @@ class Comparison:
 
 def compare(a: Result, b: Result, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Comparison:
     """Every figure of b less that of a. Requests are counted by when they were due."""
-    is_paired = a.profile == b.profile and a.profile.arrivals == "open"
+    is_paired = a.profile.load == b.profile.load and a.profile.arrivals == "open"
     num_blocks = max(MIN_BLOCKS, round(min(a.profile.duration_s, b.profile.duration_s) / BLOCK_S))
     runs = _run(a, num_blocks), _run(b, num_blocks)
     drawn = resample(runs, MEASURES, num_blocks, is_paired=is_paired, num_resamples=num_resamples, seed=seed)
@@ -129,7 +129,7 @@ def table(a: Result, b: Result, comparison: Comparison) -> str:
 def warnings(a: Result, b: Result) -> list[str]:
     """What makes two runs no fair comparison."""
     found = [f"run {name} is invalid" for name, result in (("a", a), ("b", b)) if not result.is_valid]
-    if a.profile != b.profile:
+    if a.profile.load != b.profile.load:
         found.append("the profiles differ, so the loads did")
     for key in ("processor", "cores", "memory_gib"):
         if a.machine.get(key) != b.machine.get(key):

@@ -37,8 +37,14 @@ LEVELS: dict[str, tuple[str, str, Callable[[Summary], float | None], str]] = {
     "max_backlog": (
         "backlog, at its longest",
         "requests",
-        lambda summary: float(summary.max_backlog),
+        lambda summary: float(summary.backlog.peak),
         "requests due whose answer had not begun",
+    ),
+    "max_backlog_s": (
+        "backlog, from its begin to its end",
+        "s",
+        lambda summary: summary.backlog.lasted_s,
+        "so long somebody waited without a pause, around the backlog's peak",
     ),
 }
 

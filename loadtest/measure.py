@@ -7,6 +7,7 @@ among those, it is infinite.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,6 +36,21 @@ class Distribution:
 
 
 @dataclass(frozen=True)
+class Backlog:
+    """Requests due whose answer had not begun: the most at once, and the stretch without a pause around that."""
+
+    peak: int
+    began_s: float
+    peak_s: float  # when it was first so long
+    gone_s: float  # when nothing waited any more
+
+    @property
+    def lasted_s(self) -> float:
+        """How long something waited."""
+        return self.gone_s - self.began_s
+
+
+@dataclass(frozen=True)
 class Summary:
     """A run, or one protocol's part of it, without its warm-up."""
 
@@ -52,7 +68,7 @@ class Summary:
     stream_tokens_per_s: Distribution  # of one stream, after its first token
     input_tokens: Distribution
     output_tokens: Distribution
-    max_backlog: int
+    backlog: Backlog
 
 
 def percentile(values: Sequence[float], rank: float, num_failed: int = 0) -> float | None:
@@ -106,7 +122,7 @@ def summarise(samples: Sequence[Sample], duration_s: float) -> Summary:
         stream_tokens_per_s=distribution(rates),
         input_tokens=distribution(sample.num_input_tokens for sample in complete),
         output_tokens=distribution(sample.num_output_tokens for sample in complete),
-        max_backlog=peak(waiting(samples)),
+        backlog=backlog(waiting(samples)),
     )
 
 
@@ -123,10 +139,18 @@ def answering(samples: Iterable[Sample]) -> list[Interval]:
     return [(sample.first_s, sample.end_s) for sample in samples if sample.first_s is not None]
 
 
-def peak(intervals: Iterable[Interval]) -> int:
+def backlog(intervals: Iterable[Interval]) -> Backlog:
     """The most intervals that overlap at any moment; one that ends as another begins doesn't overlap with it."""
     changes = sorted(change for start, end in intervals if end > start for change in ((start, 1), (end, -1)))
-    return max((int(depth) for depth in np.cumsum([step for _, step in changes])), default=0)
+    depth, began, longest = 0, 0.0, Backlog(0, 0.0, 0.0, 0.0)
+    for at, step in changes:
+        began = at if depth == 0 else began
+        depth += step
+        if depth > longest.peak:
+            longest = Backlog(depth, began, at, math.inf)
+        elif depth == 0 and math.isinf(longest.gone_s):
+            longest = dataclasses.replace(longest, gone_s=at)
+    return longest
 
 
 def mean_depth(intervals: Iterable[Interval], edges: Sequence[float]) -> list[float]:
@@ -159,7 +183,8 @@ class Course:
     latency_p99_s: list[float | None]
     first_token_p50_s: list[float | None]
     first_token_p99_s: list[float | None]
-    inter_token_p50_s: list[float | None]
+    inter_token_p50_s: list[float | None]  # of the streams' own averages
+    inter_token_p99_s: list[float | None]
     waiting: list[float]  # requests due whose answer hasn't begun, on average
     answering: list[float]  # streams under way, on average
 
@@ -192,6 +217,7 @@ def course(samples: Sequence[Sample], tokens: Mapping[int, int], edges: list[flo
         first_token_p50_s=spread(50, lambda sample: sample.first_token_s),
         first_token_p99_s=spread(99, lambda sample: sample.first_token_s),
         inter_token_p50_s=spread(50, lambda sample: sample.inter_token_s),
+        inter_token_p99_s=spread(99, lambda sample: sample.inter_token_s),
         waiting=mean_depth(waiting(samples), edges),
         answering=mean_depth(answering(samples), edges),
     )

@@ -1,16 +1,20 @@
 """Triton's own counters: the text of /metrics in, what each model did between two readings out.
 
 A decoupled engine's `execute` only queues: what its loop does afterwards is in none of Triton's compute times, and its
-in-flight batch is in none of the batch sizes. What such a model shows of itself are its own gauges, which are kept too.
+in-flight batch is in none of the batch sizes. What such a model publishes of itself is kept as it is, for
+`loadtest/engine.py`.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from loadtest.histogram import Histogram
 
 # Ours → Triton's counters that are added up. Times are in microseconds there.
 COUNTERS: dict[str, tuple[str, ...]] = {
@@ -26,17 +30,22 @@ COUNTERS: dict[str, tuple[str, ...]] = {
         "nv_inference_compute_output_duration_us",
     ),
 }
-PENDING = "nv_inference_pending_request_count"
+FIGURES = ("batch_size", "queue_ms", "compute_ms")
+TRITONS = "nv_"  # how the names of Triton's own begin
 _OURS = {theirs: ours for ours, group in COUNTERS.items() for theirs in group}
+
+Values = Mapping[str, Mapping[str, float]]  # model → name → value
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One reading: model → counter → value. Versions, devices and reasons are added up."""
+    """One reading. Versions, devices and reasons are added up."""
 
     at_s: float
-    counters: Mapping[str, Mapping[str, float]]
-    gauges: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # pending, and those of the models' own
+    counters: Values  # Triton's, by our names
+    own_counters: Values = field(default_factory=dict)  # of the models' own, without the ending _total
+    gauges: Values = field(default_factory=dict)  # of the models' own
+    histograms: Mapping[str, Mapping[str, Histogram]] = field(default_factory=dict)  # of the models' own
 
 
 def parse(text: str, at_s: float) -> Reading:
@@ -44,20 +53,46 @@ def parse(text: str, at_s: float) -> Reading:
     from prometheus_client.parser import text_string_to_metric_families
 
     counters: dict[str, dict[str, float]] = {}
+    own: dict[str, dict[str, float]] = {}
     gauges: dict[str, dict[str, float]] = {}
+    buckets: dict[tuple[str, str], dict[float, float]] = {}
+
+    def add(kind: dict[str, dict[str, float]], model: str, name: str, value: float) -> None:
+        values = kind.setdefault(model, {})
+        values[name] = values.get(name, 0.0) + value
+
     for family in text_string_to_metric_families(text):
+        # The family's name, for the parser ends the samples' of counters in _total where the text has none.
+        name = family.name
         for sample in family.samples:
             model = sample.labels.get("model")
             if model is None:
                 continue
-            # The family's name, for the parser ends the samples' of counters in _total where the text has none.
-            if ours := _OURS.get(family.name):
-                values = counters.setdefault(model, {})
-                values[ours] = values.get(ours, 0.0) + sample.value
-            elif family.type == "gauge" and (family.name == PENDING or not family.name.startswith("nv_")):
-                values = gauges.setdefault(model, {})
-                values[family.name] = values.get(family.name, 0.0) + sample.value
-    return Reading(at_s, counters, gauges)
+            if name.startswith(TRITONS):
+                if ours := _OURS.get(name):
+                    add(counters, model, ours, sample.value)
+            elif family.type == "gauge":
+                add(gauges, model, name, sample.value)
+            elif "le" in sample.labels and name.endswith("_bucket"):
+                bound = float(sample.labels["le"].replace("+Inf", "inf"))
+                series = buckets.setdefault((model, name.removesuffix("_bucket")), {})
+                series[bound] = series.get(bound, 0.0) + sample.value
+            else:
+                add(own, model, name, sample.value)
+    return Reading(at_s, counters, own, gauges, _histograms(buckets, own))
+
+
+def _histograms(
+    buckets: Mapping[tuple[str, str], Mapping[float, float]], counters: Values
+) -> dict[str, dict[str, Histogram]]:
+    """Whole ones; a set of buckets without its sum or without the infinite one is none."""
+    result: dict[str, dict[str, Histogram]] = {}
+    for (model, name), series in buckets.items():
+        total = counters.get(model, {}).get(f"{name}_sum")
+        if total is not None and math.inf in series:
+            bounds = tuple(sorted(series))
+            result.setdefault(model, {})[name] = Histogram(bounds, tuple(series[bound] for bound in bounds), total)
+    return result
 
 
 @dataclass(frozen=True)
@@ -94,40 +129,41 @@ def work(before: Reading, after: Reading) -> dict[str, ModelWork]:
 def has_restarted(readings: Sequence[Reading]) -> bool:
     """Whether a counter went back between two readings: the server, or a model, began anew."""
     return any(
-        later.counters.get(model, {}).get(name, 0.0) < value
-        for earlier, later in itertools.pairwise(readings)
-        for model, counters in earlier.counters.items()
+        later.get(model, {}).get(name, 0.0) < value
+        for a, b in itertools.pairwise(readings)
+        for earlier, later in ((a.counters, b.counters), (a.own_counters, b.own_counters))
+        for model, counters in earlier.items()
         for name, value in counters.items()
     )
 
 
-def course(readings: Sequence[Reading], edges: Sequence[float]) -> dict[str, dict[str, list[float | None]]]:
-    """Model → figure → its value between each two of `edges`.
+def nearest(readings: Sequence[Reading], edges: Sequence[float]) -> list[Reading]:
+    """The reading nearest to each edge: figures between two may be off by one reading's work."""
+    times = np.array([reading.at_s for reading in readings])
+    return [readings[int(np.abs(times - edge).argmin())] for edge in edges]
 
-    The readings nearest to the borders are compared, so a step's figures may be off by one reading's work.
-    """
+
+def course(readings: Sequence[Reading], edges: Sequence[float]) -> dict[str, dict[str, list[float | None]]]:
+    """Model → figure of Triton's → its value between each two of `edges`."""
     if not readings:
         return {}
-    times = np.array([reading.at_s for reading in readings])
-    nearest = [readings[int(np.abs(times - edge).argmin())] for edge in edges]
-    steps = [work(a, b) if b.at_s > a.at_s else {} for a, b in itertools.pairwise(nearest)]
-    figures = ("batch_size", "queue_ms", "compute_ms")
-    result: dict[str, dict[str, list[float | None]]] = {
-        model: {name: [getattr(step[model], name) if model in step else None for step in steps] for name in figures}
+    steps = [work(a, b) if b.at_s > a.at_s else {} for a, b in itertools.pairwise(nearest(readings, edges))]
+    return {
+        model: {name: [getattr(step[model], name) if model in step else None for step in steps] for name in FIGURES}
         for model in readings[-1].counters
     }
-    for model, gauge in sorted(
-        {(model, gauge) for r in readings for model, values in r.gauges.items() for gauge in values}
-    ):
-        result.setdefault(model, {})[gauge] = [
-            _mean(
-                reading.gauges[model][gauge]
-                for reading in readings
-                if low <= reading.at_s < high and gauge in reading.gauges.get(model, {})
-            )
-            for low, high in itertools.pairwise(edges)
-        ]
-    return result
+
+
+def gauge_course(readings: Sequence[Reading], model: str, gauge: str, edges: Sequence[float]) -> list[float | None]:
+    """A gauge's mean between each two of `edges`."""
+    return [
+        _mean(
+            value
+            for reading in readings
+            if low <= reading.at_s < high and (value := reading.gauges.get(model, {}).get(gauge)) is not None
+        )
+        for low, high in itertools.pairwise(edges)
+    ]
 
 
 def _ratio(value: float, by: float) -> float | None:

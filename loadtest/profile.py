@@ -7,11 +7,13 @@ or one that is missing, is an error.
 from __future__ import annotations
 
 import dataclasses
+import math
+import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -106,12 +108,46 @@ class Levels:
     p99_inter_token_s: float | None = None
     max_error_ratio: float | None = None  # of the requests counted, 0 … 1
     max_backlog: int | None = None  # requests due whose answer hasn't begun, at any moment
+    max_backlog_s: float | None = None  # how long something waited without a pause, around the backlog's peak
 
     def __post_init__(self) -> None:
         """Check every field."""
         for level in dataclasses.fields(self):
             if (limit := getattr(self, level.name)) is not None:
                 _check(level.name, limit, 0, 1 if level.name == "max_error_ratio" else 1e6)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What the levels were chosen by: the same figures in runs that were valid. `loadtest/basis.py` writes it."""
+
+    WITHOUT_MARGIN: ClassVar[tuple[str, ...]] = ("max_error_ratio",)  # none is promised, whatever is measured
+
+    margin: float  # a level is so many times the runs' median
+    machine: str
+    runs: Mapping[str, Sequence[float]]  # level → its figure in each run
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        _check("margin", self.margin, 1, 100)
+        levels = [each.name for each in dataclasses.fields(Levels) if each.name not in self.WITHOUT_MARGIN]
+        if not isinstance(self.runs, Mapping):
+            raise ProfileError(f"runs must be a table, got {self.runs!r}")
+        for name, values in self.runs.items():
+            _check_one_of("runs", name, tuple(levels))
+            if not isinstance(values, list | tuple) or not values:
+                raise ProfileError(f"runs.{name} must be an array with one number at least, got {values!r}")
+            for value in values:
+                _check(f"runs.{name}", value, 0, 1e6)
+
+    def limit(self, name: str) -> float:
+        """The level that follows: `margin` times the median, rounded up to two digits."""
+        exact = self.margin * statistics.median(self.runs[name])
+        if not exact:
+            return 0
+        step = 10.0 ** (math.floor(math.log10(exact)) - 1)
+        limit = float(f"{math.ceil(exact / step - 1e-9) * step:.2g}")
+        return math.ceil(limit) if name == "max_backlog" else limit
 
 
 @dataclass(frozen=True)
@@ -128,6 +164,7 @@ class Profile:
     requests: Requests
     protocols: Mapping[str, float]  # protocol → its share of the requests
     levels: Levels = field(default_factory=Levels)
+    basis: Basis | None = None  # of the levels
     think_s: float = 0.0  # of a closed user, between an answer and the next request
 
     def __post_init__(self) -> None:
@@ -150,6 +187,11 @@ class Profile:
     def duration_s(self) -> float:
         """How long requests are sent and counted, after the warm-up."""
         return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def load(self) -> Profile:
+        """What is sent, without what is promised: two runs with equal loads can be compared."""
+        return dataclasses.replace(self, levels=Levels(), basis=None)
 
     def scaled(self, factor: float) -> Profile:
         """The same profile at `factor` times the level, for a machine that does more; users are rounded up later."""

@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loadtest import levels, measure, metrics, profile, validity
-from loadtest.measure import Course, Summary
+from loadtest import agreement, engine, levels, measure, metrics, profile, usage, validity
+from loadtest.engine import EngineCourse, EngineWork
+from loadtest.measure import Backlog, Course, Summary
 from loadtest.metrics import ModelWork
 from loadtest.profile import Profile
 from loadtest.sample import Sample, from_columns, to_columns
 from loadtest.target import Target
+from loadtest.usage import UsageCourse
 from loadtest.validity import Observed
 from loadtest.verdict import Verdict
 
-FORMAT = 1
+FORMAT = 2
 FAILED = "failed"  # an infinite percentile, in JSON
 
 
@@ -42,6 +44,9 @@ class Result:
     course: Course
     server: dict[str, ModelWork]  # what each model did after the warm-up
     server_course: dict[str, dict[str, list[float | None]]]
+    engine: EngineWork | None  # what the engine says of itself, after the warm-up
+    engine_course: EngineCourse | None
+    usage_course: UsageCourse  # who used this machine
     errors: dict[str, int]  # message → requests
     samples: list[Sample]  # the warm-up's too: due before 0
 
@@ -70,13 +75,17 @@ def assemble(run: Profile, target: Target, started: str, machine: dict[str, Any]
     edges = measure.course_edges(-run.warmup_s, last)
     summary = measure.summarise(counted, run.duration_s)
     tokens = observed.tokens
-    after_warmup = [reading for reading in observed.readings if reading.at_s >= 0]
+    readings = observed.readings
+    after_warmup = [reading for reading in readings if reading.at_s >= 0]
+    whole = metrics.work(readings[0], readings[-1]) if readings else {}
+    around = {model: work for model, work in whole.items() if model in _helpers(target.model, whole)}
     return Result(
         profile=run,
         target=target,
         started=started,
         machine=machine,
-        checks=validity.check(observed),
+        checks=validity.check(observed)
+        + agreement.check(observed.samples, engine.work(readings, target.model), around),
         levels=levels.check(run.levels, summary),
         summary=summary,
         protocols={
@@ -85,7 +94,10 @@ def assemble(run: Profile, target: Target, started: str, machine: dict[str, Any]
         },
         course=measure.course(observed.samples, tokens, edges),
         server=metrics.work(after_warmup[0], after_warmup[-1]) if after_warmup else {},
-        server_course=metrics.course(observed.readings, edges),
+        server_course=metrics.course(readings, edges),
+        engine=engine.work(after_warmup, target.model),
+        engine_course=engine.course(readings, target.model, edges),
+        usage_course=usage.course(observed.usage, edges, observed.cores, is_server_here=observed.is_server_here),
         errors=_count([_message(sample) for sample in counted if not sample.is_complete]),
         samples=list(observed.samples),
     )
@@ -115,6 +127,9 @@ def load(path: Path) -> Result:
             course=Course(**_infinite(table["course"])),
             server={model: ModelWork(**each) for model, each in table["server"].items()},
             server_course=table["server_course"],
+            engine=_engine(table["engine"]),
+            engine_course=None if table["engine_course"] is None else EngineCourse(**table["engine_course"]),
+            usage_course=UsageCourse(**table["usage_course"]),
             errors=table["errors"],
             samples=from_columns(table["samples"]),
         )
@@ -123,11 +138,31 @@ def load(path: Path) -> Result:
 
 
 def _summary(table: dict[str, Any]) -> Summary:
+    kinds: dict[str, Any] = {"backlog": Backlog}
     fields: dict[str, Any] = {
-        name: measure.Distribution(**_infinite(value)) if isinstance(value, dict) else value
+        name: kinds.get(name, measure.Distribution)(**_infinite(value)) if isinstance(value, dict) else value
         for name, value in table.items()
     }
     return Summary(**fields)
+
+
+def _engine(table: dict[str, Any] | None) -> EngineWork | None:
+    if table is None:
+        return None
+    spreads = {name: engine.Spread(**_spread(table[name])) for name in ("first_token_s", "inter_token_s")}
+    return EngineWork(**(table | spreads))
+
+
+def _spread(table: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: tuple(math.inf if each == FAILED else each for each in value) if isinstance(value, list) else value
+        for name, value in table.items()
+    }
+
+
+def _helpers(model: str, models: Iterable[str]) -> set[str]:
+    """The models of an ensemble beside its engine."""
+    return {name for name in models if name.startswith(f"{model}-")} - {f"{model}-engine"}
 
 
 def _message(sample: Sample) -> str:

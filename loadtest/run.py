@@ -4,8 +4,7 @@
     make loadtest PROFILE=spike HOST=10.0.0.7   loads what runs there, and starts nothing
     python -m loadtest.run spike --page 8089    Locust's own page instead: http://localhost:8089
 
-Exit status: 0; 1 for an error, told in one line; 2: wrong usage; 3: a service level was missed; 4: the run is invalid,
-whatever its figures say; 130: interrupted.
+`loadtest/status.py` has the exit statuses.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ from loadtest.report.page import write_report
 from loadtest.report.text import table
 from loadtest.result import Result, assemble
 from loadtest.session import Session
+from loadtest.status import Status, help_text, status_of
 from loadtest.target import Target
 from loadtest.users import ProfileShape, user_classes
 
-OK, ERROR, USAGE, MISSED, INVALID, INTERRUPTED = 0, 1, 2, 3, 4, 130
 PROGRESS_S = 5.0
 # Beyond a request's timeout: the client tells the server to stop, and waits for it to have done so.
 STOP_MARGIN_S = 10.0
@@ -51,25 +50,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         chosen = profile.load(arguments.profile).scaled(arguments.scale)
-        with serve(arguments) as target, contextlib.closing(Session(chosen, target)) as session:
+        with (
+            serve(arguments) as target,
+            contextlib.closing(Session(chosen, target, may_be_shared=arguments.shared_machine)) as session,
+        ):
             if not session.is_ready():
                 return _fail(f"no ready model {target.model!r} at {target.http_url} and {target.grpc_url}")
             run = Run(session, arguments.output or default_output(chosen.name))
             if arguments.page:
                 run.page(arguments.page)
-                return OK
+                return Status.OK
             result = run.headless()
     except (ProfileError, ServerError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        return INTERRUPTED
-    return exit_status(result)
+        return Status.INTERRUPTED
+    return status_of(result)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(
-        prog="python -m loadtest.run", description="Load a served model with a profile, and report on it."
+        prog="python -m loadtest.run",
+        description="Load a served model with a profile, and report on it.",
+        epilog=help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("profile", help=f"{', '.join(profile.names())}, or a .toml file")
     parser.add_argument("--model", default="smollm2", help="name of the served model (default: %(default)s)")
@@ -77,6 +82,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="directory (default: build/loadtest/PROFILE-TIME)")
     parser.add_argument(
         "--page", type=int, metavar="PORT", help="open Locust's own page here instead; 8089 is its usual"
+    )
+    parser.add_argument(
+        "--shared-machine",
+        action="store_true",
+        help="CPU that other programs take is shown, and doesn't make the run invalid",
     )
     server = parser.add_argument_group("server (default: serve the repository, and stop afterwards)")
     server.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
@@ -121,7 +131,6 @@ class Run:
         events.test_start.add_listener(self._on_start)
         events.test_stopping.add_listener(self._on_stopping)
         events.test_stop.add_listener(self._on_stop)
-        events.usage_monitor.add_listener(self._on_usage)
         events.user_error.add_listener(self._on_user_error)
         self._runner: Any = self._environment.create_local_runner()
 
@@ -161,9 +170,6 @@ class Run:
     def _on_stopping(self, **_: Any) -> None:
         self._session.is_stopping = True
 
-    def _on_usage(self, cpu_usage: float, **_: Any) -> None:
-        self._session.cpu_percent.append(cpu_usage)
-
     def _on_user_error(self, exception: BaseException, **_: Any) -> None:
         self._session.num_bugs += 1
 
@@ -190,13 +196,6 @@ class Run:
             )
 
 
-def exit_status(result: Result) -> int:
-    """What a result means to a script; an invalid run says nothing about levels."""
-    if not result.is_valid:
-        return INVALID
-    return MISSED if result.missed else OK
-
-
 def default_output(name: str) -> Path:
     """A directory of its own for each run."""
     return Path("build") / "loadtest" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -208,7 +207,7 @@ def _say(text: str) -> None:
 
 def _fail(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
-    return ERROR
+    return Status.ERROR
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import time
 from typing import Any
 
@@ -21,10 +22,14 @@ from loadtest.metrics import Reading, parse
 from loadtest.profile import Profile, ProtocolName
 from loadtest.prompts import History, Talk, talk
 from loadtest.target import Target
+from loadtest.usage import Usage, Watch, local_port
 from loadtest.validity import Observed
 
 LAG_POLL_S = 0.1
 READING_S = 1.0
+MAX_READINGS = 900  # of a long run: each is some 20 kB until its end
+# An engine publishes its numbers four times a second: the last reading waits for those of the last answer.
+PUBLISHED_S = 0.6
 READING_TIMEOUT_S = 2.0
 # Between the start and the first moment that a request may be due: users are made in it.
 LEAD_IN_S = 1.0
@@ -35,8 +40,9 @@ _logger = logging.getLogger(__name__)
 class Session:
     """The state of one run. `start` and `finish` frame it; everything else is called in between."""
 
-    def __init__(self, profile: Profile, target: Target) -> None:
-        self.profile, self.target = profile, target
+    def __init__(self, profile: Profile, target: Target, *, may_be_shared: bool = False) -> None:
+        self.profile, self.target, self._may_be_shared = profile, target, may_be_shared
+        self._port = local_port(target.grpc_url)
         # One client for each way in, shared by all users: as many connections as a gateway would hold.
         by_family: dict[str, BaseClient] = {}
         for name in profile.protocols:
@@ -44,6 +50,7 @@ class Session:
             by_family.setdefault(family, target.client(name, profile.timeout_s))  # type: ignore[arg-type]
         self._clients = {name: by_family[name.split("-")[0]] for name in profile.protocols}
         self.schedule = poisson(profile) if profile.arrivals == "open" else None
+        self._http = httpx.Client(timeout=READING_TIMEOUT_S, trust_env=False)
         self._reset()
 
     def _reset(self) -> None:
@@ -54,29 +61,27 @@ class Session:
         self._numbers = itertools.count()
         self._num_first_sent = 0
         self._lags_s: list[float] = []
-        self.cpu_percent: list[float] = []
-        self._readings: list[Reading] = []
+        self._usage: list[Usage] = []
+        self._texts: list[tuple[float, str]] = []  # of the counters, and when they were read
         self._num_missed = 0
         self._watchers: list[Any] = []
-        self._began_s = self._began_cpu_s = 0.0
 
     def start(self) -> None:
         """Start the clock and the watchers."""
         self._reset()
-        self._began_s, self._began_cpu_s = time.perf_counter(), time.process_time()
-        self.recorder.origin = self._began_s + LEAD_IN_S + self.profile.warmup_s
+        self._watch = Watch(self._port)
+        self.recorder.origin = time.perf_counter() + LEAD_IN_S + self.profile.warmup_s
         self.is_started = True
-        self._read_metrics()
-        self._watchers = [gevent.spawn(self._watch_lag), gevent.spawn(self._watch_metrics)]
+        self._read()
+        self._watchers = [gevent.spawn(self._watch_lag), gevent.spawn(self._keep_reading)]
 
     def finish(self) -> Observed:
         """Stop the watchers; what was seen."""
         gevent.killall(self._watchers)
-        self._read_metrics()
+        gevent.sleep(PUBLISHED_S)
+        self._read()
         self.is_started = False  # Locust's page may start it again
-        seconds = time.perf_counter() - self._began_s
-        # Of a run shorter than Locust's interval there is only the whole.
-        cpu_percent = self.cpu_percent or [100 * (time.process_time() - self._began_cpu_s) / seconds]
+        readings = self._parse()
         return Observed(
             samples=tuple(self.recorder.samples),
             tokens=dict(self.recorder.tokens),
@@ -85,8 +90,11 @@ class Session:
             num_begun=self.recorder.num_begun,
             num_bugs=self.num_bugs,
             lags_s=tuple(self._lags_s),
-            cpu_percent=tuple(cpu_percent),
-            readings=tuple(self._readings),
+            usage=tuple(self._usage),
+            cores=os.cpu_count() or 1,  # all of the machine, as the usage is
+            is_server_here=self._port is not None,
+            may_be_shared=self._may_be_shared,
+            readings=readings,
             num_missed_readings=self._num_missed,
             model=self.target.model,
         )
@@ -95,6 +103,7 @@ class Session:
         """Release the connections."""
         for client in set(self._clients.values()):
             client.close()
+        self._http.close()
 
     def is_ready(self) -> bool:
         """Whether the model can be called by every way in."""
@@ -138,21 +147,36 @@ class Session:
             gevent.sleep(LAG_POLL_S)
             self._lags_s.append(time.perf_counter() - before - LAG_POLL_S)
 
-    def _watch_metrics(self) -> None:
+    def _keep_reading(self) -> None:
+        interval_s = max(READING_S, self.profile.duration_s / MAX_READINGS)
         due_s = self.recorder.now()
         while True:
-            due_s = max(due_s + READING_S, self.recorder.now())
+            due_s = max(due_s + interval_s, self.recorder.now())
             self.sleep_until(due_s)
-            self._read_metrics()
+            self._read()
 
-    def _read_metrics(self) -> None:
+    def _read(self) -> None:
+        self._usage.append(self._watch.read(self.recorder.now()))
         try:
-            response = httpx.get(self.target.metrics_url, timeout=READING_TIMEOUT_S, trust_env=False)
+            response = self._http.get(self.target.metrics_url)
             response.raise_for_status()
-            self._readings.append(parse(response.text, self.recorder.now()))
-        except (httpx.HTTPError, ValueError) as error:
-            self._num_missed += 1
-            _logger.info("no counters from %s: %s", self.target.metrics_url, error)
+            self._texts.append((self.recorder.now(), response.text))
+        except httpx.HTTPError as error:
+            self._miss(error)
+
+    def _parse(self) -> tuple[Reading, ...]:
+        """The counters, read from their texts after the run: that takes a while, and everything else would wait."""
+        readings = []
+        for at_s, text in self._texts:
+            try:
+                readings.append(parse(text, at_s))
+            except ValueError as error:
+                self._miss(error)
+        return tuple(readings)
+
+    def _miss(self, error: Exception) -> None:
+        self._num_missed += 1
+        _logger.info("no counters from %s: %s", self.target.metrics_url, error)
 
 
 def _tell_locust(environment: Any, sample: Any, answer: Any) -> None:

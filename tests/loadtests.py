@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from loadtest import profile
+from loadtest import engine, profile
+from loadtest.histogram import Histogram
 from loadtest.metrics import Reading
 from loadtest.profile import Profile
 from loadtest.result import Result, assemble
 from loadtest.sample import Sample
 from loadtest.target import Target
+from loadtest.usage import Usage
 from loadtest.validity import Observed
 
 TARGET = Target.at("smollm2", "localhost")
@@ -70,12 +73,44 @@ def observed(seen: Sequence[Sample], **changes: Any) -> Observed:
         num_begun=len(seen),
         num_bugs=0,
         lags_s=[0.001] * 10,
-        cpu_percent=[20.0],
+        usage=(usage(-6.0), usage(46.0, generator_s=5.0, server_s=40.0, others_s=2.0)),
+        cores=2,
+        is_server_here=True,
+        may_be_shared=False,
         readings=(),
         num_missed_readings=0,
         model="smollm2",
     )
     return dataclasses.replace(whole, **changes)
+
+
+def usage(at_s: float, generator_s: float = 0.0, server_s: float | None = 0.0, others_s: float = 0.0) -> Usage:
+    """One reading of the machine: CPU seconds since the run's start, of a server of 400 MiB."""
+    busy_s = 1000.0 + generator_s + (server_s or 0.0) + others_s
+    return Usage(at_s, busy_s, generator_s, server_s, None if server_s is None else 400 * 2**20)
+
+
+def histogram(values: Sequence[float]) -> Histogram:
+    """Observations in buckets of 0.1, 0.5, 1 and more."""
+    bounds = (0.1, 0.5, 1.0, math.inf)
+    return Histogram(bounds, tuple(float(sum(v <= bound for v in values)) for bound in bounds), float(sum(values)))
+
+
+def engine_reading(at_s: float, waits: Sequence[float], tokens: int = 5, gap_s: float = 0.2) -> Reading:
+    """`reading`'s, of an engine that has answered requests of `tokens` tokens, `waits` (s) each until the first.
+
+    A tenth of a wait was for a slot, and between two tokens it was always `gap_s`. Four of its eight slots are used.
+    """
+    count = len(waits)
+    own = {"deepseek_requests": count, "deepseek_generated_tokens": count * tokens}
+    gauges = {"deepseek_slots": 8.0, "deepseek_slots_used": 4.0, "deepseek_sequences_waiting": 2.0}
+    histograms = {
+        engine.FIRST_TOKEN: histogram(waits),
+        engine.QUEUE: histogram([wait / 10 for wait in waits]),
+        engine.INTER_TOKEN: histogram([gap_s] * (tokens - 1) * count),
+    }
+    counters = reading(at_s, count).counters
+    return Reading(at_s, counters, {"smollm2": own}, {"smollm2": gauges}, {"smollm2": histograms})
 
 
 def reading(at_s: float, count: float, **gauges: float) -> Reading:
@@ -89,7 +124,7 @@ def reading(at_s: float, count: float, **gauges: float) -> Reading:
         "queue_us": count * 2000,
         "compute_us": count * 6000,
     }
-    return Reading(at_s, {"smollm2": counters}, {"smollm2": gauges} if gauges else {})
+    return Reading(at_s, {"smollm2": counters}, gauges={"smollm2": gauges} if gauges else {})
 
 
 def make_result(samples: Sequence[Sample], run: Profile | None = None, **changes: Any) -> Result:

@@ -117,9 +117,9 @@ def test_a_result_survives_its_file(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "must be a load test's result of format 1, got []"),
-        ('{"format": 7}', "must be a load test's result of format 1, got 7"),
-        ('{"format": 1}', "is not a whole result: 'profile'"),
+        ("[]", "must be a load test's result of format 2, got []"),
+        ('{"format": 7}', "must be a load test's result of format 2, got 7"),
+        ('{"format": 2}', "is not a whole result: 'profile'"),
     ],
 )
 def test_what_is_no_result_is_told_in_one_line(
@@ -137,7 +137,7 @@ def test_what_is_no_result_is_told_in_one_line(
 
 def test_the_command_prints_each_figure_with_its_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
-    runs: list[Result] = [make_result(samples()), make_result(samples(0.1), cpu_percent=[99.0])]
+    runs: list[Result] = [make_result(samples()), make_result(samples(0.1), num_bugs=1)]
     for run, path in zip(runs, paths, strict=True):
         run.save(path)
     assert main(["compare", *map(str, paths)]) == 0

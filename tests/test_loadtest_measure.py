@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loadtest import measure
-from loadtest.measure import course, course_edges, distribution, mean_depth, peak, percentile, summarise
+from loadtest.measure import Backlog, backlog, course, course_edges, distribution, mean_depth, percentile, summarise
 from loadtest.sample import Sample, from_columns, to_columns
 from tests.loadtests import failed, sample
 
@@ -97,10 +97,25 @@ def test_the_backlog_is_what_is_due_and_has_not_begun() -> None:
         failed(2.0, latency_s=0.5),
         sample(3.0, first_s=0.5, latency_s=1.0),  # begins as the first one stops waiting
     ]
-    assert summarise(samples, 10.0).max_backlog == 3
-    assert peak([(0, 1), (1, 2)]) == 1
-    assert peak([(1, 1)]) == 0
-    assert peak([]) == 0
+    assert summarise(samples, 10.0).backlog == Backlog(peak=3, began_s=0.0, peak_s=2.0, gone_s=4.0)
+
+
+@pytest.mark.parametrize(
+    ("intervals", "expected"),
+    [
+        ([], Backlog(0, 0.0, 0.0, 0.0)),
+        ([(1, 1)], Backlog(0, 0.0, 0.0, 0.0)),
+        # One that ends as another begins doesn't overlap with it.
+        ([(0, 1), (1, 2)], Backlog(1, 0, 0, 1)),
+        # The stretch around the peak, not the longest one; its first moment at the peak's height.
+        ([(0, 9), (20, 26), (21, 24), (22, 23), (23.5, 25)], Backlog(3, 20, 22, 26)),
+        # A second stretch as deep as the first changes nothing.
+        ([(0, 2), (1, 3), (5, 7), (6, 8)], Backlog(2, 0, 1, 3)),
+    ],
+)
+def test_a_backlogs_peak_begin_and_end(intervals: list[tuple[float, float]], expected: Backlog) -> None:
+    assert backlog(intervals) == expected
+    assert expected.lasted_s == expected.gone_s - expected.began_s
 
 
 def test_depth_is_averaged_over_each_step() -> None:
@@ -133,6 +148,8 @@ def test_the_course_of_a_run() -> None:
     # By when they were due; the failed one has no latency.
     assert steps.latency_p50_s == [pytest.approx(0.5), None, None]
     assert steps.latency_p99_s == [pytest.approx(2.0), None, None]
+    assert steps.inter_token_p50_s == [pytest.approx(0.1), None, None]
+    assert steps.inter_token_p99_s == [pytest.approx(0.25), None, None]
     assert steps.waiting == pytest.approx([0.1 + 0.6, 0.4 + 0.4, 0])
     assert steps.answering == pytest.approx([0.4, 0.6, 0.4])
 

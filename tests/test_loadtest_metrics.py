@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from loadtest.metrics import PENDING, Reading, course, has_restarted, parse, work
+from loadtest.histogram import Histogram
+from loadtest.metrics import Reading, course, gauge_course, has_restarted, parse, work
 from tests.loadtests import reading
 
 TEXT = """# HELP nv_inference_request_success Number of successful inference requests, all batch sizes
@@ -33,6 +36,17 @@ nv_inference_compute_output_duration_us{model="m",version="1"} 9000
 nv_inference_pending_request_count{model="m",version="1"} 3
 # TYPE slots_used gauge
 slots_used{model="m",version="1"} 6
+# TYPE tokens_total counter
+tokens_total{model="m",version="1"} 20
+# TYPE wait_seconds_bucket counter
+wait_seconds_bucket{le="0.5",model="m",version="1"} 3
+wait_seconds_bucket{le="+Inf",model="m",version="1"} 4
+# TYPE wait_seconds_sum counter
+wait_seconds_sum{model="m",version="1"} 2.5
+# TYPE wait_seconds_count counter
+wait_seconds_count{model="m",version="1"} 4
+# TYPE half_seconds_bucket counter
+half_seconds_bucket{le="0.5",model="m",version="1"} 3
 # TYPE nv_cpu_utilization gauge
 nv_cpu_utilization 0.5
 """
@@ -51,7 +65,9 @@ def test_counters_are_added_up_by_model() -> None:
         "compute_us": 60_000,
     }
     assert read.counters["other"] == {"successes": 7}
-    assert read.gauges == {"m": {PENDING: 3, "slots_used": 6}}
+    assert read.gauges == {"m": {"slots_used": 6}}
+    assert read.own_counters["m"]["tokens"] == 20
+    assert read.histograms == {"m": {"wait_seconds": Histogram((0.5, math.inf), (3, 4), 2.5)}}, "half a one is none"
 
 
 def test_what_is_no_metrics_text_is_an_error() -> None:
@@ -73,6 +89,7 @@ def test_a_counter_that_goes_back_is_a_restart() -> None:
     assert not has_restarted([reading(0, 4), reading(1, 4), reading(2, 6)])
     assert has_restarted([reading(0, 4), reading(1, 6), reading(2, 2)])
     assert has_restarted([reading(0, 4), Reading(1, {})])
+    assert has_restarted([Reading(0, {}, {"m": {"tokens": 5}}), Reading(1, {}, {"m": {"tokens": 4}})])
 
 
 def test_the_course_follows_the_readings() -> None:
@@ -85,5 +102,6 @@ def test_the_course_follows_the_readings() -> None:
     steps = course(readings, [0, 1, 2, 3])
     assert steps["smollm2"]["queue_ms"] == [2.0, None, 2.0]
     assert steps["smollm2"]["batch_size"] == [2.0, None, 2.0]
-    assert steps["smollm2"]["slots"] == [1.0, 4.0, None]
+    assert gauge_course(readings, "smollm2", "slots", [0, 1, 2, 3]) == [1.0, 4.0, None]
+    assert gauge_course(readings, "smollm2", "other", [0, 1]) == [None]
     assert course([], [0, 1]) == {}

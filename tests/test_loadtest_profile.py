@@ -30,7 +30,7 @@ def test_the_profiles_of_the_issue_are_there() -> None:
 
 def test_scaling_multiplies_levels_and_nothing_else() -> None:
     read = profile.load("spike").scaled(2.0)
-    assert read.stages[1] == Stage(15, 10.0, 10.0)
+    assert read.stages[1] == Stage(10, 20.0, 20.0)
     assert dataclasses.replace(read, stages=profile.load("spike").stages) == profile.load("spike")
 
 

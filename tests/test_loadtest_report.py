@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,8 +14,8 @@ import pytest
 from loadtest.report.__main__ import main
 from loadtest.report.chart import Bars, Chart, Series, nice_ticks, time_ticks
 from loadtest.report.page import render
-from loadtest.report.text import headline, table
-from tests.loadtests import failed, make_profile, make_result, reading, sample
+from loadtest.report.text import drift_sentence, headline, table
+from tests.loadtests import engine_reading, failed, make_profile, make_result, reading, sample, usage
 
 SAMPLES = [sample(i / 2 - 5, latency_s=1 + i / 100) for i in range(90)]
 READINGS = [reading(float(i), 1.5 * (i + 5), slots_used=i % 8) for i in range(-5, 45)]
@@ -103,12 +105,32 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
     assert page.references == []
     assert not re.search(r"@import|url\(|https?://|fetch\(|XMLHttp", text)
     assert page.captions == [
-        "Latency", "Time to first token", "Inter-token latency", "Requests", "Output", "At once",
-        "Executed batch size", "Queue time", "Compute time", "slots_used", "Queue and compute",
+        "Latency", "Time to first token", "Inter-token latency", "Requests", "Output", "Streams under way", "Waiting",
+        "Executed batch size", "Queue time", "Compute time", "CPU of this machine", "Memory of the server",
+        "Queue and compute",
     ]  # fmt: skip
     assert "MET: all 2 service levels hold, and the run is valid" in text
     for figure in re.findall("data-points='([^']*)'", text):
-        assert json.loads(figure.replace("&quot;", '"'))["series"]
+        assert json.loads(unescape(figure))["series"]
+
+
+def test_an_engines_own_numbers_stand_beside_the_clients() -> None:
+    readings = [engine_reading(float(at), [0.1] * max(at, 0)) for at in range(-5, 46)]
+    text = render(make_result([sample(float(at)) for at in range(45)], readings=readings))
+    captions = Page(text).captions
+    assert "Batch size" in captions and "A request's time in the engine" in captions
+    assert "Executed batch size" not in captions, "the only model's is an engine's, whose batch Triton doesn't see"
+    names = {
+        series["name"]
+        for figure in re.findall("data-points='([^']*)'", text)
+        for series in json.loads(unescape(figure))["series"]
+    }
+    assert {
+        "engine's median", "engine's slots used", "engine's sequences without a slot", "generated", "queue", "prefill",
+        "decode",
+    } <= names  # fmt: skip
+    assert "used 4 of\n8 slots at most" in text
+    assert "100\u00a0ms to 500\u00a0ms" in text, "the bucket of the engine's inter-token percentiles"
 
 
 def test_what_a_server_says_can_not_become_markup() -> None:
@@ -121,8 +143,8 @@ def test_the_headline_says_the_worst_first() -> None:
     levels = {"p99_latency_s": 1.0, "p99_first_token_s": 0.1}
     missed = make_result(SAMPLES, make_profile(levels=levels))
     assert headline(missed).startswith("MISSED: latency, 99th percentile: 1.89 s, limit 1 s (and 1 more level)")
-    invalid = make_result(SAMPLES, make_profile(levels=levels), cpu_percent=[97.0])
-    assert headline(invalid).startswith("INVALID: load generator's CPU, highest: 97 %, limit 90 %: the generator was")
+    invalid = make_result(SAMPLES, make_profile(levels=levels), usage=[usage(0.0), usage(40.0, generator_s=38.8)])
+    assert headline(invalid).startswith("INVALID: load generator's CPU, of one core, busiest 5 s: 97 %, limit 50 %")
     assert headline(make_result(SAMPLES)) == "DONE: the run is valid; the profile promises no service level"
     assert "MISSED service level: latency, 99th percentile: 1.89 s, limit 1 s" in table(missed)
 
@@ -135,3 +157,14 @@ def test_the_report_is_made_again_from_the_file(tmp_path: Path, capsys: pytest.C
     assert main([str(tmp_path / "other.json")]) == 1
     assert main([]) == 2
     assert "usage: " in capsys.readouterr().err
+
+
+def test_what_creeps_up_is_told() -> None:
+    samples = [sample(float(i), latency_s=1.0 if i < 20 else 3.0) for i in range(40)]
+    grown = dataclasses.replace(usage(40.0), server_bytes=500 * 2**20)
+    result = make_result([*samples, failed(39.5)], usage=[usage(-5.0), usage(2.0), grown])
+    told = "from the first quarter to the last: median latency 1 s to 3 s, the server's memory 400 MiB to 500 MiB"
+    assert drift_sentence(result) == told
+    assert told in table(result)
+    assert f"F{told[1:]}." in unescape(render(result)).replace("\u00a0", " ")
+    assert "memory" not in drift_sentence(make_result(samples, usage=[usage(0.0, server_s=None)] * 2))

@@ -16,6 +16,7 @@ from html import escape
 WIDTH, HEIGHT = 400, 236
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 20, 34
 BAR_HEIGHT, BAR_GAP = 16, 30
+LEVEL = "limit"  # what the line of a service level is called
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Series:
 
     name: str
     values: Sequence[float | None]
-    colour: str  # a class of the style sheet
+    colour: str  # classes of the style sheet
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Chart:
     unit: str
     edges: Sequence[float]
     series: Sequence[Series]
-    limit: float | None = None  # a service level, drawn as a line
+    limit: float | None = None  # drawn as a line: a service level, unless it has another name
+    limit_name: str = LEVEL
     note: str = ""
 
     @property
@@ -66,11 +68,14 @@ class Chart:
         parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 3, "seconds after the warm-up", "middle", "axis"))
         parts.append(_text(4, 11, self.unit, "start", "axis"))
         if shown_limit is not None:
+            kind = "limit" if self.limit_name == LEVEL else "bound"
             parts.append(
-                f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(shown_limit):.1f}" '
+                f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(shown_limit):.1f}" '
                 f'y2="{y(shown_limit):.1f}"/>'
             )
-            parts.append(_text(WIDTH - RIGHT - 3, y(shown_limit) - 4, f"limit {_number(shown_limit)}", "end", "limit"))
+            parts.append(
+                _text(WIDTH - RIGHT - 3, y(shown_limit) - 4, f"{self.limit_name} {_number(shown_limit)}", "end", kind)
+            )
         centres = [x((a + b) / 2) for a, b in itertools.pairwise(self.edges)]
         for series in self.series:
             for run in _runs(series.values):
@@ -115,7 +120,7 @@ class Bars:
     parts: Sequence[tuple[str, str]]  # name and colour of each
 
     def svg(self) -> str:
-        """The bars, each below its label."""
+        """The bars, each below its label; a part of nothing is left out."""
         height = len(self.rows) * (BAR_HEIGHT + BAR_GAP) + 4
         longest = max((sum(values) for _, values in self.rows), default=0.0) or 1.0
         parts = []
@@ -125,6 +130,8 @@ class Bars:
             parts.append(_text(WIDTH - 4, y - 5, self._amounts(values), "end"))
             at = 4.0
             for value, (part, colour) in zip(values, self.parts, strict=True):
+                if not value:
+                    continue
                 width = value / longest * (WIDTH - 8)
                 parts.append(
                     f'<rect class="bar {colour}" x="{at:.1f}" y="{y}" width="{max(width, 0.8):.1f}" '
@@ -134,7 +141,12 @@ class Bars:
         return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="time in each model">{"".join(parts)}</svg>'
 
     def _amounts(self, values: Sequence[float]) -> str:
-        return " + ".join(_number(value) for value in values) + f" {self.unit}"
+        return " + ".join(_number(value) for value in values if value) + f" {self.unit}"
+
+    @property
+    def parts_shown(self) -> list[tuple[str, str]]:
+        """Name and colour of the parts that any row has."""
+        return [part for i, part in enumerate(self.parts) if any(values[i] for _, values in self.rows)]
 
 
 def nice_ticks(highest: float) -> list[float]:

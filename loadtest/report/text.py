@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loadtest.measure import Distribution
+from loadtest.measure import Backlog, Distribution, counted, percentile
 from loadtest.result import Result
 from loadtest.verdict import amount
 
@@ -23,7 +23,8 @@ def table(result: Result) -> str:
         headline(result),
         f"{result.profile.name}: {summary.num_complete} of {summary.num_requests} requests complete, "
         f"{amount(summary.requests_per_s)} requests/s, {amount(summary.output_tokens_per_s)} tokens/s, "
-        f"backlog at most {summary.max_backlog}",
+        f"{backlog_sentence(summary.backlog)}",
+        drift_sentence(result),
         "",
         "{:26}{:>12}{:>12}{:>12}{:>12}".format(*COLUMNS),
         *(_row(name, spread) for name, spread in rows),
@@ -45,6 +46,31 @@ def headline(result: Result) -> str:
     if not result.levels:
         return "DONE: the run is valid; the profile promises no service level"
     return f"MET: all {len(result.levels)} service levels hold, and the run is valid"
+
+
+def backlog_sentence(backlog: Backlog) -> str:
+    """How far the backlog grew and when it was gone."""
+    if not backlog.peak:
+        return "no backlog"
+    return (
+        f"backlog: {backlog.peak} at most, {amount(backlog.peak_s, 's')} into the run; "
+        f"gone at {amount(backlog.gone_s, 's')}, it lasted {amount(backlog.lasted_s, 's')}"
+    )
+
+
+def drift_sentence(result: Result) -> str:
+    """What became of latency and memory in the course of the run: a leak or a creep shows here first."""
+    quarter = result.profile.duration_s / 4
+    complete = [sample for sample in counted(result.samples) if sample.is_complete]
+    first, last = (
+        percentile([s.latency_s for s in complete if low <= s.due_s < low + quarter], 50) for low in (0.0, 3 * quarter)
+    )
+    parts = [f"median latency {amount(first, 's')} to {amount(last, 's')}"]
+    steps = zip(result.course.edges[1:], result.usage_course.server_mib, strict=True)
+    memory = [mib for end, mib in steps if end > 0 and mib is not None]
+    if memory:
+        parts.append(f"the server's memory {amount(memory[0], 'MiB')} to {amount(memory[-1], 'MiB')}")
+    return f"from the first quarter to the last: {', '.join(parts)}"
 
 
 def _and_more(count: int, what: str) -> str:

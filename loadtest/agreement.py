@@ -1,0 +1,88 @@
+"""Do client and server tell the same story? Samples and the engine's own numbers of the same requests in, verdicts out.
+
+The client's clock starts before the engine's and stops after it: what lies between, Triton's other models aside, which
+say how long they take, is the network's and the generator's own. Percentiles of buckets are too coarse to compare, so
+means are. Only where every answer streams are both means of the same requests; elsewhere there is only the tokens'
+number to compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loadtest.engine import EngineWork
+from loadtest.metrics import ModelWork
+from loadtest.sample import Sample
+from loadtest.validity import TOLERANCE
+from loadtest.verdict import Verdict
+
+
+def check(samples: Sequence[Sample], engine: EngineWork | None, others: dict[str, ModelWork]) -> list[Verdict]:
+    """Compare; nothing if the engine says nothing of itself, or not every request was answered.
+
+    `samples`: all, the warm-up's too. `engine`, `others`: what the engine, and each other model of its ensemble, did
+    from before the first request to after the last answer.
+    """
+    if engine is None or not samples or not all(sample.is_complete for sample in samples):
+        return []
+    received = sum(sample.num_output_tokens for sample in samples)
+    verdicts = [
+        Verdict(
+            "tokens, generated less received",
+            abs(engine.tokens - received),
+            0,
+            "tokens",
+            "client and engine counted different tokens: answers lost some, or one of the two counts wrongly",
+        )
+    ]
+    if all(sample.is_streamed for sample in samples):
+        verdicts += _check_first_token(samples, engine, others) + _check_inter_token(samples, engine)
+    return verdicts
+
+
+def _check_first_token(samples: Sequence[Sample], engine: EngineWork, others: dict[str, ModelWork]) -> list[Verdict]:
+    client = _mean([sample.first_s - sample.sent_s for sample in samples if sample.first_s is not None])
+    server = engine.first_token_s.mean
+    if client is None or server is None:
+        return []
+    # One call of each before a stream's first response: the tokenizer's of the prompt, the detokenizer's of the token.
+    around = sum(((model.queue_ms or 0.0) + (model.compute_ms or 0.0)) / 1e3 for model in others.values())
+    return [
+        Verdict(
+            "time to first token, the server's mean less the client's",
+            server - client,
+            0,
+            "s",
+            "the client can't have seen tokens before they were made: one of the two clocks is wrong",
+        ),
+        Verdict(
+            "time to first token, the client's mean less the server's",
+            client - server - around,
+            TOLERANCE * client,
+            "s",
+            "more than a tenth of it is spent outside the server's models: on the way, or in the generator",
+        ),
+    ]
+
+
+def _check_inter_token(samples: Sequence[Sample], engine: EngineWork) -> list[Verdict]:
+    server = engine.inter_token_s.mean
+    streams = [(sample.end_s - sample.first_s, sample.num_output_tokens - sample.num_first_tokens)
+               for sample in samples if sample.first_s is not None]  # fmt: skip
+    tokens = sum(count for _, count in streams)
+    if server is None or not tokens:
+        return []
+    client = sum(seconds for seconds, _ in streams) / tokens
+    return [
+        Verdict(
+            "inter-token latency, client's mean against the server's",
+            abs(client - server),
+            TOLERANCE * client,
+            "s",
+            "client and engine differ by more than a tenth on how fast tokens follow each other",
+        )
+    ]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,79 @@
+"""`python -m loadtest.basis a.json b.json …`: valid runs of one profile in, the service levels that follow out.
+
+What is printed are the tables [levels] and [basis] of the profile. A level is `margin` times the median of the runs:
+far enough from what is usual that chance alone doesn't miss it, and near enough that a service half as good does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from loadtest.levels import LEVELS
+from loadtest.profile import Basis, Levels, ProfileError
+from loadtest.result import Result, ResultError, load
+
+MARGIN = 2.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables; 1 for a file that is no result, or runs that are no basis."""
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.basis", description="Service levels from measured runs of one profile."
+    )
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json")
+    parser.add_argument("--margin", type=float, default=MARGIN, help="times the median (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    try:
+        print(tables(*measure([load(path) for path in arguments.results], arguments.margin)))
+    except (ProfileError, ResultError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def measure(results: Sequence[Result], margin: float) -> tuple[Levels, Basis]:
+    """The levels that the runs' profile has, with their new limits. Raises `ProfileError`."""
+    first = results[0]
+    for result in results:
+        if not result.is_valid:
+            raise ProfileError(f"the run of {result.started} is invalid, and no basis for a service level")
+        if result.profile.load != first.profile.load:
+            raise ProfileError(f"the runs of {first.started} and {result.started} are of different profiles")
+    runs: dict[str, tuple[float, ...]] = {}
+    for name, (_, _, figure, _) in LEVELS.items():
+        if name not in Basis.WITHOUT_MARGIN and getattr(first.profile.levels, name) is not None:
+            runs[name] = tuple(_present(figure(result.summary), name, result) for result in results)
+    machine = f"{first.machine['processor']}, {first.machine['cores']} cores"
+    basis = Basis(margin, machine, runs)
+    return Levels(max_error_ratio=0, **{name: basis.limit(name) for name in runs}), basis
+
+
+def tables(levels: Levels, basis: Basis) -> str:
+    """Both as TOML."""
+    limits = {name: limit for name in LEVELS if (limit := getattr(levels, name)) is not None}
+    return "\n".join(
+        (
+            "[levels]",
+            *(f"{name} = {limit:g}" for name, limit in limits.items()),
+            "",
+            "[basis]",
+            f"margin = {basis.margin:g}",
+            f'machine = "{basis.machine}"',
+            "",
+            "[basis.runs]",
+            *(f"{name} = [{', '.join(f'{value:.4g}' for value in values)}]" for name, values in basis.runs.items()),
+        )
+    )
+
+
+def _present(value: float | None, name: str, result: Result) -> float:
+    if value is None:
+        raise ProfileError(f"the run of {result.started} has no figure for {name}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""A Prometheus histogram: cumulative buckets in, means and percentiles out, as exact as buckets allow."""
+
+from __future__ import annotations
+
+import bisect
+import math
+import operator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Observations so far, or in a stretch of time."""
+
+    bounds: tuple[float, ...]  # growing; the last is infinite
+    counts: tuple[float, ...]  # observations of at most each bound
+    total: float  # sum of all observations
+
+    def __post_init__(self) -> None:
+        """Check that it is one."""
+        if len(self.bounds) != len(self.counts) or not self.bounds or self.bounds[-1] != math.inf:
+            raise ValueError(f"a histogram needs a count for each bound, the last of them infinite, got {self.bounds}")
+        if list(self.bounds) != sorted(self.bounds):
+            raise ValueError(f"a histogram's bounds must grow, got {self.bounds}")
+
+    def since(self, earlier: Histogram | None) -> Histogram:
+        """What has come since an earlier reading; all of it where there is none, or the server began anew since."""
+        if earlier is None or earlier.bounds != self.bounds or any(map(operator.gt, earlier.counts, self.counts)):
+            return self
+        counts = tuple(a - b for a, b in zip(self.counts, earlier.counts, strict=True))
+        return Histogram(self.bounds, counts, self.total - earlier.total)
+
+    @property
+    def count(self) -> float:
+        """How many observations."""
+        return self.counts[-1]
+
+    @property
+    def mean(self) -> float | None:
+        """Exact: sum by count."""
+        return self.total / self.count if self.count > 0 else None
+
+    def bucket(self, rank: float) -> tuple[float, float] | None:
+        """The bounds between which the nearest-rank percentile lies: above the first, at most the second."""
+        if self.count <= 0:
+            return None
+        index = bisect.bisect_left(self.counts, max(math.ceil(rank / 100 * self.count), 1))
+        return (self.bounds[index - 1] if index else 0.0), self.bounds[index]
+
+    def estimate(self, rank: float) -> float | None:
+        """The percentile if a bucket's observations lie evenly in it; above all finite bounds: the last of them."""
+        bucket = self.bucket(rank)
+        if bucket is None:
+            return None
+        low, high = bucket
+        if math.isinf(high):
+            return low
+        index = self.bounds.index(high)
+        before = self.counts[index - 1] if index else 0.0
+        return low + (high - low) * (rank / 100 * self.count - before) / (self.counts[index] - before)

@@ -1,0 +1,41 @@
+"""How a run ends for a script: the exit statuses of `python -m loadtest.run`, and which one a result has."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from loadtest.result import Result
+
+
+class Status(IntEnum):
+    """Exit statuses. A later one never hides an earlier: levels are only judged of a valid run."""
+
+    OK = 0
+    ERROR = 1
+    USAGE = 2
+    MISSED = 3
+    INVALID = 4
+    INTERRUPTED = 130
+
+
+MEANINGS: dict[Status, str] = {
+    Status.OK: "the run is valid and every service level holds",
+    Status.ERROR: "an error, told in one line: no server, no such profile",
+    Status.USAGE: "wrong usage",
+    Status.MISSED: "the run is valid, and a service level was missed; the first line of the output names it",
+    Status.INVALID: "the run is invalid, whatever its figures say; the first line of the output says why",
+    Status.INTERRUPTED: "interrupted",
+}
+
+
+def status_of(result: Result) -> Status:
+    """The status of a finished run; an invalid one says nothing about levels."""
+    if not result.is_valid:
+        return Status.INVALID
+    return Status.MISSED if result.missed else Status.OK
+
+
+def help_text() -> str:
+    """The statuses as the end of --help."""
+    lines = (f"  {status.value:<4} {meaning}" for status, meaning in MEANINGS.items())
+    return "\n".join(("exit status:", *lines))
