@@ -1,8 +1,9 @@
-"""A runner that takes a fixed time for each step and computes nothing: what is left is the cost of everything else."""
+"""A runner that takes a known time for each call and computes nothing: what is left is the cost of everything else."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,44 +12,68 @@ from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, PromptChunk
 
 
 class PacedRunner:
-    """As a GPU does, it chooses tokens itself and lets the caller go on until the step is over."""
+    """As a GPU does, it chooses tokens itself and takes up one call after the other while the caller goes on.
 
-    def __init__(self, num_slots: int, max_seq_len: int, vocab_size: int, step_s: float) -> None:
+    Args:
+        step_s: seconds that a decode takes.
+        prompt_token_s: seconds for each token of a prefill; None: a prefill takes as long as a decode.
+        steps_in_flight: as in PipelinedRunner.
+    """
+
+    packs_prompts = True
+
+    def __init__(
+        self,
+        num_slots: int,
+        max_seq_len: int,
+        vocab_size: int,
+        step_s: float,
+        prompt_token_s: float | None = None,
+        steps_in_flight: int = 2,
+    ) -> None:
         self.num_slots, self.max_seq_len, self.vocab_size = num_slots, max_seq_len, vocab_size
-        self._step_s = step_s
-        self._ends_at = 0.0
-        self._num_rows = 0
+        self.steps_in_flight = steps_in_flight
+        self._step_s, self._prompt_token_s = step_s, prompt_token_s
+        self._free_at = 0.0
+        self._decodes: deque[tuple[float, int]] = deque()  # when it ends, rows
+        self._prefills: deque[tuple[float, int]] = deque()
 
     def prefill(self, slot: int, ids: Ids, start: int) -> Logits:
-        """See Runner."""
-        time.sleep(self._step_s)
-        logits = np.zeros(self.vocab_size, np.float32)
-        logits[self._token] = 1
-        return logits
-
-    def prefill_many(self, chunks: Sequence[PromptChunk]) -> Logits:
-        """See DrawingRunner."""
-        return np.stack([self.prefill(chunks[0].slot, chunks[0].ids, chunks[0].start)] * len(chunks))
+        """Not used, nor `decode`: every token is drawn."""
+        raise NotImplementedError
 
     def decode(self, ids: Ids, positions: Ids) -> Logits:
-        """Not used: every token is drawn."""
+        """Not used."""
         raise NotImplementedError
 
     def can_draw(self, draw: Draw) -> bool:
-        """See DrawingRunner."""
+        """See PipelinedRunner."""
         return True
 
     def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
-        """See DrawingRunner."""
-        self._ends_at = time.perf_counter() + self._step_s
-        self._num_rows = len(ids)
+        """See PipelinedRunner."""
+        self._decodes.append((self._end(self._step_s), len(ids)))
 
     def finish_decode(self) -> Decoded:
-        """See DrawingRunner."""
-        if (left := self._ends_at - time.perf_counter()) > 0:
-            time.sleep(left)
-        tokens = np.full(self._num_rows, self._token, np.int64)
-        return Decoded(tokens, np.full(self._num_rows, -0.1, np.float32), np.empty((0, self.vocab_size), np.float32))
+        """See PipelinedRunner."""
+        return self._wait(*self._decodes.popleft())
+
+    def start_prefill(
+        self, chunks: Sequence[PromptChunk], draws: Sequence[Draw | None], logits_rows: Sequence[int]
+    ) -> None:
+        """See PipelinedRunner."""
+        num_tokens = sum(len(chunk.ids) for chunk in chunks)
+        seconds = self._step_s if self._prompt_token_s is None else num_tokens * self._prompt_token_s
+        self._prefills.append((self._end(seconds), len(chunks)))
+
+    def finish_prefill(self) -> Decoded:
+        """See PipelinedRunner."""
+        return self._wait(*self._prefills.popleft())
+
+    def abandon(self) -> None:
+        """See PipelinedRunner."""
+        self._decodes.clear()
+        self._prefills.clear()
 
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         """See Runner."""
@@ -56,6 +81,13 @@ class PacedRunner:
     def close(self) -> None:
         """See Runner."""
 
-    @property
-    def _token(self) -> int:
-        return self.vocab_size // 2
+    def _end(self, seconds: float) -> float:
+        """When a call that is begun now ends."""
+        self._free_at = max(self._free_at, time.perf_counter()) + seconds
+        return self._free_at
+
+    def _wait(self, ends_at: float, num_rows: int) -> Decoded:
+        if (left := ends_at - time.perf_counter()) > 0:
+            time.sleep(left)
+        tokens = np.full(num_rows, self.vocab_size // 2, np.int64)
+        return Decoded(tokens, np.full(num_rows, -0.1, np.float32), np.empty((0, self.vocab_size), np.float32))

@@ -80,3 +80,15 @@ def test_a_short_prompt_is_no_reason_to_grow() -> None:
     for _ in range(20):
         budget.observe_prefill(FIRST_TOKENS - 1, 0.001)
     assert budget.tokens(is_decoding=True) == FIRST_TOKENS
+
+
+def test_an_upper_bound_only_lowers_what_a_decode_takes() -> None:
+    budget = PrefillBudget(512, 1.5)
+    budget.observe_decode(0.03, at_most=True)
+    assert budget.decode_s == 0.03
+    budget.observe_decode(0.05, at_most=True)
+    assert budget.decode_s == 0.03
+    budget.observe_decode(0.01, at_most=True)
+    assert budget.decode_s == 0.01
+    budget.observe_decode(0.02)
+    assert 0.01 < budget.decode_s < 0.02

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ensemble.engine.pipeline import MAX_SHARE_LEFT_OUT
 from ensemble.engine.runners.base import OutOfMemoryError
+from ensemble.engine.sequence import Request
 from ensemble.engine.thinking import Thinking, ThinkingTags
 from tests.fakes import FakeSink, PipelinedFakeRunner, expected_tokens
 from tests.test_engine import Engine
@@ -214,6 +215,38 @@ def test_a_result_too_many_that_fails_concerns_nobody() -> None:
     engine.loop._emit()
     assert sink.ids == tokens[:4] and sink.finish_reason == "stop"
     assert engine.loop.metrics.requests_failed_total == 0
+
+
+def test_sending_is_hidden_behind_the_steps_in_flight() -> None:
+    class SlowSink(FakeSink):
+        def send(self, request: Request, updates: Any) -> None:
+            engine.now += 0.001  # of the 0.01 that a step takes
+            super().send(request, updates)
+
+    class Steady(PipelinedFakeRunner):
+        free_at = 0.0
+
+        def start_decode(self, *arguments: Any) -> None:
+            super().start_decode(*arguments)
+            engine.now += 0.002  # the host's own work
+            self.free_at = max(self.free_at, engine.now) + 0.01
+            ends.append(self.free_at)
+
+        def finish_decode(self) -> Any:
+            engine.now = max(engine.now, ends.pop(0))
+            finished.append(engine.now)
+            return super().finish_decode()
+
+    ends: list[float] = []
+    finished: list[float] = []
+    engine = make(Steady, num_slots=24, end_ids=(), prefill_chunk=64)
+    sinks = [engine.submit([n], sink=SlowSink(), max_tokens=40) for n in range(5, 29)]
+    engine.loop._receive()
+    while engine.loop._requests:
+        engine.loop.step()
+    assert np.median(np.diff(finished)) == pytest.approx(0.01), "to send to all would take 0.024"
+    for n, sink in enumerate(sinks, 5):
+        assert sink.ids == expected_tokens([n], 40, VOCAB_SIZE) and len(sink.responses) > 8
 
 
 @pytest.mark.parametrize("reuse", ["prompt", "all"])

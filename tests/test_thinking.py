@@ -45,3 +45,25 @@ def test_the_budget_counts_tokens_of_reasoning_without_the_tags(is_open: bool, b
 def test_without_a_budget_or_without_reasoning_nothing_is_forced() -> None:
     assert all(forced is None for _, forced in states([1] * 50, is_open=True))
     assert all(forced is None for _, forced in states([1] * 50, is_open=False, budget=0))
+
+
+@pytest.mark.parametrize(
+    ("is_open", "budget", "tokens", "expected"),
+    [
+        (True, None, [1, 2], [False, False, False]),
+        (True, 2, [], [False, False, True]),
+        (True, 2, [1], [False, True, True]),
+        (True, 2, [1, 2], [True, True, True]),
+        (True, 2, [1, CLOSE], [False, False, False]),
+        (False, 1, [], [False, True, True]),  # the next may be <think>
+        (False, 1, [1], [False, False, False]),
+    ],
+)
+def test_what_may_be_forced_is_known_before_the_tokens_are(
+    is_open: bool, budget: int | None, tokens: list[int], expected: list[bool]
+) -> None:
+    thinking = Thinking(TAGS, is_open=is_open, budget=budget)
+    for token in tokens:
+        thinking.push(token)
+    assert [thinking.may_force(num_unknown) for num_unknown in range(3)] == expected
+    assert thinking.may_force() == (thinking.forced_token is not None)

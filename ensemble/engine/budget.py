@@ -32,9 +32,11 @@ class PrefillBudget:
         """The most tokens of prompts for the next step."""
         return int(self._tokens) if is_decoding else self._chunk
 
-    def observe_decode(self, seconds: float) -> None:
-        """A step's decode took so long."""
-        if self._decode_s:
+    def observe_decode(self, seconds: float, *, at_most: bool = False) -> None:
+        """A step's decode took so long; or `at_most` so long, for it had ended before anybody looked."""
+        if self._decode_s and at_most:
+            self._decode_s = min(self._decode_s, seconds)
+        elif self._decode_s:
             self._decode_s += DECODE_WEIGHT * (seconds - self._decode_s)
         else:
             self._decode_s = seconds

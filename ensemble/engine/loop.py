@@ -183,7 +183,7 @@ class EngineLoop:
                 continue
             if result.call.kind == "decode":
                 has_decode = True
-                self._budget.observe_decode(result.seconds)
+                self._budget.observe_decode(result.seconds, at_most=result.is_late)
             else:
                 num_tokens += result.call.num_tokens
                 prefill_s += result.seconds

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ensemble.engine.decoding import Outcome, choose_all, draw_of, drawn
-from ensemble.engine.runners.base import LAST_TOKEN, Draw, PipelinedRunner, PromptChunk
+from ensemble.engine.runners.base import LAST_TOKEN, Decoded, Draw, PipelinedRunner, PromptChunk
 from ensemble.engine.scheduler import Chunk, Step
 from ensemble.engine.sequence import Sequence as TokenSequence
 
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 # Of the sequences that could decode, how many may be left out of a step because theirs is a token that the host must
 # choose first. They get half as many tokens as the others then; with more of them, all wait.
 MAX_SHARE_LEFT_OUT = 0.25
+LATE_SHARE = 0.02  # of a call's time: who waits for less of it came when it was over
 
 
 class Part(NamedTuple):
@@ -62,11 +63,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Result:
-    """What a call gave to the sequences that still run, and how long the runner was busy with it."""
+    """What a call gave to the sequences that still run, and how long the runner was busy with it.
+
+    is_late: it was over before it was waited for, and took less than `seconds`.
+    """
 
     call: Call
     outcomes: list[tuple[TokenSequence, Outcome]]
     seconds: float
+    is_late: bool
 
 
 @dataclass(frozen=True)
@@ -128,8 +133,11 @@ class Pipeline:
         if not self._steps or (self._is_step_begun and len(self._steps) < self._runner.steps_in_flight):
             return
         for call in self._steps[0]:
+            waited_at = self._clock()
             try:
-                outcomes = self._outcomes(call)
+                decoded = self._runner.finish_decode() if call.kind == "decode" else self._runner.finish_prefill()
+                now = self._clock()
+                outcomes = _outcomes(call, decoded)
             except Exception as error:  # what was begun since builds upon it
                 self.discard()
                 yield Failure(call, error)
@@ -138,8 +146,8 @@ class Pipeline:
                 part.sequence.num_computed += part.num_tokens
                 part.sequence.num_in_flight -= part.num_tokens
                 part.sequence.num_awaited -= part.gives_token
-            began, self._finished_at = max(call.begun_at, self._finished_at), self._clock()
-            yield Result(call, outcomes, self._finished_at - began)
+            seconds, self._finished_at = now - max(call.begun_at, self._finished_at), now
+            yield Result(call, outcomes, seconds, is_late=now - waited_at < LATE_SHARE * seconds)
         self._steps.popleft()
 
     def discard(self) -> None:
@@ -191,23 +199,23 @@ class Pipeline:
         where = np.array([positions[slot] for slot in range(num_rows)], np.int64)
         self._runner.start_decode(np.array(ids, np.int64), where, draws, logits_rows)
 
-    def _outcomes(self, call: Call) -> list[tuple[TokenSequence, Outcome]]:
-        """Wait for `call`: a token for each of its sequences that still runs, or why it has none."""
-        decoded = self._runner.finish_decode() if call.kind == "decode" else self._runner.finish_prefill()
-        tokens, log_probs = decoded.tokens.tolist(), decoded.log_probs.tolist()
-        rows = iter(decoded.logits)
-        outcomes: list[tuple[TokenSequence, Outcome]] = []
-        left, logits = [], []
-        for sequence, _, row, gives_token, draw in call.parts:
-            own_logits = next(rows) if gives_token and draw is None else None
-            if not gives_token or sequence.finish_reason is not None:  # it ended while the call ran
-                continue
-            if own_logits is None:
-                outcomes.append((sequence, drawn(sequence, tokens[row], log_probs[row])))
-            else:
-                left.append(sequence)
-                logits.append(own_logits)
-        return outcomes + list(zip(left, choose_all(left, logits), strict=True))
+
+def _outcomes(call: Call, decoded: Decoded) -> list[tuple[TokenSequence, Outcome]]:
+    """A token for each of the call's sequences that still runs, or why it has none."""
+    tokens, log_probs = decoded.tokens.tolist(), decoded.log_probs.tolist()
+    rows = iter(decoded.logits)
+    outcomes: list[tuple[TokenSequence, Outcome]] = []
+    left, logits = [], []
+    for sequence, _, row, gives_token, draw in call.parts:
+        own_logits = next(rows) if gives_token and draw is None else None
+        if not gives_token or sequence.finish_reason is not None:  # it ended while the call ran
+            continue
+        if own_logits is None:
+            outcomes.append((sequence, drawn(sequence, tokens[row], log_probs[row])))
+        else:
+            left.append(sequence)
+            logits.append(own_logits)
+    return outcomes + list(zip(left, choose_all(left, logits), strict=True))
 
 
 def _prompt_chunk(sequence: TokenSequence, num_tokens: int) -> PromptChunk:
