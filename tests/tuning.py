@@ -10,7 +10,6 @@ from builders.scoring_options import Batching, ScoringOptions
 from builders.tune.measurement import Measurement
 from builders.tune.repository import read_configs
 from builders.tune.space import read_point, space_of
-from ensemble.settings import EngineSettings
 from tests.checkpoints import make_tokenizer, write_tiny
 
 SECONDS = 10.0
@@ -34,7 +33,7 @@ def tiny_repository(directory: Path) -> Path:
     checkpoint, models = tiny_checkpoint(directory), directory / "models"
     scoring = ScoringOptions(labels=("a", "b"), batching=Batching(max_batch_size=8, preferred_batch_sizes=(4,)))
     build(BuildOptions(checkpoint, "s", models, task="score", max_seq_len=32, scoring=scoring))
-    settings = EngineSettings(num_slots=3, prefill_chunk=8)
+    settings = {"num_slots": 3, "prefill_chunk": 8}
     build(BuildOptions(checkpoint, "g", models, max_seq_len=32, settings=settings))
     return models
 
