@@ -88,7 +88,7 @@ class BuildOptions:
         if self.target in ("tensorrt-rtx", "cuda"):
             raise BuildError(
                 f"target is {self.target!r}, which task score doesn't have: on a GPU Triton's own tensorrt backend runs "
-                "it; use target tensorrt, or onnx on a CPU"
+                "the plan; use target tensorrt, or onnx on a CPU"
             )
         for name in ("num_slots", "prefill_chunk"):
             if getattr(self.settings, name) != getattr(EngineSettings, name):
