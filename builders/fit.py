@@ -75,6 +75,10 @@ def read_examples(path: Path, labels: Sequence[str]) -> list[Example]:
             raise FitError(f'{path}:{number} must be {{"text": …, "label": …}}, got {line[:60]!r}') from None
         if not isinstance(example.text, str) or not example.text.strip():
             raise FitError(f"{path}:{number}: text is {example.text!r}, must be text")
+        try:
+            example.text.encode()
+        except UnicodeEncodeError:  # half of a character that JSON writes as two
+            raise FitError(f"{path}:{number}: text must be text that UTF-8 can encode, got {line[:60]!r}") from None
         if example.label not in labels:
             raise FitError(f"{path}:{number}: label is {example.label!r}, must be one of {', '.join(labels)}")
         examples.append(example)
@@ -107,11 +111,11 @@ def fit(
         parts = FITTERS[method](own, known, prior)
         return Calibration(labels, method=method, normalisation=normalisation, report={}, **parts)
 
-    everything = np.arange(len(truth))
     before, after = softmax(measured.scores), np.zeros_like(measured.scores)
-    for fold in np.array_split(np.random.default_rng(0).permutation(everything), NUM_FOLDS):
+    for fold in _folds(truth):
         held_out = measured[fold]
-        after[fold] = fitted(np.setdiff1d(everything, fold)).probabilities(held_out.scores, held_out.hidden)
+        others = np.setdiff1d(np.arange(len(truth)), fold)
+        after[fold] = fitted(others).probabilities(held_out.scores, held_out.hidden)
     report: dict[str, float] = {"examples": len(truth)}
     for name, probabilities in (("before", before), ("after", after)):
         report[f"expected_calibration_error_{name}"] = round(expected_calibration_error(probabilities, truth), 4)
@@ -119,6 +123,13 @@ def fit(
         report[f"accuracy_{name}"] = round(float((probabilities.argmax(axis=1) == truth).mean()), 4)
     parts = FITTERS[method](measured, truth, prior)
     return Calibration(labels, method=method, normalisation=normalisation, report=report, **parts)
+
+
+def _folds(truth: NDArray[Any]) -> list[NDArray[Any]]:
+    """NUM_FOLDS sets of examples, each with its share of every label: a fold without one would be fitted blindly."""
+    random = np.random.default_rng(0)
+    order = np.concatenate([random.permutation(np.flatnonzero(truth == label)) for label in np.unique(truth)])
+    return [order[first::NUM_FOLDS] for first in range(NUM_FOLDS)]
 
 
 def expected_calibration_error(probabilities: Floats, truth: NDArray[Any], num_bins: int = NUM_BINS) -> float:

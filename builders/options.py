@@ -72,10 +72,8 @@ class BuildOptions:
             raise BuildError(f"name is {self.name!r}; use letters, digits, '.', '_' and '-', the first not a sign")
         if self.task not in TASKS:
             raise BuildError(f"task is {self.task!r}; supported: {', '.join(TASKS)}")
-        if self.task == "score" and self.target == "tensorrt-rtx":
-            raise BuildError(
-                "task score is run by Triton's own tensorrt backend: use target tensorrt, or onnx on a CPU"
-            )
+        if self.task == "score":
+            self._check_score()
         if self.task != "score" and self.scoring != ScoringOptions():
             raise BuildError(f"scoring options are for task score, this is {self.task}")
         if self.target not in TARGETS:
@@ -99,6 +97,16 @@ class BuildOptions:
             for name in ("compute_capability", "timing_cache"):
                 if getattr(self, name):
                     raise BuildError(f"{name} is for TensorRT, the target is {self.target}")
+
+    def _check_score(self) -> None:
+        if self.target in ("tensorrt-rtx", "cuda"):
+            raise BuildError(
+                f"target is {self.target!r}, which task score doesn't have: on a GPU Triton's own tensorrt backend runs "
+                "the plan; use target tensorrt, or onnx on a CPU"
+            )
+        for name in ("num_slots", "prefill_chunk"):
+            if getattr(self.settings, name) != getattr(EngineSettings, name):
+                raise BuildError(f"{_option(name)} is for task generate: a scoring model keeps no cache; leave it out")
 
     def command(self) -> str:
         """The command line that builds this again."""

@@ -114,7 +114,7 @@ class ScoringOptions:
 
 
 def read_template(text_or_path: str) -> str:
-    """A template from the command line: the text itself, or the file that it names.
+    """A template from the command line: the text itself, or the file that it names, without the newline at its end.
 
     Raises:
         BuildError: it has no place for the text, and no such file can be read.
@@ -122,7 +122,8 @@ def read_template(text_or_path: str) -> str:
     if PLACE in text_or_path:
         return text_or_path
     try:
-        return Path(text_or_path).read_text(encoding="utf-8")
+        # Editors end a file so; a prompt that ended so would have its label begin a line.
+        return Path(text_or_path).read_text(encoding="utf-8").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BuildError(
             f"template {text_or_path!r} holds no {PLACE}, and is no file that can be read: {error}"

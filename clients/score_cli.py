@@ -13,13 +13,14 @@ from dataclasses import asdict
 
 from clients.base import BaseClient
 from clients.cli import OK, add_connection_arguments, with_client
+from clients.errors import ClientError
 from clients.score import Score, ScoreRequest
 
 
 def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `run_score` reads."""
     parser.add_argument("model", help="name of the served scoring model")
-    parser.add_argument("text", help="text to score; - scores each line of standard input")
+    parser.add_argument("text", help="text to score; - scores each line of standard input but blank ones")
     parser.add_argument("--labels", metavar="A,B,…", help="labels to choose among (default: the model's own)")
     parser.add_argument("--json", action="store_true", help="print everything about each text, a JSON line each")
     add_connection_arguments(parser)
@@ -30,11 +31,19 @@ def run_score(args: argparse.Namespace) -> int:
 
     def run(client: BaseClient) -> int:
         labels = None if args.labels is None else [label.strip() for label in args.labels.split(",")]
-        lines = (line.removesuffix("\n") for line in sys.stdin) if args.text == "-" else iter([args.text])
-        for text in lines:
-            # A line each: an answer to one that doesn't wait for the next.
-            (score,) = client.score(ScoreRequest(texts=[text], labels=labels))
-            print(_told(score, as_json=args.json, is_brief=args.text == "-"), flush=True)
+        if args.text != "-":
+            (score,) = client.score(ScoreRequest(texts=[args.text], labels=labels))
+            print(_told(score, as_json=args.json, is_brief=False))
+            return OK
+        for number, line in enumerate(sys.stdin, start=1):
+            if not line.strip():
+                continue
+            try:
+                # A line each: an answer to one that doesn't wait for the next.
+                (score,) = client.score(ScoreRequest(texts=[line.removesuffix("\n")], labels=labels))
+            except (ClientError, ValueError) as error:
+                raise type(error)(f"line {number}: {error}") from error
+            print(_told(score, as_json=args.json, is_brief=True), flush=True)
         return OK
 
     return with_client(args, run)

@@ -236,10 +236,17 @@ def test_the_console_prints_labels_the_likeliest_first(client: FakeClient, capsy
 def test_each_line_of_standard_input_is_a_text(
     client: FakeClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", iter(["one\n", "two"]))
+    monkeypatch.setattr("sys.stdin", iter(["one\n", "  \n", "two", "\n"]))
     assert cli.main(["score", "m", "-"]) == 0
     assert capsys.readouterr().out == "gut\t0.7500\n" * 2
     assert [request.texts for request in client.asked] == [("one",), ("two",)]
+    monkeypatch.setattr("sys.stdin", iter(["\n", "\udcff\n"]))
+    assert cli.main(["score", "m", "-"]) == 1
+    assert capsys.readouterr().err.startswith("error: line 2: texts[0] must be text that UTF-8 can encode")
+    client.error = RequestRejected("the prompt has 999 tokens")
+    monkeypatch.setattr("sys.stdin", iter(["long\n"]))
+    assert cli.main(["score", "m", "-"]) == 1
+    assert capsys.readouterr().err.startswith("error: line 1: the prompt has 999 tokens")
 
 
 def test_errors_are_one_line(client: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:

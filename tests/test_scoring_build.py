@@ -223,6 +223,11 @@ def test_a_build_at_fault_leaves_nothing(scoring: ScoringOptions, message: str, 
 def test_options_at_fault(checkpoint: Path) -> None:
     with pytest.raises(BuildError, match="use target tensorrt, or onnx on a CPU"):
         options(checkpoint, target="tensorrt-rtx", precision="fp16")
+    with pytest.raises(BuildError, match="target is 'cuda', which task score doesn't have"):
+        options(checkpoint, target="cuda", precision="fp8")
+    for settings, option in ((EngineSettings(num_slots=3), "num-slots"), (EngineSettings(prefill_chunk=3), "prefill-")):
+        with pytest.raises(BuildError, match=f"--{option}.* is for task generate"):
+            options(checkpoint, settings=settings)
     with pytest.raises(BuildError, match="scoring options are for task score, this is generate"):
         options(checkpoint, task="generate")
     with pytest.raises(BuildError, match="max_batch_size is 0, must be at least 1"):
@@ -237,7 +242,7 @@ def test_the_command_builds_what_the_manifest_says_it_built(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     template = checkpoint.parent / "template.txt"
-    template.write_text("Is {text} good?")
+    template.write_text("Is {text} good?\n")
     arguments = [
         "build", str(checkpoint), "--name", "s", "--task", "score", "--repository", str(checkpoint.parent / "models"),
         "--max-seq-len", "48", "--template", str(template), "--labels", "yes, no", "--label-prefix", "",

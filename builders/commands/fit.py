@@ -14,6 +14,7 @@ from builders.check import require_sound
 from builders.fit import (
     CONTENT_FREE,
     Example,
+    FitError,
     Measured,
     Method,
     fit,
@@ -24,6 +25,7 @@ from builders.fit import (
 from builders.options import Report
 from builders.tune.repository import read_configs
 from clients.base import BaseClient
+from clients.errors import RequestRejected
 from clients.features import Features, read_features
 from clients.grpc import GrpcClient
 from ensemble.scoring.calibration import Calibration, label_scores
@@ -78,10 +80,19 @@ def measure(
     *,
     chunk: int = CHUNK,
 ) -> Measured:
-    """Scores and hidden states of `texts`, `chunk` in a request."""
+    """Scores and hidden states of `texts`, `chunk` in a request.
+
+    Raises:
+        FitError: the server refuses some, for their length say; names which.
+    """
     features: list[Features] = []
     for start in range(0, len(texts), chunk):
-        features += read_features(client, texts[start : start + chunk])
+        asked = texts[start : start + chunk]
+        try:
+            features += read_features(client, asked)
+        except RequestRejected as error:
+            which = f"examples {start + 1} to {start + len(asked)}, of which the first begins {asked[0][:30]!r}"
+            raise FitError(f"{which}: {error}") from error
         report("examples", len(features), len(texts))
     scores = [
         label_scores(np.array(own.log_probs), np.array(own.target_labels), len(profile.labels), profile.normalisation)[
