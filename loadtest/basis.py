@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from loadtest.levels import LEVELS
 from loadtest.profile import Basis, Levels, ProfileError
@@ -48,7 +49,8 @@ def measure(results: Sequence[Result], margin: float) -> tuple[Levels, Basis]:
             runs[name] = tuple(_present(figure(result.summary), name, result) for result in results)
     machine = f"{first.machine['processor']}, {first.machine['cores']} cores"
     basis = Basis(margin, machine, runs)
-    return Levels(max_error_ratio=0, **{name: basis.limit(name) for name in runs}), basis
+    limits: dict[str, Any] = {name: basis.limit(name) for name in runs}
+    return Levels(max_error_ratio=0, **limits), basis
 
 
 def tables(levels: Levels, basis: Basis) -> str:

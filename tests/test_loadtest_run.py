@@ -288,7 +288,7 @@ def test_the_smoke_profile_on_the_real_server(server: TritonServer, tmp_path: Pa
     assert abs(result.engine.outcomes["accepted"] - result.summary.num_requests) <= 3
     assert result.engine.slots == 8 and 1 <= result.engine.max_slots_used <= 8
     assert result.engine.first_token_s.mean is not None and result.engine.decode_s is not None
-    assert 0 < result.engine.first_token_s.mean < result.summary.latency_s.mean
+    assert 0 < result.engine.first_token_s.mean < (result.summary.latency_s.mean or 0)
     assert any(result.engine_course.slots_used)
     assert any(share for share in result.usage_course.server_percent), "its processes were found by its port"
     report = (tmp_path / "report.html").read_text()
