@@ -101,11 +101,11 @@ class BuildOptions:
     def _check_score(self) -> None:
         if self.target in ("tensorrt-rtx", "cuda"):
             raise BuildError(
-                f"target is {self.target!r}, which task score doesn't have: on a GPU Triton's own tensorrt backend runs "
-                "the plan; use target tensorrt, or onnx on a CPU"
+                f"target is {self.target!r}, which task score doesn't have: on a GPU Triton's own tensorrt backend "
+                "runs the plan; use target tensorrt, or onnx on a CPU"
             )
-        for name in ("num_slots", "prefill_chunk"):
-            if getattr(self.settings, name) != getattr(EngineSettings, name):
+        for name in self.settings:
+            if name != "num_threads":
                 raise BuildError(f"{_option(name)} is for task generate: a scoring model keeps no cache; leave it out")
 
     def command(self) -> str:

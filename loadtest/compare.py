@@ -10,6 +10,7 @@ difference, and only more runs tell it from the software's.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from loadtest.intervals import (
     difference,
     resample,
 )
-from loadtest.measure import counted
+from loadtest.measure import counted, percentile
 from loadtest.result import Result, ResultError, load
 from loadtest.sample import Sample
 from loadtest.verdict import amount
@@ -47,15 +48,34 @@ class Comparison:
     block_s: float
     is_paired: bool
 
+    @property
+    def has_intervals(self) -> bool:
+        """Whether there are blocks enough to tell chance from a difference."""
+        return self.num_blocks >= MIN_BLOCKS
+
 
 def compare(a: Result, b: Result, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Comparison:
     """Every figure of b less that of a. Requests are counted by when they were due."""
     is_paired = a.profile.load == b.profile.load and a.profile.arrivals == "open"
-    num_blocks = max(MIN_BLOCKS, round(min(a.profile.duration_s, b.profile.duration_s) / BLOCK_S))
+    num_blocks = _num_blocks(a, b)
     runs = _run(a, num_blocks), _run(b, num_blocks)
     drawn = resample(runs, MEASURES, num_blocks, is_paired=is_paired, num_resamples=num_resamples, seed=seed)
     differences = [difference(m, runs, draws, num_blocks) for m, draws in zip(MEASURES, drawn, strict=True)]
-    return Comparison(differences, num_blocks, a.profile.duration_s / num_blocks, is_paired)
+    comparison = Comparison(differences, num_blocks, a.profile.duration_s / num_blocks, is_paired)
+    if not comparison.has_intervals:
+        without = [dataclasses.replace(each, low=None, high=None) for each in differences]
+        comparison = dataclasses.replace(comparison, differences=without)
+    return comparison
+
+
+def _num_blocks(a: Result, b: Result) -> int:
+    """As many as leave each longer than nine in ten answers take: then one has little to do with the next."""
+    seconds = min(a.profile.duration_s, b.profile.duration_s)
+    num_blocks = max(MIN_BLOCKS, round(seconds / BLOCK_S))
+    for run in (a, b):
+        slow = percentile([sample.latency_s for sample in counted(run.samples) if sample.is_complete], 90)
+        num_blocks = min(num_blocks, int(seconds / slow)) if slow else num_blocks
+    return max(num_blocks, 1)
 
 
 def _run(result: Result, num_blocks: int) -> Run:
@@ -107,18 +127,21 @@ def table(a: Result, b: Result, comparison: Comparison) -> str:
     lines = [f"{name}: {run.profile.name}, {run.target.model}, {run.started}" for name, run in (("a", a), ("b", b))]
     lines += [f"beware: {warning}" for warning in warnings(a, b)]
     drawn = "the same of both runs" if comparison.is_paired else "of each run by itself"
-    lines += [
-        f"{CONFIDENCE:.0%} intervals of b - a, from {comparison.num_blocks} blocks of time, drawn {drawn}",
-        "",
-        f"{'':38}{'a':>10}{'b':>10}{'b - a':>11}{'change':>9}   {'interval':24}",
-    ]
+    if comparison.has_intervals:
+        how = f"{CONFIDENCE:.0%} intervals of b - a, from {comparison.num_blocks} blocks of time, drawn {drawn}"
+    else:
+        how = (
+            f"no intervals: answers take so long that {comparison.num_blocks} stretches of {comparison.block_s:.0f} s "
+            f"are all there is, and {MIN_BLOCKS} are needed: one long wait is one event. Compare longer runs"
+        )
+    lines += [how, "", f"{'':38}{'a':>10}{'b':>10}{'b - a':>11}{'change':>9}   {'interval':24}".rstrip()]
     for each in comparison.differences:
         change = each.change
         percent = f"{change / each.a:+.1%}" if change is not None and each.a else ""
-        lines.append(
-            f"{each.name:38}{amount(each.a, each.unit):>10}{amount(each.b, each.unit):>10}"
-            f"{_signed(change, each.unit):>11}{percent:>9}   {_bounds(each):24}{each.conclusion}"
-        )
+        conclusion = each.conclusion if comparison.has_intervals else ""
+        figures = f"{each.name:38}{amount(each.a, each.unit):>10}{amount(each.b, each.unit):>10}"
+        changes = f"{_signed(change, each.unit):>11}{percent:>9}   {_bounds(each):24}{conclusion}"
+        lines.append((figures + changes).rstrip())
     lines += [
         "",
         "An interval covers chance within these two runs; whether the machine was busier, only more runs tell.",

@@ -30,6 +30,11 @@ OUTCOMES = {
 NOTHING = Histogram((math.inf,), (0.0,), 0.0)
 
 
+def is_engine(part: str, model: str) -> bool:
+    """Whether a model of Triton's is the engine behind the served `model`."""
+    return part == f"{model}-engine"
+
+
 @dataclass(frozen=True)
 class Spread:
     """One of its histograms, in seconds. A percentile is above the first of its bounds, and at most the second."""

@@ -57,4 +57,5 @@ class Histogram:
             return low
         index = self.bounds.index(high)
         before = self.counts[index - 1] if index else 0.0
-        return low + (high - low) * (rank / 100 * self.count - before) / (self.counts[index] - before)
+        part = (rank / 100 * self.count - before) / (self.counts[index] - before)
+        return min(max(low + (high - low) * part, low), high)

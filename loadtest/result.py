@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,11 @@ def assemble(run: Profile, target: Target, started: str, machine: dict[str, Any]
     readings = observed.readings
     after_warmup = [reading for reading in readings if reading.at_s >= 0]
     whole = metrics.work(readings[0], readings[-1]) if readings else {}
-    around = {model: work for model, work in whole.items() if model in _helpers(target.model, whole)}
+    around = {
+        part: work
+        for part, work in whole.items()
+        if part.startswith(f"{target.model}-") and not engine.is_engine(part, target.model)
+    }
     return Result(
         profile=run,
         target=target,
@@ -158,11 +162,6 @@ def _spread(table: dict[str, Any]) -> dict[str, Any]:
         name: tuple(math.inf if each == FAILED else each for each in value) if isinstance(value, list) else value
         for name, value in table.items()
     }
-
-
-def _helpers(model: str, models: Iterable[str]) -> set[str]:
-    """The models of an ensemble beside its engine."""
-    return {name for name in models if name.startswith(f"{model}-")} - {f"{model}-engine"}
 
 
 def _message(sample: Sample) -> str:

@@ -73,6 +73,21 @@ def test_blocks_see_that_neighbours_are_slow_together() -> None:
     assert (each.low, each.high) == (-1.0, 1.0)
 
 
+def test_one_long_wait_is_one_event() -> None:
+    # One burst: who comes while it is worked off waits, and two runs differ by chance in all of them together.
+    def burst(faster_s: float) -> Result:
+        waits = [max(20.0 - i / 4, 1.0) - faster_s for i in range(160)]
+        return make_result([sample(i / 4, latency_s=wait, first_s=0.1) for i, wait in enumerate(waits)])
+
+    comparison = compare(burst(0.0), burst(0.5), num_resamples=50)
+    assert (comparison.num_blocks, comparison.has_intervals) == (2, False)
+    assert {(each.low, each.high) for each in comparison.differences} == {(None, None)}
+    assert difference(comparison, "latency, median").change == pytest.approx(-0.5)
+    assert "no intervals: answers take so long that 2 stretches of 20 s are all there is, and 8 are needed" in table(
+        burst(0.0), burst(0.5), comparison
+    )
+
+
 def test_failures_leave_their_percentile_without_a_figure_and_show_as_errors() -> None:
     broken = [failed(each.due_s) if i % 10 == 0 else each for i, each in enumerate(samples())]
     comparison = compare(make_result(samples()), make_result(broken), num_resamples=200)

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ensemble.engine.metrics import descriptions
+from ensemble.models.metrics import PREFIX
 from loadtest import agreement, engine
 from loadtest.engine import EngineWork
 from loadtest.histogram import Histogram
@@ -158,3 +160,12 @@ def test_a_run_whose_two_sides_disagree_is_invalid() -> None:
     assert make_result(STREAMS, readings=readings).is_valid
     late = [dataclasses.replace(each, first_s=each.due_s + 0.8, end_s=each.due_s + 1.6) for each in STREAMS]
     assert [check.name for check in make_result(late, readings=readings).checks if not check.is_met] == [MORE]
+
+
+def test_the_names_are_those_that_the_engine_publishes() -> None:
+    published = {f"{PREFIX}{name}".removesuffix("_total") for name in descriptions()}
+    read = {
+        *(engine.FIRST_TOKEN, engine.INTER_TOKEN, engine.QUEUE, engine.TOKENS),
+        *(engine.SLOTS, engine.SLOTS_USED, engine.WAITING, *engine.OUTCOMES.values()),
+    }
+    assert read <= published

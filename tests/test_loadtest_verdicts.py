@@ -135,11 +135,12 @@ def test_a_result_says_whether_it_holds() -> None:
     result = make_result(SAMPLES, profile)
     assert result.is_valid
     assert [level.name for level in result.missed] == ["latency, 99th percentile"]
-    assert status_of(result) == 3
+    assert status_of(result) is Status.MISSED and int(Status.MISSED) == 3
     invalid = make_result(SAMPLES, profile, num_bugs=1)
     assert not invalid.is_valid
-    assert status_of(invalid) == 4, "whether a level was missed can't be said"
-    assert status_of(make_result(SAMPLES)) == 0
+    assert status_of(invalid) is Status.INVALID, "whether a level was missed can't be said"
+    assert int(Status.INVALID) == 4
+    assert status_of(make_result(SAMPLES)) is Status.OK and int(Status.OK) == 0
 
 
 def test_every_status_has_its_meaning_and_its_place_in_the_document() -> None:

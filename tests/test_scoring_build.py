@@ -225,7 +225,7 @@ def test_options_at_fault(checkpoint: Path) -> None:
         options(checkpoint, target="tensorrt-rtx", precision="fp16")
     with pytest.raises(BuildError, match="target is 'cuda', which task score doesn't have"):
         options(checkpoint, target="cuda", precision="fp8")
-    for settings, option in ((EngineSettings(num_slots=3), "num-slots"), (EngineSettings(prefill_chunk=3), "prefill-")):
+    for settings, option in (({"num_slots": 3}, "num-slots"), ({"prefill_chunk": 3}, "prefill-")):
         with pytest.raises(BuildError, match=f"--{option}.* is for task generate"):
             options(checkpoint, settings=settings)
     with pytest.raises(BuildError, match="scoring options are for task score, this is generate"):

@@ -19,7 +19,6 @@ import pytest
 from builders.check import check_repository
 from builders.options import BuildOptions
 from builders.repository import build
-from ensemble.settings import EngineSettings
 from tests.test_server import needs_server
 from tests.tuning import tiny_checkpoint
 
@@ -30,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     checkpoint = tiny_checkpoint(tmp_path)
-    settings = EngineSettings(num_slots=4, prefill_chunk=16)
+    settings = {"num_slots": 4, "prefill_chunk": 16}
     build(BuildOptions(checkpoint, "g", tmp_path / "models", max_seq_len=64, settings=settings))
     return tmp_path / "models"
 

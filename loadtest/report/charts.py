@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from loadtest.engine import is_engine
 from loadtest.report.chart import Bars, Chart, Series
 from loadtest.result import Result
 
@@ -45,7 +46,7 @@ def is_computing(model: str, result: Result) -> bool:
     """Whether Triton's times are a model's work: an ensemble's are its parts' sums, a decoupled engine only queues."""
     if model == result.target.model:
         return len(result.server) == 1 and result.engine is None
-    return result.engine is None or short(model, result) != "engine"
+    return result.engine is None or not is_engine(model, result.target.model)
 
 
 def _seen_by_clients(result: Result) -> list[Chart]:
