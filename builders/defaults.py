@@ -17,7 +17,7 @@ from ensemble.settings import EngineSettings
 CUDA_SLOTS = 64
 CUDA_CACHE_BYTES = 32 * 2**30  # the most that default slots take of a GPU; the runner tells what really fits
 CUDA_PREFILL_CHUNK = 2048
-# So many decodes at batch 1 are as long as one such chunk (benchmarks/results/decode-gpu.json: 31.5 over 3.39 ms).
+# So many decodes at batch 1 are as long as one such chunk (benchmarks/results/decode-gpu.json: 29.5 over 3.02 ms).
 CUDA_MAX_PREFILL_STALL = 10.0
 
 
