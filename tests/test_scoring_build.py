@@ -243,7 +243,7 @@ def test_the_command_builds_what_the_manifest_says_it_built(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     template = checkpoint.parent / "template.txt"
-    template.write_text("Is {text} good?\n")
+    template.write_text("Is {text} good?\n", encoding="utf-8-sig")
     arguments = [
         "build", str(checkpoint), "--name", "s", "--task", "score", "--repository", str(checkpoint.parent / "models"),
         "--max-seq-len", "48", "--template", str(template), "--labels", "yes, no", "--label-prefix", "",
