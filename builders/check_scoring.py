@@ -9,8 +9,11 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from builders.wiring import Problem
 from ensemble.contract import BRANCH_IDS, LABELS, TARGET_LABELS
+from ensemble.manifest import FILE_NAME as MANIFEST_FILE
 from ensemble.manifest import Manifest, ManifestError
+from ensemble.scoring.calibration import FILE_NAME as CALIBRATION_FILE
 from ensemble.scoring.calibration import Calibration, CalibrationError
+from ensemble.scoring.profile import FILE_NAME as PROFILE_FILE
 from ensemble.scoring.profile import ProfileError, ScoringProfile
 from ensemble.scoring.settings import ScoringSettings
 from ensemble.settings import SettingsError
@@ -33,16 +36,16 @@ def check_scoring(directory: Path, version_dir: Path, config: ModelConfig) -> It
     try:
         profile = ScoringProfile.load(version_dir)
     except ProfileError as error:
-        yield _problem(version_dir, error)
+        yield _problem(version_dir / PROFILE_FILE, error)
     if TARGET_LABELS.name in names:
         try:
             calibration = Calibration.load(version_dir)
         except CalibrationError as error:
-            yield _problem(version_dir, error)
+            yield _problem(version_dir / CALIBRATION_FILE, error)
             return
         if profile and calibration and calibration.normalisation != profile.normalisation:
             what = f"was fitted on {calibration.normalisation} scores, the profile says {profile.normalisation}"
-            yield Problem(str(version_dir / "calibration.json"), f"{what}: fit it again")
+            yield Problem(str(version_dir / CALIBRATION_FILE), f"{what}: fit it again")
 
 
 def _check_engine(where: Path, version_dir: Path, config: ModelConfig) -> Iterator[Problem]:
@@ -65,7 +68,7 @@ def _check_engine(where: Path, version_dir: Path, config: ModelConfig) -> Iterat
     try:
         manifest = Manifest.load(version_dir)
     except ManifestError as error:
-        yield _problem(version_dir, error)
+        yield _problem(version_dir / MANIFEST_FILE, error)
         return
     for name, expected in manifest.files.items():
         path = version_dir / name
@@ -75,10 +78,6 @@ def _check_engine(where: Path, version_dir: Path, config: ModelConfig) -> Iterat
             yield Problem(str(path), f"{what}; rebuild with: {manifest.command}")
 
 
-def _problem(version_dir: Path, error: Exception) -> Problem:
-    """The error's own path goes before it already."""
-    text = str(error)
-    if text.startswith(str(version_dir)):
-        where, _, what = text.partition(": ") if ": " in text.split(" ")[0] + " " else text.partition(" ")
-        return Problem(where.rstrip(":"), what)
-    return Problem(str(version_dir), text)
+def _problem(path: Path, error: Exception) -> Problem:
+    """The loaders' messages begin with the path already."""
+    return Problem(str(path), str(error).removeprefix(str(path)).lstrip(": "))

@@ -61,7 +61,8 @@ def read_examples(path: Path, labels: Sequence[str]) -> list[Example]:
         FitError: names the line that is at fault.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON may hold characters, U+2028 say, that end a line elsewhere.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise FitError(f"{path} can't be read: {error}") from error
     examples = []

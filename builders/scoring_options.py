@@ -123,7 +123,7 @@ def read_template(text_or_path: str) -> str:
         return text_or_path
     try:
         # Editors end a file so; a prompt that ended so would have its label begin a line.
-        return Path(text_or_path).read_text(encoding="utf-8").removesuffix("\n")
+        return Path(text_or_path).read_text(encoding="utf-8-sig").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BuildError(
             f"template {text_or_path!r} holds no {PLACE}, and is no file that can be read: {error}"

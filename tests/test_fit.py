@@ -99,8 +99,11 @@ def test_calibration_error_is_how_far_confidence_is_from_being_right() -> None:
 def test_examples_at_fault_name_their_line(tmp_path: Path) -> None:
     path = tmp_path / "examples.jsonl"
     good = [json.dumps({"text": "x", "label": label}) for label in "ab"] * 15
-    path.write_text("\n".join(good))
-    assert [example.label for example in read_examples(path, ("a", "b"))] == ["a", "b"] * 15
+    odd = '{"text": "one\u2028two", "label": "a"}'
+    path.write_text("\r\n".join([odd, *good[1:], ""]), encoding="utf-8-sig")
+    examples = read_examples(path, ("a", "b"))
+    assert [example.label for example in examples] == ["a", "b"] * 15
+    assert examples[0].text == "one\u2028two"
     for line, message in (
         ("{", r"examples.jsonl:1 must be"),
         ('{"text": "x"}', r":1 must be"),
