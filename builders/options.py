@@ -101,8 +101,8 @@ class BuildOptions:
     def _check_score(self) -> None:
         if self.target in ("tensorrt-rtx", "cuda"):
             raise BuildError(
-                f"target is {self.target!r}, which task score doesn't have: on a GPU Triton's own tensorrt backend "
-                "runs the plan; use target tensorrt, or onnx on a CPU"
+                f"target is {self.target!r}, which task score doesn't have: it runs in Triton's own tensorrt backend, "
+                "or on a CPU; use target tensorrt or onnx"
             )
         for name in self.settings:
             if name != "num_threads":
