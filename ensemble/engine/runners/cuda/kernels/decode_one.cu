@@ -27,7 +27,7 @@ typedef long long i64;
 
 constexpr int WARPS = 8;  // consumers
 constexpr int THREADS = 32 * WARPS;
-constexpr int GROUP = 512;  // bytes of a row that a warp multiplies at once
+constexpr int GROUP = 512;      // bytes of a row that a warp multiplies at once
 constexpr int MAX_ROWS = 256;   // of a matrix, until its products are summed up
 constexpr int MAX_PAIRS = 160;  // of gate and up
 constexpr int PRODUCTS = 2 * MAX_PAIRS;
@@ -344,7 +344,7 @@ __device__ __forceinline__ Affine affine_of(const Matrix& matrix, int row, bool 
 
 struct Consumer {
     Ring ring;
-    u8* scratch;   // the activations; while attention runs, its own things
+    u8* scratch;    // the activations; while attention runs, its own things
     float* parts;   // [WARPS, PRODUCTS]
     float* shared;  // [2, WARPS]
     Work* work;
@@ -815,14 +815,29 @@ struct Consumer {
 
     // ---- the decoder
 
+    // A phase: the residual stream += source · matrix. residual: this thread's element; work->hidden has all.
+    template <int K>
+    __device__ __forceinline__ void add_product(const Matrix& matrix, const float* source, Share hidden,
+                                                float& residual) {
+        const bool is_mine = thread < hidden.count;
+        const Affine affine = affine_of(matrix, hidden.first + thread, is_mine);
+        wait_for_grid();
+        const float scale = put_scaled<K>(source);
+        stages<K, FP8>(hidden.count);
+        if (is_mine) {
+            residual += product<K, FP8>(thread) * (affine.scale * scale) + affine.shift;
+            work->hidden[hidden.first + thread] = residual;
+        }
+        arrive_at_grid();
+    }
+
     __device__ __forceinline__ void run(const Layer* layers, const u16* embedding, const u16* last_norm,
                                         const float* cos, const float* sin, int position, i64 token, float* logits) {
         const Share qkv = share_of(QKV_SIZE), hidden = share_of(HIDDEN), pairs = share_of(INTERMEDIATE);
         const Span span = span_of(position);
-        const bool has_hidden = thread < hidden.count;
         const u16* embedded = embedding + token * HIDDEN;
         // This thread's element of the residual stream; work->hidden has a copy for the others.
-        float residual = has_hidden ? from_bf16(__ldg(embedded + hidden.first + thread)) : 0.0f;
+        float residual = thread < hidden.count ? from_bf16(__ldg(embedded + hidden.first + thread)) : 0.0f;
         for (int index = 0; index < LAYERS; ++index) {
             const Layer& layer = layers[index];
             {
@@ -852,17 +867,7 @@ struct Consumer {
                 attend(layer, span, position, cos + (i64)position * HALF, sin + (i64)position * HALF);
             }
             arrive_at_grid();
-            {
-                const Affine affine = affine_of(layer.o, hidden.first + thread, has_hidden);
-                wait_for_grid();
-                const float scale = put_scaled<Q_SIZE>(work->attended);
-                stages<Q_SIZE, FP8>(hidden.count);
-                if (has_hidden) {
-                    residual += product<Q_SIZE, FP8>(thread) * (affine.scale * scale) + affine.shift;
-                    work->hidden[hidden.first + thread] = residual;
-                }
-                arrive_at_grid();
-            }
+            add_product<Q_SIZE>(layer.o, work->attended, hidden, residual);
             {
                 Affine gate = affine_of(layer.gate_up, pairs.first + thread, thread < pairs.count);
                 Affine up = affine_of(layer.gate_up, INTERMEDIATE + pairs.first + thread, thread < pairs.count);
@@ -891,17 +896,7 @@ struct Consumer {
                 }
                 arrive_at_grid();
             }
-            {
-                const Affine affine = affine_of(layer.down, hidden.first + thread, has_hidden);
-                wait_for_grid();
-                const float scale = put_scaled<INTERMEDIATE>(work->product);
-                stages<INTERMEDIATE, FP8>(hidden.count);
-                if (has_hidden) {
-                    residual += product<INTERMEDIATE, FP8>(thread) * (affine.scale * scale) + affine.shift;
-                    work->hidden[hidden.first + thread] = residual;
-                }
-                arrive_at_grid();
-            }
+            add_product<INTERMEDIATE>(layer.down, work->product, hidden, residual);
         }
         Vector<HIDDEN> norm, x;
         read_bf16<HIDDEN>(norm, last_norm);
