@@ -5,8 +5,6 @@ A journal that was begun with another subject is worth nothing. Files are read, 
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 from builders.pbtxt import to_text
 from builders.tune.repository import newest_version
 from builders.tune.space import Configs, TuneError
+from ensemble.machine import hardware, read_field
 from ensemble.manifest import SMALL_FILE, installed_versions
 
 PACKAGES = ("numpy", "onnxruntime", "tokenizers", "torch", "nvidia-pytriton")
@@ -56,20 +55,7 @@ def configs_digest(configs: Configs) -> str:
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory and GPUs."""
-    return {
-        "processor": _field(Path("/proc/cpuinfo"), "model name") or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpus": sorted(_field(path, "Model") for path in GPUS.glob("*/information")),
-    }
-
-
-def _field(path: Path, name: str) -> str:
-    """The value of the first line `name : value`, or nothing."""
-    if not path.is_file():
-        return ""
-    pairs = (line.partition(":") for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
-    return next((value.strip() for key, _, value in pairs if key.strip() == name), "")
+    return {**hardware(), "gpus": sorted(read_field(path, "Model") for path in GPUS.glob("*/information"))}
 
 
 def _digest(paths: Iterable[Path]) -> str:

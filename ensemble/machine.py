@@ -1,0 +1,25 @@
+"""What this machine is made of, as records of measurements name it. Linux only."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores that this process may use, and memory in GiB."""
+    return {
+        "processor": read_field(Path("/proc/cpuinfo"), "model name") or platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+    }
+
+
+def read_field(path: Path, name: str) -> str:
+    """The value of the first line `name : value` of a file of /proc, or nothing."""
+    if not path.is_file():
+        return ""
+    pairs = (line.partition(":") for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return next((value.strip() for key, _, value in pairs if key.strip() == name), "")
