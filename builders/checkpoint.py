@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from builders.errors import CheckpointError, UnsupportedError
 from builders.spec import ModelSpec, from_gguf, from_hf
+from ensemble.errors import one_line
 
 Array = NDArray[Any]
 
@@ -265,8 +266,7 @@ class GGUFCheckpoint:
             self._reader = _gguf_reader(path)
             metadata = {name: field.contents() for name, field in self._reader.fields.items()}
         except Exception as error:  # the reader raises whatever its parsing met: IndexError, KeyError, …
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{path} is not a readable GGUF file ({reason}); {FETCH_AGAIN}") from error
+            raise CheckpointError(f"{path} is not a readable GGUF file ({one_line(error)}); {FETCH_AGAIN}") from error
         tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         embedding = tensors.get("token_embd.weight")
         if embedding is None or len(embedding.shape) != 2:

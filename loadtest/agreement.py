@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loadtest.engine import EngineWork
-from loadtest.metrics import ModelWork
+from loadtest.metrics import ModelWork, mean
 from loadtest.sample import Sample
 from loadtest.validity import TOLERANCE
 from loadtest.verdict import Verdict
@@ -41,7 +41,7 @@ def check(samples: Sequence[Sample], engine: EngineWork | None, others: dict[str
 
 
 def _check_first_token(samples: Sequence[Sample], engine: EngineWork, others: dict[str, ModelWork]) -> list[Verdict]:
-    client = _mean([sample.first_s - sample.sent_s for sample in samples if sample.first_s is not None])
+    client = mean(sample.first_s - sample.sent_s for sample in samples if sample.first_s is not None)
     server = engine.first_token_s.mean
     if client is None or server is None:
         return []
@@ -82,7 +82,3 @@ def _check_inter_token(samples: Sequence[Sample], engine: EngineWork) -> list[Ve
             "client and engine differ by more than a tenth on how fast tokens follow each other",
         )
     ]
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None

@@ -157,7 +157,7 @@ def course(readings: Sequence[Reading], edges: Sequence[float]) -> dict[str, dic
 def gauge_course(readings: Sequence[Reading], model: str, gauge: str, edges: Sequence[float]) -> list[float | None]:
     """A gauge's mean between each two of `edges`."""
     return [
-        _mean(
+        mean(
             value
             for reading in readings
             if low <= reading.at_s < high and (value := reading.gauges.get(model, {}).get(gauge)) is not None
@@ -170,6 +170,7 @@ def _ratio(value: float, by: float) -> float | None:
     return value / by if by > 0 else None
 
 
-def _mean(values: Iterable[float]) -> float | None:
+def mean(values: Iterable[float]) -> float | None:
+    """None: of nothing."""
     listed = list(values)
     return sum(listed) / len(listed) if listed else None

@@ -24,6 +24,7 @@ from clients.base import BaseClient
 from clients.errors import ClientError
 from clients.grpc import GrpcClient
 from clients.score import ScoreRequest
+from ensemble.errors import one_line
 from ensemble.pipelines import ENGINE_SUFFIX, model_name
 from ensemble.server import ServerError, TritonServer
 
@@ -101,7 +102,7 @@ def measure(repository: Path, name: str, configs: Configs, load: Load) -> Measur
         ):
             return run(load, server.grpc_url, name)
     except (CheckError, ServerError) as error:
-        return Measurement(failure=" ".join(str(error).split()))
+        return Measurement(failure=one_line(error))
     except OSError as error:
         raise TuneError(f"{error.filename or 'temporary files'}: {error.strerror}; mend it, then go on") from error
 
@@ -120,7 +121,7 @@ def run(load: Load, url: str, model: str) -> Measurement:
                 load.ask(client, load.texts[index % len(load.texts)])
             except ClientError as error:
                 is_over.set()
-                return " ".join(str(error).split())
+                return one_line(error)
             index += load.clients
             finished = time.perf_counter()
             # By their ends: counting only those that also began here would leave out the slow ones.
