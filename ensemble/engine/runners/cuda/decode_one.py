@@ -121,7 +121,7 @@ class DecodeOne:
         cos, sin: [max_seq_len, head_dim / 2] float32.
 
     Raises:
-        CompileError: the kernel can't be compiled or loaded.
+        KernelError: the kernel can't be compiled or loaded.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class DecodeOne:
             "MAX_SEQ_LEN": shape.max_seq_len,
             "FP8": int(is_fp8),
             "QK_NORM": int(shape.qk_norm),
-            "EPS": f"{shape.rms_norm_eps!r}f" if "e" in repr(shape.rms_norm_eps) else f"{shape.rms_norm_eps:.9e}f",
+            "EPS": f"{shape.rms_norm_eps:.9e}f",
             "SCORE_SCALE": f"{shape.head_dim**-0.5 * math.log2(math.e):.9e}f",
             "BLOCKS": self._blocks,
             "STAGES": memory.stages,

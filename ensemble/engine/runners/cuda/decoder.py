@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ensemble.cuda_layout import DecoderShape
 from ensemble.engine.runners.cuda.decode_one import DecodeOne, LayerTensors, reason_against
 from ensemble.engine.runners.cuda.kernels import attention, gemv, rows, skinny
-from ensemble.engine.runners.cuda.nvrtc import CompileError
+from ensemble.engine.runners.cuda.nvrtc import KernelError
 from ensemble.engine.runners.cuda.plan import Plan
 from ensemble.engine.runners.cuda.prompts import PackedPrompts
 from ensemble.engine.runners.cuda.weights import WeightSource
@@ -57,6 +57,11 @@ class Layer:
     o: Linear
     gate_up: Linear
     down: Linear
+
+    @property
+    def matrices(self) -> tuple[Linear, ...]:
+        """In the order in which they are used."""
+        return self.qkv, self.o, self.gate_up, self.down
 
 
 @dataclass(frozen=True)
@@ -206,17 +211,16 @@ class Decoder:
 
     def prepare(self, caches: Caches) -> None:
         """Compile the single kernel of batch 1 for these caches, if it can run here; else batch 1 takes several."""
-        matrices = [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        reason = (
-            "the plan has no kernels for one row"
-            if not self.plan.gemv
-            else reason_against(self.shape, [linear.is_fp8 for linear in matrices], self.device, self.dtype)
-        )
+        is_fp8 = [linear.is_fp8 for layer in self.layers for linear in layer.matrices]
+        if self.plan.gemv:
+            reason = reason_against(self.shape, is_fp8, self.device, self.dtype)
+        else:
+            reason = "the plan has no kernels for one row"
         if reason is None:
             layers = [
                 LayerTensors(
                     layer.attention_norm, layer.mlp_norm, layer.qk_norms,
-                    [(m.weight, m.scale, m.bias) for m in (layer.qkv, layer.o, layer.gate_up, layer.down)],
+                    [(linear.weight, linear.scale, linear.bias) for linear in layer.matrices],
                     caches.keys[index, 0], caches.values[index, 0],
                 )
                 for index, layer in enumerate(self.layers)
@@ -224,9 +228,9 @@ class Decoder:
             try:
                 self._one = DecodeOne(
                     self.shape, layers, embedding=self.embedding, norm=self.norm, head=self.head.weight,
-                    cos=self.cos, sin=self.sin, is_fp8=matrices[0].is_fp8,
+                    cos=self.cos, sin=self.sin, is_fp8=all(is_fp8),
                 )  # fmt: skip
-            except CompileError as error:
+            except KernelError as error:
                 reason = str(error)
         if reason is not None:
             log.info("batch 1 runs by several kernels: %s", reason)

@@ -16,8 +16,8 @@ import torch
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_…
 
 
-class CompileError(Exception):
-    """The kernel could not be compiled or loaded here; one line."""
+class KernelError(Exception):
+    """A kernel could not be compiled, loaded or launched here; one line."""
 
 
 class Kernel:
@@ -30,7 +30,7 @@ class Kernel:
         shared_bytes: dynamic shared memory of a block.
 
     Raises:
-        CompileError: with the compiler's first complaint.
+        KernelError: with the compiler's first complaint.
     """
 
     def __init__(self, source: str, name: str, macros: Mapping[str, object], *, shared_bytes: int) -> None:
@@ -63,13 +63,13 @@ class Kernel:
         if result:
             message = ctypes.c_char_p()
             self._driver.cuGetErrorString(result, ctypes.byref(message))
-            raise CompileError(f"CUDA's driver: {(message.value or b'unknown error').decode()}")
+            raise KernelError(f"CUDA's driver: {(message.value or b'unknown error').decode()}")
 
 
 def _compile(source: str, name: str, options: Sequence[str]) -> bytes:
     library, program, size = _library(), ctypes.c_void_p(), ctypes.c_size_t()
     if library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None):
-        raise CompileError(f"{name}: no program could be made")
+        raise KernelError(f"{name}: no program could be made")
     try:
         encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if library.nvrtcCompileProgram(program, len(options), encoded):
@@ -77,7 +77,7 @@ def _compile(source: str, name: str, options: Sequence[str]) -> bytes:
             log = ctypes.create_string_buffer(size.value)
             library.nvrtcGetProgramLog(program, log)
             lines = [line for line in log.value.decode().splitlines() if "error" in line] or ["no reason given"]
-            raise CompileError(lines[0])
+            raise KernelError(lines[0])
         library.nvrtcGetCUBINSize(program, ctypes.byref(size))
         image = ctypes.create_string_buffer(size.value)
         library.nvrtcGetCUBIN(program, image)
@@ -98,4 +98,4 @@ def _library() -> ctypes.CDLL:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise CompileError(f"libnvrtc.so.{major}, which torch brings, was not found")
+    raise KernelError(f"libnvrtc.so.{major}, which torch brings, was not found")
