@@ -46,7 +46,8 @@ def test_build_makes_a_repository_of_a_plan_and_of_a_scoring_plan(
     # Datacenter TensorRT can't be had without its container: its API is TensorRT for RTX's.
     monkeypatch.setitem(TARGETS, "tensorrt", TARGETS["tensorrt-rtx"])
     batching = Batching(max_batch_size=2)
-    scorer = replace(options, name="scorer", target="tensorrt", task="score", scoring=ScoringOptions(batching=batching))
+    scoring = ScoringOptions(batching=batching)
+    scorer = replace(options, name="scorer", target="tensorrt", task="score", scoring=scoring, settings={})
     build(scorer)
     assert check_repository(options.repository) == []
     engine = options.repository / "scorer-engine"
