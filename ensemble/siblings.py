@@ -3,7 +3,8 @@
 All are children of one tritonserver. Triton 2.51 neither restarts a model whose process has died nor answers its
 requests: they would hang for ever, and every later one fail, while the server calls itself ready. So each process
 watches the others, and one that finds another dead ends the server: its clients get an error at once, and whoever runs
-the server (`deepseek-triton serve`, a container's restart policy) starts it again.
+the server (`deepseek-triton serve`, a container's restart policy) starts it again. And one that finds the server dead
+ends itself: Triton's own code in it may wait for ever for a lock that the server held.
 """
 
 from __future__ import annotations
@@ -47,18 +48,19 @@ def watch(name: str, version: str | int, part: str) -> Watchdog:
 
 
 class Watchdog:
-    """Says that this process lives, and ends the server when one of the others has died.
+    """Says that this process lives, ends the server when one of the others has died, and this process after the server.
 
     Args:
         own: where this process writes its id; removed by `close`, which a process that is killed doesn't reach.
         others: where the others write theirs.
-        end_server: what to do then.
+        end_server: what to do then; None: kill this process's parent, which is the server.
     """
 
     def __init__(self, own: Path, others: Sequence[Path], end_server: Callable[[], None] | None = None) -> None:
         self._own = own
         self._others = tuple(others)
-        self._end_server = end_server or _kill_parent
+        self._server_pid = os.getppid()
+        self._end_server = end_server or self._kill_server
         self._is_closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         _remove_leftovers(own.parent)
@@ -83,12 +85,19 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._is_closed.wait(POLL_S):
+            if os.getppid() != self._server_pid:
+                log.error("the server has died; ending this process")
+                os._exit(1)
             if (dead := self.find_dead()) is not None:
                 log.error(
                     "the %s's process has died; ending the server, which would hang", dead.suffix.removeprefix(".")
                 )
                 self._end_server()
                 return
+
+    def _kill_server(self) -> None:
+        # Not SIGTERM: it waits for the requests in flight, which never end.
+        os.kill(self._server_pid, signal.SIGKILL)
 
 
 def _is_dead(path: Path) -> bool:
@@ -102,11 +111,6 @@ def _is_dead(path: Path) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return path.exists()
     return state in ("Z", "X")
-
-
-def _kill_parent() -> None:
-    # Not SIGTERM: it waits for the requests in flight, which never end.
-    os.kill(os.getppid(), signal.SIGKILL)
 
 
 def _remove_leftovers(directory: Path) -> None:
