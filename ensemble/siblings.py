@@ -47,6 +47,21 @@ def watch(name: str, version: str | int, part: str) -> Watchdog:
     return watchdog
 
 
+def find_server() -> int:
+    """The id of the server that started this process, which may have died since; then somebody has adopted it.
+
+    Triton tells a stub its own id: the fifth argument, as in stub_launcher.cc of the python backend.
+    """
+    parent = os.getppid()
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        if Path(f"/proc/{parent}/comm").read_text().strip() == "tritonserver":
+            return parent
+    program, *arguments = Path("/proc/self/cmdline").read_text(errors="replace").split("\0")
+    if program.endswith("triton_python_backend_stub") and len(arguments) > 4 and arguments[4].isdecimal():
+        return int(arguments[4])
+    return parent
+
+
 class Watchdog:
     """Says that this process lives, ends the server when one of the others has died, and this process after the server.
 
@@ -59,7 +74,7 @@ class Watchdog:
     def __init__(self, own: Path, others: Sequence[Path], end_server: Callable[[], None] | None = None) -> None:
         self._own = own
         self._others = tuple(others)
-        self._server_pid = os.getppid()
+        self._server_pid = find_server()
         self._end_server = end_server or self._kill_server
         self._is_closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)

@@ -9,26 +9,38 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
-# As Triton's server and one of its stubs: the child says who it is, then waits for what never comes.
+# As Triton's server and one of its stubs, with the arguments that a stub gets. The stub says who it is, and that it is
+# ready; then it waits for what never comes.
 SERVER = """
-import subprocess, sys
-subprocess.run([sys.executable, "-c", sys.argv[1], sys.argv[2]])
+import os, subprocess, sys
+stub, directory, when = sys.argv[1:]
+name = f"{directory}/triton_python_backend_stub"
+subprocess.run([name, "-c", stub, directory, when, str(os.getpid())], executable=sys.executable)
 """
 STUB = """
-import os, sys, threading
+import os, sys, threading, time
 from pathlib import Path
-from ensemble.siblings import Watchdog
-directory = Path(sys.argv[1])
-Watchdog(directory / "tokenizer", [directory / "engine"]).start()
+directory, when, server = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 print(os.getpid(), flush=True)
+while when == "late" and os.getppid() == server:
+    time.sleep(0.05)
+from ensemble.siblings import Watchdog
+Watchdog(directory / "tokenizer", [directory / "engine"]).start()
 threading.Event().wait()
 """
 
 
-def test_a_process_whose_server_is_killed_ends_by_itself(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SERVER, STUB, str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+@pytest.mark.parametrize("when", ["early", "late"])  # late: the server dies before the stub begins to watch
+def test_a_process_whose_server_is_killed_ends_by_itself(when: str, tmp_path: Path) -> None:
+    # A Python that goes by another name must be told where its library is.
+    environment = {**os.environ, "PYTHONHOME": sys.base_prefix, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER, STUB, str(tmp_path), when],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    ) as server:  # fmt: skip
         assert server.stdout is not None
         stub = int(server.stdout.readline())
         try:
