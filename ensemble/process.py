@@ -1,4 +1,4 @@
-"""A child process that ends when this one does, however this one ends.
+"""A child process that ends when this one does, however this one ends, and its children with it.
 
 It knows commands and signals, nothing about servers. Linux only.
 """
@@ -12,29 +12,21 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# Runs in between, and becomes the command: Linux signals it when the thread that started it ends. Done after
-# a fork in this interpreter (preexec_fn) it would not be safe beside other threads.
-_LAUNCHER = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-if os.getppid() != int(sys.argv[1]):
-    sys.exit("the starting process has gone")
-try:
-    os.execv(sys.argv[2], sys.argv[2:])
-except OSError as error:
-    sys.exit(f"can't start {sys.argv[2]}: {error.strerror}")
-"""
+_LAUNCHER = Path(__file__).with_name("launcher.py")
 
 
-def launch(command: Sequence[str], environment: Mapping[str, str], log_path: Path) -> subprocess.Popen[bytes]:
-    """Start `command` in a session of its own, its output in a new file at `log_path`.
+def launch(
+    command: Sequence[str], environment: Mapping[str, str], log_path: Path, grace_s: float
+) -> subprocess.Popen[bytes]:
+    """Start `command`, a program's path and its arguments, in a session of its own; its output goes to `log_path`.
 
-    It gets SIGTERM when this process ends, even by SIGKILL.
+    It gets SIGTERM when this process ends, even by SIGKILL, and SIGKILL `grace_s` seconds later. Its own children, but
+    for those in another process group, are killed when it ends.
 
     Raises:
         OSError: the log can't be written, or no process made.
     """
-    launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid())]
+    launcher = [sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid()), str(grace_s)]
     started: list[subprocess.Popen[bytes]] = []
     errors: list[OSError] = []
     is_started = threading.Event()

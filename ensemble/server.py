@@ -150,7 +150,9 @@ class TritonServer:
                 *self._options(),
             ]
             try:
-                self._process = launch(command, installation.environment(), self.log_path)
+                self._process = launch(
+                    command, installation.environment(), self.log_path, EXIT_TIMEOUT_S + KILL_MARGIN_S
+                )
             except OSError as error:
                 raise ServerError(f"can't start {installation.binary}: {error}") from error
             self._wait_until_ready()

@@ -135,7 +135,7 @@ def test_serves_and_leaves_nothing_behind(repository: Path, temporary: Path) -> 
         socket.create_connection((host, int(port)), timeout=5).close()
         log, pid = triton.log_path, triton.pid
         assert log.is_relative_to(temporary)
-        assert len(group(pid)) == 2  # the server and one stub
+        assert len(group(pid)) == 3  # the server, its guard and one stub
         regions = Path("/dev/shm")
         (prefix,) = [path.name for path in temporary.iterdir()]
         assert list(regions.glob(f"{prefix}-*"))
@@ -208,7 +208,7 @@ def test_the_server_ends_with_a_starter_that_is_killed(repository: Path, tmp_pat
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, cwd=root, text=True) as starter:
         assert starter.stdout is not None
         pid = int(starter.stdout.readline())
-        assert len(group(pid)) == 2
+        assert len(group(pid)) == 3, "tritonserver, its stub and the guard"
         starter.send_signal(signal.SIGKILL)
     try:
         assert wait_until(lambda: group(pid) == []), group(pid)
