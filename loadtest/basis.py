@@ -66,7 +66,7 @@ def tables(levels: Levels, basis: Basis) -> str:
             f'machine = "{basis.machine}"',
             "",
             "[basis.runs]",
-            *(f"{name} = [{', '.join(f'{value:.4g}' for value in values)}]" for name, values in basis.runs.items()),
+            *(f"{name} = [{', '.join(f'{value:g}' for value in values)}]" for name, values in basis.runs.items()),
         )
     )
 
@@ -74,7 +74,7 @@ def tables(levels: Levels, basis: Basis) -> str:
 def _present(value: float | None, name: str, result: Result) -> float:
     if value is None:
         raise ProfileError(f"the run of {result.started} has no figure for {name}")
-    return value
+    return float(f"{value:.4g}")  # as it is written down: the level must follow from what is read
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from loadtest.profile import Basis, ProfileError
 from loadtest.result import Result
 from tests.loadtests import failed, make_profile, make_result, sample
 
-# Profiles whose levels are still guesses: a name goes when its profile has measured ones.
-UNMEASURED = ("chat", "ramp", "smoke", "soak", "spike", "steady")
 LEVELS = {"p99_latency_s": 9, "max_backlog": 9, "max_error_ratio": 0}
 
 
@@ -98,13 +96,15 @@ def test_a_basis_is_checked(basis: dict[str, Any], message: str) -> None:
     assert str(error.value).startswith(message)
 
 
+# Their levels are guesses, and say so: no run of them on a quiet machine has been had yet.
+UNMEASURED = ("chat", "ramp", "soak")
+
+
 @pytest.mark.parametrize("name", profile.names())
 def test_every_level_of_the_projects_profiles_follows_from_its_basis(name: str) -> None:
     read = profile.load(name)
     assert (read.basis is None) == (name in UNMEASURED)
-    if read.basis is None:
-        pytest.skip("its levels are not from measured runs yet")
-    assert all(len(values) >= 3 for values in read.basis.runs.values())
     promised = {level: limit for level, limit in vars(read.levels).items() if limit is not None}
     assert promised.pop("max_error_ratio") == 0
-    assert promised == {level: read.basis.limit(level) for level in read.basis.runs}
+    if read.basis is not None:
+        assert promised == {level: read.basis.limit(level) for level in read.basis.runs}
