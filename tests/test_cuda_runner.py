@@ -17,7 +17,8 @@ from tests.cuda_device import DEVICE, DTYPE, HAS_GPU  # isort: skip  # before tr
 
 from ensemble.cuda_layout import DecoderShape
 from ensemble.engine.runners.base import Draw, DrawingRunner, OutOfMemoryError, PromptChunk, RunnerError
-from ensemble.engine.runners.cuda.runner import LAST_TOKEN, CudaRunner, captured_size, captured_sizes
+from ensemble.engine.runners.cuda.graphs import captured_size, captured_sizes
+from ensemble.engine.runners.cuda.runner import LAST_TOKEN, CudaRunner
 from ensemble.engine.runners.cuda.weights import RandomWeights
 from ensemble.tensor_file import TensorEntry
 from tests.cuda_reference import Reference

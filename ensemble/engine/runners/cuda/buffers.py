@@ -7,13 +7,14 @@ on the host, so that a step can be prepared while the one before it runs. It kno
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ensemble.engine.runners.base import Draw, Ids
+from ensemble.engine.runners.cuda.prompts import PackedPrompts
 
 STEPS_IN_FLIGHT = 2
 NO_TOKEN = -1  # position of a row without a token
@@ -78,6 +79,27 @@ class StepSlot:
         if self.logits is None or len(self.logits) < count:
             self.logits = torch.empty(count, vocab_size, dtype=torch.float32, pin_memory=self.tokens.is_pinned())
         return self.logits[:count]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """`PackedPrompts` on the device, field by field."""
+
+    ids: torch.Tensor
+    slots: torch.Tensor
+    positions: torch.Tensor
+    tiles: torch.Tensor
+    last_rows: torch.Tensor
+
+    @classmethod
+    def of(cls, packed: PackedPrompts, device: torch.device) -> Prompts:
+        """New tensors on `device`."""
+        return cls(*(torch.from_numpy(getattr(packed, field.name)).to(device) for field in fields(cls)))
+
+    def fill(self, packed: PackedPrompts) -> None:
+        """Overwrite with prompts of the same sizes."""
+        for field in fields(self):
+            getattr(self, field.name).copy_(torch.from_numpy(getattr(packed, field.name)))
 
 
 def _signed(seed: int) -> int:

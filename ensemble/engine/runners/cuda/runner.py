@@ -9,21 +9,30 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-import triton
 
 from ensemble.cuda_layout import DecoderShape, LayoutError
 from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, OutOfMemoryError, PromptChunk, RunnerError
-from ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT, StepInputs, StepSlot
-from ensemble.engine.runners.cuda.decoder import PREFILL_TILE, Caches, Decoder, Prompts
-from ensemble.engine.runners.cuda.kernels import sampling
+from ensemble.engine.runners.cuda.attending import PREFILL_TILE, Caches
+from ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT, Prompts, StepInputs, StepSlot
+from ensemble.engine.runners.cuda.decoder import Decoder
+from ensemble.engine.runners.cuda.drawing import draw_tokens
+from ensemble.engine.runners.cuda.graphs import (
+    CAPTURED_CHUNKS,
+    PREFILL_SIZES,
+    Captured,
+    Capturer,
+    captured_size,
+    captured_sizes,
+    pack_for_graph,
+    padded_size,
+)
 from ensemble.engine.runners.cuda.memory import MIB, check_fits, weight_bytes
 from ensemble.engine.runners.cuda.plan import FAST, INVARIANT, Plan
 from ensemble.engine.runners.cuda.prompts import PackedPrompts, pack
@@ -32,20 +41,8 @@ from ensemble.engine.runners.cuda.weights import WeightSource
 log = logging.getLogger(__name__)
 
 LAST_TOKEN = -1  # as an id: the token that the slot drew last
-SCAN_CHUNK = 4096  # logits that one program looks through
-DRAW_BLOCK = 4096
-CAPTURED_CHUNKS = 8  # chunks that one captured prefill may hold
 FP8_CAPABILITY = (8, 9)
 PDL_CAPABILITY = (9, 0)
-
-
-@dataclass(frozen=True)
-class _Captured:
-    """A graph, and what it reads and writes: none of it may move while the graph lives."""
-
-    graph: torch.cuda.CUDAGraph
-    logits: torch.Tensor
-    addresses: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -100,8 +97,8 @@ class CudaRunner:
         self._stream: torch.cuda.Stream | None = None
         if self._is_cuda:
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._graphs: dict[int, _Captured] = {}
-        self._prefill_graphs: dict[int, tuple[_Captured, Prompts]] = {}
+        self._graphs: dict[int, Captured] = {}
+        self._prefill_graphs: dict[int, tuple[Captured, Prompts]] = {}
         self._pending: deque[_Pending] = deque()
         try:
             with self._on_stream():
@@ -224,30 +221,14 @@ class CudaRunner:
         """The step of `size` rows, by its graph: logits [size, vocab_size]."""
         if not self._is_cuda:
             return self._step(size)
-        captured = self._graphs[size]
-        assert captured.addresses == self._addresses(), "a captured graph's memory has moved"
-        captured.graph.replay()
-        return captured.logits
+        return self._graphs[size].replay(self._addresses())
 
     def _step(self, size: int) -> torch.Tensor:
         inputs = {name: tensor[:size] for name, tensor in self._inputs.tensors.items()}
         logits = self._decoder.decode(
             inputs["ids"], inputs["positions"], self._tokens[:size], self._caches, self._arrived
         )
-        chunks = triton.cdiv(self.vocab_size, SCAN_CHUNK)
-        best, total = (torch.empty(size, chunks, dtype=torch.float32, device=self._device) for _ in range(2))
-        where = torch.empty(size, chunks, dtype=torch.int32, device=self._device)
-        self._decoder.launch(
-            sampling.scan_logits, (chunks, size), logits, best, where, total,
-            V=self.vocab_size, CHUNK=SCAN_CHUNK, CHUNKS=chunks, num_warps=4,
-        )  # fmt: skip
-        self._decoder.launch(
-            sampling.draw_tokens, (size,), logits, best, where, total,
-            inputs["temperatures"], inputs["top_ks"], inputs["top_ps"], inputs["min_ps"], inputs["seeds"],
-            inputs["steps"], self._tokens, self._log_probs,
-            V=self.vocab_size, CHUNKS=chunks, BLOCK_CHUNKS=triton.next_power_of_2(chunks), BLOCK=DRAW_BLOCK,
-            num_warps=16,
-        )  # fmt: skip
+        draw_tokens(self._decoder.launch, logits, inputs, self._tokens, self._log_probs)
         return logits
 
     # ---- prefill
@@ -257,10 +238,8 @@ class CudaRunner:
 
     def _replay_prefill(self, chunks: Sequence[PromptChunk], size: int) -> torch.Tensor:
         captured, prompts = self._prefill_graphs[size]
-        assert captured.addresses == self._addresses(), "a captured graph's memory has moved"
-        prompts.fill(_pack_for_graph(chunks, size))
-        captured.graph.replay()
-        return captured.logits
+        prompts.fill(pack_for_graph(chunks, size))
+        return captured.replay(self._addresses())
 
     # ---- memory and graphs
 
@@ -283,29 +262,20 @@ class CudaRunner:
 
     def _warm_up(self) -> None:
         """Compile every kernel and capture every graph, so that no request waits for it."""
-        if not self._is_cuda:
+        if self._stream is None:
             return
         self._inputs.tensors["positions"].fill_(-1)
-        pool = torch.cuda.graph_pool_handle()
+        capture = Capturer(self._stream, self._addresses).capture
         with self._attributed():
             for size in reversed(captured_sizes(self.num_slots)):
-                self._graphs[size] = self._capture(partial(self._step, size), pool)
+                self._graphs[size] = capture(partial(self._step, size))
             longest = padded_size(self._prefill_chunk)
             nothing = [PromptChunk(0, np.zeros(1, np.int64), 0)]
             for size in (size for size in reversed(PREFILL_SIZES) if size <= longest):
-                prompts = Prompts.of(_pack_for_graph(nothing, size), self._device)
-                captured = self._capture(partial(self._decoder.prefill, prompts, self._caches), pool)
-                self._prefill_graphs[size] = (captured, prompts)
+                prompts = Prompts.of(pack_for_graph(nothing, size), self._device)
+                self._prefill_graphs[size] = capture(partial(self._decoder.prefill, prompts, self._caches)), prompts
             self._launch_prefill(pack(nothing, tile=PREFILL_TILE, num_tokens=longest))
         torch.cuda.synchronize(self._device)
-
-    def _capture(self, run: Callable[[], torch.Tensor], pool: Any) -> _Captured:
-        run()  # compiles
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.current_stream().synchronize()
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream):
-            logits = run()
-        return _Captured(graph, logits, self._addresses())
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -323,32 +293,6 @@ class CudaRunner:
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise OutOfMemoryError(f"the GPU has no memory for this step: {str(error).splitlines()[0]}") from error
-
-
-PREFILL_SIZES = (16, 32, 64, 128, 256, 512)  # captured: there launching would take longer than computing
-
-
-def captured_sizes(num_slots: int) -> list[int]:
-    """The batch sizes that have a graph: 1, 2, 4, 8, then two for each doubling, at most all slots."""
-    sizes = {1, 2, 4} | {base * factor for factor in (1, 2, 4, 8, 16, 32, 64, 128) for base in (8, 12)}
-    return sorted({min(size, num_slots) for size in sizes})
-
-
-def captured_size(n: int, num_slots: int) -> int:
-    """The captured batch size that runs `n` rows."""
-    return next(size for size in captured_sizes(num_slots) if size >= n)
-
-
-def padded_size(num_tokens: int) -> int:
-    """Tokens that a prefill of `num_tokens` computes: few different shapes, and whole tiles."""
-    return max(16, -(-num_tokens // 64) * 64)
-
-
-def _pack_for_graph(chunks: Sequence[PromptChunk], size: int) -> PackedPrompts:
-    return pack(
-        chunks, tile=PREFILL_TILE, num_tokens=size, num_tiles=size // PREFILL_TILE + CAPTURED_CHUNKS,
-        num_logits=CAPTURED_CHUNKS,
-    )  # fmt: skip
 
 
 def _check_device(source: WeightSource, device: torch.device) -> None:
