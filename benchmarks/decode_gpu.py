@@ -23,8 +23,8 @@ import torch
 
 from benchmarks.machine import describe
 from ensemble.cuda_layout import DecoderShape
-from ensemble.engine.runners.base import Draw, PromptChunk
-from ensemble.engine.runners.cuda.runner import LAST_TOKEN, CudaRunner
+from ensemble.engine.runners.base import LAST_TOKEN, Draw, PromptChunk
+from ensemble.engine.runners.cuda.runner import CudaRunner
 from ensemble.engine.runners.cuda.weights import RandomWeights
 
 RESULTS = Path(__file__).parent / "results"

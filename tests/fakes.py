@@ -7,7 +7,7 @@ from zlib import crc32
 
 import numpy as np
 
-from ensemble.engine.runners.base import Decoded, Draw, Logits, PromptChunk
+from ensemble.engine.runners.base import LAST_TOKEN, Decoded, Draw, Logits, PromptChunk
 from ensemble.engine.runners.base import Ids as IdArray
 from ensemble.engine.sequence import FailureKind, Request
 from ensemble.progress import Update
@@ -67,9 +67,6 @@ class DrawingFakeRunner(FakeRunner):
     def can_draw(self, draw: Draw) -> bool:
         return draw.temperature == 0
 
-    def prefill_many(self, chunks: Ids[PromptChunk]) -> Logits:
-        return np.stack([self.prefill(chunk.slot, chunk.ids, chunk.start) for chunk in chunks])
-
     def start_decode(self, ids: IdArray, positions: IdArray, draws: Ids[Draw | None], logits_rows: Ids[int]) -> None:
         assert self._started is None, "one step at a time"
         self._started = ids.copy(), positions.copy(), list(draws), list(logits_rows)
@@ -82,6 +79,103 @@ class DrawingFakeRunner(FakeRunner):
         self.num_logits_rows += len(logits_rows)
         log_probs = logits.max(axis=1) - np.log(np.exp(logits).sum(axis=1))
         return Decoded(logits.argmax(axis=1), log_probs, logits[logits_rows])
+
+
+class PipelinedFakeRunner(FakeRunner):
+    """Computes what is begun at once, as a stream of kernels would in the end, and tells of it when it is finished.
+
+    Strict about what a runner may rely on: how many calls are in flight, in order, contiguous positions, and that
+    LAST_TOKEN stands for a token that was drawn for the slot since the decode before. Every row of a decode loses the
+    token that it drew before, drawing or not. A call that fails has written whatever it would have.
+    """
+
+    steps_in_flight = 2
+    packs_prompts = True
+
+    def __init__(self, num_slots: int = 4, max_seq_len: int = 64, vocab_size: int = 100) -> None:
+        super().__init__(num_slots, max_seq_len, vocab_size)
+        self.num_ahead = self.num_drawn = self.num_logits_rows = 0
+        self.fail_finish: dict[str, Exception] = {}  # by kind of call
+        self._last_tokens: list[int | None] = [None] * num_slots
+        self._ends: list[int | None] = [None] * num_slots  # where a slot's next position is; None: unknown
+        self._in_flight: dict[str, list[Decoded]] = {"decode": [], "prefill": []}
+
+    def can_draw(self, draw: Draw) -> bool:
+        return draw.top_k == 0
+
+    def start_prefill(self, chunks: Ids[PromptChunk], draws: Ids[Draw | None], logits_rows: Ids[int]) -> None:
+        slots = [chunk.slot for chunk in chunks]
+        assert len(set(slots)) == len(chunks) == len(draws)
+        logits = []
+        for chunk in chunks:
+            self.calls.append(("prefill", len(chunk.ids)))
+            self.cache[chunk.slot, chunk.start : chunk.start + len(chunk.ids)] = chunk.ids
+            logits.append(self._logits(chunk.slot, chunk.start + len(chunk.ids)))
+        self._begin("prefill", np.stack(logits), slots, draws, logits_rows)
+        for chunk in chunks:
+            self._ends[chunk.slot] = chunk.start + len(chunk.ids)
+
+    def start_decode(self, ids: IdArray, positions: IdArray, draws: Ids[Draw | None], logits_rows: Ids[int]) -> None:
+        self.calls.append(("decode", len(ids)))
+        logits = []
+        for slot, (token, position) in enumerate(zip(ids.tolist(), positions.tolist(), strict=True)):
+            if token == LAST_TOKEN:
+                token = self._last_tokens[slot]
+                assert token is not None, "LAST_TOKEN stands for nothing"
+                assert self._in_flight["decode"] or self._in_flight["prefill"], "the token is known"
+                self.num_ahead += 1
+            if draws[slot] is not None or slot in logits_rows:
+                assert self._ends[slot] in (None, position), "a slot's positions are contiguous"
+            self.cache[slot, position] = token
+            logits.append(self._logits(slot, position + 1))
+        self._begin("decode", np.stack(logits), range(len(ids)), draws, logits_rows)
+        for slot, position in enumerate(positions.tolist()):
+            if draws[slot] is not None or slot in logits_rows:
+                self._ends[slot] = position + 1
+
+    def finish_decode(self) -> Decoded:
+        return self._finish("decode")
+
+    def finish_prefill(self) -> Decoded:
+        return self._finish("prefill")
+
+    def abandon(self) -> None:
+        for calls in self._in_flight.values():
+            calls.clear()
+        self._ends = [None] * self.num_slots
+        self._last_tokens = [None] * self.num_slots
+
+    def _begin(
+        self, kind: str, logits: Logits, slots: Ids[int], draws: Ids[Draw | None], logits_rows: Ids[int]
+    ) -> None:
+        assert len(self._in_flight[kind]) < self.steps_in_flight
+        assert all(draws[row] is None for row in logits_rows)
+        tokens = [drawn_token(row, draw) for row, draw in zip(logits, draws, strict=True)]
+        for slot, token, draw in zip(slots, tokens, draws, strict=True):
+            self._last_tokens[slot] = None if draw is None else token
+        if self.fail_next is not None:
+            self._last_tokens = [None] * self.num_slots
+        self._maybe_fail()
+        self.num_drawn += sum(draw is not None for draw in draws)
+        self.num_logits_rows += len(logits_rows)
+        log_probs = logits.max(axis=1) - np.log(np.exp(logits).sum(axis=1))
+        self._in_flight[kind].append(Decoded(np.array(tokens), log_probs, logits[list(logits_rows)]))
+
+    def _finish(self, kind: str) -> Decoded:
+        decoded = self._in_flight[kind].pop(0)
+        if (error := self.fail_finish.pop(kind, None)) is not None:
+            raise error
+        return decoded
+
+
+def drawn_token(logits: Logits, draw: Draw | None) -> int:
+    """What PipelinedFakeRunner draws: the likeliest, or a function of it, seed and step; nonsense without a Draw."""
+    if draw is None:
+        return -7
+    best = int(logits.argmax())
+    if draw.temperature == 0:
+        return best
+    return 1 + crc32(repr((best, draw.seed, draw.step)).encode()) % (len(logits) - 1)
 
 
 def next_token(history: Ids[int], vocab_size: int = 100) -> int:

@@ -16,9 +16,17 @@ from numpy.typing import NDArray
 from tests.cuda_device import DEVICE, DTYPE, HAS_GPU  # isort: skip  # before triton
 
 from ensemble.cuda_layout import DecoderShape
-from ensemble.engine.runners.base import Draw, DrawingRunner, OutOfMemoryError, PromptChunk, RunnerError
+from ensemble.engine.runners.base import (
+    LAST_TOKEN,
+    Draw,
+    DrawingRunner,
+    OutOfMemoryError,
+    PipelinedRunner,
+    PromptChunk,
+    RunnerError,
+)
 from ensemble.engine.runners.cuda.graphs import captured_size, captured_sizes
-from ensemble.engine.runners.cuda.runner import LAST_TOKEN, CudaRunner
+from ensemble.engine.runners.cuda.runner import CudaRunner
 from ensemble.engine.runners.cuda.weights import RandomWeights
 from ensemble.tensor_file import TensorEntry
 from tests.cuda_reference import Reference
@@ -143,6 +151,61 @@ def test_a_step_may_begin_before_the_last_ones_tokens_are_known(runner: CudaRunn
             found.append(int(runner.finish_decode().tokens[0]))
     found.append(int(runner.finish_decode().tokens[0]))
     assert [token, *found] == one_by_one
+
+
+def test_a_prompt_s_first_token_is_drawn_where_its_logits_are_and_decoded_before_it_is_known(
+    runner: CudaRunner,
+) -> None:
+    assert isinstance(runner, PipelinedRunner)
+    a, b, c = texts(20, 9, 12)
+    logits = runner.prefill_many([PromptChunk(3, a, 0), PromptChunk(0, b, 0), PromptChunk(2, c[:8], 0)])
+    warm = replace(GREEDY, temperature=0.9, seed=5)
+    chunks = [PromptChunk(3, a, 0), PromptChunk(0, b, 0), PromptChunk(2, c[:8], 0)]
+    runner.start_prefill(chunks, [GREEDY, warm, None], [])
+    runner.start_decode(
+        np.array([LAST_TOKEN, 0, 0, LAST_TOKEN]),
+        np.array([9, 95, 8, 20]),
+        [replace(warm, step=1), None, None, GREEDY],
+        [],
+    )
+    runner.start_prefill([PromptChunk(2, c[8:], 8)], [None], [0])
+    first = runner.finish_prefill()
+    tokens, log_probs = first.tokens.copy(), first.log_probs.copy()
+    assert tokens[0] == logits[0].argmax()
+    wanted = torch.from_numpy(logits.copy()).double().log_softmax(-1)
+    assert all(abs(float(log_probs[row]) - float(wanted[row, tokens[row]])) < 1e-3 for row in (0, 1))
+    ahead = runner.finish_decode().tokens.copy()
+    last = runner.finish_prefill().logits.copy()
+    np.testing.assert_allclose(last[0], runner.prefill(2, c[8:], 8), rtol=1e-5, atol=1e-5)
+    # The same, one after the other: the first token's draw is a decode's, of the same seed and step.
+    runner.prefill(3, a, 0)
+    runner.prefill(0, b[:-1], 0)
+    runner.start_decode(np.array([b[-1]]), np.array([8]), [warm], [])
+    assert runner.finish_decode().tokens[0] == tokens[1]
+    runner.start_decode(
+        np.array([tokens[1], 0, 0, tokens[0]]),
+        np.array([9, 95, 95, 20]),
+        [replace(warm, step=1), None, None, GREEDY],
+        [],
+    )
+    again = runner.finish_decode().tokens
+    assert [ahead[0], ahead[3]] == [again[0], again[3]]
+
+
+def test_what_is_abandoned_is_never_heard_of_again(runner: CudaRunner) -> None:
+    text = texts(6)[0]
+    runner.start_prefill([PromptChunk(0, text, 0)], [GREEDY], [])
+    runner.start_prefill([PromptChunk(1, text, 0)], [GREEDY], [])
+    with pytest.raises(RunnerError, match="2 prefills are in flight"):
+        runner.start_prefill([PromptChunk(2, text, 0)], [GREEDY], [])
+    runner.start_decode(np.array([LAST_TOKEN]), np.array([6]), [GREEDY], [])
+    runner.abandon()
+    with pytest.raises(RunnerError, match="no prefill"):
+        runner.finish_prefill()
+    with pytest.raises(RunnerError, match="no decode step"):
+        runner.finish_decode()
+    runner.start_prefill([PromptChunk(0, text, 0)], [GREEDY], [])
+    assert runner.finish_prefill().tokens[0] == runner.prefill(1, text, 0).argmax()
 
 
 def test_three_steps_in_flight_are_too_many(runner: CudaRunner) -> None:

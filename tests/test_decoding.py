@@ -10,8 +10,11 @@ import pytest
 
 from ensemble.bad_words import BadWords
 from ensemble.engine import decoding
-from ensemble.engine.decoding import Decoder, Outcome
+from ensemble.engine.decoding import Outcome
+from ensemble.engine.pipeline import Pipeline, Result
 from ensemble.engine.runners.base import Logits
+from ensemble.engine.runners.one_step import pipelined
+from ensemble.engine.scheduler import Step
 from ensemble.engine.sequence import Request, Sequence
 from ensemble.engine.thinking import Thinking, ThinkingTags
 from ensemble.guided import Guide, GuideCompiler, GuideError, fill_masks
@@ -44,7 +47,7 @@ class Batch:
     """Sequences in slots 0 … n - 1, each with a prompt and a first token in the runner's cache or about to be."""
 
     def __init__(self, runner: FakeRunner) -> None:
-        self.runner, self.decoder = runner, Decoder(runner)
+        self.runner, self.pipeline = runner, Pipeline(pipelined(runner), lambda: 0.0)
         self.sequences: list[Sequence] = []
 
     def add(self, *, slot: int | None = None, temperature: float = 0.0, **more: Any) -> Sequence:
@@ -66,8 +69,10 @@ class Batch:
         """The outcomes, in the order of `sequences`."""
         positions = dict.fromkeys(range(self.runner.num_slots), self.runner.max_seq_len - 1)
         positions |= {s.slot: s.num_computed for s in self.sequences if s.slot is not None}
-        self.decoder.start(self.sequences, positions)
-        outcomes = {id(sequence): outcome for sequence, outcome in self.decoder.finish()}
+        assert self.pipeline.begin(Step((), (), (), tuple(self.sequences)), positions) == []
+        (result,) = self.pipeline.finish()
+        assert isinstance(result, Result)
+        outcomes = {id(sequence): outcome for sequence, outcome in result.outcomes}
         assert len(outcomes) == len(self.sequences)
         return [outcomes[id(sequence)] for sequence in self.sequences]
 

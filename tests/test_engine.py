@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from ensemble.engine.liveness import MAX_UNACKNOWLEDGED
 from ensemble.engine.loop import EngineLoop, QueueFullError
 from ensemble.engine.runners.base import OutOfMemoryError
 from ensemble.engine.sequence import NEVER, Request, Sequence
+from ensemble.engine.thinking import Thinking
 from ensemble.sampling import Sampler, SamplingParams
 from ensemble.settings import EngineSettings
 from tests.fakes import (
@@ -21,6 +23,7 @@ from tests.fakes import (
     FakeAcknowledgements,
     FakeRunner,
     FakeSink,
+    PipelinedFakeRunner,
     expected_tokens,
 )
 
@@ -58,6 +61,7 @@ class Engine:
         queue_deadline: float = NEVER,
         deadline: float = NEVER,
         sink: FakeSink | None = None,
+        thinking: Callable[[], Thinking] | None = None,
         **params: Any,
     ) -> FakeSink:
         sink = sink or FakeSink()
@@ -76,7 +80,8 @@ class Engine:
             deadline=deadline,
         )
         for index in range(request.params.num_return_sequences):
-            request.sequences.append(Sequence(request, index, Sampler(request.params, prompt, self.end_ids, index)))
+            sampler = Sampler(request.params, prompt, self.end_ids, index)
+            request.sequences.append(Sequence(request, index, sampler, thinking=thinking and thinking()))
         self.loop.submit(request)
         return sink
 
@@ -368,7 +373,7 @@ def test_slow_acknowledgements_are_no_lost_client() -> None:
     assert sink.finish_reason is None
 
 
-@pytest.mark.parametrize("runner", [FakeRunner, DrawingFakeRunner])
+@pytest.mark.parametrize("runner", [FakeRunner, DrawingFakeRunner, PipelinedFakeRunner])
 def test_samples_of_one_prompt_share_its_prefill_and_the_first_is_the_single_one(runner: type[FakeRunner]) -> None:
     prompt = list(range(1, 31))
     options: dict[str, Any] = {"temperature": 2.0, "seed": 3, "max_tokens": 12}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ensemble.engine.runners.base import Ids, Logits
-from tests.fakes import DrawingFakeRunner, FakeRunner, FakeSink, expected_tokens
+from tests.fakes import DrawingFakeRunner, FakeRunner, FakeSink, PipelinedFakeRunner, expected_tokens
 from tests.test_engine import Engine
 
 SHARED = list(range(1, 31))
@@ -32,7 +32,7 @@ def test_no_heartbeat_follows_the_last_response() -> None:
     assert sink.is_finished and sink.num_heartbeats == 0  # FakeSink refuses what comes after the end
 
 
-@pytest.mark.parametrize("runner", [FakeRunner, DrawingFakeRunner])
+@pytest.mark.parametrize("runner", [FakeRunner, DrawingFakeRunner, PipelinedFakeRunner])
 def test_a_copy_that_fails_costs_the_reuse_alone(runner: type[FakeRunner]) -> None:
     engine = Engine(runner(max_seq_len=200))
     running = engine.submit([*SHARED, 50], max_tokens=60)

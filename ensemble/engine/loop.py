@@ -1,4 +1,4 @@
-"""The engine's loop: schedule → run → emit, on one thread.
+"""The engine's loop: schedule → begin → emit → finish, on one thread.
 
 It knows runners, requests and sinks; it knows nothing of Triton, of text, or of how a runner computes. Other threads
 reach it through `submit` and `stop` only.
@@ -11,16 +11,17 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
 from ensemble.engine.budget import PrefillBudget
-from ensemble.engine.decoding import Decoder, Outcome
+from ensemble.engine.decoding import Outcome
 from ensemble.engine.liveness import Acknowledgements, Liveness
 from ensemble.engine.metrics import EngineMetrics
-from ensemble.engine.runners.base import DrawingRunner, Logits, OutOfMemoryError, PromptChunk, Runner
-from ensemble.engine.scheduler import Chunk, Scheduler, Step
-from ensemble.engine.sequence import FailureKind, Request
-from ensemble.engine.sequence import Sequence as TokenSequence
+from ensemble.engine.pipeline import Call, Failure, Pipeline
+from ensemble.engine.runners.base import OutOfMemoryError, Runner
+from ensemble.engine.runners.one_step import pipelined
+from ensemble.engine.scheduler import Scheduler, Step
+from ensemble.engine.sequence import FailureKind, Request, Sequence
 from ensemble.errors import one_line
 from ensemble.guided import GuideError
 from ensemble.sampling import Sampled, SamplingError
@@ -29,7 +30,8 @@ from ensemble.settings import EngineSettings
 log = logging.getLogger(__name__)
 
 
-EMIT_SHARE = 0.8  # of a decode's usual time: what may be spent on sending while one runs
+EMIT_SHARE = 0.8  # of a decode's usual time: how far into it sending may go on
+MIN_EMIT_SHARE = 0.2  # likewise: what sending may always have, were all other work to take the whole of it
 
 
 class QueueFullError(Exception):
@@ -60,7 +62,7 @@ class EngineLoop:
         self.metrics = EngineMetrics(slots=runner.num_slots)
         self.clock = clock
         self._runner = runner
-        self._decoder = Decoder(runner)
+        self._pipeline = Pipeline(pipelined(runner), clock)
         self._max_queue_size = settings.max_queue_size
         self._budget = PrefillBudget(settings.prefill_chunk, settings.max_prefill_stall)
         self._scheduler = Scheduler(
@@ -117,6 +119,7 @@ class EngineLoop:
                 self.step()
             except Exception as error:  # no fault that is foreseen: every client must hear of it all the same
                 log.error("a step failed", exc_info=error)
+                self._pipeline.discard()
                 self._fail_all(f"the engine failed: {one_line(error)}", "internal")
         while not self._inbox.empty():  # what came after `close`
             self._handle(self._inbox.get())
@@ -124,24 +127,20 @@ class EngineLoop:
         self._runner.close()
 
     def step(self) -> None:
-        """Schedule, start the decode, send what the last step gave while it runs, finish it, then prefill."""
+        """Schedule, begin what can be, send what the last step gave while the runner computes, finish a step."""
         step = self._scheduler.schedule()
         self._prepare(step)
-        started_at = self._start_decode(step)
-        try:
-            self._emit()
-        finally:  # what was started must be finished, or the next start would be refused
-            if started_at is not None:
-                self._finish_decode(step.decode, started_at)
-        if step.prefill:
-            self._prefill(step.prefill, is_beside_decode=started_at is not None)
+        for failure in self._pipeline.begin(step, self._scheduler.positions()):
+            self._failed_call(failure)
+        self._emit()
+        self._finish_step()
 
     def _receive(self) -> bool:
         """Take in what other threads asked for, waiting if there is nothing else to do; False: close."""
         while True:
             self._note_load()  # also of requests that ended between two steps, before it waits for others
             try:
-                message = self._inbox.get(block=not self._requests)
+                message = self._inbox.get(block=not self._requests and self._pipeline.is_empty)
             except queue.Empty:
                 return True
             if message is None:
@@ -176,85 +175,35 @@ class EngineLoop:
                 self.metrics.queue_time_seconds.observe(now - sequence.request.arrived_at)
         self._note_load()
 
-    def _start_decode(self, step: Step) -> float | None:
-        """When the decode began; None if there is none."""
-        if not step.decode:
-            return None
-        started_at = self.clock()
-        try:
-            self._decoder.start(step.decode, self._scheduler.positions())
-        except Exception as error:  # whatever a runner raises ends its sequences, not the engine
-            self._failed_step("decode", step.decode, error)
-            return None
-        return started_at
+    def _finish_step(self) -> None:
+        has_decode, num_tokens, prefill_s = False, 0, 0.0
+        for result in self._pipeline.finish():
+            if isinstance(result, Failure):
+                self._failed_call(result)
+                continue
+            if result.call.kind == "decode":
+                has_decode = True
+                self._budget.observe_decode(result.seconds)
+            else:
+                num_tokens += result.call.num_tokens
+                prefill_s += result.seconds
+                self._add_siblings(result.call)
+            now = self.clock()
+            for sequence, outcome in result.outcomes:
+                self._take(sequence, outcome, now)
+        if has_decode:
+            self._budget.observe_prefill(num_tokens, prefill_s)
 
-    def _finish_decode(self, sequences: Sequence[TokenSequence], started_at: float) -> None:
-        try:
-            outcomes = self._decoder.finish()
-        except Exception as error:
-            self._failed_step("decode", sequences, error)
-            return
-        now = self.clock()
-        self._budget.observe_decode(now - started_at)
-        for sequence, outcome in outcomes:
-            sequence.num_computed += 1
-            self._take(sequence, outcome, now)
+    def _add_siblings(self, call: Call) -> None:
+        """A request's further sequences follow when the first has computed their common prompt."""
+        for part in call.parts:
+            if part.gives_token and part.sequence.index == 0 and part.sequence.finish_reason is None:
+                for sibling in part.sequence.request.sequences[1:]:
+                    self._scheduler.add(sibling)
 
-    def _prefill(self, chunks: Sequence[Chunk], *, is_beside_decode: bool) -> None:
-        chunks = [chunk for chunk in chunks if chunk.sequence.slot is not None]  # not cancelled since it was planned
-        started_at = self.clock()
-        computed: list[tuple[TokenSequence, Logits]] = []
-        if isinstance(self._runner, DrawingRunner):
-            groups = [chunks] if chunks else []
-        else:
-            groups = [[chunk] for chunk in chunks]
-        for group in groups:
-            group = [chunk for chunk in group if chunk.sequence.slot is not None]  # nor failed with its sibling
-            try:
-                computed += self._prefill_group(group) if group else []
-            except Exception as error:
-                self._failed_step("prefill", [chunk.sequence for chunk in group], error)
-        now = self.clock()
-        if is_beside_decode:
-            self._budget.observe_prefill(sum(chunk.num_tokens for chunk in chunks), now - started_at)
-        if not computed:
-            return
-        sequences = [sequence for sequence, _ in computed]
-        try:
-            outcomes = self._decoder.choose(sequences, [row for _, row in computed])
-        except Exception as error:
-            self._failed_step("choosing a token", sequences, error)
-            return
-        for sequence, outcome in zip(sequences, outcomes, strict=True):
-            self._take(sequence, outcome, now)
-
-    def _prefill_group(self, chunks: Sequence[Chunk]) -> list[tuple[TokenSequence, Logits]]:
-        """Compute the chunks; the sequences whose prompts are whole now, each with its last token's logits."""
-        parts = []
-        for chunk in chunks:
-            sequence, start = chunk.sequence, chunk.sequence.num_computed
-            assert sequence.slot is not None
-            ids = sequence.request.prompt_ids[start : start + chunk.num_tokens]
-            parts.append(PromptChunk(sequence.slot, ids, start))
-        rows: Sequence[Logits]
-        if isinstance(self._runner, DrawingRunner):
-            rows = list(self._runner.prefill_many(parts))
-        else:
-            rows = [self._runner.prefill(part.slot, part.ids, part.start) for part in parts]
-        done = []
-        for chunk, row in zip(chunks, rows, strict=True):
-            sequence = chunk.sequence
-            sequence.num_computed += chunk.num_tokens
-            if sequence.is_prefilled:
-                done.append((sequence, row.copy()))  # the row is the runner's until its next call
-                if sequence.index == 0:
-                    for sibling in sequence.request.sequences[1:]:
-                        self._scheduler.add(sibling)
-        return done
-
-    def _take(self, sequence: TokenSequence, outcome: Outcome, now: float) -> None:
+    def _take(self, sequence: Sequence, outcome: Outcome, now: float) -> None:
         """Give a sequence its next token, or the error that kept it from having one."""
-        if sequence.finish_reason is not None:  # cancelled while the step ran
+        if sequence.finish_reason is not None:  # another of the step's outcomes ended its request
             return
         request, previous, num_tokens = sequence.request, sequence.last_token_at, len(sequence.output_ids)
         if isinstance(outcome, Sampled):
@@ -285,14 +234,15 @@ class EngineLoop:
                 self._liveness.acknowledged(request, now)
         # Each response takes this thread some 0.1 ms. Where they would take longer than the step that runs meanwhile,
         # the rest waits for the next one, and its tokens travel together: sending must not hold the runner up.
-        end = now + EMIT_SHARE * self._budget.decode_s
+        decode_s = self._budget.decode_s
+        end = max(self._pipeline.busy_since(now) + EMIT_SHARE * decode_s, now + MIN_EMIT_SHARE * decode_s)
         for request in list(self._requests.values()):
             num_responses = self.metrics.responses_total
             self._attempt(self._serve, request, now)
             if self.metrics.responses_total > num_responses:
                 if request.stream_id in self._requests:
                     self._requests.move_to_end(request.stream_id)
-                if self._budget.decode_s and self.clock() > end:
+                if decode_s and self.clock() > end:
                     return
 
     def _attempt(self, action: Callable[[Request, float], None], request: Request, now: float) -> None:
@@ -378,11 +328,12 @@ class EngineLoop:
         except Exception as error:  # nobody is left to be told
             log.error("reporting an error failed", exc_info=error)
 
-    def _failed_step(self, what: str, sequences: Iterable[TokenSequence], error: Exception) -> None:
+    def _failed_call(self, failure: Failure) -> None:
+        what, error = failure.call.kind, failure.error
         log.error("%s failed", what, exc_info=error)
-        requests = list({id(s.request): s.request for s in sequences}.values())
-        if isinstance(error, OutOfMemoryError):  # the others may go on without the newest
-            requests = [max(requests, key=lambda request: request.stream_id)]
-        for request in requests:
-            if request.stream_id in self._requests:
-                self._fail(request, f"{what} failed: {one_line(error)}")
+        running = [sequence for sequence in failure.call.sequences if sequence.finish_reason is None]
+        requests = {sequence.request.stream_id: sequence.request for sequence in running}
+        newest_first = sorted(requests, reverse=True)
+        # Where memory is short, the others may go on without the newest.
+        for stream_id in newest_first[:1] if isinstance(error, OutOfMemoryError) else newest_first:
+            self._fail(requests[stream_id], f"{what} failed: {one_line(error)}")

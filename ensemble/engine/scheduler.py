@@ -29,7 +29,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Step:
-    """What to run now: `copies` first and in order, then chunks of prompts and one token for each of `decode`."""
+    """What to begin now: `copies` first and in order, then one token for each of `decode`, then chunks of prompts.
+
+    A sequence of `decode` may still await its last token, and perhaps ends with it.
+    """
 
     admitted: tuple[Sequence, ...]
     copies: tuple[Copy, ...]
@@ -111,7 +114,7 @@ class Scheduler:
             self._running[placement.slot] = sequence
             admitted.append(sequence)
             copies += placement.copies
-        decode = tuple(s for s in self._running.values() if s.is_prefilled)
+        decode = tuple(s for s in self._running.values() if s.num_begun >= len(s.request.prompt_ids))
         return Step(tuple(admitted), tuple(copies), self._chunks(bool(decode)), decode)
 
     def forget_copies(self, admitted: Iterable[Sequence]) -> None:
@@ -127,16 +130,17 @@ class Scheduler:
         """For each slot, a position that a decode step may write to without harm.
 
         A decode step writes to every slot below the highest that it advances: a running one's next token goes there
-        anyway, and a free one's cache is never used up to its last position.
+        anyway, behind those that are being computed; a free one's cache is never used up to its last position. A step
+        that is in flight when its sequence ends writes behind what the sequence computed, which nobody finds.
         """
         free = dict.fromkeys(range(self._num_slots), self._last_position)
-        return free | {slot: sequence.num_computed for slot, sequence in self._running.items()}
+        return free | {slot: sequence.num_begun for slot, sequence in self._running.items()}
 
     def _chunks(self, is_decoding: bool) -> tuple[Chunk, ...]:
         chunks, left = [], self._budget.tokens(is_decoding=is_decoding)
         for sequence in self._running.values():
-            if left > 0 and not sequence.is_prefilled:
-                num_tokens = min(left, len(sequence.request.prompt_ids) - sequence.num_computed)
+            num_tokens = min(left, len(sequence.request.prompt_ids) - sequence.num_begun)
+            if num_tokens > 0:
                 chunks.append(Chunk(sequence, num_tokens))
                 left -= num_tokens
         return tuple(chunks)

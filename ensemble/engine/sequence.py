@@ -43,8 +43,9 @@ class Sink(Protocol):
 class Sequence:
     """One answer, and its state.
 
-    num_computed counts the tokens in its slot's cache; num_sent the output tokens that the client has; num_ready those
-    that it may have: the last few may yet turn out to be part of a stop word.
+    num_computed counts the tokens in its slot's cache, num_in_flight those behind them that are being computed;
+    num_awaited the output tokens that are being chosen meanwhile. num_sent counts the output tokens that the client
+    has; num_ready those that it may have: the last few may yet turn out to be part of a stop word.
     """
 
     request: Request
@@ -56,6 +57,8 @@ class Sequence:
     thinking: Thinking | None = None
     slot: int | None = None
     num_computed: int = 0
+    num_in_flight: int = 0
+    num_awaited: int = 0
     num_ready: int = 0
     num_sent: int = 0
     num_cut_chars: int = 0
@@ -70,9 +73,19 @@ class Sequence:
     is_reported: bool = False  # the client has the finish_reason
 
     @property
+    def num_begun(self) -> int:
+        """Tokens that are in the cache or being computed: the position of the next."""
+        return self.num_computed + self.num_in_flight
+
+    @property
     def is_prefilled(self) -> bool:
         """Whether the whole prompt is in the cache."""
         return self.num_computed >= len(self.request.prompt_ids)
+
+    @property
+    def ends_with_awaited(self) -> bool:
+        """Whether the tokens that are awaited are its last for certain."""
+        return len(self.output_ids) + self.num_awaited >= self.request.max_new_tokens
 
     @property
     def is_guided(self) -> bool:

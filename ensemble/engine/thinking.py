@@ -38,6 +38,12 @@ class Thinking:
         is_spent = self._budget is not None and self._num_tokens >= self._budget
         return self._tags.close_id if self.is_open and is_spent else None
 
+    def may_force(self, num_unknown: int = 0) -> bool:
+        """Whether a token may be forced behind the next `num_unknown`, whatever they are."""
+        if self._budget is None or not (self.is_open or (num_unknown and self._is_at_start)):
+            return False
+        return self._num_tokens + num_unknown >= self._budget
+
     def push(self, token: int) -> None:
         """Take the sequence's next token."""
         if self._is_at_start and token == self._tags.open_id:

@@ -109,12 +109,14 @@ class Sampler:
         if self._penalties is not None:
             self._penalties.push(token)
 
-    def draw(self) -> Draw | None:
+    def draw(self, num_awaited: int = 0) -> Draw | None:
         """How a runner can choose the next token itself; None where it takes more than a Draw can say.
 
-        The runner then gives the chosen token's log probability, but no others', and the token must be pushed.
+        The runner then gives the chosen token's log probability, but no others', and the token must be pushed. The
+        next token is that behind the `num_awaited` that aren't pushed yet.
         """
-        if self._penalties is not None or self._bans_end() or self._params.num_log_probs:
+        step = self.num_generated + num_awaited
+        if self._penalties is not None or self._bans_end(step) or self._params.num_log_probs:
             return None
         params = self._params
         return Draw(
@@ -123,15 +125,15 @@ class Sampler:
             top_p=params.top_p,
             min_p=params.min_p,
             seed=self._seed,
-            step=self.num_generated,
+            step=step,
         )
 
-    def _bans_end(self) -> bool:
-        return self.num_generated < self._params.min_tokens and bool(self.end_ids)
+    def _bans_end(self, step: int) -> bool:
+        return step < self._params.min_tokens and bool(self.end_ids)
 
     def _processed(self, logits: Logits, mask: NDArray[np.uint32] | None) -> Logits:
         """`logits` itself, or a copy where anything changes it."""
-        if mask is None and self._penalties is None and not self._bans_end():
+        if mask is None and self._penalties is None and not self._bans_end(self.num_generated):
             return logits
         row = logits.copy()
         if mask is not None:
@@ -139,7 +141,7 @@ class Sampler:
             np.copyto(row, -np.inf, where=bits == 0)
         if self._penalties is not None:
             self._penalties.apply(row)
-        if self._bans_end():
+        if self._bans_end(self.num_generated):
             row[[token for token in self.end_ids if token < len(row)]] = -np.inf
         return row
 

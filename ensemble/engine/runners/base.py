@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
+LAST_TOKEN = -1  # as an id: the token that the slot drew last, which need not be known yet
 
 
 class RunnerError(Exception):
@@ -78,8 +79,8 @@ class Draw:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a decode step gave: tokens [n] and their log probabilities [n] where a Draw was given (elsewhere neither
-    means anything), and logits [k, vocab_size] of the k rows that were asked for. Valid until the next call.
+    """What a step gave: tokens [n] and their log probabilities [n] where a Draw was given (elsewhere neither means
+    anything), and logits [k, vocab_size] of the k rows that were asked for. Valid until the next call.
     """
 
     tokens: Ids
@@ -94,14 +95,47 @@ class DrawingRunner(Runner, Protocol):
     def can_draw(self, draw: Draw) -> bool:
         """Whether this runner can choose a token that way; where it can't, ask for the row's logits."""
 
-    def prefill_many(self, chunks: Sequence[PromptChunk]) -> Logits:
-        """`prefill` of several slots' chunks at once: the logits [len(chunks), vocab_size] of each chunk's last token.
-
-        The chunks together hold at most the `prefill_chunk` tokens that the runner was made for.
-        """
-
     def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
         """Begin a `decode` and return without waiting; draws[i] is row i's, None for a row that draws nothing."""
 
     def finish_decode(self) -> Decoded:
         """Wait for the step that `start_decode` began; its `logits_rows`' logits are those of `Decoded`."""
+
+
+@runtime_checkable
+class PipelinedRunner(Protocol):
+    """What `Pipeline` drives: calls that are begun now and finished later, each kind in the order of its beginning.
+
+    Whatever is begun, and `copy_prefix` too, reads and writes the caches as if it had run when it was called: what a
+    slot's last owner still writes lies before what its next owner writes.
+
+    steps_in_flight: how many decodes, and how many prefills, may be begun before the first of them is finished.
+    packs_prompts: whether `start_prefill` takes more than one chunk, and draws; else one chunk, for its logits.
+    """
+
+    steps_in_flight: int
+    packs_prompts: bool
+
+    def can_draw(self, draw: Draw) -> bool:
+        """See DrawingRunner."""
+
+    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
+        """See DrawingRunner. An id may be LAST_TOKEN where the decode begun before this one draws a token for the slot,
+        or a prefill begun since."""
+
+    def finish_decode(self) -> Decoded:
+        """See DrawingRunner: the decode that was begun first."""
+
+    def start_prefill(
+        self, chunks: Sequence[PromptChunk], draws: Sequence[Draw | None], logits_rows: Sequence[int]
+    ) -> None:
+        """Begin a `prefill` of different slots' chunks; draws[i] and the rows are those of the chunks' last tokens.
+
+        The chunks together hold at most the `prefill_chunk` tokens that the runner was made for.
+        """
+
+    def finish_prefill(self) -> Decoded:
+        """Wait for the prefill that was begun first."""
+
+    def abandon(self) -> None:
+        """Forget every call that was begun and not finished; what these write is written when this returns."""

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensemble.cuda_runtime import Cuda, CudaError, load_cuda
-from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, PromptChunk, RunnerError
+from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, RunnerError
 from ensemble.tensorrt_api import (
     BEST_ID,
     BEST_LOG_PROB,
@@ -109,10 +109,6 @@ class TensorRTRunner:
     def can_draw(self, draw: Draw) -> bool:
         """The likeliest token alone: the plan chooses it."""
         return draw.temperature == 0
-
-    def prefill_many(self, chunks: Sequence[PromptChunk]) -> Logits:
-        """See DrawingRunner; one chunk after the other, for a plan's prefill is bound to one slot."""
-        return np.stack([self.prefill(chunk.slot, chunk.ids, chunk.start).copy() for chunk in chunks])
 
     def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
         """See DrawingRunner. Eight bytes a slot are copied to the host, and all logits only if some are asked for."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ensemble.engine.runners.base import Draw, Ids
+from ensemble.engine.runners.base import Decoded, Draw, Ids
 from ensemble.engine.runners.cuda.prompts import PackedPrompts
 
 STEPS_IN_FLIGHT = 2
@@ -82,6 +83,45 @@ class StepSlot:
 
 
 @dataclass(frozen=True)
+class PendingStep:
+    """A step that was begun: where its results arrive, and when."""
+
+    slot: StepSlot
+    num_rows: int
+    logits: torch.Tensor
+    done: torch.cuda.Event | None  # None: they are there
+
+    @classmethod
+    def fetch(
+        cls,
+        slot: StepSlot,
+        tokens: torch.Tensor,
+        log_probs: torch.Tensor,
+        logits: torch.Tensor,
+        logits_rows: Sequence[int],
+    ) -> PendingStep:
+        """Begin to bring tokens and log probabilities [n], and `logits_rows` of the logits, into the host's `slot`."""
+        n = len(tokens)
+        slot.tokens[:n].copy_(tokens, non_blocking=True)
+        slot.log_probs[:n].copy_(log_probs, non_blocking=True)
+        target = slot.logits_rows(len(logits_rows), logits.shape[1])
+        for index, row in enumerate(logits_rows):
+            target[index].copy_(logits[row], non_blocking=True)
+        done = None
+        if tokens.is_cuda:
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        return cls(slot, n, target, done)
+
+    def wait(self) -> Decoded:
+        """The results, once they have arrived."""
+        if self.done is not None:
+            self.done.synchronize()
+        tokens, log_probs = self.slot.tokens[: self.num_rows], self.slot.log_probs[: self.num_rows]
+        return Decoded(tokens.numpy(), log_probs.numpy(), self.logits.numpy())
+
+
+@dataclass(frozen=True)
 class Prompts:
     """`PackedPrompts` on the device, field by field."""
 
@@ -93,13 +133,22 @@ class Prompts:
 
     @classmethod
     def of(cls, packed: PackedPrompts, device: torch.device) -> Prompts:
-        """New tensors on `device`."""
-        return cls(*(torch.from_numpy(getattr(packed, field.name)).to(device) for field in fields(cls)))
+        """New tensors on `device`; nothing waits."""
+        return cls(
+            *(_staged(getattr(packed, field.name), device).to(device, non_blocking=True) for field in fields(cls))
+        )
 
     def fill(self, packed: PackedPrompts) -> None:
-        """Overwrite with prompts of the same sizes."""
+        """Overwrite with prompts of the same sizes; nothing waits."""
         for field in fields(self):
-            getattr(self, field.name).copy_(torch.from_numpy(getattr(packed, field.name)))
+            tensor = getattr(self, field.name)
+            tensor.copy_(_staged(getattr(packed, field.name), tensor.device), non_blocking=True)
+
+
+def _staged(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """`array` where a copy to `device` needn't wait: page-locked, and kept by torch until the copy is done."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def _signed(seed: int) -> int:

@@ -6,19 +6,25 @@ waits, and nothing depends on a value on the device, so that a call can be captu
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import triton
 
 from ensemble.cuda_layout import DecoderShape
 from ensemble.engine.runners.cuda.attending import Attention, Caches
 from ensemble.engine.runners.cuda.buffers import Prompts
+from ensemble.engine.runners.cuda.decode_one import DecodeOne, LayerTensors, reason_against
 from ensemble.engine.runners.cuda.kernels import rows
 from ensemble.engine.runners.cuda.launcher import Launcher
 from ensemble.engine.runners.cuda.layers import Layer, Weights
+from ensemble.engine.runners.cuda.nvrtc import CompileError
 from ensemble.engine.runners.cuda.one_row import OneRow
 from ensemble.engine.runners.cuda.plan import Plan
 from ensemble.engine.runners.cuda.products import Parts, Products
 from ensemble.engine.runners.cuda.weights import WeightSource
+
+log = logging.getLogger(__name__)
 
 
 class Decoder:
@@ -48,6 +54,7 @@ class Decoder:
         self.products = Products(self.launch, plan, shape.rms_norm_eps)
         self.attention = Attention(self.launch, plan, shape, weights.cos, weights.sin)
         self.one_row = OneRow(self.launch, plan, shape, weights, self.attention)
+        self._one: DecodeOne | None = None
 
     def decode(
         self,
@@ -64,10 +71,40 @@ class Decoder:
             positions: [n] int64, where each token goes; negative: the row has none, and its logits mean nothing.
             arrived: [slots, kv_heads] int32 zeros, and zeros again afterwards.
         """
+        if len(ids) == 1 and self._one is not None:
+            return self._one(ids, positions, last_tokens)
         hidden = self._embed(ids, last_tokens)
         if len(ids) == 1 and self.plan.gemv:
             return self.one_row(hidden, positions, caches, arrived)
         return self._decode_many(hidden, positions, caches, arrived)
+
+    def prepare(self, caches: Caches) -> None:
+        """Compile the single kernel of batch 1 for these caches, if it can run here; else batch 1 takes several."""
+        weights, device, dtype = self.weights, self.launch.device, self.launch.dtype
+        matrices = [linear for layer in weights.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        reason = (
+            "the plan has no kernels for one row"
+            if not self.plan.gemv
+            else reason_against(self.shape, [linear.is_fp8 for linear in matrices], device, dtype)
+        )
+        if reason is None:
+            layers = [
+                LayerTensors(
+                    layer.attention_norm, layer.mlp_norm, layer.qk_norms,
+                    [(m.weight, m.scale, m.bias) for m in (layer.qkv, layer.o, layer.gate_up, layer.down)],
+                    caches.keys[index, 0], caches.values[index, 0],
+                )
+                for index, layer in enumerate(weights.layers)
+            ]  # fmt: skip
+            try:
+                self._one = DecodeOne(
+                    self.shape, layers, embedding=weights.embedding, norm=weights.norm, head=weights.head.weight,
+                    cos=weights.cos, sin=weights.sin, is_fp8=matrices[0].is_fp8,
+                )  # fmt: skip
+            except CompileError as error:
+                reason = str(error)
+        if reason is not None:
+            log.info("batch 1 runs by several kernels: %s", reason)
 
     def prefill(self, prompts: Prompts, caches: Caches) -> torch.Tensor:
         """Several slots' chunks, packed: logits [len(last_rows), vocab_size] float32 of their last tokens."""

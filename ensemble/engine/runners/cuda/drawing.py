@@ -1,12 +1,18 @@
-"""Logits to tokens on the device: the two kernels that look through them and draw."""
+"""Tokens drawn where their logits are: of a decode's rows, and the first tokens of prompts. Launches only.
+
+It knows neither the model nor who owns a slot.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 
 import torch
 import triton
 
+from ensemble.engine.runners.base import Draw, Ids
+from ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT, PendingStep, StepInputs, StepSlot
 from ensemble.engine.runners.cuda.kernels import sampling
 from ensemble.engine.runners.cuda.launcher import Launcher
 
@@ -14,19 +20,14 @@ SCAN_CHUNK = 4096  # logits that one program looks through
 DRAW_BLOCK = 4096
 
 
-def draw_tokens(
+def draw_rows(
     launch: Launcher,
     logits: torch.Tensor,
     inputs: Mapping[str, torch.Tensor],
     tokens: torch.Tensor,
     log_probs: torch.Tensor,
 ) -> None:
-    """Draw row by row into `tokens` [rows] int64 and `log_probs` [rows] float32.
-
-    Args:
-        logits: [rows, vocab_size] float32.
-        inputs: how each row draws, as `buffers.INPUTS` has it.
-    """
+    """Draw a token for each row of `logits` [n, vocab_size] as `inputs` say, into `tokens` and `log_probs` [≥ n]."""
     size, vocab_size = logits.shape
     chunks = int(triton.cdiv(vocab_size, SCAN_CHUNK))
     best, total = launch.empty(size, chunks), launch.empty(size, chunks)
@@ -39,6 +40,39 @@ def draw_tokens(
         sampling.draw_tokens, (size,), logits, best, where, total,
         inputs["temperatures"], inputs["top_ks"], inputs["top_ps"], inputs["min_ps"], inputs["seeds"],
         inputs["steps"], tokens, log_probs,
-        V=vocab_size, CHUNKS=chunks, BLOCK_CHUNKS=triton.next_power_of_2(chunks), BLOCK=DRAW_BLOCK,
-        num_warps=16,
+        V=vocab_size, CHUNKS=chunks, BLOCK_CHUNKS=triton.next_power_of_2(chunks), BLOCK=DRAW_BLOCK, num_warps=16,
     )  # fmt: skip
+
+
+class FirstTokens:
+    """Draws the tokens that follow prompts; its memory is its own, for a prefill may be in flight beside decodes."""
+
+    def __init__(self, launch: Launcher, num_slots: int, device: torch.device) -> None:
+        self._launch = launch
+        self._inputs = StepInputs(num_slots, device)
+        self._tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._log_probs = torch.zeros(num_slots, dtype=torch.float32, device=device)
+        is_pinned = device.type == "cuda"
+        self._slots = deque(StepSlot.make(num_slots, is_pinned=is_pinned) for _ in range(STEPS_IN_FLIGHT))
+
+    def start(
+        self,
+        logits: torch.Tensor,
+        slots: Ids,
+        draws: Sequence[Draw | None],
+        logits_rows: Sequence[int],
+        last_tokens: torch.Tensor,
+    ) -> PendingStep:
+        """Begin to draw from rows 0 … n - 1 of `logits` for `slots` [n].
+
+        Args:
+            last_tokens: [num_slots], where the slots' entries become what is drawn; nonsense where nothing is.
+        """
+        n = len(slots)
+        step = self._slots[0]
+        self._slots.rotate(-1)
+        step.fill(slots, slots, draws, n)
+        self._inputs.block.copy_(step.inputs.block, non_blocking=True)
+        draw_rows(self._launch, logits[:n], self._inputs.tensors, self._tokens, self._log_probs)
+        last_tokens.index_copy_(0, self._inputs.tensors["ids"][:n], self._tokens[:n])
+        return PendingStep.fetch(step, self._tokens[:n], self._log_probs[:n], logits, logits_rows)

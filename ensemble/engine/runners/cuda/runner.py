@@ -11,7 +11,6 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -20,9 +19,9 @@ import torch
 from ensemble.cuda_layout import DecoderShape, LayoutError
 from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, OutOfMemoryError, PromptChunk, RunnerError
 from ensemble.engine.runners.cuda.attending import PREFILL_TILE, Caches
-from ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT, Prompts, StepInputs, StepSlot
+from ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT, PendingStep, Prompts, StepInputs, StepSlot
 from ensemble.engine.runners.cuda.decoder import Decoder
-from ensemble.engine.runners.cuda.drawing import draw_tokens
+from ensemble.engine.runners.cuda.drawing import FirstTokens, draw_rows
 from ensemble.engine.runners.cuda.graphs import (
     CAPTURED_CHUNKS,
     PREFILL_SIZES,
@@ -40,23 +39,12 @@ from ensemble.engine.runners.cuda.weights import WeightSource
 
 log = logging.getLogger(__name__)
 
-LAST_TOKEN = -1  # as an id: the token that the slot drew last
 FP8_CAPABILITY = (8, 9)
 PDL_CAPABILITY = (9, 0)
 
 
-@dataclass(frozen=True)
-class _Pending:
-    """A step that was begun: where its results arrive, and when."""
-
-    slot: StepSlot
-    rows: int
-    num_logits: int
-    done: torch.cuda.Event | None
-
-
 class CudaRunner:
-    """Runs the weights that `builders/cuda.py` writes. Implements `DrawingRunner`.
+    """Runs the weights that `builders/cuda.py` writes. Implements `DrawingRunner` and `PipelinedRunner`.
 
     Args:
         source: the weights.
@@ -70,6 +58,9 @@ class CudaRunner:
     Raises:
         RunnerError: the weights aren't this shape's, the GPU can't run them, or they don't fit into its memory.
     """
+
+    steps_in_flight = STEPS_IN_FLIGHT
+    packs_prompts = True
 
     def __init__(
         self,
@@ -99,13 +90,15 @@ class CudaRunner:
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._graphs: dict[int, Captured] = {}
         self._prefill_graphs: dict[int, tuple[Captured, Prompts]] = {}
-        self._pending: deque[_Pending] = deque()
+        self._pending: deque[PendingStep] = deque()
+        self._pending_prefills: deque[PendingStep] = deque()
         try:
             with self._on_stream():
                 pdl = self._is_cuda and torch.cuda.get_device_capability(self._device) >= PDL_CAPABILITY
                 chosen = plan or (INVARIANT if is_invariant else FAST)
                 self._decoder = Decoder(shape, source, chosen, self._device, dtype=dtype, pdl=pdl)
                 self._allocate(dtype)
+                self._decoder.prepare(self._caches)
                 self._warm_up()
         except LayoutError as error:
             self.close()
@@ -144,7 +137,8 @@ class CudaRunner:
         self._graphs.clear()
         self._prefill_graphs.clear()
         self._pending.clear()
-        for name in ("_decoder", "_caches", "_inputs", "_tokens", "_log_probs", "_arrived", "_slots"):
+        self._pending_prefills.clear()
+        for name in ("_decoder", "_caches", "_inputs", "_tokens", "_log_probs", "_arrived", "_slots", "_first_tokens"):
             self.__dict__.pop(name, None)
         if self._is_cuda:
             torch.cuda.empty_cache()
@@ -156,7 +150,37 @@ class CudaRunner:
         return True
 
     def prefill_many(self, chunks: Sequence[PromptChunk]) -> Logits:
-        """See DrawingRunner."""
+        """`prefill` of several slots' chunks at once: the logits [len(chunks), vocab_size] of each one's last token."""
+        with self._on_stream(), self._attributed():
+            logits: Logits = self._prefill(chunks)[: len(chunks)].cpu().numpy()
+        return logits
+
+    def start_prefill(
+        self, chunks: Sequence[PromptChunk], draws: Sequence[Draw | None], logits_rows: Sequence[int]
+    ) -> None:
+        """See PipelinedRunner."""
+        if len(self._pending_prefills) == STEPS_IN_FLIGHT:
+            raise RunnerError(f"{STEPS_IN_FLIGHT} prefills are in flight; finish one first")
+        with self._on_stream(), self._attributed():
+            logits = self._prefill(chunks)
+            slots = np.array([chunk.slot for chunk in chunks])
+            self._pending_prefills.append(self._first_tokens.start(logits, slots, draws, logits_rows, self._tokens))
+
+    def finish_prefill(self) -> Decoded:
+        """See PipelinedRunner."""
+        if not self._pending_prefills:
+            raise RunnerError("no prefill was begun")
+        return self._pending_prefills.popleft().wait()
+
+    def abandon(self) -> None:
+        """See PipelinedRunner."""
+        self._pending.clear()
+        self._pending_prefills.clear()
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _prefill(self, chunks: Sequence[PromptChunk]) -> torch.Tensor:
+        """Launch a prefill: logits [len(chunks) or more, vocab_size]."""
         total = sum(len(chunk.ids) for chunk in chunks)
         if not 0 < total <= self._prefill_chunk:
             raise RunnerError(f"{total} prompt tokens at once, the runner was made for 1 … {self._prefill_chunk}")
@@ -166,14 +190,10 @@ class CudaRunner:
                 raise RunnerError(
                     f"a chunk ends at position {end}, a slot holds {self.max_seq_len}; shorten the prompt"
                 )
-        with self._on_stream(), self._attributed():
-            size = next((size for size in sorted(self._prefill_graphs) if size >= total), None)
-            if size is not None and len(chunks) <= CAPTURED_CHUNKS:
-                logits = self._replay_prefill(chunks, size)
-            else:
-                logits = self._launch_prefill(pack(chunks, tile=PREFILL_TILE, num_tokens=padded_size(total)))
-            result: Logits = logits[: len(chunks)].cpu().numpy()
-        return result
+        size = next((size for size in sorted(self._prefill_graphs) if size >= total), None)
+        if size is not None and len(chunks) <= CAPTURED_CHUNKS:
+            return self._replay_prefill(chunks, size)
+        return self._launch_prefill(pack(chunks, tile=PREFILL_TILE, num_tokens=padded_size(total)))
 
     def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
         """See DrawingRunner; a second step may be begun before the first is finished, ids −1 its tokens."""
@@ -192,28 +212,13 @@ class CudaRunner:
         with self._on_stream(), self._attributed():
             self._inputs.block.copy_(slot.inputs.block, non_blocking=True)
             logits = self._run(size)
-            slot.tokens[:n].copy_(self._tokens[:n], non_blocking=True)
-            slot.log_probs[:n].copy_(self._log_probs[:n], non_blocking=True)
-            if logits_rows:
-                target = slot.logits_rows(len(logits_rows), self.vocab_size)
-                for index, row in enumerate(logits_rows):
-                    target[index].copy_(logits[row], non_blocking=True)
-            done = None
-            if self._is_cuda:
-                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                done.record()
-        self._pending.append(_Pending(slot, n, len(logits_rows), done))
+            self._pending.append(PendingStep.fetch(slot, self._tokens[:n], self._log_probs[:n], logits, logits_rows))
 
     def finish_decode(self) -> Decoded:
         """See DrawingRunner: the earliest step that was begun."""
         if not self._pending:
             raise RunnerError("no decode step was begun")
-        pending = self._pending.popleft()
-        if pending.done is not None:
-            pending.done.synchronize()
-        slot, n = pending.slot, pending.rows
-        logits = slot.logits_rows(pending.num_logits, self.vocab_size).numpy()
-        return Decoded(slot.tokens[:n].numpy(), slot.log_probs[:n].numpy(), logits)
+        return self._pending.popleft().wait()
 
     # ---- decode
 
@@ -228,7 +233,7 @@ class CudaRunner:
         logits = self._decoder.decode(
             inputs["ids"], inputs["positions"], self._tokens[:size], self._caches, self._arrived
         )
-        draw_tokens(self._decoder.launch, logits, inputs, self._tokens, self._log_probs)
+        draw_rows(self._decoder.launch, logits, inputs, self._tokens, self._log_probs)
         return logits
 
     # ---- prefill
@@ -254,6 +259,7 @@ class CudaRunner:
         self._log_probs = torch.zeros(slots, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(slots, shape.num_kv_heads, dtype=torch.int32, device=device)
         self._slots = deque(StepSlot.make(slots, is_pinned=self._is_cuda) for _ in range(STEPS_IN_FLIGHT))
+        self._first_tokens = FirstTokens(self._decoder.launch, slots, device)
 
     def _addresses(self) -> tuple[int, ...]:
         """Where a graph finds what outlives it."""
@@ -274,7 +280,8 @@ class CudaRunner:
             for size in (size for size in reversed(PREFILL_SIZES) if size <= longest):
                 prompts = Prompts.of(pack_for_graph(nothing, size), self._device)
                 self._prefill_graphs[size] = capture(partial(self._decoder.prefill, prompts, self._caches)), prompts
-            self._launch_prefill(pack(nothing, tile=PREFILL_TILE, num_tokens=longest))
+            logits = self._launch_prefill(pack(nothing, tile=PREFILL_TILE, num_tokens=longest))
+            self._first_tokens.start(logits, np.zeros(1, np.int64), [None], [], self._tokens).wait()
         torch.cuda.synchronize(self._device)
 
     @contextmanager

@@ -1,0 +1,181 @@
+"""Batch 1 in a single kernel (kernels/decode_one.cu): what it needs, and which decoders it can run.
+
+One row through the whole decoder, on GPUs that copy to shared memory in bulk (Hopper and later). Where it can't run,
+the kernels of gemv.py do the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ensemble.cuda_layout import DecoderShape
+from ensemble.engine.runners.cuda.nvrtc import Kernel
+
+SOURCE = Path(__file__).parent / "kernels" / "decode_one.cu"
+CAPABILITY = (9, 0)
+# As in the source.
+WARPS, MAX_PAIRS, SHARED_HEADS_LIMIT, KV_BLOCK_LIMIT = 8, 160, 16, 32
+STAGE_BYTES = 16384  # at most: what travels together
+ALIGNMENT = 128
+MIN_STAGES = 3
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How a block's shared memory is divided, in bytes but for `kv_block`: positions of the cache in a stage."""
+
+    stages: int
+    stage_bytes: int
+    kv_block: int
+    scratch_bytes: int
+    total: int
+
+    @classmethod
+    def of(cls, shape: DecoderShape, *, is_fp8: bool, blocks: int, limit: int) -> Memory:
+        """As many stages as `limit` bytes have room for."""
+        row = shape.hidden_size * (1 if is_fp8 else 2)
+        rows = next((rows for rows in (8, 4, 2) if rows * row <= STAGE_BYTES), 0)
+        stage = _aligned(rows * row) if rows * row > STAGE_BYTES // 2 else STAGE_BYTES
+        kv_block = min(KV_BLOCK_LIMIT, stage // (4 * shape.head_dim))
+        widest = max(shape.q_size, shape.intermediate_size, shape.hidden_size)
+        activations = max(widest * (2 if is_fp8 else 4), shape.hidden_size * 4)
+        scratch = _aligned(max(activations, _attention_bytes(shape, blocks)))
+        fixed = scratch + WARPS * 2 * MAX_PAIRS * 4 + 2 * WARPS * 4
+        stages = (limit - fixed) // (stage + 16)
+        return cls(stages, stage, kv_block, scratch, fixed + stages * (stage + 16))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _attention_bytes(shape: DecoderShape, blocks: int) -> int:
+    shared, half = shape.num_heads // shape.num_kv_heads, shape.head_dim // 2
+    threads = 32 * WARPS
+    q_and_new = (shared + 2) * shape.head_dim
+    outputs = max(1, threads // half) * shared * shape.head_dim
+    per_head = shared * (KV_BLOCK_LIMIT + 3 + blocks // shape.num_kv_heads)
+    return 4 * (q_and_new + outputs + per_head + 1)
+
+
+def reason_against(shape: DecoderShape, fp8: Sequence[bool], device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel can't run this decoder here; None: it can. fp8: of every matrix of the layers."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
+        return f"needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]}"
+    if dtype != torch.bfloat16:
+        return f"needs bfloat16, this decoder has {dtype}"
+    if any(fp8) != all(fp8):
+        return "some matrices are FP8 and some are not"
+    properties = torch.cuda.get_device_properties(device)
+    blocks = properties.multi_processor_count
+    memory = Memory.of(shape, is_fp8=all(fp8), blocks=blocks, limit=_limit(device))
+    if memory.stages < MIN_STAGES:
+        return "a multiprocessor has too little shared memory"
+    widths = (shape.hidden_size, shape.q_size, shape.intermediate_size)
+    if any(width % 16 for width in widths):
+        return f"widths {widths} are not multiples of 16"
+    if shape.head_dim % 32 or 32 * WARPS % (shape.head_dim // 2):
+        return f"head_dim {shape.head_dim} is not 64, 128 or 256"
+    if shape.num_heads // shape.num_kv_heads > SHARED_HEADS_LIMIT or shape.num_kv_heads > blocks:
+        return f"{shape.num_heads} query heads on {shape.num_kv_heads} key heads"
+    if shape.hidden_size > 32 * WARPS * blocks:
+        return f"hidden_size {shape.hidden_size} is more than {32 * WARPS * blocks}"
+    return None
+
+
+def _limit(device: torch.device) -> int:
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """A layer's tensors, in the order of the source's `Layer`; None where there is none. Caches are slot 0's."""
+
+    attention_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    qk_norms: torch.Tensor | None
+    matrices: Sequence[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]  # weight, scale, bias
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def addresses(self) -> list[int]:
+        """Where each begins; 0 for what isn't there."""
+        tensors = [self.attention_norm, self.mlp_norm, self.qk_norms]
+        tensors += [tensor for matrix in self.matrices for tensor in matrix]
+        return [0 if tensor is None else tensor.data_ptr() for tensor in [*tensors, self.keys, self.values]]
+
+
+class DecodeOne:
+    """The kernel for one decoder and its caches: none of the tensors may move while it lives.
+
+    Args:
+        head: [vocab_size, hidden_size] bfloat16, as `embedding`.
+        norm: [hidden_size] bfloat16, the last norm's weights.
+        cos, sin: [max_seq_len, head_dim / 2] float32.
+
+    Raises:
+        CompileError: the kernel can't be compiled or loaded.
+    """
+
+    def __init__(
+        self,
+        shape: DecoderShape,
+        layers: Sequence[LayerTensors],
+        *,
+        embedding: torch.Tensor,
+        norm: torch.Tensor,
+        head: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        is_fp8: bool,
+    ) -> None:
+        device = embedding.device
+        self._blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        memory = Memory.of(shape, is_fp8=is_fp8, blocks=self._blocks, limit=_limit(device))
+        macros = {
+            "HIDDEN": shape.hidden_size,
+            "INTERMEDIATE": shape.intermediate_size,
+            "HEADS": shape.num_heads,
+            "KV_HEADS": shape.num_kv_heads,
+            "HEAD_DIM": shape.head_dim,
+            "VOCAB": shape.vocab_size,
+            "LAYERS": shape.num_layers,
+            "MAX_SEQ_LEN": shape.max_seq_len,
+            "FP8": int(is_fp8),
+            "QK_NORM": int(shape.qk_norm),
+            "EPS": f"{shape.rms_norm_eps!r}f" if "e" in repr(shape.rms_norm_eps) else f"{shape.rms_norm_eps:.9e}f",
+            "SCORE_SCALE": f"{shape.head_dim**-0.5 * math.log2(math.e):.9e}f",
+            "BLOCKS": self._blocks,
+            "STAGES": memory.stages,
+            "STAGE_BYTES": memory.stage_bytes,
+            "KV_BLOCK": memory.kv_block,
+            "SCRATCH_BYTES": memory.scratch_bytes,
+        }
+        self._kernel = Kernel(SOURCE.read_text(), "decode_one", macros, shared_bytes=memory.total)
+        self._layers = layers  # keeps what the table points to
+        table = [address for layer in layers for address in layer.addresses()]
+        self._table = torch.tensor(table, dtype=torch.int64, device=device)
+        self._weights = [embedding, norm, head, cos, sin]
+        self._work = torch.zeros(_work_bytes(shape, self._blocks) // 4, dtype=torch.int32, device=device)
+        self._logits = torch.empty(1, shape.vocab_size, dtype=torch.float32, device=device)
+
+    def __call__(self, ids: torch.Tensor, positions: torch.Tensor, last_tokens: torch.Tensor) -> torch.Tensor:
+        """As `Decoder.decode` for slot 0: logits [1, vocab_size] float32, overwritten by the next call."""
+        arguments = [ids, last_tokens, positions, *self._weights, self._table, self._work, self._logits]
+        self._kernel.launch(self._blocks, 32 * (WARPS + 1), arguments)
+        return self._logits
+
+
+def _work_bytes(shape: DecoderShape, blocks: int) -> int:
+    splits = blocks // shape.num_kv_heads
+    qkv = shape.q_size + 2 * shape.kv_size
+    partial = splits * shape.num_heads * (shape.head_dim + 2)
+    sync = 2 + shape.num_kv_heads
+    return 4 * (qkv + shape.q_size + shape.hidden_size + shape.intermediate_size + partial + sync)

@@ -1,0 +1,101 @@
+"""CUDA C++ compiled and launched at run time, by the compiler library and the driver that torch uses anyway.
+
+Nothing beyond torch has to be installed: no toolkit, no headers. It knows no model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_…
+
+
+class CompileError(Exception):
+    """The kernel could not be compiled or loaded here; one line."""
+
+
+class Kernel:
+    """A compiled kernel of the current device's context.
+
+    Args:
+        source: CUDA C++ that includes nothing and holds `extern "C"` kernels.
+        name: of the kernel.
+        macros: what the source is compiled with.
+        shared_bytes: dynamic shared memory of a block.
+
+    Raises:
+        CompileError: with the compiler's first complaint.
+    """
+
+    def __init__(self, source: str, name: str, macros: Mapping[str, object], *, shared_bytes: int) -> None:
+        major, minor = torch.cuda.get_device_capability()
+        options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
+        options += [f"-D{macro}={value}" for macro, value in macros.items()]
+        image = _compile(source, f"{name}.cu", options)
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        self._shared_bytes = shared_bytes
+        self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        torch.cuda.current_stream().synchronize()  # torch's context is this thread's from here on
+        self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), image))
+        self._check(self._driver.cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
+        self._check(
+            self._driver.cuFuncSetAttribute(self._function, MAX_DYNAMIC_SHARED_SIZE_BYTES, ctypes.c_int(shared_bytes))
+        )
+
+    def launch(self, blocks: int, threads: int, arguments: Sequence[torch.Tensor]) -> None:
+        """Launch on the current stream; every argument is a tensor's address. All blocks run at once, or none."""
+        values = [ctypes.c_void_p(tensor.data_ptr()) for tensor in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        self._check(
+            self._driver.cuLaunchCooperativeKernel(
+                self._function, blocks, 1, 1, threads, 1, 1, self._shared_bytes, stream, pointers
+            )
+        )
+
+    def _check(self, result: int) -> None:
+        if result:
+            message = ctypes.c_char_p()
+            self._driver.cuGetErrorString(result, ctypes.byref(message))
+            raise CompileError(f"CUDA's driver: {(message.value or b'unknown error').decode()}")
+
+
+def _compile(source: str, name: str, options: Sequence[str]) -> bytes:
+    library, program, size = _library(), ctypes.c_void_p(), ctypes.c_size_t()
+    if library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None):
+        raise CompileError(f"{name}: no program could be made")
+    try:
+        encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        if library.nvrtcCompileProgram(program, len(options), encoded):
+            library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            library.nvrtcGetProgramLog(program, log)
+            lines = [line for line in log.value.decode().splitlines() if "error" in line] or ["no reason given"]
+            raise CompileError(lines[0])
+        library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        image = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetCUBIN(program, image)
+        return image.raw
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    major = (torch.version.cuda or "13").split(".")[0]
+    names = [f"libnvrtc.so.{major}"]  # found by name where torch has loaded it
+    spec = find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        names += [str(path) for path in Path(folder).glob(f"*/lib/libnvrtc.so.{major}")]
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise CompileError(f"libnvrtc.so.{major}, which torch brings, was not found")

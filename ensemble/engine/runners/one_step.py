@@ -1,0 +1,70 @@
+"""Any runner as a PipelinedRunner that has one step in flight.
+
+What such a runner can't begin without waiting is computed when it is finished, so that the loop knows one way only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ensemble.engine.runners.base import Decoded, Draw, DrawingRunner, Ids, PipelinedRunner, PromptChunk, Runner
+
+NO_TOKENS, NO_LOG_PROBS = np.empty(0, np.int64), np.empty(0, np.float32)
+
+
+class OneStep:
+    """Decodes as `runner` does, drawing if it can; prefills one chunk at a time, and hands out its logits."""
+
+    steps_in_flight = 1
+    packs_prompts = False
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._drawing = runner if isinstance(runner, DrawingRunner) else None
+        self._decode: tuple[Ids, Ids, Sequence[int]] | None = None
+        self._prefills: list[PromptChunk] = []
+
+    def can_draw(self, draw: Draw) -> bool:
+        """See DrawingRunner."""
+        return self._drawing is not None and self._drawing.can_draw(draw)
+
+    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
+        """See DrawingRunner."""
+        if self._drawing is not None:
+            self._drawing.start_decode(ids, positions, draws, logits_rows)
+        self._decode = ids, positions, logits_rows
+
+    def finish_decode(self) -> Decoded:
+        """See DrawingRunner."""
+        assert self._decode is not None, "no decode was begun"
+        (ids, positions, rows), self._decode = self._decode, None
+        if self._drawing is not None:
+            return self._drawing.finish_decode()
+        logits = self._runner.decode(ids, positions)
+        return Decoded(NO_TOKENS, NO_LOG_PROBS, logits[list(rows)])
+
+    def start_prefill(
+        self, chunks: Sequence[PromptChunk], draws: Sequence[Draw | None], logits_rows: Sequence[int]
+    ) -> None:
+        """See PipelinedRunner."""
+        self._prefills += chunks
+
+    def finish_prefill(self) -> Decoded:
+        """See PipelinedRunner."""
+        chunk = self._prefills.pop(0)
+        logits = self._runner.prefill(chunk.slot, chunk.ids, chunk.start)
+        return Decoded(NO_TOKENS, NO_LOG_PROBS, logits[None])
+
+    def abandon(self) -> None:
+        """See PipelinedRunner."""
+        self._prefills.clear()
+        is_running, self._decode = self._drawing is not None and self._decode is not None, None
+        if self._drawing is not None and is_running:
+            self._drawing.finish_decode()
+
+
+def pipelined(runner: Runner) -> PipelinedRunner:
+    """`runner` itself, if it can have several steps in flight."""
+    return runner if isinstance(runner, PipelinedRunner) else OneStep(runner)
