@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -149,11 +150,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING)
     checkpoint = smollm2()
     threads = len(os.sched_getaffinity(0))
-    settings = EngineSettings(num_slots=max(STREAMS), num_threads=threads)
+    chosen: dict[str, Any] = {"num_slots": max(STREAMS), "num_threads": threads}
+    settings = EngineSettings(**chosen)
 
     with tempfile.TemporaryDirectory() as directory:
         repository = Path(directory) / "models"
-        build(BuildOptions(checkpoint, NAME, repository, max_seq_len=MAX_SEQ_LEN, settings=settings))
+        build(BuildOptions(checkpoint, NAME, repository, max_seq_len=MAX_SEQ_LEN, settings=chosen))
         engine = repository / f"{NAME}-engine" / "1"
         tokenizer = Tokenizer.from_directory(repository / f"{NAME}-tokenizer" / "1")
         with TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0) as server:

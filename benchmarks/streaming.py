@@ -29,7 +29,6 @@ from benchmarks.weights import smollm2
 from builders.options import BuildOptions
 from builders.repository import build
 from ensemble.server import TritonServer
-from ensemble.settings import EngineSettings
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -56,7 +55,7 @@ TritonPythonModel = engine.TritonPythonModel
 
 def write_repository(repository: Path, num_slots: int, step_s: float) -> None:
     """The demo model's repository, its engine's runner replaced."""
-    settings = EngineSettings(num_slots=num_slots)
+    settings = {"num_slots": num_slots}
     build(BuildOptions(smollm2(), NAME, repository, max_seq_len=MAX_SEQ_LEN, settings=settings))
     engine = repository / f"{NAME}-engine" / "1"
     (engine / "model.py").write_text(MODEL.format(step_s=step_s))

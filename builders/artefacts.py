@@ -23,6 +23,7 @@ from builders.options import BuildOptions, Report
 from builders.recipe import Recipe, recipe_named
 from builders.spec import ModelSpec
 from ensemble.manifest import ArtefactFile, Manifest, installed_versions
+from ensemble.settings import EngineSettings
 
 PACKAGES = ("deepseek-triton", "numpy", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "tokenizers")
 # opset → the first ONNX Runtime that runs every operator of the graph in it
@@ -33,7 +34,12 @@ NETWORK_OF = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "fp8": "fp16"}
 
 
 def write_artefacts(
-    checkpoint: Checkpoint, options: BuildOptions, max_seq_len: int, directory: Path, report: Report
+    checkpoint: Checkpoint,
+    options: BuildOptions,
+    settings: EngineSettings,
+    max_seq_len: int,
+    directory: Path,
+    report: Report,
 ) -> None:
     """Write the artefacts of `options.target` and manifest.json into `directory`.
 
@@ -57,7 +63,7 @@ def write_artefacts(
     else:
         with tempfile.TemporaryDirectory(prefix="graph-", dir=directory.parent) as temporary:
             graph, recipe = _write_graph(checkpoint, options, max_seq_len, TENSORRT_OPSET, Path(temporary), report)
-            plan, engine = _compile(graph, spec, options, recipe, max_seq_len, directory, report)
+            plan, engine = _compile(graph, spec, options, settings, recipe, max_seq_len, directory, report)
             files, shapes = (plan,), _shapes(graph)
     manifest = _manifest(checkpoint, options, max_seq_len, recipe, engine, files, shapes)
     replace(manifest, requires=requires).save(directory)
@@ -224,6 +230,7 @@ def _compile(
     graph: Path,
     spec: ModelSpec,
     options: BuildOptions,
+    settings: EngineSettings,
     recipe: Recipe | None,
     max_seq_len: int,
     directory: Path,
@@ -237,8 +244,8 @@ def _compile(
         graph, directory / PLAN_FILE,
         target=options.target,
         precision=options.precision,
-        num_slots=options.settings.num_slots,
-        prefill_chunk=options.settings.prefill_chunk,
+        num_slots=settings.num_slots,
+        prefill_chunk=settings.prefill_chunk,
         max_seq_len=max_seq_len,
         compute_capability=options.compute_capability,
         fp8_modules=_fp8_modules(spec, recipe),

@@ -179,6 +179,10 @@ def _check_engine(directory: Path, version_dir: Path, config: ModelConfig) -> It
     if file_problems:
         return
     manifest = Manifest.load(version_dir)
+    try:
+        settings.check_target(manifest.target)
+    except SettingsError as error:
+        yield Problem(where, f"parameters: {error}")
     for name in ("num_slots", "prefill_chunk"):
         value, limit = getattr(settings, name), manifest.engine.get(name)
         if limit is not None and value > limit:

@@ -83,10 +83,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from builders.options import PRECISIONS, TARGETS, TASKS
+    from builders.options import ENGINE_OPTIONS, PRECISIONS, TARGETS, TASKS
     from builders.recipe import RECIPES
     from builders.scoring_arguments import add_scoring_arguments
-    from ensemble.settings import EngineSettings
 
     build = commands.add_parser("build", help="checkpoint to model repository")
     build.add_argument("checkpoint", type=Path, help="Hugging Face directory or .gguf file")
@@ -98,13 +97,9 @@ def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
         "--precision", choices=PRECISIONS, help="default: fp32 for onnx, fp16 for TensorRT, fp8 for cuda"
     )
     build.add_argument("--max-seq-len", type=int, help="tokens, prompt and answer (default: the model's, at most 2048)")
-    for name, what in (
-        ("num_slots", "sequences generated at once"),
-        ("prefill_chunk", "prompt tokens computed in one step"),
-        ("num_threads", "threads of the engine; 0: one for each core"),
-    ):
-        option, default = "--" + name.replace("_", "-"), getattr(EngineSettings, name)
-        build.add_argument(option, type=int, default=default, help=f"{what} (default: %(default)s)")
+    for name, (kind, what) in ENGINE_OPTIONS.items():
+        form: dict[str, Any] = {"action": "store_const", "const": True} if kind is bool else {"type": kind}
+        build.add_argument("--" + name.replace("_", "-"), help=what, **form)
     fp8 = build.add_argument_group("FP8")
     fp8.add_argument("--recipe", default="default", choices=sorted(RECIPES), help="default: %(default)s")
     fp8.add_argument("--keep", action="append", default=[], metavar="PATTERN", help="modules that are not quantised")
@@ -176,18 +171,13 @@ def _add_client_commands(commands: argparse._SubParsersAction[argparse.ArgumentP
 
 def _build(arguments: argparse.Namespace) -> int:
     from builders.errors import BuildError
-    from builders.options import PRECISIONS_OF, BuildOptions
+    from builders.options import ENGINE_OPTIONS, PRECISIONS_OF, BuildOptions
     from builders.repository import build
     from builders.scoring_arguments import read_scoring_options
-    from ensemble.settings import EngineSettings, SettingsError
 
     bar = _ProgressBar()
     try:
-        settings = EngineSettings(
-            num_slots=arguments.num_slots,
-            prefill_chunk=arguments.prefill_chunk,
-            num_threads=arguments.num_threads,
-        )
+        given = {name: getattr(arguments, name) for name in ENGINE_OPTIONS}
         options = BuildOptions(
             checkpoint=arguments.checkpoint,
             name=arguments.name,
@@ -196,7 +186,7 @@ def _build(arguments: argparse.Namespace) -> int:
             task=arguments.task,
             precision=arguments.precision or PRECISIONS_OF[arguments.target][0],
             max_seq_len=arguments.max_seq_len,
-            settings=settings,
+            settings={name: value for name, value in given.items() if value is not None},
             recipe=arguments.recipe,
             keep=tuple(arguments.keep),
             calibration_text=arguments.calibration_text,
@@ -206,7 +196,7 @@ def _build(arguments: argparse.Namespace) -> int:
             scoring=read_scoring_options(arguments),
         )
         version = build(options, bar.report)
-    except (BuildError, SettingsError) as error:
+    except BuildError as error:
         bar.close()
         return _fail(str(error))
     bar.close()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from builders.errors import BuildError
 from builders.scoring_options import ScoringOptions
-from ensemble.settings import EngineSettings
+from ensemble.settings import EngineSettings, SettingsError
 
 TARGETS = ("onnx", "tensorrt", "tensorrt-rtx", "cuda")
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
@@ -22,6 +23,14 @@ PRECISIONS_OF = {
     "cuda": ("fp8", "bf16"),
 }
 TASKS = ("generate", "score")
+# Engine settings that a build may be told: their type, and what they are.
+ENGINE_OPTIONS: dict[str, tuple[type, str]] = {
+    "num_slots": (int, "sequences generated at once (default: 8; for cuda 64, fewer where their caches exceed 32 GiB)"),
+    "prefill_chunk": (int, "prompt tokens computed in one step (default: 64; for cuda 2048; at most max-seq-len)"),
+    "max_prefill_stall": (float, "decodes that a step's prefill may last beside them (default: 1.5; for cuda 10)"),
+    "num_threads": (int, "threads of the engine; 0: one for each core (default: 0)"),
+    "batch_invariant": (bool, "for cuda: a text doesn't depend on what runs beside it; slower"),
+}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 # Called with what is done now, and its progress and total in units of its own (bytes for "weights").
@@ -35,6 +44,7 @@ class BuildOptions:
     task: "generate" makes the ensemble that streams text; "score" the one that chooses among labels in one pass without
         a cache; scoring: for it alone.
     max_seq_len: tokens in a sequence, prompt and answer; None: the model's own limit, at most 2,048.
+    settings: of the engine, by their names in EngineSettings; what isn't there has its target's default.
     recipe, keep: for fp8, a name in `builders.recipe.RECIPES` and patterns of modules that are not quantised.
     calibration_text: for fp8, a text file; None: the built-in set and text of the model's own. ranges: a file of
         activation ranges, read where it exists, else written. compute_capability: of the GPU that will serve, as
@@ -48,7 +58,7 @@ class BuildOptions:
     task: str = "generate"
     precision: str = "fp32"
     max_seq_len: int | None = None
-    settings: EngineSettings = field(default_factory=EngineSettings)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     recipe: str = "default"
     keep: tuple[str, ...] = ()
     calibration_text: Path | None = None
@@ -75,6 +85,10 @@ class BuildOptions:
         if self.precision not in PRECISIONS_OF[self.target]:
             choices = ", ".join(PRECISIONS_OF[self.target])
             raise BuildError(f"precision is {self.precision!r}; target {self.target} has {choices}")
+        try:
+            EngineSettings(**self.settings).check_target(self.target)
+        except SettingsError as error:
+            raise BuildError(str(error)) from error
         if self.max_seq_len is not None and self.max_seq_len < 2:
             raise BuildError(f"max_seq_len is {self.max_seq_len}, must be at least 2")
         if self.precision != "fp8":
@@ -100,9 +114,9 @@ class BuildOptions:
             words += ["--recipe", self.recipe]
         for pattern in self.keep:
             words += ["--keep", pattern]
-        for name in ("num_slots", "prefill_chunk", "num_threads"):
-            if (value := getattr(self.settings, name)) != getattr(EngineSettings, name):
-                words += [_option(name), str(value)]
+        for name, value in self.settings.items():
+            if value is not False:
+                words += [_option(name)] if value is True else [_option(name), str(value)]
         return shlex.join(words)
 
 

@@ -17,6 +17,7 @@ from builders import pbtxt
 from builders.artefacts import write_artefacts, write_scoring_artefacts
 from builders.check import require_sound
 from builders.checkpoint import Checkpoint, open_checkpoint
+from builders.defaults import engine_settings
 from builders.errors import BuildError
 from builders.options import BuildOptions, Report
 from builders.scoring import scoring_configs, write_profile
@@ -53,10 +54,11 @@ def _write_generator(
     checkpoint: Checkpoint, options: BuildOptions, max_seq_len: int, staging: Path, version: int, report: Report
 ) -> None:
     """Tokenizer, engine, detokenizer and the ensemble that joins them."""
+    settings = engine_settings(options, checkpoint.spec, max_seq_len)
     for config in (
         pbtxt.tokenizer_config(options.name),
         pbtxt.detokenizer_config(options.name),
-        pbtxt.engine_config(options.name, options.settings.to_parameters()),
+        pbtxt.engine_config(options.name, settings.to_parameters()),
         pbtxt.ensemble_config(options.name, GENERATE_PIPELINE),
     ):
         (staging / config.name / str(version)).mkdir(parents=True)
@@ -65,7 +67,7 @@ def _write_generator(
     _write_tokenizer(checkpoint, (tokenizer, detokenizer, engine))
     _write_adapter("tokenizer", tokenizer)
     _write_adapter("detokenizer", detokenizer)
-    write_artefacts(checkpoint, options, max_seq_len, engine, report)
+    write_artefacts(checkpoint, options, settings, max_seq_len, engine, report)
     _write_adapter("engine", engine)
 
 
@@ -107,10 +109,6 @@ def _max_seq_len(checkpoint: Checkpoint, options: BuildOptions) -> int:
     max_seq_len = min(limit, DEFAULT_MAX_SEQ_LEN) if options.max_seq_len is None else options.max_seq_len
     if max_seq_len > limit:
         raise BuildError(f"max_seq_len is {max_seq_len}, the model was trained for {limit} tokens")
-    if options.task == "generate" and options.settings.prefill_chunk > max_seq_len:
-        raise BuildError(
-            f"prefill_chunk is {options.settings.prefill_chunk}, must be at most max_seq_len {max_seq_len}"
-        )
     return max_seq_len
 
 

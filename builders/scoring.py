@@ -10,13 +10,14 @@ from builders.options import BuildOptions
 from builders.scoring_options import ScoringOptions
 from ensemble.pipelines import SCORE_PIPELINE
 from ensemble.scoring.settings import ScoringSettings
+from ensemble.settings import EngineSettings
 
 
 def scoring_configs(options: BuildOptions, hidden_size: int) -> tuple[pbtxt.ModelConfig, ...]:
     """Every config.pbtxt of the scoring model `options.name`."""
     batching = options.scoring.batching
     if options.target == "onnx":
-        settings = ScoringSettings(options.settings.num_threads, options.scoring.max_pass_tokens)
+        settings = ScoringSettings(EngineSettings(**options.settings).num_threads, options.scoring.max_pass_tokens)
         engine = pbtxt.score_engine_config(options.name, hidden_size, batching, settings.to_parameters())
     else:
         engine = pbtxt.score_plan_config(options.name, hidden_size, batching)

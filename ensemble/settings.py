@@ -36,6 +36,8 @@ class EngineSettings:
     queue_timeout_ms, timeout_ms: the longest wait for a slot, and the longest time for a whole request, in ms, for
         requests that don't say; 0: none.
     cancel_after_s: seconds without an acknowledgement after which a request is taken as abandoned.
+    batch_invariant: sums in one order for every batch, so that a sequence's text doesn't depend on its neighbours;
+        slower. Target cuda alone.
     """
 
     num_slots: int = 8
@@ -48,6 +50,7 @@ class EngineSettings:
     queue_timeout_ms: int = 0
     timeout_ms: int = 0
     cancel_after_s: float = 1.0
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for name, lowest in _INTEGERS.items():
@@ -60,6 +63,9 @@ class EngineSettings:
                 raise SettingsError(f"{name} is {value!r}, must be {what}")
             if not (math.isfinite(value) and value > 0):
                 raise SettingsError(f"{name} is {value!r}, must be finite and above 0")
+        for name in _BOOLEANS:
+            if not isinstance(value := getattr(self, name), bool):
+                raise SettingsError(f"{name} is {value!r}, must be true or false")
         if self.prefix_reuse not in PREFIX_REUSES:
             raise SettingsError(f"prefix_reuse is {self.prefix_reuse!r}, must be one of {', '.join(PREFIX_REUSES)}")
 
@@ -68,9 +74,23 @@ class EngineSettings:
         """The level of a request that names none."""
         return (self.priority_levels + 1) // 2
 
+    def check_target(self, target: str) -> None:
+        """Can an engine of `target` run so?
+
+        Raises:
+            SettingsError: names the setting that this target doesn't have.
+        """
+        for name, targets in _TARGETS.items():
+            value, default = getattr(self, name), getattr(type(self), name)
+            if value != default and target not in targets:
+                raise SettingsError(
+                    f"{name} is {_text(value)}, which target {target} doesn't have: leave it at {_text(default)}, or "
+                    f"build for target {' or '.join(targets)}"
+                )
+
     def to_parameters(self) -> dict[str, str]:
         """These settings as the text values of config.pbtxt's `parameters`."""
-        return {name: str(value) for name, value in asdict(self).items()}
+        return {name: _text(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> EngineSettings:
@@ -100,13 +120,26 @@ class EngineSettings:
         return cls.from_parameters({name: value["string_value"] for name, value in parameters.items()})
 
 
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _boolean(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError(text)
+    return text == "true"
+
+
 # Integers with their lowest values, numbers with what they are.
 _INTEGERS = {
     "num_slots": 1, "prefill_chunk": 1, "num_threads": 0, "max_queue_size": 1, "priority_levels": 1,
     "queue_timeout_ms": 0, "timeout_ms": 0,
 }  # fmt: skip
 _NUMBERS = {"max_prefill_stall": "a number", "cancel_after_s": "a number of seconds"}
+_BOOLEANS = ("batch_invariant",)
+_TARGETS = {"batch_invariant": ("cuda",)}  # settings that only these targets have
 _KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
     **dict.fromkeys(_INTEGERS, (int, "an integer")),
     **dict.fromkeys(_NUMBERS, (float, "a number")),
+    **dict.fromkeys(_BOOLEANS, (_boolean, "true or false")),
 }

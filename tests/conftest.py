@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from ensemble.server import TritonServer
-from ensemble.settings import EngineSettings
 from tests.checkpoints import smollm2_path
 
 NAME = "smollm2"
@@ -24,7 +23,7 @@ def smollm2_repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
     from builders.repository import build
 
     repository = tmp_path_factory.mktemp("repository") / "models"
-    settings = EngineSettings(prefill_chunk=32)
+    settings = {"prefill_chunk": 32}
     build(BuildOptions(smollm2_path(), NAME, repository, max_seq_len=MAX_SEQ_LEN, settings=settings))
     yield repository
     shutil.rmtree(repository)  # half a gigabyte, of which pytest would keep three

@@ -257,6 +257,11 @@ EDITS: dict[str, tuple[str, Edit, list[tuple[str, str]]]] = {
         lambda c: setattr(c.parameters["prefill_chunk"], "string_value", "129"),
         [("m-engine/config.pbtxt: parameters: prefill_chunk is 129", "max_seq_len, 128")],
     ),
+    "a setting of another target": (
+        "m-engine",
+        lambda c: setattr(c.parameters["batch_invariant"], "string_value", "true"),
+        [("m-engine/config.pbtxt: parameters: batch_invariant is true, which target onnx doesn't have", "target cuda")],
+    ),
     "engine not decoupled": (
         "m-engine",
         lambda c: c.ClearField("model_transaction_policy"),

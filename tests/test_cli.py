@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from builders import check, cli, repository
-from builders.options import BuildOptions
+from builders.options import ENGINE_OPTIONS, BuildOptions
 from builders.repository import build
 from ensemble import server
 from ensemble.installation import Installation, ServerError
@@ -38,7 +38,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def built(checkpoint: Path, tmp_path: Path) -> Path:
-    settings = EngineSettings(num_slots=2, prefill_chunk=8)
+    settings = {"num_slots": 2, "prefill_chunk": 8}
     build(BuildOptions(checkpoint, "m", tmp_path / "models", max_seq_len=32, settings=settings))
     return tmp_path / "models"
 
@@ -131,8 +131,10 @@ def test_wrong_usage_is_status_2(arguments: tuple[str, ...], capsys: pytest.Capt
 
 def test_defaults_are_the_dataclasses_own() -> None:
     arguments = cli.make_parser().parse_args(["build", "c", "--name", "m"])
-    for name in ("num_slots", "prefill_chunk", "num_threads"):
-        assert getattr(arguments, name) == getattr(EngineSettings(), name)
+    for name, (_, what) in ENGINE_OPTIONS.items():
+        assert getattr(arguments, name) is None, "the target's own"
+        default = getattr(EngineSettings, name)
+        assert isinstance(default, bool) or f"(default: {default}" in what
     options = BuildOptions(Path("c"), "m")
     for name in ("repository", "target", "max_seq_len"):
         assert getattr(arguments, name) == getattr(options, name)

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from builders.calibrate import calibrate
 from builders.checkpoint import open_checkpoint
 from builders.cuda import check_recipe, decoder_shape, write_weights
+from builders.defaults import engine_settings
 from builders.errors import BuildError
-from builders.options import BuildOptions
+from builders.options import PRECISIONS_OF, BuildOptions
 from builders.quantize import Quantizer
 from builders.recipe import RECIPES, Recipe
 from builders.repository import build
+from builders.spec import ModelSpec
 from ensemble.cuda_layout import DecoderShape, LayoutError
 from ensemble.manifest import Manifest
 from ensemble.settings import EngineSettings
@@ -181,7 +183,7 @@ def test_a_repository_for_the_cuda_target_is_whole_and_its_digest_is_that_of_the
     for name, target, precision in (("a", "cuda", "bf16"), ("b", "onnx", "fp32")):
         options = BuildOptions(
             checkpoint, name, tmp_path / "models", target=target, precision=precision, max_seq_len=48,
-            settings=EngineSettings(prefill_chunk=16),
+            settings={"prefill_chunk": 16},
         )  # fmt: skip
         build(options)
         manifest = Manifest.load(tmp_path / "models" / f"{name}-engine" / "1")
@@ -191,3 +193,31 @@ def test_a_repository_for_the_cuda_target_is_whole_and_its_digest_is_that_of_the
     engine = Manifest.load(tmp_path / "models" / "a-engine" / "1")
     assert DecoderShape.from_dict(engine.engine) == decoder_shape(open_checkpoint(checkpoint).spec, 48)
     assert list(engine.files) == ["model.safetensors"]
+
+
+def test_a_cuda_engine_has_a_gpus_defaults_and_what_is_asked_for_wins(tmp_path: Path) -> None:
+    spec = open_checkpoint(make_checkpoint(tmp_path / "checkpoint", "qwen2")).spec
+
+    def settings(target: str, max_seq_len: int, changed: ModelSpec = spec, **asked: object) -> EngineSettings:
+        options = BuildOptions(tmp_path, "x", target=target, precision=PRECISIONS_OF[target][0], settings=asked)
+        return engine_settings(options, changed, max_seq_len)
+
+    assert settings("onnx", 4096) == EngineSettings()
+    assert settings("onnx", 40).prefill_chunk == 40, "a default is never more than the model can have"
+    gpu = settings("cuda", 4096)
+    assert (gpu.num_slots, gpu.prefill_chunk, gpu.max_prefill_stall) == (64, 2048, 10.0)
+    assert settings("cuda", 48).prefill_chunk == 48
+    # 28 layers of 4 key heads of 128, as R1-Distill-Qwen-7B: 57,344 bytes a token.
+    large = replace(spec, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128)
+    assert settings("cuda", 4096, large).num_slots == 64
+    assert settings("cuda", 131072, large).num_slots == 4, "32 GiB of caches"
+    asked = settings("cuda", 4096, num_slots=3, prefill_chunk=64, max_prefill_stall=1.5, batch_invariant=True)
+    assert asked == EngineSettings(num_slots=3, batch_invariant=True)
+    with pytest.raises(BuildError, match="prefill_chunk is 65, must be at most max_seq_len 64"):
+        settings("cuda", 64, prefill_chunk=65)
+
+
+@pytest.mark.parametrize("target", ["onnx", "tensorrt", "tensorrt-rtx"])
+def test_a_setting_that_a_target_lacks_is_refused(target: str, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=f"batch_invariant is true, which target {target} doesn't have.*target cuda"):
+        BuildOptions(tmp_path, "x", target=target, precision="fp16", settings={"batch_invariant": True})

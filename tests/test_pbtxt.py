@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+import re
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from google.protobuf.json_format import MessageToDict, MessageToJson
 
 from builders import pbtxt
+from builders.options import ENGINE_OPTIONS
 from ensemble import contract
 from ensemble.pipelines import GENERATE_PIPELINE, Pipeline, model_name
 from ensemble.settings import EngineSettings, SettingsError
@@ -111,6 +113,7 @@ def test_unreadable_text_names_file_line_and_field() -> None:
         ({"priority_levels": 0}, "priority_levels is 0, must be an integer of at least 1"),
         ({"queue_timeout_ms": -1}, "queue_timeout_ms is -1, must be an integer of at least 0"),
         ({"timeout_ms": -1}, "timeout_ms is -1, must be an integer of at least 0"),
+        ({"batch_invariant": 1}, "batch_invariant is 1, must be true or false"),
     ],
 )
 def test_settings_refuse(values: dict[str, Any], message: str) -> None:
@@ -128,6 +131,7 @@ def test_settings_refuse(values: dict[str, Any], message: str) -> None:
         ({"max_prefill_stall": ""}, "max_prefill_stall is '', must be a number"),
         ({"prefix_reuse": "Prompt"}, "prefix_reuse is 'Prompt', must be one of prompt, all, off"),
         ({"timeout_ms": "1e3"}, "timeout_ms is '1e3', must be an integer"),
+        ({"batch_invariant": "yes"}, "batch_invariant is 'yes', must be true or false"),
     ],
 )
 def test_parameters_refuse(parameters: dict[str, str], message: str) -> None:
@@ -135,10 +139,17 @@ def test_parameters_refuse(parameters: dict[str, str], message: str) -> None:
         EngineSettings.from_parameters(parameters)
 
 
+def test_every_setting_is_documented() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "settings.md").read_text(encoding="utf-8")
+    rows = [row.split("|") for row in text.splitlines() if row.startswith("| `")]
+    documented = {name: "yes" in row[2] for row in rows for name in re.findall(r"`(\w+)`", row[1])}
+    assert documented == {field.name: field.name in ENGINE_OPTIONS for field in fields(EngineSettings)}
+
+
 def test_settings_survive_the_way_through_triton() -> None:
     settings = EngineSettings(
         num_slots=5, prefill_chunk=7, max_prefill_stall=2.5, prefix_reuse="all", num_threads=2, max_queue_size=9,
-        priority_levels=4, queue_timeout_ms=100, timeout_ms=2000, cancel_after_s=0.25,
+        priority_levels=4, queue_timeout_ms=100, timeout_ms=2000, cancel_after_s=0.25, batch_invariant=True,
     )  # fmt: skip
     defaults = asdict(EngineSettings())
     assert all(value != defaults[name] for name, value in asdict(settings).items()), "every setting is tried"

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,13 +20,15 @@ from builders.errors import BuildError, CheckpointError
 from builders.graph.builder import GraphBuilder
 from builders.options import BuildOptions
 from builders.repository import DEFAULT_MAX_SEQ_LEN, build
+from ensemble.engine.runners.base import RunnerError
 from ensemble.engine.runners.load import load_runner
 from ensemble.manifest import Manifest
 from ensemble.pipelines import GENERATE_PIPELINE
 from ensemble.settings import EngineSettings
 from tests.checkpoints import TINY, make_checkpoint, make_tokenizer, write_tiny
 
-SETTINGS = EngineSettings(num_slots=2, prefill_chunk=8, num_threads=1)
+CHOSEN: dict[str, Any] = {"num_slots": 2, "prefill_chunk": 8, "num_threads": 1}
+SETTINGS = EngineSettings(**CHOSEN)
 MAX_SEQ_LEN = 32
 PARTS = ("m", "m-tokenizer", "m-engine", "m-detokenizer")
 
@@ -42,7 +45,7 @@ def models(tmp_path: Path) -> Path:
 
 
 def options(checkpoint: Path, models: Path, **more: Any) -> BuildOptions:
-    return BuildOptions(checkpoint, "m", models, **{"max_seq_len": MAX_SEQ_LEN, "settings": SETTINGS, **more})
+    return BuildOptions(checkpoint, "m", models, **{"max_seq_len": MAX_SEQ_LEN, "settings": CHOSEN, **more})
 
 
 def snapshot(directory: Path) -> dict[str, bytes | None]:
@@ -70,6 +73,8 @@ def test_a_build_gives_a_repository_that_loads_and_answers(tmp_path: Path, model
     }  # fmt: skip
     assert [path.name for path in models.parent.iterdir()] == ["models"], "no staging directory is left"
 
+    with pytest.raises(RunnerError, match="batch_invariant is true, which target onnx doesn't have"):
+        load_runner(models / "m-engine" / "1", replace(SETTINGS, batch_invariant=True))
     manifest, runner = load_runner(models / "m-engine" / "1", SETTINGS)
     assert (manifest.max_seq_len, manifest.end_ids, manifest.precision) == (MAX_SEQ_LEN, (319,), "fp32")
     assert np.isfinite(runner.prefill(0, np.arange(5), 0)).all()
@@ -134,7 +139,7 @@ def test_another_checkpoint_has_another_hash(checkpoint: Path, models: Path) -> 
 def test_the_next_build_is_version_2_beside_an_untouched_version_1(checkpoint: Path, models: Path) -> None:
     build(options(checkpoint, models))
     first = {path: data for path, data in snapshot(models).items() if "/1" in path}
-    more = EngineSettings(num_slots=3, prefill_chunk=8)
+    more = {"num_slots": 3, "prefill_chunk": 8}
     assert build(options(checkpoint, models, settings=more)) == 2
     after = snapshot(models)
     assert {path: data for path, data in after.items() if "/1" in path} == first
@@ -278,7 +283,7 @@ def test_a_build_that_fails_leaves_everything_as_it_was(
     with monkeypatch.context() as patched:
         apply(patched, checkpoint)
         with pytest.raises(error) as caught:
-            build(options(checkpoint, models, settings=EngineSettings(num_slots=5, prefill_chunk=8)))
+            build(options(checkpoint, models, settings={"num_slots": 5, "prefill_chunk": 8}))
     assert message in str(caught.value)
     assert snapshot(work) == before
     if isinstance(caught.value, BuildError):

@@ -24,7 +24,6 @@ from ensemble.pipelines import SCORE_PIPELINE
 from ensemble.scoring.profile import ScoringProfile
 from ensemble.scoring.rows import make_row
 from ensemble.scoring.settings import ScoringSettings
-from ensemble.settings import EngineSettings
 from tests.checkpoints import make_tokenizer, write_tiny
 
 SCORING = ScoringOptions(template="{text} is", labels=("a", "b"), batching=Batching(max_batch_size=4))
@@ -63,7 +62,7 @@ def test_a_scoring_model_is_four_models(models: Path) -> None:
 
 
 def test_what_is_asked_for_labels_is_told_apart(checkpoint: Path, models: Path) -> None:
-    settings = EngineSettings(num_slots=1, prefill_chunk=8)
+    settings = {"num_slots": 1, "prefill_chunk": 8}
     build(BuildOptions(checkpoint, "g", models, max_seq_len=32, settings=settings))
     assert served_models(models) == ["g", "s"]
     assert [is_scoring_model(models, name) for name in ("g", "s", "nobody")] == [False, True, False]

@@ -30,7 +30,7 @@ def test_build_makes_a_repository_of_a_plan_and_of_a_scoring_plan(
     options = BuildOptions(
         checkpoint, "tiny", tmp_path / "models",
         target="tensorrt-rtx", precision="fp16", max_seq_len=64, compute_capability="8.9",
-        settings=EngineSettings(num_slots=2, prefill_chunk=16),
+        settings={"num_slots": 2, "prefill_chunk": 16},
     )  # fmt: skip
     build(options)
     directory = options.repository / "tiny-engine" / "1"
@@ -41,7 +41,7 @@ def test_build_makes_a_repository_of_a_plan_and_of_a_scoring_plan(
     }  # fmt: skip
     assert manifest.engine["attention"] in ("lengths", "mask") and manifest.engine["compute_capability"] == "8.9"
     with pytest.raises(RunnerError, match=r"CUDA|cuda"):  # no GPU here
-        load_runner(directory, options.settings)
+        load_runner(directory, EngineSettings(**options.settings))
 
     # Datacenter TensorRT can't be had without its container: its API is TensorRT for RTX's.
     monkeypatch.setitem(TARGETS, "tensorrt", TARGETS["tensorrt-rtx"])

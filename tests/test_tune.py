@@ -25,7 +25,6 @@ from builders.tune.repository import copied, put_configs, read_configs
 from builders.tune.search import Axis, Measured, Measurement, best_of, is_better, search
 from builders.tune.space import Point, TuneError, read_point, space_of, with_point
 from clients.errors import RequestRejected
-from ensemble.settings import EngineSettings
 from tests.checkpoints import make_tokenizer, write_tiny
 
 LIMIT_MS = 100.0
@@ -138,7 +137,7 @@ def repository(checkpoint: Path, tmp_path: Path) -> Path:
     models = tmp_path / "models"
     scoring = ScoringOptions(labels=("a", "b"), batching=Batching(max_batch_size=8, preferred_batch_sizes=(4,)))
     build(BuildOptions(checkpoint, "s", models, task="score", max_seq_len=32, scoring=scoring))
-    settings = EngineSettings(num_slots=3, prefill_chunk=8)
+    settings = {"num_slots": 3, "prefill_chunk": 8}
     build(BuildOptions(checkpoint, "g", models, max_seq_len=32, settings=settings))
     return models
 

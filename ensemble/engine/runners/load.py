@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ensemble.engine.runners.base import Runner, RunnerError
 from ensemble.manifest import Manifest
-from ensemble.settings import EngineSettings
+from ensemble.settings import EngineSettings, SettingsError
 from ensemble.tensorrt_api import PLAN_FILE, TARGETS, Plan, TensorRTError
 
 
@@ -15,7 +15,7 @@ def load_runner(directory: Path, settings: EngineSettings) -> tuple[Manifest, Ru
 
     Raises:
         ManifestError: the artefacts or the installed packages don't fit the manifest.
-        RunnerError: no runner for the manifest's target, or loading failed.
+        RunnerError: no runner for the manifest's target, a setting that it can't have, or loading failed.
     """
     manifest = Manifest.load(directory)
     manifest.verify(directory)
@@ -23,6 +23,10 @@ def load_runner(directory: Path, settings: EngineSettings) -> tuple[Manifest, Ru
         raise RunnerError(
             f"prefill_chunk is {settings.prefill_chunk}, must be at most max_seq_len {manifest.max_seq_len}"
         )
+    try:
+        settings.check_target(manifest.target)
+    except SettingsError as error:
+        raise RunnerError(str(error)) from error
     if manifest.target == "onnx":
         from ensemble.engine.runners.onnx import OnnxRunner
 
@@ -57,7 +61,7 @@ def _load_cuda(directory: Path, manifest: Manifest, settings: EngineSettings) ->
         shape = DecoderShape.from_dict(manifest.engine)
         return CudaRunner(
             StoredWeights(directory / WEIGHTS_FILE), shape,
-            num_slots=settings.num_slots, prefill_chunk=settings.prefill_chunk,
+            num_slots=settings.num_slots, prefill_chunk=settings.prefill_chunk, is_invariant=settings.batch_invariant,
         )  # fmt: skip
     except (LayoutError, TensorFileError) as error:
         raise RunnerError(f"{directory}: {error}; {manifest.command}") from error

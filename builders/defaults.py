@@ -1,0 +1,41 @@
+"""What an engine's settings are where the build wasn't told: by target, and never more than the model can have.
+
+On a CPU, and in a plan whose profiles grow with them, slots and chunks are small. A GPU that the `cuda` runner is for
+reads its weights once for all rows: there many slots cost little, and a chunk of a few hundred tokens leaves it idle.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from builders.cuda import decoder_shape
+from builders.errors import BuildError
+from builders.options import BuildOptions
+from builders.spec import ModelSpec
+from ensemble.settings import EngineSettings
+
+CUDA_SLOTS = 64
+CUDA_CACHE_BYTES = 32 * 2**30  # the most that default slots take of a GPU; the runner tells what really fits
+CUDA_PREFILL_CHUNK = 2048
+# So many decodes at batch 1 are as long as one such chunk (benchmarks/results/decode-gpu.json: 31.5 over 3.39 ms).
+CUDA_MAX_PREFILL_STALL = 10.0
+
+
+def engine_settings(options: BuildOptions, spec: ModelSpec, max_seq_len: int) -> EngineSettings:
+    """The settings that `options` ask for, with its target's defaults for the others.
+
+    Raises:
+        BuildError: the chunk that was asked for is longer than a sequence.
+    """
+    defaults: dict[str, Any] = {"prefill_chunk": min(EngineSettings.prefill_chunk, max_seq_len)}
+    if options.target == "cuda":
+        one_slot = decoder_shape(spec, max_seq_len).cache_bytes(1)
+        defaults = {
+            "num_slots": max(1, min(CUDA_SLOTS, CUDA_CACHE_BYTES // one_slot)),
+            "prefill_chunk": min(CUDA_PREFILL_CHUNK, max_seq_len),
+            "max_prefill_stall": CUDA_MAX_PREFILL_STALL,
+        }
+    settings = EngineSettings(**{**defaults, **options.settings})
+    if settings.prefill_chunk > max_seq_len:
+        raise BuildError(f"prefill_chunk is {settings.prefill_chunk}, must be at most max_seq_len {max_seq_len}")
+    return settings
