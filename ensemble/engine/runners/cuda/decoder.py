@@ -15,6 +15,7 @@ from ensemble.cuda_layout import DecoderShape
 from ensemble.engine.runners.cuda.attending import Attention, Caches
 from ensemble.engine.runners.cuda.buffers import Prompts
 from ensemble.engine.runners.cuda.decode_one import DecodeOne, LayerTensors, reason_against
+from ensemble.engine.runners.cuda.group import Group
 from ensemble.engine.runners.cuda.kernels import rows
 from ensemble.engine.runners.cuda.launcher import Launcher
 from ensemble.engine.runners.cuda.layers import Layer, Weights
@@ -33,9 +34,7 @@ class Decoder:
     Args:
         dtype: of embedding, head, cache and whatever isn't FP8: bfloat16; float32 for checks.
         pdl: let kernels start while their predecessors end (Hopper and later).
-
-    Raises:
-        LayoutError: the source isn't of this shape.
+        group: where this is one rank of several; shape and source are then its own part's.
     """
 
     def __init__(
@@ -47,13 +46,15 @@ class Decoder:
         *,
         dtype: torch.dtype = torch.bfloat16,
         pdl: bool = True,
+        group: Group | None = None,
     ) -> None:
-        self.shape, self.plan = shape, plan
-        self.weights = weights = Weights.load(shape, source, device, dtype)
+        self.shape, self.plan, self._group = shape, plan, group
+        split = None if group is None else group.split
+        self.weights = weights = Weights.load(shape, source, device, dtype, split)
         self.launch = Launcher(device, dtype, pdl=pdl)
         self.products = Products(self.launch, plan, shape.rms_norm_eps)
         self.attention = Attention(self.launch, plan, shape, weights.cos, weights.sin)
-        self.one_row = OneRow(self.launch, plan, shape, weights, self.attention)
+        self.one_row = OneRow(self.launch, plan, shape, weights, self.attention, group)
         self._one: DecodeOne | None = None
 
     def decode(
@@ -75,18 +76,20 @@ class Decoder:
             return self._one(ids, positions, last_tokens)
         hidden = self._embed(ids, last_tokens)
         if len(ids) == 1 and self.plan.gemv:
-            return self.one_row(hidden, positions, caches, arrived)
+            return self._joined(self.one_row(hidden, positions, caches, arrived))
         return self._decode_many(hidden, positions, caches, arrived)
 
     def prepare(self, caches: Caches) -> None:
         """Compile the single kernel of batch 1 for these caches, if it can run here; else batch 1 takes several."""
         weights, device, dtype = self.weights, self.launch.device, self.launch.dtype
         matrices = [linear for layer in weights.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        reason = (
-            "the plan has no kernels for one row"
-            if not self.plan.gemv
-            else reason_against(self.shape, [linear.is_fp8 for linear in matrices], device, dtype)
-        )
+        reason: str | None = None
+        if self._group is not None:
+            reason = "the decoder is split over several GPUs"
+        elif not self.plan.gemv:
+            reason = "the plan has no kernels for one row"
+        else:
+            reason = reason_against(self.shape, [linear.is_fp8 for linear in matrices], device, dtype)
         if reason is None:
             layers = [
                 LayerTensors(
@@ -156,10 +159,10 @@ class Decoder:
     ) -> tuple[Parts, torch.Tensor | None]:
         """From attention's output to what the next layer adds to `hidden`: parts, and a bias."""
         products = self.products
-        output = products.multiply(products.quantise(attended, layer.o), layer.o)
+        output = self._summed(products.multiply(products.quantise(attended, layer.o), layer.o))
         normed = products.norm(hidden, output, layer.o.bias, layer.mlp_norm, layer.gate_up.is_fp8)
         product = products.silu(products.multiply(normed, layer.gate_up), layer)
-        return products.multiply(product, layer.down), layer.down.bias
+        return self._summed(products.multiply(product, layer.down)), layer.down.bias
 
     def _logits(
         self, hidden: torch.Tensor, parts: Parts | None, bias: torch.Tensor | None, chosen: torch.Tensor | None
@@ -167,4 +170,14 @@ class Decoder:
         if chosen is not None and parts is not None:
             parts = Parts(parts.tensor[:, chosen])
         normed = self.products.norm(hidden, parts, bias, self.weights.norm, False, chosen)
-        return self.products.head(normed, self.weights.head)
+        return self._joined(self.products.head(normed, self.weights.head))
+
+    def _summed(self, parts: Parts) -> Parts:
+        """A product of this rank's columns → of all ranks'."""
+        if self._group is None:
+            return parts
+        return Parts(self._group.sum_parts(parts.tensor)[None])
+
+    def _joined(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of this rank's tokens → of the vocabulary."""
+        return logits if self._group is None else self._group.gather_logits(logits)

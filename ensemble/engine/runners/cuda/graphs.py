@@ -35,10 +35,18 @@ class Captured:
 
 
 class Capturer:
-    """Captures on `stream`, all graphs' scratch memory in one pool; addresses: as `Captured` has them."""
+    """Captures on `stream`, all graphs' scratch memory in one pool.
 
-    def __init__(self, stream: torch.cuda.Stream, addresses: Callable[[], tuple[int, ...]]) -> None:
+    Args:
+        addresses: as `Captured` has them.
+        has_collectives: other threads may call CUDA during a capture, as NCCL's watchdog does.
+    """
+
+    def __init__(
+        self, stream: torch.cuda.Stream, addresses: Callable[[], tuple[int, ...]], *, has_collectives: bool = False
+    ) -> None:
         self._stream, self._addresses = stream, addresses
+        self._mode = "thread_local" if has_collectives else "global"
         self._pool: Any = torch.cuda.graph_pool_handle()
 
     def capture(self, run: Callable[[], torch.Tensor]) -> Captured:
@@ -46,7 +54,7 @@ class Capturer:
         run()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.current_stream().synchronize()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=self._mode):
             logits = run()
         return Captured(graph, logits, self._addresses())
 

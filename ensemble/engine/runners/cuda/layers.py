@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ensemble.cuda_layout import GROUPS, DecoderShape
+from ensemble.cuda_split import Split
 from ensemble.engine.runners.cuda.weights import WeightSource
 
 
@@ -40,7 +41,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Weights:
-    """All of a decoder. embedding [vocab_size, hidden_size], norm [hidden_size], cos and sin
+    """All of a decoder, or one rank's part of it.
+
+    embedding: [vocab_size, hidden_size]. norm: [hidden_size]. head: of a rank's vocab_width tokens. cos and sin:
     [max_seq_len, head_dim / 2].
     """
 
@@ -52,13 +55,15 @@ class Weights:
     sin: torch.Tensor
 
     @classmethod
-    def load(cls, shape: DecoderShape, source: WeightSource, device: torch.device, dtype: torch.dtype) -> Weights:
-        """Read `source`; whatever isn't FP8 or a table becomes `dtype`.
-
-        Raises:
-            LayoutError: the source isn't of this shape.
-        """
-        shape.check(source.entries)
+    def load(
+        cls,
+        shape: DecoderShape,
+        source: WeightSource,
+        device: torch.device,
+        dtype: torch.dtype,
+        split: Split | None = None,
+    ) -> Weights:
+        """Read `source`, a `SplitWeights` where there is a split; whatever isn't FP8 or a table becomes `dtype`."""
 
         def load(name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
             tensor = source.load(name, device)
@@ -80,6 +85,11 @@ class Weights:
         embedding = load("embedding", dtype)
         layers = [layer(f"layers.{i}.") for i in range(shape.num_layers)]
         head = embedding if shape.tie_word_embeddings else load("head", dtype)
+        if split is not None:
+            if shape.tie_word_embeddings:
+                head = embedding[split.vocab_rows]
+            if missing := split.vocab_width - len(head):  # at the vocabulary's end
+                head = torch.nn.functional.pad(head, (0, 0, 0, missing))
         return cls(
             embedding, layers, load("norm"), Linear("head", head, None, None), load("rope.cos"), load("rope.sin")
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 
 from ensemble.cuda_layout import DecoderShape
 from ensemble.engine.runners.cuda.attending import Attention, Caches
+from ensemble.engine.runners.cuda.group import Group
 from ensemble.engine.runners.cuda.kernels import gemv
 from ensemble.engine.runners.cuda.launcher import Launcher
 from ensemble.engine.runners.cuda.layers import Linear, Weights
@@ -22,16 +25,22 @@ class OneRow:
     """
 
     def __init__(
-        self, launch: Launcher, plan: Plan, shape: DecoderShape, weights: Weights, attention: Attention
+        self,
+        launch: Launcher,
+        plan: Plan,
+        shape: DecoderShape,
+        weights: Weights,
+        attention: Attention,
+        group: Group | None = None,
     ) -> None:
-        self.plan = plan
+        self.plan, self._group = plan, group
         self._launch, self._shape, self._weights, self._attention = launch, shape, weights, attention
         self.attention_amax, self.mlp_amax = launch.empty(1).zero_(), launch.empty(1).zero_()
 
     def __call__(
         self, hidden: torch.Tensor, positions: torch.Tensor, caches: Caches, arrived: torch.Tensor
     ) -> torch.Tensor:
-        """Logits [1, vocab_size] float32 of the embedded token `hidden` [1, hidden_size]."""
+        """Logits [1, vocab_size] float32, or this rank's, of the embedded token `hidden` [1, hidden_size]."""
         empty, shape, weights = self._launch.empty, self._shape, self._weights
         qkv = empty(1, 1, shape.linear_shape("qkv")[0])
         attended, product = empty(1, shape.q_size), empty(1, shape.intermediate_size)
@@ -41,9 +50,9 @@ class OneRow:
                 Parts(qkv), None, layer, positions, caches.keys[index], caches.values[index], arrived, attended,
                 self.attention_amax,
             )  # fmt: skip
-            self.residual_gemv(attended, self.attention_amax, layer.o, hidden)
+            self._add(attended, self.attention_amax, layer.o, hidden)
             self.norm_gemv_silu(hidden, layer.mlp_norm, layer.gate_up, product)
-            self.residual_gemv(product, self.mlp_amax, layer.down, hidden)
+            self._add(product, self.mlp_amax, layer.down, hidden)
         logits = empty(1, len(weights.head.weight))
         self.norm_gemv(hidden, weights.norm, weights.head, logits, self.mlp_amax)
         return logits
@@ -84,6 +93,15 @@ class OneRow:
             N=n, K=k, BN=tile.bn, BK=min(tile.bk, triton.next_power_of_2(k)),
             FP8=linear.is_fp8, HAS_BIAS=linear.bias is not None, num_warps=tile.num_warps,
         )  # fmt: skip
+
+    def _add(self, x: torch.Tensor, amax: torch.Tensor, linear: Linear, hidden: torch.Tensor) -> None:
+        """`residual_gemv` over all ranks: the first adds its part to residual and bias, the others to zero."""
+        if self._group is not None and self._group.split.rank > 0:
+            hidden.zero_()
+            linear = replace(linear, bias=None)
+        self.residual_gemv(x, amax, linear, hidden)
+        if self._group is not None:
+            self._group.add(hidden)
 
     def _programs(self, per_processor: int, n: int, bn: int) -> int:
         tiles = int(triton.cdiv(n, bn))

@@ -32,10 +32,11 @@ from ensemble.engine.runners.cuda.graphs import (
     pack_for_graph,
     padded_size,
 )
+from ensemble.engine.runners.cuda.group import Group
 from ensemble.engine.runners.cuda.memory import MIB, check_fits, weight_bytes
 from ensemble.engine.runners.cuda.plan import FAST, INVARIANT, Plan
 from ensemble.engine.runners.cuda.prompts import PackedPrompts, pack
-from ensemble.engine.runners.cuda.weights import WeightSource
+from ensemble.engine.runners.cuda.weights import SplitWeights, WeightSource
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class CudaRunner:
         is_invariant: sums in one order for every batch: a sequence's tokens don't depend on its neighbours. Slower.
         device: a CUDA device; the CPU, for tests under Triton's interpreter, has no graphs.
         dtype: of what isn't FP8, the caches among it; None: bfloat16.
+        group: where this is one rank of several; the others must be given the same calls.
 
     Raises:
         RunnerError: the weights aren't this shape's, the GPU can't run them, or they don't fit into its memory.
@@ -73,9 +75,16 @@ class CudaRunner:
         plan: Plan | None = None,
         device: str = "cuda",
         dtype: torch.dtype = torch.bfloat16,
+        group: Group | None = None,
     ) -> None:
+        try:
+            shape.check(source.entries)
+        except LayoutError as error:
+            raise RunnerError(f"{error}; build the model again") from error
+        if group is not None:
+            source, shape = SplitWeights(source, group.split), group.split.shape
         self.num_slots, self.max_seq_len, self.vocab_size = num_slots, shape.max_seq_len, shape.vocab_size
-        self._shape, self._prefill_chunk = shape, prefill_chunk
+        self._shape, self._prefill_chunk, self._group = shape, prefill_chunk, group
         self._device = torch.device(device)
         self._is_cuda = self._device.type == "cuda"
         weights = weight_bytes(source.entries.values())
@@ -96,15 +105,15 @@ class CudaRunner:
         self._pending_prefills: deque[PendingStep] = deque()
         try:
             with self._on_stream():
-                pdl = self._is_cuda and torch.cuda.get_device_capability(self._device) >= PDL_CAPABILITY
+                # Between collectives kernels wait for their predecessors' end.
+                pdl = self._is_cuda and group is None and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
                 chosen = plan or (INVARIANT if is_invariant else FAST)
-                self._decoder = Decoder(shape, source, chosen, self._device, dtype=dtype, pdl=pdl)
+                self._decoder = Decoder(shape, source, chosen, self._device, dtype=dtype, pdl=pdl, group=group)
                 self._allocate(dtype)
                 self._decoder.prepare(self._caches)
+                if group is not None:
+                    group.join()
                 self._warm_up()
-        except LayoutError as error:
-            self.close()
-            raise RunnerError(f"{error}; build the model again") from error
         except RunnerError:
             self.close()
             raise
@@ -144,6 +153,8 @@ class CudaRunner:
             self.__dict__.pop(name, None)
         if self._is_cuda:
             torch.cuda.empty_cache()
+        if self._group is not None:
+            self._group.leave()
 
     # ---- DrawingRunner
 
@@ -161,8 +172,7 @@ class CudaRunner:
         self, chunks: Sequence[PromptChunk], draws: Sequence[Draw | None], logits_rows: Sequence[int]
     ) -> None:
         """See PipelinedRunner."""
-        if len(self._pending_prefills) == STEPS_IN_FLIGHT:
-            raise RunnerError(f"{STEPS_IN_FLIGHT} prefills are in flight; finish one first")
+        self.check_start_prefill(chunks)
         with self._on_stream(), self._attributed():
             logits = self._prefill(chunks)
             slots = np.array([chunk.slot for chunk in chunks])
@@ -183,6 +193,19 @@ class CudaRunner:
 
     def _prefill(self, chunks: Sequence[PromptChunk]) -> torch.Tensor:
         """Launch a prefill: logits [len(chunks) or more, vocab_size]."""
+        self.check_prefill(chunks)
+        total = sum(len(chunk.ids) for chunk in chunks)
+        size = next((size for size in sorted(self._prefill_graphs) if size >= total), None)
+        if size is not None and len(chunks) <= CAPTURED_CHUNKS:
+            return self._replay_prefill(chunks, size)
+        return self._launch_prefill(pack(chunks, tile=PREFILL_TILE, num_tokens=padded_size(total)))
+
+    def check_prefill(self, chunks: Sequence[PromptChunk]) -> None:
+        """Can they be computed at once?
+
+        Raises:
+            RunnerError: they are too many tokens, or end behind their slot.
+        """
         total = sum(len(chunk.ids) for chunk in chunks)
         if not 0 < total <= self._prefill_chunk:
             raise RunnerError(f"{total} prompt tokens at once, the runner was made for 1 … {self._prefill_chunk}")
@@ -192,13 +215,23 @@ class CudaRunner:
                 raise RunnerError(
                     f"a chunk ends at position {end}, a slot holds {self.max_seq_len}; shorten the prompt"
                 )
-        size = next((size for size in sorted(self._prefill_graphs) if size >= total), None)
-        if size is not None and len(chunks) <= CAPTURED_CHUNKS:
-            return self._replay_prefill(chunks, size)
-        return self._launch_prefill(pack(chunks, tile=PREFILL_TILE, num_tokens=padded_size(total)))
 
-    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
-        """See DrawingRunner; a second step may be begun before the first is finished, ids −1 its tokens."""
+    def check_start_prefill(self, chunks: Sequence[PromptChunk]) -> None:
+        """Can `start_prefill` begin one?
+
+        Raises:
+            RunnerError: as `check_prefill`, or too many are in flight.
+        """
+        if len(self._pending_prefills) == STEPS_IN_FLIGHT:
+            raise RunnerError(f"{STEPS_IN_FLIGHT} prefills are in flight; finish one first")
+        self.check_prefill(chunks)
+
+    def check_start_decode(self, ids: Ids, positions: Ids) -> None:
+        """Can `start_decode` begin one?
+
+        Raises:
+            RunnerError: too many are in flight, or there aren't so many slots, or so long ones.
+        """
         if len(self._pending) == STEPS_IN_FLIGHT:
             raise RunnerError(f"{STEPS_IN_FLIGHT} steps are in flight; finish one first")
         n = len(ids)
@@ -207,6 +240,11 @@ class CudaRunner:
                 f"{n} rows up to position {int(positions.max(initial=-1))}: there are {self.num_slots} slots of "
                 f"{self.max_seq_len} positions"
             )
+
+    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
+        """See DrawingRunner; a second step may be begun before the first is finished, ids −1 its tokens."""
+        self.check_start_decode(ids, positions)
+        n = len(ids)
         size = captured_size(n, self.num_slots)
         slot = self._slots[0]
         self._slots.rotate(-1)
@@ -273,7 +311,7 @@ class CudaRunner:
         if self._stream is None:
             return
         self._inputs.tensors["positions"].fill_(-1)
-        capture = Capturer(self._stream, self._addresses).capture
+        capture = Capturer(self._stream, self._addresses, has_collectives=self._group is not None).capture
         with self._attributed():
             for size in reversed(captured_sizes(self.num_slots)):
                 self._graphs[size] = capture(partial(self._step, size))
