@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from numpy.typing import NDArray
 
 from tests.cuda_device import DEVICE, HAS_GPU  # isort: skip  # before triton
 
+from builders import pbtxt
+from builders.options import BuildOptions
+from builders.repository import build
 from ensemble.cuda_layout import DecoderShape, LayoutError
 from ensemble.cuda_split import WHOLE, Cut, Split
 from ensemble.engine.runners.base import LAST_TOKEN, Draw, DrawingRunner, PipelinedRunner, PromptChunk, RunnerError
@@ -28,7 +32,11 @@ from ensemble.engine.runners.cuda.parallel import ParallelRunner
 from ensemble.engine.runners.cuda.ranks import python
 from ensemble.engine.runners.cuda.runner import CudaRunner
 from ensemble.engine.runners.cuda.weights import RandomWeights, SplitWeights, StoredWeights
+from ensemble.engine.runners.load import load_runner
+from ensemble.manifest import Manifest
+from ensemble.settings import EngineSettings
 from ensemble.tensor_file import TensorEntry, write_tensors
+from tests.checkpoints import make_checkpoint, make_tokenizer
 from tests.cuda_reference import Reference
 
 # The interpreter computes masked lanes too, and makes numbers of arrays.
@@ -312,13 +320,54 @@ def test_the_invariant_mode_holds_over_ranks() -> None:
         assert generate(1) == generate(3)
 
 
+def test_a_single_rank_needs_no_other_and_captures_its_collectives() -> None:
+    """With one GPU this is all of NCCL that there is."""
+    SHAPES[1] = SHAPE
+    with parallel(1) as runner:
+        assert runner.pids == []
+        one, ids = alone(1), text(6)
+        for made in (one, runner):
+            made.prefill(1, ids, 0)
+        for rows in (1, 2):
+            found, wanted = (made.decode(ids[:rows], np.full(rows, 6)).copy() for made in (runner, one))
+            np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-4)
+        one.close()
+
+
+def test_a_built_model_is_loaded_on_so_many_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require(2)
+    checkpoint = make_tokenizer(make_checkpoint(tmp_path / "checkpoint", "qwen2", intermediate_size=96))
+    settings = {"tensor_parallel_size": 2, "num_slots": 2}
+    build(
+        BuildOptions(
+            checkpoint, "m", tmp_path / "models", target="cuda", precision="bf16", max_seq_len=48, settings=settings
+        )
+    )
+    directory = tmp_path / "models" / "m-engine" / "1"
+    config = pbtxt.parse_text((directory.parent / "config.pbtxt").read_text(), directory)
+    read = EngineSettings.from_parameters({name: value.string_value for name, value in config.parameters.items()})
+    places: dict[str, Any] = {} if HAS_GPU else {"dtype": DTYPE, "device_type": "cpu"}
+    monkeypatch.setattr("ensemble.engine.runners.cuda.parallel.ParallelRunner", partial(ParallelRunner, **places))
+    _, runner = load_runner(directory, read)
+    assert isinstance(runner, ParallelRunner) and len(runner.pids) == 1
+    shape = DecoderShape.from_dict(Manifest.load(directory).engine)
+    reference = Reference(shape, StoredWeights(directory / "model.safetensors"))
+    ids = text(3) % shape.vocab_size
+    for position, token in enumerate(ids):
+        logits = runner.decode(np.array([token]), np.array([position]))[0]
+    wanted = reference.logits(ids.tolist())[-1].numpy()
+    near = float(logits @ wanted / np.linalg.norm(logits) / np.linalg.norm(wanted))
+    assert near > (0.999 if HAS_GPU else 0.999999)
+    runner.close()
+
+
 # ---- what goes wrong
 
 
 def test_a_rank_that_is_killed_ends_the_model_with_one_line() -> None:
     failures: list[str] = []
     runner = parallel(2, on_failure=failures.append)
-    runner.prefill(0, text(5), 0)
+    runner.decode(np.array([1]), np.array([4]))
     pids = runner.pids
     os.kill(pids[0], signal.SIGKILL)
     with pytest.raises(RunnerError, match=r"^rank 1's process was killed by SIGKILL$"):
@@ -326,7 +375,7 @@ def test_a_rank_that_is_killed_ends_the_model_with_one_line() -> None:
             runner.decode(np.array([1]), np.array([5]))
     assert failures == ["rank 1's process was killed by SIGKILL"]
     with pytest.raises(RunnerError, match="rank 1's process was killed by SIGKILL"):
-        runner.prefill(0, text(5), 0)
+        runner.decode(np.array([1]), np.array([5]))
     runner.close()
     runner.close()
     wait_until_dead(pids)
@@ -334,14 +383,14 @@ def test_a_rank_that_is_killed_ends_the_model_with_one_line() -> None:
 
 def test_a_rank_that_hangs_ends_the_model() -> None:
     failures: list[str] = []
-    runner = parallel(2, on_failure=failures.append, step_s=4.0)
-    runner.prefill(0, text(5), 0)
+    runner = parallel(2, on_failure=failures.append, step_s=8.0)
+    runner.decode(np.array([1]), np.array([4]))
     pids = runner.pids
     os.kill(pids[0], signal.SIGSTOP)
-    with pytest.raises(RunnerError, match="a rank hangs: a call has taken more than 4 s"):
+    with pytest.raises(RunnerError, match="a rank hangs: a call has taken more than 8 s"):
         for _ in range(50):
             runner.decode(np.array([1]), np.array([5]))
-    assert failures == ["a rank hangs: a call has taken more than 4 s"]
+    assert failures == ["a rank hangs: a call has taken more than 8 s"]
     runner.close()
     wait_until_dead(pids)
 
