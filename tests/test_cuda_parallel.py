@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,19 @@ from tests.cuda_device import DEVICE, HAS_GPU  # isort: skip  # before triton
 from builders import pbtxt
 from builders.options import BuildOptions
 from builders.repository import build
+from clients.api import GenerateRequest
+from clients.grpc import GrpcClient
 from ensemble.cuda_layout import DecoderShape, LayoutError
 from ensemble.cuda_split import WHOLE, Cut, Split
 from ensemble.engine.runners.base import LAST_TOKEN, Draw, DrawingRunner, PipelinedRunner, PromptChunk, RunnerError
+from ensemble.engine.runners.cuda.memory import check_fits, weight_bytes
 from ensemble.engine.runners.cuda.parallel import ParallelRunner
-from ensemble.engine.runners.cuda.ranks import python
+from ensemble.engine.runners.cuda.ranks import WORKER, python
 from ensemble.engine.runners.cuda.runner import CudaRunner
 from ensemble.engine.runners.cuda.weights import RandomWeights, SplitWeights, StoredWeights
 from ensemble.engine.runners.load import load_runner
 from ensemble.manifest import Manifest
+from ensemble.server import TritonServer
 from ensemble.settings import EngineSettings
 from ensemble.tensor_file import TensorEntry, write_tensors
 from tests.checkpoints import make_checkpoint, make_tokenizer
@@ -427,6 +433,25 @@ def test_rank_0_s_own_reason_is_told_too() -> None:
         parallel(2, source)
 
 
+def test_each_rank_counts_its_own_bytes() -> None:
+    shape = DecoderShape(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_layers=28, num_heads=28, num_kv_heads=4,
+        head_dim=128, rms_norm_eps=1e-6, max_seq_len=4096,
+    )  # fmt: skip
+    source = RandomWeights(shape, is_fp8=True, has_qkv_bias=True)
+    splits = [Split(shape, 0, size) for size in (1, 2, 4)]
+    weights = [weight_bytes(SplitWeights(source, split).entries.values()) for split in splits]
+    embedding = 152064 * 3584 * 2
+    matrices = weights[0] - 2 * embedding
+    for size, found in zip((2, 4), weights[1:], strict=True):
+        wanted = embedding + embedding / size + matrices / size  # but for norms and tables, which all have
+        assert 1 < found / wanted < 1.01
+    limits = {"num_slots": 64, "prefill_chunk": 2048, "itemsize": 2, "free": 16 * 2**30}
+    with pytest.raises(RunnerError, match=r"the GPU has 16384 MiB free; lower num_slots to \d+"):
+        check_fits(splits[0].shape, weights[0], **limits)
+    check_fits(splits[1].shape, weights[1], num_ranks=2, **limits)
+
+
 PROGRAM = """
 from tests.test_cuda_parallel import parallel
 runner = parallel(2)
@@ -446,3 +471,53 @@ def test_no_rank_outlives_the_first() -> None:
     process.kill()
     process.communicate()
     wait_until_dead(pids)
+
+
+def workers_of(server_pid: int) -> list[int]:
+    """The ranks whose engine is a child of this server."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            engine = parent_of(int(directory.name))
+            server = parent_of(engine)
+            if WORKER.encode() in (directory / "cmdline").read_bytes() and server_pid in (engine, server):
+                found.append(int(directory.name))
+    return found
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+# A model.py for machines without GPUs.
+MODEL = """
+from functools import partial
+import torch
+from ensemble.engine.runners.cuda import parallel
+parallel.ParallelRunner = partial(parallel.ParallelRunner, dtype=torch.float32, device_type="cpu")
+from ensemble.models.engine import TritonPythonModel
+"""
+
+
+@pytest.mark.server
+def test_a_real_server_runs_all_ranks_and_ends_with_the_first_that_dies(tmp_path: Path) -> None:
+    require(2)
+    if find_spec("pytriton") is None:
+        pytest.skip("no tritonserver: pip install --no-deps nvidia-pytriton==0.7.0")
+    checkpoint = make_tokenizer(make_checkpoint(tmp_path / "checkpoint", "qwen2", intermediate_size=96))
+    models, log = tmp_path / "models", tmp_path / "log"
+    settings = {"tensor_parallel_size": 2, "num_slots": 2, "prefill_chunk": 16}
+    build(BuildOptions(checkpoint, "m", models, target="cuda", precision="bf16", max_seq_len=48, settings=settings))
+    if not HAS_GPU:
+        (models / "m-engine" / "1" / "model.py").write_text(MODEL)
+    with TritonServer(models, http_port=0, grpc_port=0, metrics_port=0, log_file=log) as server:
+        with GrpcClient(server.grpc_url, "m", 120.0) as client:
+            generation = client.generate(GenerateRequest(prompt="a b", max_tokens=4, end_id=-1))
+            assert generation.num_output_tokens == 4
+        (worker,) = workers_of(server.pid)
+        os.kill(worker, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while server.exit_status is None:
+            assert time.monotonic() < deadline, "the server outlived the rank"
+            time.sleep(0.1)
+    assert "rank 1's process was killed by SIGKILL; the model ends" in log.read_text()

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 WORKER = "ensemble.engine.runners.cuda.worker"
 POLL_S = 0.1
 END_S = 5.0  # for a rank to end by itself when it is told to
+STUCK_S = 30.0  # after which this process, loading beside a rank that has failed, is taken to hang
 START_S = 900.0  # to read the weights; and again to compile and capture
 STEP_S = 60.0  # for one call
 
@@ -238,7 +239,7 @@ class Ranks:
             return
         if self._is_ready:
             self._on_failure(message)
-        elif threading.current_thread() is self._watcher and not self._is_closed.wait(END_S):
+        elif threading.current_thread() is self._watcher and not self._is_closed.wait(STUCK_S):
             self._on_failure(message)  # loading neither goes on nor fails: this process is stuck
 
 
@@ -249,7 +250,12 @@ def _start(number: int) -> _Rank:
     # The path of this process: in a Python model of Triton's it isn't the environment's alone.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)}
     try:
-        process = subprocess.Popen(command, env=environment, pass_fds=(theirs.fileno(), read_end))
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            pass_fds=(theirs.fileno(), read_end),
+            start_new_session=True,  # a terminal's Ctrl-C is for this process, which tells them
+        )
     except OSError:
         os.close(write_end)
         raise

@@ -94,8 +94,9 @@ class CudaRunner:
             _check_device(source, self._device)
             free, _ = torch.cuda.mem_get_info(self._device)
             check_fits(
-                shape, weights, num_slots=num_slots, prefill_chunk=prefill_chunk, itemsize=dtype.itemsize, free=free
-            )
+                shape, weights, num_slots=num_slots, prefill_chunk=prefill_chunk, itemsize=dtype.itemsize, free=free,
+                num_ranks=1 if group is None else group.split.size,
+            )  # fmt: skip
         self._stream: torch.cuda.Stream | None = None
         if self._is_cuda:
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
