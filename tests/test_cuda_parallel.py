@@ -221,7 +221,7 @@ def test_the_interpreter_is_found_where_it_is_embedded(monkeypatch: pytest.Monke
 # ---- what is computed
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(params=SHAPES)
 def ranks(request: pytest.FixtureRequest) -> Iterator[tuple[int, ParallelRunner]]:
     with parallel(request.param) as made:
         yield request.param, made
@@ -290,6 +290,11 @@ def test_what_is_refused_leaves_the_ranks_in_step(ranks: tuple[int, ParallelRunn
     runner.abandon()
     np.testing.assert_array_equal(runner.prefill(0, text(5), 0), before)
     assert len(runner.pids) == size - 1
+
+
+def test_one_process_runs_one_split_model() -> None:
+    with parallel(2), pytest.raises(RunnerError, match="close the other first"):
+        parallel(2)
 
 
 def test_fp8_on_two_ranks_is_as_near_to_the_exact_decoder_as_on_one() -> None:

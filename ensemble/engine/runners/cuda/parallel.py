@@ -38,7 +38,8 @@ class ParallelRunner:
         start_s, step_s: seconds that loading, twice, and any call may take.
 
     Raises:
-        RunnerError: the model can't be split so, there are too few GPUs, or what a rank's CudaRunner raises.
+        RunnerError: the model can't be split so, there are too few GPUs, this process runs another such, or what a
+            rank's CudaRunner raises.
     """
 
     steps_in_flight = STEPS_IN_FLIGHT
@@ -68,6 +69,8 @@ class ParallelRunner:
             raise RunnerError(
                 f"tensor_parallel_size is {size}, torch sees {torch.cuda.device_count()} NVIDIA GPUs here; lower it"
             )
+        if torch.distributed.is_initialized():
+            raise RunnerError("this process runs a split model already; close the other first")
         self._directory = Path(tempfile.mkdtemp(prefix="deepseek-triton-ranks-"))
         jobs = [
             Job(
