@@ -18,6 +18,7 @@ from ensemble.cuda_layout import DecoderShape, LayoutError
 from ensemble.cuda_split import Split
 from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, PromptChunk, RunnerError
 from ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT
+from ensemble.engine.runners.cuda.limits import Limits
 from ensemble.engine.runners.cuda.ranks import START_S, STEP_S, Ranks
 from ensemble.engine.runners.cuda.weights import WeightSource
 from ensemble.engine.runners.cuda.worker import Job
@@ -61,6 +62,7 @@ class ParallelRunner:
         step_s: float = STEP_S,
     ) -> None:
         self.num_slots, self.max_seq_len, self.vocab_size = num_slots, shape.max_seq_len, shape.vocab_size
+        self._limits = Limits(num_slots, shape.max_seq_len, prefill_chunk)
         try:
             splits = [Split(shape, rank, size) for rank in range(size)] or [Split(shape, 0, size)]
         except LayoutError as error:
@@ -144,7 +146,7 @@ class ParallelRunner:
 
     def prefill_many(self, chunks: Sequence[PromptChunk]) -> Logits:
         """See CudaRunner."""
-        self._runner.check_prefill(chunks)
+        self._limits.check_prefill(chunks)
         with self._ranks.together():
             self._ranks.tell("prefill_many", chunks)
             return self._runner.prefill_many(chunks)

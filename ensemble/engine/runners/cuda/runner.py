@@ -33,6 +33,7 @@ from ensemble.engine.runners.cuda.graphs import (
     padded_size,
 )
 from ensemble.engine.runners.cuda.group import Group
+from ensemble.engine.runners.cuda.limits import Limits
 from ensemble.engine.runners.cuda.memory import MIB, check_fits, weight_bytes
 from ensemble.engine.runners.cuda.plan import FAST, INVARIANT, Plan
 from ensemble.engine.runners.cuda.prompts import PackedPrompts, pack
@@ -84,7 +85,8 @@ class CudaRunner:
         if group is not None:
             source, shape = SplitWeights(source, group.split), group.split.shape
         self.num_slots, self.max_seq_len, self.vocab_size = num_slots, shape.max_seq_len, shape.vocab_size
-        self._shape, self._prefill_chunk, self._group = shape, prefill_chunk, group
+        self._limits = Limits(num_slots, shape.max_seq_len, prefill_chunk)
+        self._shape, self._group = shape, group
         self._device = torch.device(device)
         self._is_cuda = self._device.type == "cuda"
         weights = weight_bytes(source.entries.values())
@@ -165,6 +167,7 @@ class CudaRunner:
 
     def prefill_many(self, chunks: Sequence[PromptChunk]) -> Logits:
         """`prefill` of several slots' chunks at once: the logits [len(chunks), vocab_size] of each one's last token."""
+        self._limits.check_prefill(chunks)
         with self._on_stream(), self._attributed():
             logits: Logits = self._prefill(chunks)[: len(chunks)].cpu().numpy()
         return logits
@@ -194,53 +197,31 @@ class CudaRunner:
 
     def _prefill(self, chunks: Sequence[PromptChunk]) -> torch.Tensor:
         """Launch a prefill: logits [len(chunks) or more, vocab_size]."""
-        self.check_prefill(chunks)
         total = sum(len(chunk.ids) for chunk in chunks)
         size = next((size for size in sorted(self._prefill_graphs) if size >= total), None)
         if size is not None and len(chunks) <= CAPTURED_CHUNKS:
             return self._replay_prefill(chunks, size)
         return self._launch_prefill(pack(chunks, tile=PREFILL_TILE, num_tokens=padded_size(total)))
 
-    def check_prefill(self, chunks: Sequence[PromptChunk]) -> None:
-        """Can they be computed at once?
-
-        Raises:
-            RunnerError: they are too many tokens, or end behind their slot.
-        """
-        total = sum(len(chunk.ids) for chunk in chunks)
-        if not 0 < total <= self._prefill_chunk:
-            raise RunnerError(f"{total} prompt tokens at once, the runner was made for 1 … {self._prefill_chunk}")
-        for chunk in chunks:
-            if chunk.start + len(chunk.ids) > self.max_seq_len:
-                end = chunk.start + len(chunk.ids)
-                raise RunnerError(
-                    f"a chunk ends at position {end}, a slot holds {self.max_seq_len}; shorten the prompt"
-                )
-
     def check_start_prefill(self, chunks: Sequence[PromptChunk]) -> None:
         """Can `start_prefill` begin one?
 
         Raises:
-            RunnerError: as `check_prefill`, or too many are in flight.
+            RunnerError: too many are in flight, or it is more than this runner was made for.
         """
         if len(self._pending_prefills) == STEPS_IN_FLIGHT:
             raise RunnerError(f"{STEPS_IN_FLIGHT} prefills are in flight; finish one first")
-        self.check_prefill(chunks)
+        self._limits.check_prefill(chunks)
 
     def check_start_decode(self, ids: Ids, positions: Ids) -> None:
         """Can `start_decode` begin one?
 
         Raises:
-            RunnerError: too many are in flight, or there aren't so many slots, or so long ones.
+            RunnerError: too many are in flight, or it is more than this runner was made for.
         """
         if len(self._pending) == STEPS_IN_FLIGHT:
             raise RunnerError(f"{STEPS_IN_FLIGHT} steps are in flight; finish one first")
-        n = len(ids)
-        if not 0 < n <= self.num_slots or int(positions.max()) >= self.max_seq_len:
-            raise RunnerError(
-                f"{n} rows up to position {int(positions.max(initial=-1))}: there are {self.num_slots} slots of "
-                f"{self.max_seq_len} positions"
-            )
+        self._limits.check_decode(ids, positions)
 
     def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
         """See DrawingRunner; a second step may be begun before the first is finished, ids −1 its tokens."""
@@ -316,7 +297,7 @@ class CudaRunner:
         with self._attributed():
             for size in reversed(captured_sizes(self.num_slots)):
                 self._graphs[size] = capture(partial(self._step, size))
-            longest = padded_size(self._prefill_chunk)
+            longest = padded_size(self._limits.prefill_chunk)
             nothing = [PromptChunk(0, np.zeros(1, np.int64), 0)]
             for size in (size for size in reversed(PREFILL_SIZES) if size <= longest):
                 prompts = Prompts.of(pack_for_graph(nothing, size), self._device)
