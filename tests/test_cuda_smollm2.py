@@ -105,6 +105,11 @@ def cosines(found: Logits, wanted: Logits) -> NDArray[np.float64]:
     return product
 
 
+def error(found: Logits, wanted: Logits) -> float:
+    """1 − cosine, the geometric mean of all rows: a few rows' errors are ten times that, in every run others."""
+    return float(np.exp(np.log(1 - cosines(found, wanted)).mean()))
+
+
 def by_prefill(runner: CudaRunner, window: Ids) -> Logits:
     """The window in chunks, the last token's logits of each."""
     chunks = range(0, len(window), CHUNK)
@@ -159,10 +164,9 @@ def test_logits_are_the_graphs(way: str, loaded: tuple[str, CudaRunner], referen
         assert near.min() >= 0.999
         return
     # Weights are rounded alike; activations differ in their last bits, and so does what E4M3 makes of them.
-    own, mutual = cosines(graph, exact), cosines(found, graph)
-    errors = {"ours": 1 - near, "the graph's": 1 - own, "between both": 1 - mutual}
-    print(f"fp8, {way}: 1 - cosine", {name: f"{e.mean():.5f} mean, {e.max():.5f} most" for name, e in errors.items()})
-    assert (1 - near).mean() <= 1.25 * (1 - own).mean()
+    ours, own, mutual = error(found, exact), error(graph, exact), error(found, graph)
+    print(f"fp8, {way}: 1 - cosine {ours:.5f}, the graph's own {own:.5f}, between both {mutual:.5f}")
+    assert ours <= 1.25 * own
 
 
 def test_five_thousand_tokens_are_those_of_the_graph(loaded: tuple[str, CudaRunner], reference: Reference) -> None:
@@ -196,11 +200,13 @@ def test_batch_1_and_a_full_batch_agree(loaded: tuple[str, CudaRunner], referenc
     precision, runner = loaded
     window = reference.windows[1]
     alone, together = by_decode(1)(runner, window), by_decode(NUM_SLOTS)(runner, window)
-    near = cosines(alone, together)
-    agreement = float((alone.argmax(1) == together.argmax(1)).mean())
-    print(f"{precision}: cosine {near.min():.6f} at least, the likeliest equal at {agreement:.1%} of {len(alone)}")
-    assert near.min() >= (0.999 if precision == "bf16" else 0.98)
-    assert agreement >= 0.9
+    agreement, near = float((alone.argmax(1) == together.argmax(1)).mean()), cosines(alone, together).min()
+    print(f"{precision}: cosine {near:.6f} at least, the likeliest equal at {agreement:.1%} of {len(alone)} positions")
+    if precision == "bf16":
+        assert near >= 0.999 and agreement >= 0.95
+    else:
+        own = error(reference.logits["fp8"], reference.logits["float"])
+        assert error(alone, together) <= 2 * own and agreement >= 0.8
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
