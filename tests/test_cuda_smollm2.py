@@ -107,7 +107,7 @@ def cosines(found: Logits, wanted: Logits) -> NDArray[np.float64]:
 
 def error(found: Logits, wanted: Logits) -> float:
     """1 − cosine, the geometric mean of all rows: a few rows' errors are ten times that, in every run others."""
-    return float(np.exp(np.log(1 - cosines(found, wanted)).mean()))
+    return float(np.exp(np.log(np.maximum(1 - cosines(found, wanted), 1e-12)).mean()))
 
 
 def by_prefill(runner: CudaRunner, window: Ids) -> Logits:
