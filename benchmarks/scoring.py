@@ -231,8 +231,9 @@ def measure(workload: Workload, found: Found, rounds: int, seconds: float, *, is
         build(BuildOptions(smollm2(), NAME, repository, task="score", max_seq_len=MAX_SEQ_LEN, scoring=scoring))
         servers = {}
         for name, (has_batcher, instances) in workload.servers.items():
-            with_engine(repository, Path(directory) / name, has_batcher=has_batcher, instances=instances)
-            server = TritonServer(Path(directory) / name, http_port=0, grpc_port=0, metrics_port=0)
+            models = Path(directory) / f"{'batched' if has_batcher else 'single'}-{instances}"
+            with_engine(repository, models, has_batcher=has_batcher, instances=instances)
+            server = TritonServer(models, http_port=0, grpc_port=0, metrics_port=0)
             servers[name] = stack.enter_context(server)
         for kind, texts in workload.texts.items():
             found.work[kind] = work_of(repository, workload, texts)

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import ensemble.models
 from builders import pbtxt
 from builders.artefacts import write_artefacts, write_scoring_artefacts
 from builders.check import require_sound
@@ -31,6 +30,10 @@ from ensemble.pipelines import (
 )
 
 DEFAULT_MAX_SEQ_LEN = 2048
+MODEL_PY = '''"""What Triton loads; the rest comes with the installed package."""
+
+from ensemble.models.{} import TritonPythonModel as TritonPythonModel
+'''
 
 
 def build(options: BuildOptions, report: Report = lambda what, done, total: None) -> int:
@@ -174,7 +177,8 @@ def _write_tokenizer(checkpoint: Checkpoint, directories: Sequence[Path]) -> Non
 
 
 def _write_adapter(name: str, directory: Path) -> None:
-    shutil.copyfile(Path(ensemble.models.__path__[0]) / f"{name}.py", directory / "model.py")
+    # Not a copy, which would be the builder's version among the server's versions of everything else.
+    (directory / "model.py").write_text(MODEL_PY.format(name), encoding="utf-8")
 
 
 def _move_into_place(staging: Path, repository: Path, names: list[str], version: int) -> None:

@@ -5,6 +5,7 @@ It knows commands and signals, nothing about servers. Linux only.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -56,3 +57,14 @@ def launch(
     for error in errors:
         raise error
     return started[0]
+
+
+def has_dead_child(parent: int) -> bool:
+    """Whether a child of the process `parent` has ended without being asked how: it is a zombie."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            # The second field is the command in brackets, which may hold anything.
+            state, its_parent = path.read_text().rpartition(")")[2].split()[:2]
+            if int(its_parent) == parent and state == "Z":
+                return True
+    return False

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import http.client
 import os
+import re
 import secrets
 import signal
 import socket
@@ -21,14 +22,16 @@ from types import TracebackType
 
 from ensemble.installation import Installation, ServerError, find_tritonserver
 from ensemble.leftovers import make_directory, remove_directory
-from ensemble.process import launch
+from ensemble.process import has_dead_child, launch
 from ensemble.server_log import failure, loaded_models
 
 __all__ = ["Installation", "ServerError", "TritonServer", "find_tritonserver"]
 
 EXIT_TIMEOUT_S = 10  # for requests in flight; then the server ends them
 KILL_MARGIN_S = 10.0  # what unloading the models may take on top
+DEAD_CHILD_TIMEOUT_S = 5.0  # for Triton to say why a model's process is dead; it waits for some that are, for ever
 POLL_S = 0.1
+UNUSABLE_IN_PATHS = re.compile(r"[^\w./+@%:,=~-]")
 
 # A gRPC client that is frozen, or whose network has gone, answers no ping: its connection is closed, its requests end.
 KEEPALIVE_OPTIONS = (
@@ -137,6 +140,11 @@ class TritonServer:
             raise ServerError(f"the server runs already, as process {self.pid}; stop it first")
         if not self.repository.is_dir():
             raise ServerError(f"model repository {self.repository} is not a directory; build a model first")
+        if unusable := UNUSABLE_IN_PATHS.search(str(self.repository)):
+            raise ServerError(
+                f"model repository {self.repository}: Triton starts Python models through a shell, which takes no "
+                f"{unusable.group()!r} in their path; move or rename it"
+            )
         installation = self._installation or find_tritonserver()
         self.http_port, self.grpc_port, self.metrics_port = _claim_ports(
             self.host, {"HTTP": self.http_port, "gRPC": self.grpc_port, "metrics": self.metrics_port}
@@ -242,6 +250,7 @@ class TritonServer:
     def _wait_until_ready(self) -> None:
         # Triton opens its ports only when all models are loaded: until then only its log tells how far it is.
         deadline = time.monotonic() + self._start_timeout_s
+        dead_for = 0.0
         while True:
             status = self._running().poll()
             self._report_progress()
@@ -253,6 +262,10 @@ class TritonServer:
                 loaded = ", ".join(self._loaded) or "nothing"
                 waited = f"{self._start_timeout_s:g} s"
                 raise ServerError(f"tritonserver is not ready after {waited}; loaded so far: {loaded}")
+            dead_for = dead_for + POLL_S if has_dead_child(self.pid) else 0.0
+            if dead_for > DEAD_CHILD_TIMEOUT_S:
+                log = failure(self._read_log())
+                raise ServerError(f"a model's process died while it loaded, and tritonserver waits for it: {log}")
             time.sleep(POLL_S)
 
     def _report_progress(self) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PRODUCT = ("builders", "ensemble", "clients")
-# A real adapter is a repository's model.py.
+# A repository's model.py imports one of them.
 ADAPTERS = tuple(
     f"ensemble.models.{name}"
     for name in ("tokenizer", "engine", "detokenizer", "score_tokenizer", "score_engine", "scorer")

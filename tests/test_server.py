@@ -263,6 +263,9 @@ def test_addresses_that_cannot_be_used(repository: Path, tmp_path: Path) -> None
         free_ports(repository, host="192.0.2.1", installation=fake).start()
     with pytest.raises(ServerError, match=r"none is not a directory; build a model first"):
         free_ports(tmp_path / "none", installation=fake).start()
+    (tmp_path / "my models").mkdir()
+    with pytest.raises(ServerError, match=r"my models: Triton .* shell, which takes no ' ' in their path; move or re"):
+        free_ports(tmp_path / "my models", installation=fake).start()
     with pytest.raises(ServerError, match=r"can't start .*/nowhere: No such file or directory$"):
         free_ports(repository, installation=Installation(tmp_path / "nowhere")).start()
     with pytest.raises(ServerError, match=r"can't start .*/server: .*No such file or directory: .*/no/log'$"):
@@ -290,6 +293,16 @@ def test_one_that_hangs_is_killed_with_its_children(
     leader = int(pids.read_text().split()[0])
     assert wait_until(lambda: group(leader) == [], 5.0), group(leader)
     assert list(temporary.iterdir()) == []
+
+
+def test_a_model_that_dies_while_it_loads_is_reported(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton 2.51 waits for ever for a stub that has crashed."""
+    monkeypatch.setattr(server, "DEAD_CHILD_TIMEOUT_S", 0.3)
+    fake = script(tmp_path / "server", "sh -c 'echo out of luck; kill -SEGV $$' & exec sleep 600")  # reaps nobody
+    with pytest.raises(ServerError, match=r"^a model's process died .* waits for it: out of luck$"):
+        free_ports(repository, installation=fake, start_timeout_s=30.0).start()
 
 
 def test_starting_twice_is_refused(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

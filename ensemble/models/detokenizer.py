@@ -1,6 +1,6 @@
 """Triton's adapter for the detokenizer: `output_ids` → a client's outputs, and the acknowledgement to the engine.
 
-Copied into the model repository as model.py. A stream's responses arrive in order; what a stream has left over from one
+A repository's model.py imports it. A stream's responses arrive in order; what a stream has left over from one
 to the next is kept under its id. Decoupled, though it sends one response at most: a heartbeat of the engine is
 acknowledged and goes no further.
 """

@@ -1,6 +1,6 @@
 """Triton's adapter for the engine: requests in, decoupled responses out.
 
-Copied into the model repository as model.py. It translates tensors and errors and owns nothing but the loop: scheduling
+A repository's model.py imports it. It translates tensors and errors and owns nothing but the loop: scheduling
 is `ensemble/engine`'s business, and text nobody's here.
 """
 

@@ -1,6 +1,6 @@
 """Triton's adapter for a stateless engine on a CPU: rows → their targets' log-probabilities.
 
-Copied into the model repository as model.py; its tensors are those of the plan that Triton's own tensorrt backend
+A repository's model.py imports it; its tensors are those of the plan that Triton's own tensorrt backend
 runs on a GPU. Triton hands over a whole batch of requests, ragged as they are; all their rows are computed together.
 """
 

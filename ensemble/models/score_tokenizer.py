@@ -1,6 +1,6 @@
 """Triton's adapter for a scoring model's tokenizer: texts and labels → rows of ids.
 
-Copied into the model repository as model.py. It translates tensors and errors, nothing else: prompts are
+A repository's model.py imports it. It translates tensors and errors, nothing else: prompts are
 `ensemble/scoring/prompts.py`'s business.
 """
 

@@ -1,6 +1,6 @@
 """Triton's adapter for the scorer: tokens' log-probabilities → the label and its probabilities.
 
-Copied into the model repository as model.py. It translates tensors; the numbers are
+A repository's model.py imports it. It translates tensors; the numbers are
 `ensemble/scoring/calibration.py`'s.
 """
 

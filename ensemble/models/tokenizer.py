@@ -1,6 +1,6 @@
 """Triton's adapter for the tokenizer: `text_input` or `messages` → `input_ids`, and what is to be known of them.
 
-Copied into the model repository as model.py. It translates tensors and errors, nothing else: text is
+A repository's model.py imports it. It translates tensors and errors, nothing else: text is
 `ensemble/text.py`'s business.
 """
 
