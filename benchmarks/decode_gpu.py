@@ -24,6 +24,7 @@ import torch
 from benchmarks.machine import describe
 from ensemble.cuda_layout import DecoderShape
 from ensemble.engine.runners.base import LAST_TOKEN, Draw, PromptChunk
+from ensemble.engine.runners.cuda.parallel import ParallelRunner
 from ensemble.engine.runners.cuda.runner import CudaRunner
 from ensemble.engine.runners.cuda.weights import RandomWeights
 
@@ -50,25 +51,33 @@ def main(argv: Sequence[str] | None = None) -> int | str:
     parser = argparse.ArgumentParser(description="the cuda runner on one GPU")
     parser.add_argument("--output", type=Path, default=FILE, help="default: %(default)s")
     parser.add_argument("--invariant", action="store_true", help="measure the batch-invariant mode")
+    parser.add_argument("--gpus", type=int, default=1, help="split the model over so many (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         return "error: this needs an NVIDIA GPU"
-    ours = measure(is_invariant=arguments.invariant)
-    write(arguments.output, "cuda (batch-invariant)" if arguments.invariant else "cuda", ours)
+    ours = measure(is_invariant=arguments.invariant, gpus=arguments.gpus)
+    name = "cuda" if arguments.gpus == 1 else f"cuda, {arguments.gpus} GPUs"
+    write(arguments.output, f"{name} (batch-invariant)" if arguments.invariant else name, ours)
     return 0
 
 
-def measure(*, is_invariant: bool) -> dict[str, Any]:
-    """Every figure of one runner, at the sizes of `BATCHES` and `PROMPTS`."""
+AnyRunner = CudaRunner | ParallelRunner
+
+
+def measure(*, is_invariant: bool, gpus: int = 1) -> dict[str, Any]:
+    """Every figure of one runner, at the sizes of `BATCHES` and `PROMPTS`; the floor's bytes are read by all GPUs."""
     rate = read_rate()
     source = RandomWeights(SHAPE, is_fp8=True, has_qkv_bias=True)
     step_bytes = sum(entry.num_bytes for name, entry in source.entries.items() if not name.startswith(("emb", "rope")))
     began = time.perf_counter()
-    runner = CudaRunner(source, SHAPE, num_slots=max(BATCHES), prefill_chunk=8192, is_invariant=is_invariant)
+    options: dict[str, Any] = {"num_slots": max(BATCHES), "prefill_chunk": 8192, "is_invariant": is_invariant}
+    runner: AnyRunner = (
+        CudaRunner(source, SHAPE, **options) if gpus == 1 else ParallelRunner(source, SHAPE, size=gpus, **options)
+    )
     result: dict[str, Any] = {
         "load_s": round(time.perf_counter() - began, 1),
         "read_gb_per_s": round(rate / 1e9),
-        "floor_ms": round(step_bytes / rate * 1e3, 3),
+        "floor_ms": round(step_bytes / rate / gpus * 1e3, 3),
     }
     result["time_between_tokens_ms"] = round(time_between_tokens(runner) * 1e3, 3)
     result["of_floor_rate"] = round(result["floor_ms"] / result["time_between_tokens_ms"], 3)
@@ -85,23 +94,23 @@ def read_rate() -> float:
     return values.numel() * 4 / _median(lambda: values.sum(), 9)
 
 
-def time_between_tokens(runner: CudaRunner) -> float:
+def time_between_tokens(runner: AnyRunner) -> float:
     """Seconds: a 257-token answer less a 1-token answer, over 256; the best of 3."""
     return min((_generate(runner, 257) - _generate(runner, 1)) / 256 for _ in range(3))
 
 
-def time_to_first_token(runner: CudaRunner, num_tokens: int) -> float:
+def time_to_first_token(runner: AnyRunner, num_tokens: int) -> float:
     """Seconds from a prompt's ids to its first token's id, both on the host."""
     ids = np.random.default_rng(0).integers(0, SHAPE.vocab_size, num_tokens)
     return _median(lambda: runner.prefill(0, ids, 0).argmax(), 7)
 
 
-def tokens_per_second(runner: CudaRunner, num_requests: int) -> float:
+def tokens_per_second(runner: AnyRunner, num_requests: int) -> float:
     """Output tokens a second of `num_requests` at once, their prompts' time included; the better of 2."""
     return max(num_requests * ANSWER / _serve(runner, num_requests) for _ in range(2))
 
 
-def _generate(runner: CudaRunner, num_tokens: int) -> float:
+def _generate(runner: AnyRunner, num_tokens: int) -> float:
     """Seconds for one request of `num_tokens`; each step is begun before the last one's token is back."""
     ids = np.random.default_rng(0).integers(0, SHAPE.vocab_size, PROMPT)
     began = time.perf_counter()
@@ -110,7 +119,7 @@ def _generate(runner: CudaRunner, num_tokens: int) -> float:
     return time.perf_counter() - began
 
 
-def _serve(runner: CudaRunner, num_requests: int) -> float:
+def _serve(runner: AnyRunner, num_requests: int) -> float:
     prompts = np.random.default_rng(0).integers(0, SHAPE.vocab_size, (num_requests, PROMPT))
     at_once = max(1, 8192 // PROMPT)
     began = time.perf_counter()
@@ -123,7 +132,7 @@ def _serve(runner: CudaRunner, num_requests: int) -> float:
     return time.perf_counter() - began
 
 
-def _decode(runner: CudaRunner, tokens: np.ndarray[Any, np.dtype[np.int64]], position: int, num_steps: int) -> None:
+def _decode(runner: AnyRunner, tokens: np.ndarray[Any, np.dtype[np.int64]], position: int, num_steps: int) -> None:
     """`num_steps` tokens for each of slots 0 … len(tokens) − 1, with two steps in flight."""
     draws = [GREEDY] * len(tokens)
     ids, positions = tokens, np.full(len(tokens), position)

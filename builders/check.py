@@ -16,6 +16,8 @@ from builders.check_scoring import check_scoring, is_scoring
 from builders.errors import BuildError
 from builders.pbtxt import PbtxtError, parse_text
 from builders.wiring import Problem, check_wiring
+from ensemble.cuda_layout import DecoderShape, LayoutError
+from ensemble.cuda_split import Split
 from ensemble.manifest import FILE_NAME as MANIFEST
 from ensemble.manifest import Manifest, ManifestError
 from ensemble.pipelines import ENGINE_SUFFIX
@@ -164,6 +166,13 @@ def _check_plan(directory: Path, version_dir: Path, config: ModelConfig) -> Iter
         yield Problem(str(directory / CONFIG), what)
 
 
+def _check_split(where: str, manifest: Manifest, settings: EngineSettings) -> Iterator[Problem]:
+    try:
+        Split(DecoderShape.from_dict(manifest.engine), 0, settings.tensor_parallel_size)
+    except LayoutError as error:
+        yield Problem(where, f"parameters: {error}")
+
+
 def _check_engine(directory: Path, version_dir: Path, config: ModelConfig) -> Iterator[Problem]:
     file_problems = check_engine_files(version_dir)
     yield from file_problems
@@ -183,6 +192,8 @@ def _check_engine(directory: Path, version_dir: Path, config: ModelConfig) -> It
         settings.check_target(manifest.target)
     except SettingsError as error:
         yield Problem(where, f"parameters: {error}")
+    if manifest.target == "cuda":
+        yield from _check_split(where, manifest, settings)
     for name in ("num_slots", "prefill_chunk"):
         value, limit = getattr(settings, name), manifest.engine.get(name)
         if limit is not None and value > limit:

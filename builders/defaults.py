@@ -12,6 +12,8 @@ from builders.cuda import decoder_shape
 from builders.errors import BuildError
 from builders.options import BuildOptions
 from builders.spec import ModelSpec
+from ensemble.cuda_layout import LayoutError
+from ensemble.cuda_split import Split
 from ensemble.settings import EngineSettings
 
 CUDA_SLOTS = 64
@@ -25,11 +27,12 @@ def engine_settings(options: BuildOptions, spec: ModelSpec, max_seq_len: int) ->
     """The settings that `options` ask for, with its target's defaults for the others.
 
     Raises:
-        BuildError: the chunk that was asked for is longer than a sequence.
+        BuildError: the chunk that was asked for is longer than a sequence, or the model can't be split over so many
+            GPUs.
     """
     defaults: dict[str, Any] = {"prefill_chunk": min(EngineSettings.prefill_chunk, max_seq_len)}
     if options.target == "cuda":
-        one_slot = decoder_shape(spec, max_seq_len).cache_bytes(1)
+        one_slot = _split(options, spec, max_seq_len).shape.cache_bytes(1)
         defaults = {
             "num_slots": max(1, min(CUDA_SLOTS, CUDA_CACHE_BYTES // one_slot)),
             "prefill_chunk": min(CUDA_PREFILL_CHUNK, max_seq_len),
@@ -39,3 +42,11 @@ def engine_settings(options: BuildOptions, spec: ModelSpec, max_seq_len: int) ->
     if settings.prefill_chunk > max_seq_len:
         raise BuildError(f"prefill_chunk is {settings.prefill_chunk}, must be at most max_seq_len {max_seq_len}")
     return settings
+
+
+def _split(options: BuildOptions, spec: ModelSpec, max_seq_len: int) -> Split:
+    size = EngineSettings(**options.settings).tensor_parallel_size
+    try:
+        return Split(decoder_shape(spec, max_seq_len), 0, size)
+    except LayoutError as error:
+        raise BuildError(str(error)) from error

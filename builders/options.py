@@ -30,6 +30,7 @@ ENGINE_OPTIONS: dict[str, tuple[type, str]] = {
     "max_prefill_stall": (float, "decodes that a step's prefill may last beside them (default: 1.5; for cuda 10)"),
     "num_threads": (int, "threads of the engine; 0: one for each core (default: 0)"),
     "batch_invariant": (bool, "for cuda: a text doesn't depend on what runs beside it; slower"),
+    "tensor_parallel_size": (int, "for cuda: GPUs that the model is split over (default: 1)"),
 }
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

@@ -38,6 +38,7 @@ class EngineSettings:
     cancel_after_s: seconds without an acknowledgement after which a request is taken as abandoned.
     batch_invariant: sums in one order for every batch, so that a sequence's text doesn't depend on its neighbours;
         slower. Target cuda alone.
+    tensor_parallel_size: GPUs that the model is split over. Target cuda alone.
     """
 
     num_slots: int = 8
@@ -51,6 +52,7 @@ class EngineSettings:
     timeout_ms: int = 0
     cancel_after_s: float = 1.0
     batch_invariant: bool = False
+    tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         for name, lowest in _INTEGERS.items():
@@ -133,11 +135,11 @@ def _boolean(text: str) -> bool:
 # Integers with their lowest values, numbers with what they are.
 _INTEGERS = {
     "num_slots": 1, "prefill_chunk": 1, "num_threads": 0, "max_queue_size": 1, "priority_levels": 1,
-    "queue_timeout_ms": 0, "timeout_ms": 0,
+    "queue_timeout_ms": 0, "timeout_ms": 0, "tensor_parallel_size": 1,
 }  # fmt: skip
 _NUMBERS = {"max_prefill_stall": "a number", "cancel_after_s": "a number of seconds"}
 _BOOLEANS = ("batch_invariant",)
-_TARGETS = {"batch_invariant": ("cuda",)}  # settings that only these targets have
+_TARGETS = {"batch_invariant": ("cuda",), "tensor_parallel_size": ("cuda",)}  # that only these targets have
 _KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
     **dict.fromkeys(_INTEGERS, (int, "an integer")),
     **dict.fromkeys(_NUMBERS, (float, "a number")),

@@ -16,9 +16,13 @@ from tests.cuda_device import DEVICE, DTYPE, HAS_GPU  # isort: skip  # before tr
 
 from ensemble.cuda_layout import DecoderShape
 from ensemble.engine.runners.base import Draw, PromptChunk
-from ensemble.engine.runners.cuda.decoder import Caches, Decoder, Linear, Parts, Prompts, Rows
+from ensemble.engine.runners.cuda.attending import Caches
+from ensemble.engine.runners.cuda.buffers import Prompts
+from ensemble.engine.runners.cuda.decoder import Decoder
 from ensemble.engine.runners.cuda.kernels import sampling
+from ensemble.engine.runners.cuda.layers import Linear
 from ensemble.engine.runners.cuda.plan import FAST, INVARIANT, Gemv
+from ensemble.engine.runners.cuda.products import Parts, Rows
 from ensemble.engine.runners.cuda.prompts import pack
 from ensemble.engine.runners.cuda.weights import RandomWeights
 from tests.cuda_reference import rms_norm, rotate, round_rows
@@ -72,7 +76,7 @@ def test_a_normed_token_times_a_matrix(k: int, is_fp8: bool, has_bias: bool) -> 
     d, weights = decoder(), linear("qkv", 50, k, is_fp8=is_fp8, has_bias=has_bias)
     hidden, norm = random(1, k), random(k, seed=5)
     out, zero = torch.full((1, 50), torch.nan, device=DEVICE), torch.ones(1, device=DEVICE)
-    d._norm_gemv(hidden, norm, weights, out, zero)
+    d.one_row.norm_gemv(hidden, norm, weights, out, zero)
     wanted = rounded(rms_norm(hidden.double(), norm.double(), 1e-5), weights) @ matrix(weights).T
     wanted = wanted + (0 if weights.bias is None else weights.bias.double())
     assert error(out, wanted) < 3e-3  # one code of E4M3 may fall to the other side
@@ -83,27 +87,27 @@ def test_a_normed_token_times_a_matrix(k: int, is_fp8: bool, has_bias: bool) -> 
 @pytest.mark.parametrize("tile", [Gemv(bn=4, num_warps=4), Gemv(bn=4, num_warps=4, programs=1, stages=3)])
 def test_a_normed_token_times_gate_and_up(tile: Gemv, is_fp8: bool, has_bias: bool) -> None:
     d, weights = decoder(), linear("gate_up", 2 * 112, 80, is_fp8=is_fp8, has_bias=has_bias)
-    d.plan, d._processors = replace(FAST, gemv=FAST.gemv | {"gate_up": tile}), 4
+    d.one_row.plan, d.launch.processors = replace(FAST, gemv=FAST.gemv | {"gate_up": tile}), 4
     hidden, norm = random(1, 80), random(80, seed=5)
     out = torch.full((1, 112), torch.nan, device=DEVICE)
-    d._attention_amax.fill_(7.0)
-    d._norm_gemv_silu(hidden, norm, weights, out)
+    d.one_row.attention_amax.fill_(7.0)
+    d.one_row.norm_gemv_silu(hidden, norm, weights, out)
     both = rounded(rms_norm(hidden.double(), norm.double(), 1e-5), weights) @ matrix(weights).T
     gate, up = (both + (0 if weights.bias is None else weights.bias.double())).chunk(2, dim=-1)
     assert error(out, torch.nn.functional.silu(gate) * up) < 3e-3
-    assert d._mlp_amax == out.abs().max()
-    assert d._attention_amax == 0
+    assert d.one_row.mlp_amax == out.abs().max()
+    assert d.one_row.attention_amax == 0
 
 
 @pytest.mark.parametrize(("is_fp8", "has_bias"), FORMS)
 @pytest.mark.parametrize(("k", "bk"), [(64, 128), (200, 128), (3584, 4096)])  # read whole, in parts, and with a gap
 def test_a_token_times_a_matrix_is_added_to_the_residual(k: int, bk: int, is_fp8: bool, has_bias: bool) -> None:
     d, weights = decoder(), linear("o", 50, k, is_fp8=is_fp8, has_bias=has_bias)
-    d.plan = replace(FAST, gemv=FAST.gemv | {"o": Gemv(bn=4, num_warps=4, bk=bk)})
+    d.one_row.plan = replace(FAST, gemv=FAST.gemv | {"o": Gemv(bn=4, num_warps=4, bk=bk)})
     x, hidden = random(1, k), random(1, 50, seed=6)
     wanted = hidden.double() + rounded(x, weights) @ matrix(weights).T
     wanted = wanted + (0 if weights.bias is None else weights.bias.double())
-    d._residual_gemv(x, x.abs().max().reshape(1), weights, hidden)
+    d.one_row.residual_gemv(x, x.abs().max().reshape(1), weights, hidden)
     assert error(hidden, wanted) < 3e-3
 
 
@@ -112,15 +116,17 @@ def test_a_token_times_a_matrix_is_added_to_the_residual(k: int, bk: int, is_fp8
 @pytest.mark.parametrize("name", ["o", "down"])
 def test_rows_times_a_matrix_in_parts(name: str, is_fp8: bool, rows: int) -> None:
     d, weights = decoder(), linear(name, 100, 560, is_fp8=is_fp8, has_bias=False)
-    d.plan = INVARIANT
+    d.products.plan = INVARIANT
     x = random(rows, 560)
     values = Rows((x * 50).to(torch.float8_e4m3fn), random(rows, seed=7).abs()) if is_fp8 else Rows(x.to(DTYPE), None)
-    found = d._multiply(values, weights).tensor
+    found = d.products.multiply(values, weights).tensor
     exact = values.values.double() * (1 if values.scale is None else values.scale.double()[:, None])
     assert found.shape == (INVARIANT.skinny[name].num_parts, rows, 100)
     assert error(found.sum(0), exact @ matrix(weights).T) < 1e-3
     if rows > 1:  # one row's sums don't depend on its neighbours
-        alone = d._multiply(Rows(values.values[:1], None if values.scale is None else values.scale[:1]), weights)
+        alone = d.products.multiply(
+            Rows(values.values[:1], None if values.scale is None else values.scale[:1]), weights
+        )
         assert torch.equal(alone.tensor[:, 0], found[:, 0])
 
 
@@ -129,7 +135,7 @@ def test_the_residual_takes_in_the_parts_and_is_normed(is_fp8: bool) -> None:
     d = decoder()
     hidden, parts, bias, norm = random(5, 80), random(3, 5, 80, seed=1), random(80, seed=2), random(80, seed=3)
     wanted = hidden.double() + parts.double().sum(0) + bias.double()
-    normed = d._norm(hidden, Parts(parts), bias, norm, is_fp8)
+    normed = d.products.norm(hidden, Parts(parts), bias, norm, is_fp8)
     assert error(hidden, wanted) < 1e-6
     exact = rms_norm(wanted, norm.double(), 1e-5)
     if normed.scale is None:
@@ -142,7 +148,7 @@ def test_the_residual_takes_in_the_parts_and_is_normed(is_fp8: bool) -> None:
 def test_silu_of_the_parts(is_fp8: bool) -> None:
     d = decoder(is_fp8=is_fp8)
     parts = random(2, 5, 224)
-    out = d._silu(Parts(parts), d.layers[0])
+    out = d.products.silu(Parts(parts), d.weights.layers[0])
     gate, up = parts.double().sum(0).chunk(2, dim=-1)
     exact = torch.nn.functional.silu(gate) * up
     found = out.values.double() * (1 if out.scale is None else out.scale.double()[:, None])
@@ -159,11 +165,11 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 
 def split_heads(row: torch.Tensor, d: Decoder, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A projection's row [width] → q, k rotated and normed, and v: [heads, d] each."""
-    shape, layer = d.shape, d.layers[0]
+    shape, layer = d.shape, d.weights.layers[0]
     q, k, v = torch.split(row.double().reshape(-1, shape.head_dim), [shape.num_heads, *[shape.num_kv_heads] * 2])
     if layer.qk_norms is not None:
         q, k = (rms_norm(x, layer.qk_norms[i].double(), shape.rms_norm_eps) for i, x in enumerate((q, k)))
-    cos, sin = d.cos[position][None].double(), d.sin[position][None].double()
+    cos, sin = d.weights.cos[position][None].double(), d.weights.sin[position][None].double()
     return rotate(q[None], cos, sin)[0], rotate(k[None], cos, sin)[0], v
 
 
@@ -177,15 +183,15 @@ def caches(shape: DecoderShape, slots: int) -> Caches:
 def test_decode_attention_at_every_kind_of_length(qk_norm: bool, splits: int) -> None:
     shape = replace(SHAPE, qk_norm=qk_norm)
     d = decoder(shape=shape)
-    d.plan = replace(FAST, splits=splits)
+    d.attention.plan = replace(FAST, splits=splits)
     positions = [0, 1, 63, 64, -1, 65, 127, 200, shape.max_seq_len - 1]
     cache, arrived = caches(shape, len(positions)), torch.zeros(len(positions), 2, dtype=torch.int32, device=DEVICE)
     before = Caches(cache.keys.clone(), cache.values.clone())
     qkv, bias = random(2, len(positions), 10 * 24, seed=4), random(240, seed=3)
     out = torch.full((len(positions), shape.q_size), torch.nan, device=DEVICE)
-    d._decode_attention(
-        Parts(qkv), bias, d.layers[0], torch.tensor(positions, device=DEVICE), cache.keys[0], cache.values[0], arrived,
-        out,
+    d.attention.decode(
+        Parts(qkv), bias, d.weights.layers[0], torch.tensor(positions, device=DEVICE), cache.keys[0], cache.values[0],
+        arrived, out, d.one_row.attention_amax,
     )  # fmt: skip
     for slot, position in enumerate(positions):
         if position < 0:
@@ -211,9 +217,9 @@ def test_prefill_attention_over_several_slots_chunks() -> None:
     qkv = random(1, 288, 240, seed=4)
     q = torch.zeros(288, shape.q_size, dtype=DTYPE, device=DEVICE)
     out = torch.full_like(q, torch.nan)
-    layer = d.layers[0]
-    d._rope(Parts(qkv), layer, prompts.slots, prompts.positions, q, cache.keys[0], cache.values[0])
-    d._prefill_attention(q, cache.keys[0], cache.values[0], prompts.tiles, out)
+    layer = d.weights.layers[0]
+    d.attention.rope(Parts(qkv), layer, prompts.slots, prompts.positions, q, cache.keys[0], cache.values[0])
+    d.attention.prefill(q, cache.keys[0], cache.values[0], prompts.tiles, out)
     row, bias = 0, layer.qkv.bias
     assert bias is not None
     for slot, (start, count) in lengths.items():

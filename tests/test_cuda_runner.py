@@ -19,6 +19,7 @@ from tests.cuda_device import DEVICE, DTYPE, HAS_GPU  # isort: skip  # before tr
 from builders.options import BuildOptions
 from builders.repository import build
 from ensemble.cuda_layout import DecoderShape
+from ensemble.cuda_split import WHOLE, Cut
 from ensemble.engine.runners.base import (
     LAST_TOKEN,
     Draw,
@@ -28,7 +29,8 @@ from ensemble.engine.runners.base import (
     PromptChunk,
     RunnerError,
 )
-from ensemble.engine.runners.cuda.runner import CudaRunner, captured_size, captured_sizes
+from ensemble.engine.runners.cuda.graphs import captured_size, captured_sizes
+from ensemble.engine.runners.cuda.runner import CudaRunner
 from ensemble.engine.runners.cuda.weights import RandomWeights
 from ensemble.engine.runners.load import load_runner
 from ensemble.settings import EngineSettings
@@ -56,8 +58,8 @@ class Biased(RandomWeights):
         names = frozenset(shape.linear_names())
         self.entries = shape.entries(names if is_fp8 else frozenset(), names)
 
-    def load(self, name: str, device: torch.device) -> torch.Tensor:
-        return super().load(name, DEVICE).to(device)
+    def load(self, name: str, device: torch.device, cut: Cut = WHOLE) -> torch.Tensor:
+        return super().load(name, DEVICE, cut).to(device)
 
 
 def make(shape: DecoderShape = SHAPE, *, is_fp8: bool = True, num_slots: int = 5, **more: Any) -> CudaRunner:

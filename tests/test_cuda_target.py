@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from builders.calibrate import calibrate
+from builders.check import check_repository
 from builders.checkpoint import open_checkpoint
 from builders.cuda import check_recipe, decoder_shape, write_weights
 from builders.defaults import engine_settings
@@ -192,6 +193,14 @@ def test_a_repository_for_the_cuda_target_is_whole_and_its_digest_is_that_of_the
     assert len(digests) == 1
     engine = Manifest.load(tmp_path / "models" / "a-engine" / "1")
     assert DecoderShape.from_dict(engine.engine) == decoder_shape(open_checkpoint(checkpoint).spec, 48)
+    assert check_repository(tmp_path / "models") == []
+    config = tmp_path / "models" / "a-engine" / "config.pbtxt"
+    text = config.read_text()
+    assert text.count('"tensor_parallel_size"') == 1
+    head, _, tail = text.partition('"tensor_parallel_size"')
+    config.write_text(head + '"tensor_parallel_size"' + tail.replace('"1"', '"5"', 1))
+    (problem,) = check_repository(tmp_path / "models")
+    assert "parameters: tensor_parallel_size is 5: 4 query heads can't be shared out evenly" in str(problem)
     assert list(engine.files) == ["model.safetensors"]
 
 
@@ -208,16 +217,21 @@ def test_a_cuda_engine_has_a_gpus_defaults_and_what_is_asked_for_wins(tmp_path: 
     assert (gpu.num_slots, gpu.prefill_chunk, gpu.max_prefill_stall) == (64, 2048, 10.0)
     assert settings("cuda", 48).prefill_chunk == 48
     # 28 layers of 4 key heads of 128, as R1-Distill-Qwen-7B: 57,344 bytes a token.
-    large = replace(spec, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128)
+    large = replace(spec, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128, intermediate_size=18944)
     assert settings("cuda", 4096, large).num_slots == 64
     assert settings("cuda", 131072, large).num_slots == 4, "32 GiB of caches"
     asked = settings("cuda", 4096, num_slots=3, prefill_chunk=64, max_prefill_stall=1.5, batch_invariant=True)
     assert asked == EngineSettings(num_slots=3, batch_invariant=True)
     with pytest.raises(BuildError, match="prefill_chunk is 65, must be at most max_seq_len 64"):
         settings("cuda", 64, prefill_chunk=65)
+    assert settings("cuda", 131072, large, tensor_parallel_size=4).num_slots == 18, "32 GiB of each of four GPUs"
+    with pytest.raises(BuildError, match="tensor_parallel_size is 3: 28 query heads can't be shared out evenly"):
+        settings("cuda", 4096, large, tensor_parallel_size=3)
 
 
 @pytest.mark.parametrize("target", ["onnx", "tensorrt", "tensorrt-rtx"])
 def test_a_setting_that_a_target_lacks_is_refused(target: str, tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match=f"batch_invariant is true, which target {target} doesn't have.*target cuda"):
-        BuildOptions(tmp_path, "x", target=target, precision="fp16", settings={"batch_invariant": True})
+    for setting, text in ({"batch_invariant": True}, "true"), ({"tensor_parallel_size": 2}, "2"):
+        (name,) = setting
+        with pytest.raises(BuildError, match=f"{name} is {text}, which target {target} doesn't have.*target cuda"):
+            BuildOptions(tmp_path, "x", target=target, precision="fp16", settings=setting)

@@ -150,6 +150,7 @@ def test_settings_survive_the_way_through_triton() -> None:
     settings = EngineSettings(
         num_slots=5, prefill_chunk=7, max_prefill_stall=2.5, prefix_reuse="all", num_threads=2, max_queue_size=9,
         priority_levels=4, queue_timeout_ms=100, timeout_ms=2000, cancel_after_s=0.25, batch_invariant=True,
+        tensor_parallel_size=2,
     )  # fmt: skip
     defaults = asdict(EngineSettings())
     assert all(value != defaults[name] for name, value in asdict(settings).items()), "every setting is tried"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ensemble.engine.runners.base import Runner, RunnerError
 from ensemble.manifest import Manifest
@@ -53,15 +54,22 @@ def _load_cuda(directory: Path, manifest: Manifest, settings: EngineSettings) ->
     from ensemble.tensor_file import TensorFileError
 
     try:
+        from ensemble.engine.runners.cuda.parallel import ParallelRunner
+        from ensemble.engine.runners.cuda.ranks import end_process
         from ensemble.engine.runners.cuda.runner import CudaRunner
         from ensemble.engine.runners.cuda.weights import StoredWeights
     except ModuleNotFoundError as error:
         raise RunnerError(f"{error.name} is not installed; pip install 'deepseek-triton[cuda]'") from error
+    options: dict[str, Any] = {
+        "num_slots": settings.num_slots,
+        "prefill_chunk": settings.prefill_chunk,
+        "is_invariant": settings.batch_invariant,
+    }
     try:
-        shape = DecoderShape.from_dict(manifest.engine)
-        return CudaRunner(
-            StoredWeights(directory / WEIGHTS_FILE), shape,
-            num_slots=settings.num_slots, prefill_chunk=settings.prefill_chunk, is_invariant=settings.batch_invariant,
-        )  # fmt: skip
+        shape, source = DecoderShape.from_dict(manifest.engine), StoredWeights(directory / WEIGHTS_FILE)
     except (LayoutError, TensorFileError) as error:
         raise RunnerError(f"{directory}: {error}; {manifest.command}") from error
+    if settings.tensor_parallel_size == 1:
+        return CudaRunner(source, shape, **options)
+    # A rank that fails ends this process, and whoever watches it the server, which starts again.
+    return ParallelRunner(source, shape, size=settings.tensor_parallel_size, on_failure=end_process, **options)

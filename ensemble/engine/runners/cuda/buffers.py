@@ -7,13 +7,15 @@ on the host, so that a step can be prepared while the one before it runs. It kno
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ensemble.engine.runners.base import Decoded, Draw, Ids
+from ensemble.engine.runners.cuda.prompts import PackedPrompts
 
 STEPS_IN_FLIGHT = 2
 NO_TOKEN = -1  # position of a row without a token
@@ -117,6 +119,36 @@ class PendingStep:
             self.done.synchronize()
         tokens, log_probs = self.slot.tokens[: self.num_rows], self.slot.log_probs[: self.num_rows]
         return Decoded(tokens.numpy(), log_probs.numpy(), self.logits.numpy())
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """`PackedPrompts` on the device, field by field."""
+
+    ids: torch.Tensor
+    slots: torch.Tensor
+    positions: torch.Tensor
+    tiles: torch.Tensor
+    last_rows: torch.Tensor
+
+    @classmethod
+    def of(cls, packed: PackedPrompts, device: torch.device) -> Prompts:
+        """New tensors on `device`; nothing waits."""
+        return cls(
+            *(_staged(getattr(packed, field.name), device).to(device, non_blocking=True) for field in fields(cls))
+        )
+
+    def fill(self, packed: PackedPrompts) -> None:
+        """Overwrite with prompts of the same sizes; nothing waits."""
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            tensor.copy_(_staged(getattr(packed, field.name), tensor.device), non_blocking=True)
+
+
+def _staged(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """`array` where a copy to `device` needn't wait: page-locked, and kept by torch until the copy is done."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def _signed(seed: int) -> int:

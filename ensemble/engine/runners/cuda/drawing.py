@@ -6,7 +6,7 @@ It knows neither the model nor who owns a slot.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import triton
@@ -14,15 +14,14 @@ import triton
 from ensemble.engine.runners.base import Draw, Ids
 from ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT, PendingStep, StepInputs, StepSlot
 from ensemble.engine.runners.cuda.kernels import sampling
+from ensemble.engine.runners.cuda.launcher import Launcher
 
 SCAN_CHUNK = 4096  # logits that one program looks through
 DRAW_BLOCK = 4096
 
-Launch = Callable[..., None]  # Decoder.launch
-
 
 def draw_rows(
-    launch: Launch,
+    launch: Launcher,
     logits: torch.Tensor,
     inputs: Mapping[str, torch.Tensor],
     tokens: torch.Tensor,
@@ -30,9 +29,9 @@ def draw_rows(
 ) -> None:
     """Draw a token for each row of `logits` [n, vocab_size] as `inputs` say, into `tokens` and `log_probs` [≥ n]."""
     size, vocab_size = logits.shape
-    chunks = triton.cdiv(vocab_size, SCAN_CHUNK)
-    best, total = (torch.empty(size, chunks, dtype=torch.float32, device=logits.device) for _ in range(2))
-    where = torch.empty(size, chunks, dtype=torch.int32, device=logits.device)
+    chunks = int(triton.cdiv(vocab_size, SCAN_CHUNK))
+    best, total = launch.empty(size, chunks), launch.empty(size, chunks)
+    where = launch.empty(size, chunks, dtype=torch.int32)
     launch(
         sampling.scan_logits, (chunks, size), logits, best, where, total,
         V=vocab_size, CHUNK=SCAN_CHUNK, CHUNKS=chunks, num_warps=4,
@@ -48,7 +47,7 @@ def draw_rows(
 class FirstTokens:
     """Draws the tokens that follow prompts; its memory is its own, for a prefill may be in flight beside decodes."""
 
-    def __init__(self, launch: Launch, num_slots: int, device: torch.device) -> None:
+    def __init__(self, launch: Launcher, num_slots: int, device: torch.device) -> None:
         self._launch = launch
         self._inputs = StepInputs(num_slots, device)
         self._tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)

@@ -10,6 +10,7 @@ from ensemble.tensor_file import TensorEntry
 
 MIB = 2**20
 RESERVE = 512 * MIB  # the library's workspaces, kernels, and what the allocator can't hand out
+COLLECTIVES = 512 * MIB  # NCCL's buffers
 
 
 def weight_bytes(entries: Iterable[TensorEntry]) -> int:
@@ -17,23 +18,34 @@ def weight_bytes(entries: Iterable[TensorEntry]) -> int:
     return sum(entry.num_bytes for entry in entries)
 
 
-def step_bytes(shape: DecoderShape, num_slots: int, prefill_chunk: int) -> int:
+def step_bytes(shape: DecoderShape, num_slots: int, prefill_chunk: int, num_ranks: int = 1) -> int:
     """About what the largest steps hold besides weights and caches."""
     widest = 2 * shape.intermediate_size + shape.intermediate_size + 6 * shape.hidden_size
     prefill = prefill_chunk * 4 * (widest + 2 * shape.q_size)
     logits = 3 * num_slots * shape.vocab_size * 4
-    return prefill + logits + RESERVE
+    return prefill + logits + RESERVE + (COLLECTIVES + logits if num_ranks > 1 else 0)
 
 
 def check_fits(
-    shape: DecoderShape, weights: int, *, num_slots: int, prefill_chunk: int, itemsize: int, free: int
+    shape: DecoderShape,
+    weights: int,
+    *,
+    num_slots: int,
+    prefill_chunk: int,
+    itemsize: int,
+    free: int,
+    num_ranks: int = 1,
 ) -> None:
     """Raise if weights, caches and the largest step are more than `free` bytes.
+
+    Args:
+        shape, weights: this rank's own.
+        num_ranks: of the model, which is split over so many GPUs.
 
     Raises:
         RunnerError: names what is needed, what is free, and the most slots, or tokens a slot, that would fit.
     """
-    steps = step_bytes(shape, num_slots, prefill_chunk)
+    steps = step_bytes(shape, num_slots, prefill_chunk, num_ranks)
     cache = shape.cache_bytes(num_slots, itemsize)
     if (needed := weights + steps + cache) <= free:
         return

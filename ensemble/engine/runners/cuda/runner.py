@@ -9,39 +9,40 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 
 from ensemble.cuda_layout import DecoderShape, LayoutError
 from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, OutOfMemoryError, PromptChunk, RunnerError
-from ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT, PendingStep, StepInputs, StepSlot
-from ensemble.engine.runners.cuda.decoder import PREFILL_TILE, Caches, Decoder, Prompts
+from ensemble.engine.runners.cuda.attending import PREFILL_TILE, Caches
+from ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT, PendingStep, Prompts, StepInputs, StepSlot
+from ensemble.engine.runners.cuda.decoder import Decoder
 from ensemble.engine.runners.cuda.drawing import FirstTokens, draw_rows
+from ensemble.engine.runners.cuda.graphs import (
+    CAPTURED_CHUNKS,
+    PREFILL_SIZES,
+    Captured,
+    Capturer,
+    captured_size,
+    captured_sizes,
+    pack_for_graph,
+    padded_size,
+)
+from ensemble.engine.runners.cuda.group import Group
+from ensemble.engine.runners.cuda.limits import Limits
 from ensemble.engine.runners.cuda.memory import MIB, check_fits, weight_bytes
 from ensemble.engine.runners.cuda.plan import FAST, INVARIANT, Plan
 from ensemble.engine.runners.cuda.prompts import PackedPrompts, pack
-from ensemble.engine.runners.cuda.weights import WeightSource
+from ensemble.engine.runners.cuda.weights import SplitWeights, WeightSource
 
 log = logging.getLogger(__name__)
 
-CAPTURED_CHUNKS = 8  # chunks that one captured prefill may hold
 FP8_CAPABILITY = (8, 9)
 PDL_CAPABILITY = (9, 0)
-
-
-@dataclass(frozen=True)
-class _Captured:
-    """A graph, and what it reads and writes: none of it may move while the graph lives."""
-
-    graph: torch.cuda.CUDAGraph
-    logits: torch.Tensor
-    addresses: tuple[int, ...]
 
 
 class CudaRunner:
@@ -55,6 +56,7 @@ class CudaRunner:
         is_invariant: sums in one order for every batch: a sequence's tokens don't depend on its neighbours. Slower.
         device: a CUDA device; the CPU, for tests under Triton's interpreter, has no graphs.
         dtype: of what isn't FP8, the caches among it; None: bfloat16.
+        group: where this is one rank of several; the others must be given the same calls.
 
     Raises:
         RunnerError: the weights aren't this shape's, the GPU can't run them, or they don't fit into its memory.
@@ -74,9 +76,17 @@ class CudaRunner:
         plan: Plan | None = None,
         device: str = "cuda",
         dtype: torch.dtype = torch.bfloat16,
+        group: Group | None = None,
     ) -> None:
+        try:
+            shape.check(source.entries)
+        except LayoutError as error:
+            raise RunnerError(f"{error}; build the model again") from error
+        if group is not None:
+            source, shape = SplitWeights(source, group.split), group.split.shape
         self.num_slots, self.max_seq_len, self.vocab_size = num_slots, shape.max_seq_len, shape.vocab_size
-        self._shape, self._prefill_chunk = shape, prefill_chunk
+        self._limits = Limits(num_slots, shape.max_seq_len, prefill_chunk)
+        self._shape, self._group = shape, group
         self._device = torch.device(device)
         self._is_cuda = self._device.type == "cuda"
         weights = weight_bytes(source.entries.values())
@@ -86,26 +96,27 @@ class CudaRunner:
             _check_device(source, self._device)
             free, _ = torch.cuda.mem_get_info(self._device)
             check_fits(
-                shape, weights, num_slots=num_slots, prefill_chunk=prefill_chunk, itemsize=dtype.itemsize, free=free
-            )
+                shape, weights, num_slots=num_slots, prefill_chunk=prefill_chunk, itemsize=dtype.itemsize, free=free,
+                num_ranks=1 if group is None else group.split.size,
+            )  # fmt: skip
         self._stream: torch.cuda.Stream | None = None
         if self._is_cuda:
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._graphs: dict[int, _Captured] = {}
-        self._prefill_graphs: dict[int, tuple[_Captured, Prompts]] = {}
+        self._graphs: dict[int, Captured] = {}
+        self._prefill_graphs: dict[int, tuple[Captured, Prompts]] = {}
         self._pending: deque[PendingStep] = deque()
         self._pending_prefills: deque[PendingStep] = deque()
         try:
             with self._on_stream():
-                pdl = self._is_cuda and torch.cuda.get_device_capability(self._device) >= PDL_CAPABILITY
+                # Between collectives kernels wait for their predecessors' end.
+                pdl = self._is_cuda and group is None and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
                 chosen = plan or (INVARIANT if is_invariant else FAST)
-                self._decoder = Decoder(shape, source, chosen, self._device, dtype=dtype, pdl=pdl)
+                self._decoder = Decoder(shape, source, chosen, self._device, dtype=dtype, pdl=pdl, group=group)
                 self._allocate(dtype)
                 self._decoder.prepare(self._caches)
+                if group is not None:
+                    group.join()
                 self._warm_up()
-        except LayoutError as error:
-            self.close()
-            raise RunnerError(f"{error}; build the model again") from error
         except RunnerError:
             self.close()
             raise
@@ -145,6 +156,8 @@ class CudaRunner:
             self.__dict__.pop(name, None)
         if self._is_cuda:
             torch.cuda.empty_cache()
+        if self._group is not None:
+            self._group.leave()
 
     # ---- DrawingRunner
 
@@ -154,6 +167,7 @@ class CudaRunner:
 
     def prefill_many(self, chunks: Sequence[PromptChunk]) -> Logits:
         """`prefill` of several slots' chunks at once: the logits [len(chunks), vocab_size] of each one's last token."""
+        self._limits.check_prefill(chunks)
         with self._on_stream(), self._attributed():
             logits: Logits = self._prefill(chunks)[: len(chunks)].cpu().numpy()
         return logits
@@ -162,8 +176,7 @@ class CudaRunner:
         self, chunks: Sequence[PromptChunk], draws: Sequence[Draw | None], logits_rows: Sequence[int]
     ) -> None:
         """See PipelinedRunner."""
-        if len(self._pending_prefills) == STEPS_IN_FLIGHT:
-            raise RunnerError(f"{STEPS_IN_FLIGHT} prefills are in flight; finish one first")
+        self.check_start_prefill(chunks)
         with self._on_stream(), self._attributed():
             logits = self._prefill(chunks)
             slots = np.array([chunk.slot for chunk in chunks])
@@ -185,29 +198,35 @@ class CudaRunner:
     def _prefill(self, chunks: Sequence[PromptChunk]) -> torch.Tensor:
         """Launch a prefill: logits [len(chunks) or more, vocab_size]."""
         total = sum(len(chunk.ids) for chunk in chunks)
-        if not 0 < total <= self._prefill_chunk:
-            raise RunnerError(f"{total} prompt tokens at once, the runner was made for 1 … {self._prefill_chunk}")
-        for chunk in chunks:
-            if chunk.start + len(chunk.ids) > self.max_seq_len:
-                end = chunk.start + len(chunk.ids)
-                raise RunnerError(
-                    f"a chunk ends at position {end}, a slot holds {self.max_seq_len}; shorten the prompt"
-                )
         size = next((size for size in sorted(self._prefill_graphs) if size >= total), None)
         if size is not None and len(chunks) <= CAPTURED_CHUNKS:
             return self._replay_prefill(chunks, size)
         return self._launch_prefill(pack(chunks, tile=PREFILL_TILE, num_tokens=padded_size(total)))
 
-    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
-        """See DrawingRunner; a second step may be begun before the first is finished, ids −1 its tokens."""
+    def check_start_prefill(self, chunks: Sequence[PromptChunk]) -> None:
+        """Can `start_prefill` begin one?
+
+        Raises:
+            RunnerError: too many are in flight, or it is more than this runner was made for.
+        """
+        if len(self._pending_prefills) == STEPS_IN_FLIGHT:
+            raise RunnerError(f"{STEPS_IN_FLIGHT} prefills are in flight; finish one first")
+        self._limits.check_prefill(chunks)
+
+    def check_start_decode(self, ids: Ids, positions: Ids) -> None:
+        """Can `start_decode` begin one?
+
+        Raises:
+            RunnerError: too many are in flight, or it is more than this runner was made for.
+        """
         if len(self._pending) == STEPS_IN_FLIGHT:
             raise RunnerError(f"{STEPS_IN_FLIGHT} steps are in flight; finish one first")
+        self._limits.check_decode(ids, positions)
+
+    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
+        """See DrawingRunner; a second step may be begun before the first is finished, ids −1 its tokens."""
+        self.check_start_decode(ids, positions)
         n = len(ids)
-        if not 0 < n <= self.num_slots or int(positions.max()) >= self.max_seq_len:
-            raise RunnerError(
-                f"{n} rows up to position {int(positions.max(initial=-1))}: there are {self.num_slots} slots of "
-                f"{self.max_seq_len} positions"
-            )
         size = captured_size(n, self.num_slots)
         slot = self._slots[0]
         self._slots.rotate(-1)
@@ -229,10 +248,7 @@ class CudaRunner:
         """The step of `size` rows, by its graph: logits [size, vocab_size]."""
         if not self._is_cuda:
             return self._step(size)
-        captured = self._graphs[size]
-        assert captured.addresses == self._addresses(), "a captured graph's memory has moved"
-        captured.graph.replay()
-        return captured.logits
+        return self._graphs[size].replay(self._addresses())
 
     def _step(self, size: int) -> torch.Tensor:
         inputs = {name: tensor[:size] for name, tensor in self._inputs.tensors.items()}
@@ -249,10 +265,8 @@ class CudaRunner:
 
     def _replay_prefill(self, chunks: Sequence[PromptChunk], size: int) -> torch.Tensor:
         captured, prompts = self._prefill_graphs[size]
-        assert captured.addresses == self._addresses(), "a captured graph's memory has moved"
-        prompts.fill(_pack_for_graph(chunks, size))
-        captured.graph.replay()
-        return captured.logits
+        prompts.fill(pack_for_graph(chunks, size))
+        return captured.replay(self._addresses())
 
     # ---- memory and graphs
 
@@ -276,30 +290,21 @@ class CudaRunner:
 
     def _warm_up(self) -> None:
         """Compile every kernel and capture every graph, so that no request waits for it."""
-        if not self._is_cuda:
+        if self._stream is None:
             return
         self._inputs.tensors["positions"].fill_(-1)
-        pool = torch.cuda.graph_pool_handle()
+        capture = Capturer(self._stream, self._addresses, has_collectives=self._group is not None).capture
         with self._attributed():
             for size in reversed(captured_sizes(self.num_slots)):
-                self._graphs[size] = self._capture(partial(self._step, size), pool)
-            longest = padded_size(self._prefill_chunk)
+                self._graphs[size] = capture(partial(self._step, size))
+            longest = padded_size(self._limits.prefill_chunk)
             nothing = [PromptChunk(0, np.zeros(1, np.int64), 0)]
             for size in (size for size in reversed(PREFILL_SIZES) if size <= longest):
-                prompts = Prompts.of(_pack_for_graph(nothing, size), self._device)
-                captured = self._capture(partial(self._decoder.prefill, prompts, self._caches), pool)
-                self._prefill_graphs[size] = (captured, prompts)
+                prompts = Prompts.of(pack_for_graph(nothing, size), self._device)
+                self._prefill_graphs[size] = capture(partial(self._decoder.prefill, prompts, self._caches)), prompts
             logits = self._launch_prefill(pack(nothing, tile=PREFILL_TILE, num_tokens=longest))
             self._first_tokens.start(logits, np.zeros(1, np.int64), [None], [], self._tokens).wait()
         torch.cuda.synchronize(self._device)
-
-    def _capture(self, run: Callable[[], torch.Tensor], pool: Any) -> _Captured:
-        run()  # compiles
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.current_stream().synchronize()
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream):
-            logits = run()
-        return _Captured(graph, logits, self._addresses())
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -317,32 +322,6 @@ class CudaRunner:
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise OutOfMemoryError(f"the GPU has no memory for this step: {str(error).splitlines()[0]}") from error
-
-
-PREFILL_SIZES = (16, 32, 64, 128, 256, 512)  # captured: there launching would take longer than computing
-
-
-def captured_sizes(num_slots: int) -> list[int]:
-    """The batch sizes that have a graph: 1, 2, 4, 8, then two for each doubling, at most all slots."""
-    sizes = {1, 2, 4} | {base * factor for factor in (1, 2, 4, 8, 16, 32, 64, 128) for base in (8, 12)}
-    return sorted({min(size, num_slots) for size in sizes})
-
-
-def captured_size(n: int, num_slots: int) -> int:
-    """The captured batch size that runs `n` rows."""
-    return next(size for size in captured_sizes(num_slots) if size >= n)
-
-
-def padded_size(num_tokens: int) -> int:
-    """Tokens that a prefill of `num_tokens` computes: few different shapes, and whole tiles."""
-    return max(16, -(-num_tokens // 64) * 64)
-
-
-def _pack_for_graph(chunks: Sequence[PromptChunk], size: int) -> PackedPrompts:
-    return pack(
-        chunks, tile=PREFILL_TILE, num_tokens=size, num_tiles=size // PREFILL_TILE + CAPTURED_CHUNKS,
-        num_logits=CAPTURED_CHUNKS,
-    )  # fmt: skip
 
 
 def _check_device(source: WeightSource, device: torch.device) -> None:

@@ -1,6 +1,7 @@
 """Where the runner's weights come from: a built artefact, or random numbers of the same shape.
 
-A source gives tensors by the names of `ensemble/cuda_layout.py`; what it knows of a GPU is the device to put them on.
+A source gives tensors by the names of `ensemble/cuda_layout.py`, whole or the part that one of several ranks has; of a
+GPU it knows the device to put them on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Protocol
 import torch
 
 from ensemble.cuda_layout import DecoderShape
+from ensemble.cuda_split import WHOLE, Cut, Split
 from ensemble.tensor_file import TensorEntry, TensorFile
 
 DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -24,8 +26,8 @@ class WeightSource(Protocol):
     def entries(self) -> Mapping[str, TensorEntry]:
         """What there is."""
 
-    def load(self, name: str, device: torch.device) -> torch.Tensor:
-        """The tensor `name` on `device`."""
+    def load(self, name: str, device: torch.device, cut: Cut = WHOLE) -> torch.Tensor:
+        """The tensor `name`, or a part of it, on `device`."""
 
 
 class StoredWeights:
@@ -35,15 +37,33 @@ class StoredWeights:
         self._file = TensorFile(path)
         self.entries = self._file.entries
 
-    def load(self, name: str, device: torch.device) -> torch.Tensor:
+    def load(self, name: str, device: torch.device, cut: Cut = WHOLE) -> torch.Tensor:
         entry = self.entries[name]
-        target = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device=device)
-        source = self._file.read(name)
-        flat = target.view(-1).view(torch.uint8)
-        for start in range(0, len(source), BLOCK_BYTES):  # no second whole copy in memory
-            part = torch.from_numpy(source[start : start + BLOCK_BYTES].copy())
-            flat[start : start + BLOCK_BYTES].copy_(part)
+        target = torch.empty(cut.shape(entry.shape), dtype=DTYPES[entry.dtype], device=device)
+        itemsize = target.element_size()
+        source = self._file.read(name).reshape(entry.shape[0], -1)  # bytes of each row
+        if cut.columns is not None:
+            source = source[:, cut.columns.start * itemsize : cut.columns.stop * itemsize]
+        flat = target.view(-1).view(torch.uint8).view(len(target), -1)
+        block, row = max(1, BLOCK_BYTES // source.shape[1]), 0
+        for rows in cut.rows or (slice(0, entry.shape[0]),):
+            for start in range(rows.start, rows.stop, block):  # no second whole copy in memory
+                part = source[start : min(start + block, rows.stop)].copy()
+                flat[row : row + len(part)].copy_(torch.from_numpy(part))
+                row += len(part)
         return target
+
+
+class SplitWeights:
+    """One rank's part of a source."""
+
+    def __init__(self, source: WeightSource, split: Split) -> None:
+        self._source, self._split = source, split
+        self.entries = {name: split.entry(name, entry) for name, entry in source.entries.items()}
+
+    def load(self, name: str, device: torch.device, cut: Cut = WHOLE) -> torch.Tensor:
+        assert cut == WHOLE, "a part isn't split again"
+        return self._source.load(name, device, self._split.cut(name))
 
 
 class RandomWeights:
@@ -58,7 +78,13 @@ class RandomWeights:
         self.entries = shape.entries(frozenset(names) if is_fp8 else frozenset(), biased)
         self._seed = seed
 
-    def load(self, name: str, device: torch.device) -> torch.Tensor:
+    def load(self, name: str, device: torch.device, cut: Cut = WHOLE) -> torch.Tensor:
+        whole = self._make(name, device)
+        if cut.rows is not None:
+            whole = torch.cat([whole[rows] for rows in cut.rows])
+        return whole if cut.columns is None else whole[:, cut.columns].contiguous()
+
+    def _make(self, name: str, device: torch.device) -> torch.Tensor:
         entry = self.entries[name]
         dtype = DTYPES[entry.dtype]
         generator = torch.Generator(device).manual_seed(self._seed + hash_of(name))

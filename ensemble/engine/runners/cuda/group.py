@@ -1,0 +1,99 @@
+"""What the ranks of one model say to each other on their devices: sums of partial products, and gathered logits.
+
+Every call is a collective: all ranks make the same ones in the same order. With NCCL a call only launches, so that it
+can be captured; with gloo, on the CPU, it waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ensemble.cuda_split import Split
+
+
+class Group:
+    """This process's place among the ranks of `split`.
+
+    Args:
+        rendezvous: a file that is not there yet, on a path that all ranks know.
+        meet: called before the ranks connect; returns when all of them are about to.
+        is_invariant: sums in one order, however many rows there are.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        device: torch.device,
+        rendezvous: Path,
+        *,
+        meet: Callable[[], None],
+        timeout_s: float,
+        is_invariant: bool = False,
+    ) -> None:
+        self.split = split
+        self._device, self._rendezvous, self._meet = device, rendezvous, meet
+        self._timeout = timedelta(seconds=timeout_s)
+        self._is_invariant = is_invariant
+
+    def join(self) -> None:
+        """Connect with the other ranks."""
+        self._meet()
+        is_cuda = self._device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if is_cuda else "gloo",
+            init_method=self._rendezvous.as_uri(),
+            rank=self.split.rank,
+            world_size=self.split.size,
+            timeout=self._timeout,
+            device_id=self._device if is_cuda else None,
+        )
+
+    def leave(self) -> None:
+        """Disconnect; a second call does nothing."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def abort(self) -> None:
+        """Disconnect from ranks that are gone: what waits for them, in any thread, goes on or fails."""
+        if dist.is_initialized() and self._device.type == "cuda":  # gloo fails by itself
+            dist.distributed_c10d._abort_process_group()
+
+    def add(self, part: torch.Tensor) -> None:
+        """Replace `part` by the sum of all ranks' parts: the same bits everywhere."""
+        if self._is_invariant and self.split.size > 2:  # of two numbers every order gives the same sum
+            part.copy_(_in_order(self._gather(part)))
+        else:
+            dist.all_reduce(part)
+
+    def sum_parts(self, parts: torch.Tensor) -> torch.Tensor:
+        """A product's parts [n, rows, out] → the sum [rows, out] of all ranks' parts; overwrites its own."""
+        total = _in_order(parts) if self._is_invariant or len(parts) == 1 else parts.sum(0)
+        self.add(total)
+        return total
+
+    def gather_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """All ranks' logits [rows, vocab_width] → [rows, vocab_size], in the order of the vocabulary."""
+        joined = self._gather(logits).transpose(0, 1).reshape(len(logits), -1)
+        return joined[:, : self.split.whole.vocab_size].contiguous()
+
+    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[size, *tensor.shape]."""
+        size, tensor = self.split.size, tensor.contiguous()
+        gathered = tensor.new_empty((size * len(tensor), *tensor.shape[1:]))
+        # torch 2.13's name for it; torch before has the other alone
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(gathered, tensor)
+        return gathered.view(size, *tensor.shape)
+
+
+def _in_order(parts: torch.Tensor) -> torch.Tensor:
+    """The sum of `parts` [n, …], in the first one's memory."""
+    total = parts[0]
+    for part in parts[1:]:
+        total.add_(part)
+    return total

@@ -1,0 +1,38 @@
+"""How every kernel is launched on one device: its options, its scratch memory, and what stands for an absent tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Launcher:
+    """Launches kernels on `device`.
+
+    Args:
+        dtype: of what isn't FP8: bfloat16; float32 for checks.
+        pdl: let kernels start while their predecessors end (Hopper and later).
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, pdl: bool) -> None:
+        self.device, self.dtype = device, dtype
+        self.precision = "ieee" if dtype == torch.float32 else "tf32"
+        self.processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        self._options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+        self._pdl = pdl
+        self._nothing = torch.zeros(1, dtype=torch.float32, device=device)
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        """Launch `kernel` with the options that all have."""
+        launch: Callable[..., None] = kernel[grid]
+        launch(*arguments, PDL=self._pdl, **constants, **self._options)
+
+    def empty(self, *size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Memory for a kernel's result."""
+        return torch.empty(size, dtype=dtype, device=self.device)
+
+    def or_nothing(self, tensor: torch.Tensor | None) -> torch.Tensor:
+        """What a kernel that takes an absent tensor is pointed to."""
+        return self._nothing if tensor is None else tensor

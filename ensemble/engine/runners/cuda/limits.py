@@ -1,0 +1,44 @@
+"""What a runner was made for: what doesn't fit is refused before anything is launched or written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ensemble.engine.runners.base import Ids, PromptChunk, RunnerError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Slots, positions in each, and tokens of prompts at once."""
+
+    num_slots: int
+    max_seq_len: int
+    prefill_chunk: int
+
+    def check_prefill(self, chunks: Sequence[PromptChunk]) -> None:
+        """Can they be computed at once?
+
+        Raises:
+            RunnerError: they are too many tokens, or end behind their slot.
+        """
+        total = sum(len(chunk.ids) for chunk in chunks)
+        if not 0 < total <= self.prefill_chunk:
+            raise RunnerError(f"{total} prompt tokens at once, the runner was made for 1 … {self.prefill_chunk}")
+        for chunk in chunks:
+            if (end := chunk.start + len(chunk.ids)) > self.max_seq_len:
+                raise RunnerError(
+                    f"a chunk ends at position {end}, a slot holds {self.max_seq_len}; shorten the prompt"
+                )
+
+    def check_decode(self, ids: Ids, positions: Ids) -> None:
+        """Are there so many slots, and are they so long?
+
+        Raises:
+            RunnerError: they aren't.
+        """
+        if not 0 < len(ids) <= self.num_slots or int(positions.max()) >= self.max_seq_len:
+            raise RunnerError(
+                f"{len(ids)} rows up to position {int(positions.max(initial=-1))}: there are {self.num_slots} slots of "
+                f"{self.max_seq_len} positions"
+            )

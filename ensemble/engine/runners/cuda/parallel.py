@@ -1,0 +1,183 @@
+"""A decoder split over several GPUs behind the interface of one: this process is rank 0, and starts the others.
+
+Every rank runs a `CudaRunner` on its part, and is told of each call before rank 0 makes it. All get the same logits and
+draw the same tokens from them, so that nothing has to come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+import torch
+
+from ensemble.cuda_layout import DecoderShape, LayoutError
+from ensemble.cuda_split import Split
+from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, PromptChunk, RunnerError
+from ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT
+from ensemble.engine.runners.cuda.limits import Limits
+from ensemble.engine.runners.cuda.ranks import START_S, STEP_S, Ranks
+from ensemble.engine.runners.cuda.weights import WeightSource
+from ensemble.engine.runners.cuda.worker import Job
+from ensemble.leftovers import make_directory, remove_directory
+
+
+class ParallelRunner:
+    """A `CudaRunner` on `size` GPUs. Implements `DrawingRunner` and `PipelinedRunner`.
+
+    A matrix that is split by columns scales each rank's part of a token by that part's own largest value: at least as
+    fine as one scale for the whole.
+
+    Args:
+        source, shape, num_slots, prefill_chunk, is_invariant, dtype: as CudaRunner's; the source must be picklable.
+        size: how many ranks, one for each of the first devices.
+        device_type: "cuda" with NCCL; "cpu" with gloo, for tests under Triton's interpreter.
+        on_failure: called, with the reason in one line, when a rank has failed, died or hung: nothing can go on, and
+            this process may hang in a call.
+        start_s, step_s: seconds that loading, twice, and any call may take.
+
+    Raises:
+        RunnerError: the model can't be split so, there are too few GPUs, this process runs another such, or what a
+            rank's CudaRunner raises.
+    """
+
+    steps_in_flight = STEPS_IN_FLIGHT
+    packs_prompts = True
+
+    def __init__(
+        self,
+        source: WeightSource,
+        shape: DecoderShape,
+        *,
+        size: int,
+        num_slots: int,
+        prefill_chunk: int,
+        is_invariant: bool = False,
+        device_type: str = "cuda",
+        dtype: torch.dtype = torch.bfloat16,
+        on_failure: Callable[[str], None] | None = None,
+        start_s: float = START_S,
+        step_s: float = STEP_S,
+    ) -> None:
+        self.num_slots, self.max_seq_len, self.vocab_size = num_slots, shape.max_seq_len, shape.vocab_size
+        self._limits = Limits(num_slots, shape.max_seq_len, prefill_chunk)
+        try:
+            splits = [Split(shape, rank, size) for rank in range(size)] or [Split(shape, 0, size)]
+        except LayoutError as error:
+            raise RunnerError(str(error)) from error
+        if device_type == "cuda" and torch.cuda.device_count() < size:
+            raise RunnerError(
+                f"tensor_parallel_size is {size}, torch sees {torch.cuda.device_count()} NVIDIA GPUs here; lower it"
+            )
+        if torch.distributed.is_initialized():
+            raise RunnerError("this process runs a split model already; close the other first")
+        self._directory = make_directory("deepseek-triton-ranks-")
+        jobs = [
+            Job(
+                source, split, f"cuda:{split.rank}" if device_type == "cuda" else device_type, dtype,
+                num_slots, prefill_chunk, is_invariant, self._directory / "rendezvous", start_s,
+            )
+            for split in splits
+        ]  # fmt: skip
+        self._on_failure = on_failure
+        self._ranks = Ranks(jobs[1:], on_failure=self._end, start_s=start_s, step_s=step_s)
+        self._group = jobs[0].group(self._ranks.meet)
+        try:
+            self._runner = jobs[0].make(self._group)
+            self._ranks.ready()
+        except Exception as error:
+            self.close()
+            self._ranks.check()
+            if isinstance(error, RunnerError):
+                raise RunnerError(f"rank 0: {error}") from error
+            raise
+
+    def __enter__(self) -> ParallelRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """The other ranks' process ids."""
+        return self._ranks.pids
+
+    # ---- Runner
+
+    def prefill(self, slot: int, ids: Ids, start: int) -> Logits:
+        """See Runner."""
+        first: Logits = self.prefill_many([PromptChunk(slot, ids, start)])[0]
+        return first
+
+    def decode(self, ids: Ids, positions: Ids) -> Logits:
+        """See Runner."""
+        self.start_decode(ids, positions, [None] * len(ids), range(len(ids)))
+        return self.finish_decode().logits
+
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """See Runner."""
+        with self._ranks.together():
+            self._ranks.tell("copy_prefix", source, target, num_tokens)
+            self._runner.copy_prefix(source, target, num_tokens)
+
+    def close(self) -> None:
+        """End the other ranks and free this one's memory; a second call does nothing."""
+        self._ranks.close()
+        if "_runner" in self.__dict__:
+            self.__dict__.pop("_runner").close()
+        self._ranks.wait_until_gone()
+        remove_directory(self._directory)
+
+    def _end(self, reason: str) -> None:
+        self._group.abort()
+        if self._on_failure is not None:
+            self._on_failure(reason)
+
+    # ---- DrawingRunner
+
+    def can_draw(self, draw: Draw) -> bool:
+        """See DrawingRunner: every Draw."""
+        return True
+
+    def prefill_many(self, chunks: Sequence[PromptChunk]) -> Logits:
+        """See CudaRunner."""
+        self._limits.check_prefill(chunks)
+        with self._ranks.together():
+            self._ranks.tell("prefill_many", chunks)
+            return self._runner.prefill_many(chunks)
+
+    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
+        """See DrawingRunner."""
+        self._runner.check_start_decode(ids, positions)
+        with self._ranks.together():
+            self._ranks.tell("start_decode", ids, positions, list(draws))
+            self._runner.start_decode(ids, positions, draws, logits_rows)
+
+    def finish_decode(self) -> Decoded:
+        """See DrawingRunner."""
+        with self._ranks.together(is_launching=False):
+            return self._runner.finish_decode()
+
+    # ---- PipelinedRunner
+
+    def start_prefill(
+        self, chunks: Sequence[PromptChunk], draws: Sequence[Draw | None], logits_rows: Sequence[int]
+    ) -> None:
+        """See PipelinedRunner."""
+        self._runner.check_start_prefill(chunks)
+        with self._ranks.together():
+            self._ranks.tell("start_prefill", chunks, list(draws))
+            self._runner.start_prefill(chunks, draws, logits_rows)
+
+    def finish_prefill(self) -> Decoded:
+        """See PipelinedRunner."""
+        with self._ranks.together(is_launching=False):
+            return self._runner.finish_prefill()
+
+    def abandon(self) -> None:
+        """See PipelinedRunner; the other ranks finish what was begun."""
+        with self._ranks.together():
+            self._runner.abandon()
