@@ -19,12 +19,12 @@ import sys
 PR_SET_PDEATHSIG = 1
 
 
-def guard(starter_pid: int, leader_pid: int, grace_s: float) -> None:
-    """Wait for the leader's end, or the starter's and then no more than `grace_s`; kill the group, this process too."""
+def guard(starter_pid: int, grace_s: float) -> None:
+    """Wait for the group leader's end, or the starter's and then `grace_s` at most; kill the group, this one too."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     try:
-        leader = os.pidfd_open(leader_pid)
+        leader = os.pidfd_open(os.getpgrp())
         starter = os.pidfd_open(starter_pid)
         ended, _, _ = select.select([leader, starter], [], [])
         if leader not in ended:
@@ -41,9 +41,8 @@ def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != starter_pid:
         sys.exit("the starting process has gone")
-    leader_pid = os.getpid()
     if os.fork() == 0:
-        guard(starter_pid, leader_pid, grace_s)
+        guard(starter_pid, grace_s)
     try:
         os.execv(command[0], command)
     except OSError as error:

@@ -59,12 +59,21 @@ def launch(
     return started[0]
 
 
+def stat_fields(pid: int | str) -> list[str]:
+    """What /proc/PID/stat says from its third field on: the state, the parent's id, the process group's, …
+
+    Raises:
+        FileNotFoundError, ProcessLookupError: there is no such process.
+    """
+    # The second field is the command in brackets, which may hold anything.
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
 def has_dead_child(parent: int) -> bool:
     """Whether a child of the process `parent` has ended without being asked how: it is a zombie."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            # The second field is the command in brackets, which may hold anything.
-            state, its_parent = path.read_text().rpartition(")")[2].split()[:2]
+            state, its_parent = stat_fields(path.name)[:2]
             if int(its_parent) == parent and state == "Z":
                 return True
     return False

@@ -134,7 +134,8 @@ class TritonServer:
         """Start the server and wait until every model is ready.
 
         Raises:
-            ServerError: no server, a port in use, a model that doesn't load, or the time has run out.
+            ServerError: no server, a path that Triton can't take, a port in use, a model that doesn't load, or the time
+                has run out.
         """
         if self._process is not None:
             raise ServerError(f"the server runs already, as process {self.pid}; stop it first")

@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 
+from ensemble.process import stat_fields
+
 log = logging.getLogger(__name__)
 POLL_S = 0.25
 PARTS = ("tokenizer", "engine", "detokenizer")
@@ -121,8 +123,7 @@ def _is_dead(path: Path) -> bool:
     except FileNotFoundError:
         return False  # not there yet, or gone in good order
     try:
-        # The second field is the command in brackets, which may hold anything.
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = stat_fields(pid)[0]
     except (FileNotFoundError, ProcessLookupError):
         return path.exists()
     return state in ("Z", "X")
