@@ -64,7 +64,7 @@ def test_without_such_a_gpu_there_is_a_reason_against_it() -> None:
         (SMALL, [True], torch.float32, "needs bfloat16"),
         (replace(SMALL, head_dim=48), [True], torch.bfloat16, "head_dim 48"),
         (replace(SMALL, num_heads=32, num_kv_heads=1), [True], torch.bfloat16, "32 query heads on 1 key heads"),
-        (replace(SMALL, hidden_size=32 * WARPS * 256), [True], torch.bfloat16, "hidden_size"),
+        (replace(SMALL, hidden_size=32 * WARPS * H100_BLOCKS + 16), [True], torch.bfloat16, "hidden_size"),
     ],
 )
 def test_what_it_does_not_take_has_a_reason(

@@ -19,7 +19,11 @@ class Launcher:
     def __init__(self, device: torch.device, dtype: torch.dtype, *, pdl: bool) -> None:
         self.device, self.dtype = device, dtype
         self.precision = "ieee" if dtype == torch.float32 else "tf32"
-        self.processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        self.processors, self.shared_bytes = 4, 2**16  # for Triton's interpreter
+        if device.type == "cuda":
+            properties: Any = torch.cuda.get_device_properties(device)
+            self.processors = properties.multi_processor_count
+            self.shared_bytes = properties.shared_memory_per_block_optin
         self._options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
         self._pdl = pdl
         self._nothing = torch.zeros(1, dtype=torch.float32, device=device)

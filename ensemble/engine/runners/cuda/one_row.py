@@ -74,12 +74,14 @@ class OneRow:
     def norm_gemv_silu(self, hidden: torch.Tensor, norm: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
         """out = silu(gate) * up of the normed row, `mlp_amax` its largest, `attention_amax` 0."""
         n, k = linear.weight.shape[0] // 2, linear.weight.shape[1]
-        tile, or_nothing = self.plan.gemv[linear.name], self._launch.or_nothing
+        columns, or_nothing = triton.next_power_of_2(k), self._launch.or_nothing
+        row_bytes = 2 * columns * linear.weight.element_size()  # gate's and up's
+        tile = self.plan.gemv[linear.name].fitting(row_bytes, self._launch.shared_bytes)
         self._launch(
             gemv.norm_gemv_silu, (self._programs(tile.programs, n, tile.bn),),
             hidden, norm, linear.weight, or_nothing(linear.scale), or_nothing(linear.bias), out,
             self.mlp_amax, self.attention_amax, self._shape.rms_norm_eps, k,
-            N=n, K=k, BN=tile.bn, BK=triton.next_power_of_2(k), STAGES=tile.stages, FP8=linear.is_fp8,
+            N=n, K=k, BN=tile.bn, BK=columns, STAGES=tile.stages, FP8=linear.is_fp8,
             HAS_BIAS=linear.bias is not None, num_warps=tile.num_warps,
         )  # fmt: skip
 

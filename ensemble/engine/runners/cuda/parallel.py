@@ -6,6 +6,7 @@ draw the same tokens from them, so that nothing has to come back.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
@@ -132,7 +133,8 @@ class ParallelRunner:
         remove_directory(self._directory)
 
     def _end(self, reason: str) -> None:
-        self._group.abort()
+        # In a thread of its own: whoever is told must be, even if NCCL can't be got out of what it waits for.
+        threading.Thread(target=self._group.abort, name="abort", daemon=True).start()
         if self._on_failure is not None:
             self._on_failure(reason)
 

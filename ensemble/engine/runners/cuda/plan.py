@@ -6,9 +6,10 @@ sums are taken; the `invariant` plan takes them in one order for every batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 MAX_SKINNY_ROWS = 64  # above, the library's GEMM
+OTHER_SHARED_BYTES = 8192  # what a kernel needs besides, for its sums
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,16 @@ class Gemv:
     bk: int = 0
     programs: int = 0
     stages: int = 0
+
+    def fitting(self, row_bytes: int, shared_bytes: int) -> Gemv:
+        """With fewer rows a tile, then fewer tiles on their way, if they wouldn't fit into a block's shared memory.
+
+        row_bytes: of all matrices that are read side by side, as far as a tile reads them.
+        """
+        tile = self
+        while tile.stages > 1 and (tile.stages - 1) * tile.bn * row_bytes + OTHER_SHARED_BYTES > shared_bytes:
+            tile = replace(tile, bn=tile.bn // 2) if tile.bn > 1 else replace(tile, stages=tile.stages - 1)
+        return tile
 
 
 @dataclass(frozen=True)
