@@ -96,15 +96,10 @@ def test_a_basis_is_checked(basis: dict[str, Any], message: str) -> None:
     assert str(error.value).startswith(message)
 
 
-# Its levels are guesses, and it says so: no run of its whole hour on a quiet machine has been had yet.
-UNMEASURED = ("soak",)
-
-
 @pytest.mark.parametrize("name", profile.names())
 def test_every_level_of_the_projects_profiles_follows_from_its_basis(name: str) -> None:
     read = profile.load(name)
-    assert (read.basis is None) == (name in UNMEASURED)
+    assert read.basis is not None
     promised = {level: limit for level, limit in vars(read.levels).items() if limit is not None}
     assert promised.pop("max_error_ratio") == 0
-    if read.basis is not None:
-        assert promised == {level: read.basis.limit(level) for level in read.basis.runs}
+    assert promised == {level: read.basis.limit(level) for level in read.basis.runs}
