@@ -25,8 +25,10 @@ from loadtest.intervals import (
     MIN_BLOCKS,
     NUM_RESAMPLES,
     Difference,
+    Draw,
     Figures,
     Floats,
+    Measure,
     Run,
     difference,
     resample,
@@ -37,6 +39,9 @@ from loadtest.sample import Sample
 from loadtest.verdict import amount
 
 BLOCK_S = 5.0  # longer than most answers take to come
+# Requests slower than a percentile. In simulated queues, 60 % and 85 % busy, what calls itself a 95 % interval held the
+# truth of two alike runs' 99th percentiles 86 and 52 times of 100 with 1.4 of them, 92 and 81 times with 6.
+MIN_BEYOND = 5
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,20 @@ def compare(a: Result, b: Result, *, num_resamples: int = NUM_RESAMPLES, seed: i
     num_blocks = _num_blocks(a, b)
     runs = _run(a, num_blocks), _run(b, num_blocks)
     drawn = resample(runs, MEASURES, num_blocks, is_paired=is_paired, num_resamples=num_resamples, seed=seed)
-    differences = [difference(m, runs, draws, num_blocks) for m, draws in zip(MEASURES, drawn, strict=True)]
+    differences = [_difference(m, runs, draws, num_blocks) for m, draws in zip(MEASURES, drawn, strict=True)]
     comparison = Comparison(differences, num_blocks, a.profile.duration_s / num_blocks, is_paired)
     if not comparison.has_intervals:
         without = [dataclasses.replace(each, low=None, high=None) for each in differences]
         comparison = dataclasses.replace(comparison, differences=without)
     return comparison
+
+
+def _difference(measure: Measure, runs: tuple[Run, Run], draws: Sequence[Draw], num_blocks: int) -> Difference:
+    """Without an interval where a percentile hangs on so few requests that one would be far too narrow."""
+    found = difference(measure, runs, draws, num_blocks)
+    if measure.num_beyond is None or all(measure.num_beyond(run.figures) >= MIN_BEYOND for run in runs):
+        return found
+    return dataclasses.replace(found, low=None, high=None)
 
 
 def _num_blocks(a: Result, b: Result) -> int:

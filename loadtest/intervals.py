@@ -83,37 +83,44 @@ class Run:
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure: its name, its unit, what is better, and how it is had of requests and seconds."""
+    """A figure: its name, its unit, what is better, and how it is had of requests and seconds.
+
+    num_beyond: of a percentile, how many requests are slower.
+    """
 
     name: str
     unit: str
     better: Better
     of: Callable[[Figures, float], float | None]
+    num_beyond: Callable[[Figures], float] | None = None
 
 
-def _percentile(field: str, rank: float) -> Callable[[Figures, float], float | None]:
-    def measure(figures: Figures, seconds: float) -> float | None:
-        values = getattr(figures, field)
-        values = values[~np.isnan(values)]
+def _percentile(name: str, field: str, rank: float) -> Measure:
+    def values_of(figures: Figures) -> Floats:
+        values: Floats = getattr(figures, field)
+        return values[~np.isnan(values)]
+
+    def of(figures: Figures, seconds: float) -> float | None:
+        values = values_of(figures)
         if not len(values):
             return None
         index = max(math.ceil(rank / 100 * len(values)), 1) - 1
         return float(np.partition(values, index)[index])
 
-    return measure
+    return Measure(name, "s", "lower", of, lambda figures: (1 - rank / 100) * len(values_of(figures)))
 
 
-P99_LATENCY = Measure("latency, 99th percentile", "s", "lower", _percentile("latency_s", 99))
+P99_LATENCY = _percentile("latency, 99th percentile", "latency_s", 99)
 REQUESTS_PER_S = Measure(
     "complete requests/s", "", "higher", lambda figures, seconds: float((1 - figures.failed).sum() / seconds)
 )
 MEASURES = (
-    Measure("latency, median", "s", "lower", _percentile("latency_s", 50)),
+    _percentile("latency, median", "latency_s", 50),
     P99_LATENCY,
-    Measure("time to first token, median", "s", "lower", _percentile("first_token_s", 50)),
-    Measure("time to first token, 99th percentile", "s", "lower", _percentile("first_token_s", 99)),
-    Measure("inter-token latency, median", "s", "lower", _percentile("inter_token_s", 50)),
-    Measure("inter-token latency, 99th percentile", "s", "lower", _percentile("inter_token_s", 99)),
+    _percentile("time to first token, median", "first_token_s", 50),
+    _percentile("time to first token, 99th percentile", "first_token_s", 99),
+    _percentile("inter-token latency, median", "inter_token_s", 50),
+    _percentile("inter-token latency, 99th percentile", "inter_token_s", 99),
     REQUESTS_PER_S,
     Measure("output tokens/s", "", "higher", lambda figures, seconds: float(figures.tokens.sum() / seconds)),
     Measure(

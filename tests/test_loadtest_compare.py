@@ -18,11 +18,11 @@ from loadtest.sample import Sample
 from tests.loadtests import failed, make_profile, make_result, sample
 
 
-def samples(shift: float = 0.0, seed: int = 0) -> list[Sample]:
-    """Four a second for 40 s; each due second has its own slowness, as a backlog would give it."""
+def samples(shift: float = 0.0, seed: int = 0, rate: int = 4) -> list[Sample]:
+    """`rate` a second for 40 s; each due second has its own slowness, as a backlog would give it."""
     random = np.random.default_rng(seed)
-    slowness = np.repeat(random.exponential(1.0, 40), 4)
-    return [sample(i / 4, latency_s=1.0 + float(slow) + shift, first_s=0.2 + shift) for i, slow in enumerate(slowness)]
+    latencies = 1.0 + np.repeat(random.exponential(1.0, 40), rate) + shift
+    return [sample(i / rate, latency_s=float(each), first_s=0.2 + shift) for i, each in enumerate(latencies)]
 
 
 def difference(comparison: Comparison, name: str) -> Difference:
@@ -31,7 +31,7 @@ def difference(comparison: Comparison, name: str) -> Difference:
 
 
 def test_a_run_does_not_differ_from_itself() -> None:
-    run = make_result(samples())
+    run = make_result(samples(rate=16))
     comparison = compare(run, run, num_resamples=200)
     assert comparison.is_paired
     assert (comparison.num_blocks, comparison.block_s) == (8, 5.0)
@@ -42,7 +42,7 @@ def test_a_run_does_not_differ_from_itself() -> None:
 
 def test_an_even_shift_of_paired_runs_has_an_interval_without_width() -> None:
     # Whatever blocks are drawn, every latency of b is 0.1 s longer than its twin of a.
-    comparison = compare(make_result(samples()), make_result(samples(0.1)), num_resamples=200)
+    comparison = compare(make_result(samples(rate=16)), make_result(samples(0.1, rate=16)), num_resamples=200)
     for name in ("latency, median", "latency, 99th percentile", "time to first token, median"):
         each = difference(comparison, name)
         assert [each.change, each.low, each.high] == pytest.approx([0.1, 0.1, 0.1]), name
@@ -86,6 +86,14 @@ def test_one_long_wait_is_one_event() -> None:
     assert "no intervals: answers take so long that 2 stretches of 20 s are all there is, and 8 are needed" in table(
         burst(0.0), burst(0.5), comparison
     )
+
+
+def test_a_percentile_of_a_handful_of_requests_has_no_interval() -> None:
+    comparison = compare(make_result(samples()), make_result(samples(0.1)), num_resamples=50)
+    median, tail = (difference(comparison, f"latency, {name}") for name in ("median", "99th percentile"))
+    assert median.conclusion == "worse"
+    assert tail.change == pytest.approx(0.1)
+    assert (tail.low, tail.conclusion) == (None, "no interval: too few requests, or some failed")
 
 
 def test_failures_leave_their_percentile_without_a_figure_and_show_as_errors() -> None:
