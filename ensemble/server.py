@@ -31,6 +31,7 @@ EXIT_TIMEOUT_S = 10  # for requests in flight; then the server ends them
 KILL_MARGIN_S = 10.0  # what unloading the models may take on top
 DEAD_CHILD_TIMEOUT_S = 5.0  # for Triton to say why a model's process is dead; it waits for some that are, for ever
 POLL_S = 0.1
+LOOK_S = 1.0  # at all of the machine's processes, for one of the server's that is dead
 UNUSABLE_IN_PATHS = re.compile(r"[^\w./+@%:,=~-]")
 
 # A gRPC client that is frozen, or whose network has gone, answers no ping: its connection is closed, its requests end.
@@ -251,7 +252,8 @@ class TritonServer:
     def _wait_until_ready(self) -> None:
         # Triton opens its ports only when all models are loaded: until then only its log tells how far it is.
         deadline = time.monotonic() + self._start_timeout_s
-        dead_for = 0.0
+        next_look = 0.0
+        died_at: float | None = None
         while True:
             status = self._running().poll()
             self._report_progress()
@@ -263,8 +265,10 @@ class TritonServer:
                 loaded = ", ".join(self._loaded) or "nothing"
                 waited = f"{self._start_timeout_s:g} s"
                 raise ServerError(f"tritonserver is not ready after {waited}; loaded so far: {loaded}")
-            dead_for = dead_for + POLL_S if has_dead_child(self.pid) else 0.0
-            if dead_for > DEAD_CHILD_TIMEOUT_S:
+            if (now := time.monotonic()) >= next_look:
+                next_look = now + LOOK_S
+                died_at = (died_at or now) if has_dead_child(self.pid) else None
+            if died_at is not None and now - died_at > DEAD_CHILD_TIMEOUT_S:
                 log = failure(self._read_log())
                 raise ServerError(f"a model's process died while it loaded, and tritonserver waits for it: {log}")
             time.sleep(POLL_S)

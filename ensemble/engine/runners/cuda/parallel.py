@@ -15,15 +15,15 @@ import torch
 from ensemble.cuda_layout import DecoderShape, LayoutError
 from ensemble.cuda_split import Split
 from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, PromptChunk, RunnerError
-from ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT
 from ensemble.engine.runners.cuda.limits import Limits
+from ensemble.engine.runners.cuda.packing import PackingRunner
 from ensemble.engine.runners.cuda.ranks import START_S, STEP_S, Ranks
 from ensemble.engine.runners.cuda.weights import WeightSource
 from ensemble.engine.runners.cuda.worker import Job
 from ensemble.leftovers import make_directory, remove_directory
 
 
-class ParallelRunner:
+class ParallelRunner(PackingRunner):
     """A `CudaRunner` on `size` GPUs. Implements `DrawingRunner` and `PipelinedRunner`.
 
     A matrix that is split by columns scales each rank's part of a token by that part's own largest value: at least as
@@ -41,9 +41,6 @@ class ParallelRunner:
         RunnerError: the model can't be split so, there are too few GPUs, this process runs another such, or what a
             rank's CudaRunner raises.
     """
-
-    steps_in_flight = STEPS_IN_FLIGHT
-    packs_prompts = True
 
     def __init__(
         self,
@@ -108,16 +105,6 @@ class ParallelRunner:
 
     # ---- Runner
 
-    def prefill(self, slot: int, ids: Ids, start: int) -> Logits:
-        """See Runner."""
-        first: Logits = self.prefill_many([PromptChunk(slot, ids, start)])[0]
-        return first
-
-    def decode(self, ids: Ids, positions: Ids) -> Logits:
-        """See Runner."""
-        self.start_decode(ids, positions, [None] * len(ids), range(len(ids)))
-        return self.finish_decode().logits
-
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         """See Runner."""
         with self._ranks.together():
@@ -139,10 +126,6 @@ class ParallelRunner:
             self._on_failure(reason)
 
     # ---- DrawingRunner
-
-    def can_draw(self, draw: Draw) -> bool:
-        """See DrawingRunner: every Draw."""
-        return True
 
     def prefill_many(self, chunks: Sequence[PromptChunk]) -> Logits:
         """See CudaRunner."""

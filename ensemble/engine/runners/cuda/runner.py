@@ -35,6 +35,7 @@ from ensemble.engine.runners.cuda.graphs import (
 from ensemble.engine.runners.cuda.group import Group
 from ensemble.engine.runners.cuda.limits import Limits
 from ensemble.engine.runners.cuda.memory import MIB, check_fits, weight_bytes
+from ensemble.engine.runners.cuda.packing import PackingRunner
 from ensemble.engine.runners.cuda.plan import FAST, INVARIANT, Plan
 from ensemble.engine.runners.cuda.prompts import PackedPrompts, pack
 from ensemble.engine.runners.cuda.weights import SplitWeights, WeightSource
@@ -45,7 +46,7 @@ FP8_CAPABILITY = (8, 9)
 PDL_CAPABILITY = (9, 0)
 
 
-class CudaRunner:
+class CudaRunner(PackingRunner):
     """Runs the weights that `builders/cuda.py` writes. Implements `DrawingRunner` and `PipelinedRunner`.
 
     Args:
@@ -61,9 +62,6 @@ class CudaRunner:
     Raises:
         RunnerError: the weights aren't this shape's, the GPU can't run them, or they don't fit into its memory.
     """
-
-    steps_in_flight = STEPS_IN_FLIGHT
-    packs_prompts = True
 
     def __init__(
         self,
@@ -128,16 +126,6 @@ class CudaRunner:
 
     # ---- Runner
 
-    def prefill(self, slot: int, ids: Ids, start: int) -> Logits:
-        """See Runner."""
-        first: Logits = self.prefill_many([PromptChunk(slot, ids, start)])[0]
-        return first
-
-    def decode(self, ids: Ids, positions: Ids) -> Logits:
-        """See Runner."""
-        self.start_decode(ids, positions, [None] * len(ids), range(len(ids)))
-        return self.finish_decode().logits
-
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         """See Runner."""
         with self._on_stream():
@@ -160,10 +148,6 @@ class CudaRunner:
             self._group.leave()
 
     # ---- DrawingRunner
-
-    def can_draw(self, draw: Draw) -> bool:
-        """See DrawingRunner: every Draw."""
-        return True
 
     def prefill_many(self, chunks: Sequence[PromptChunk]) -> Logits:
         """`prefill` of several slots' chunks at once: the logits [len(chunks), vocab_size] of each one's last token."""

@@ -1,0 +1,42 @@
+"""What every runner that packs prompts and draws on the GPU does alike, on one GPU or on several."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, PromptChunk
+from ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT
+
+
+class PackingRunner(ABC):
+    """`Runner`'s calls as those of a `PipelinedRunner` that takes several slots' prompts at once."""
+
+    steps_in_flight = STEPS_IN_FLIGHT
+    packs_prompts = True
+
+    def prefill(self, slot: int, ids: Ids, start: int) -> Logits:
+        """See Runner."""
+        first: Logits = self.prefill_many([PromptChunk(slot, ids, start)])[0]
+        return first
+
+    def decode(self, ids: Ids, positions: Ids) -> Logits:
+        """See Runner."""
+        self.start_decode(ids, positions, [None] * len(ids), range(len(ids)))
+        return self.finish_decode().logits
+
+    def can_draw(self, draw: Draw) -> bool:
+        """See DrawingRunner: every Draw."""
+        return True
+
+    @abstractmethod
+    def prefill_many(self, chunks: Sequence[PromptChunk]) -> Logits:
+        """`prefill` of several slots' chunks at once: the logits [len(chunks), vocab_size] of each one's last token."""
+
+    @abstractmethod
+    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
+        """See DrawingRunner; a second step may be begun before the first is finished, ids −1 its tokens."""
+
+    @abstractmethod
+    def finish_decode(self) -> Decoded:
+        """See DrawingRunner: the earliest step that was begun."""
