@@ -66,19 +66,14 @@ def compare(a: Result, b: Result, *, num_resamples: int = NUM_RESAMPLES, seed: i
     runs = _run(a, num_blocks), _run(b, num_blocks)
     drawn = resample(runs, MEASURES, num_blocks, is_paired=is_paired, num_resamples=num_resamples, seed=seed)
     differences = [_difference(m, runs, draws, num_blocks) for m, draws in zip(MEASURES, drawn, strict=True)]
-    comparison = Comparison(differences, num_blocks, a.profile.duration_s / num_blocks, is_paired)
-    if not comparison.has_intervals:
-        without = [dataclasses.replace(each, low=None, high=None) for each in differences]
-        comparison = dataclasses.replace(comparison, differences=without)
-    return comparison
+    return Comparison(differences, num_blocks, a.profile.duration_s / num_blocks, is_paired)
 
 
 def _difference(measure: Measure, runs: tuple[Run, Run], draws: Sequence[Draw], num_blocks: int) -> Difference:
-    """Without an interval where a percentile hangs on so few requests that one would be far too narrow."""
+    """Without an interval where one would be far too narrow: of few blocks, or of a percentile that few exceed."""
     found = difference(measure, runs, draws, num_blocks)
-    if measure.num_beyond is None or all(measure.num_beyond(run.figures) >= MIN_BEYOND for run in runs):
-        return found
-    return dataclasses.replace(found, low=None, high=None)
+    is_thin = measure.num_beyond is not None and any(measure.num_beyond(run.figures) < MIN_BEYOND for run in runs)
+    return dataclasses.replace(found, low=None, high=None) if num_blocks < MIN_BLOCKS or is_thin else found
 
 
 def _num_blocks(a: Result, b: Result) -> int:

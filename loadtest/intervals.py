@@ -107,7 +107,7 @@ def _percentile(name: str, field: str, rank: float) -> Measure:
         index = max(math.ceil(rank / 100 * len(values)), 1) - 1
         return float(np.partition(values, index)[index])
 
-    return Measure(name, "s", "lower", of, lambda figures: (1 - rank / 100) * len(values_of(figures)))
+    return Measure(name, "s", "lower", of, lambda figures: len(values_of(figures)) * (100 - rank) / 100)
 
 
 P99_LATENCY = _percentile("latency, 99th percentile", "latency_s", 99)

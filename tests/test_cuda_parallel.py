@@ -39,6 +39,7 @@ from ensemble.engine.runners.cuda.runner import CudaRunner
 from ensemble.engine.runners.cuda.weights import RandomWeights, SplitWeights, StoredWeights
 from ensemble.engine.runners.load import load_runner
 from ensemble.manifest import Manifest
+from ensemble.process import stat_fields
 from ensemble.server import TritonServer
 from ensemble.settings import EngineSettings
 from ensemble.tensor_file import TensorEntry, write_tensors
@@ -113,7 +114,7 @@ def text(length: int, seed: int = 0) -> Ids:
 
 def is_alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return stat_fields(pid)[0] not in "ZX"
     except OSError:
         return False
 
@@ -500,7 +501,7 @@ def workers_of(server_pid: int) -> list[int]:
 
 
 def parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return int(stat_fields(pid)[1])
 
 
 # A model.py for machines without GPUs.

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ensemble.process import stat_fields
+
 ROOT = Path(__file__).parents[1]
 # As Triton's server and one of its stubs, with the arguments that a stub gets. The stub says who it is, and that it is
 # ready; then it waits for what never comes.
@@ -60,6 +62,6 @@ def test_a_process_whose_server_is_killed_ends_by_itself(when: str, tmp_path: Pa
 def is_running(pid: int) -> bool:
     """A zombie isn't: whoever adopted it may take a while to notice."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+        return stat_fields(pid)[0] not in ("Z", "X")
     except FileNotFoundError:
         return False

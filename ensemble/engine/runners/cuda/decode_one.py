@@ -10,11 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ensemble.cuda_layout import DecoderShape
+from ensemble.engine.runners.cuda.launcher import shared_bytes
 from ensemble.engine.runners.cuda.nvrtc import Kernel
 
 SOURCE = Path(__file__).parent / "kernels" / "decode_one.cu"
@@ -74,7 +74,7 @@ def reason_against(shape: DecoderShape, fp8: Sequence[bool], device: torch.devic
         return "some matrices are FP8 and some are not"
     properties = torch.cuda.get_device_properties(device)
     blocks = properties.multi_processor_count
-    memory = Memory.of(shape, is_fp8=all(fp8), blocks=blocks, limit=_limit(device))
+    memory = Memory.of(shape, is_fp8=all(fp8), blocks=blocks, limit=shared_bytes(device))
     if memory.stages < MIN_STAGES:
         return "a multiprocessor has too little shared memory"
     widths = (shape.hidden_size, shape.q_size, shape.intermediate_size)
@@ -87,11 +87,6 @@ def reason_against(shape: DecoderShape, fp8: Sequence[bool], device: torch.devic
     if shape.hidden_size > 32 * WARPS * blocks:
         return f"hidden_size {shape.hidden_size} is more than {32 * WARPS * blocks}"
     return None
-
-
-def _limit(device: torch.device) -> int:
-    properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
 
 
 @dataclass(frozen=True)
@@ -138,7 +133,7 @@ class DecodeOne:
     ) -> None:
         device = embedding.device
         self._blocks = torch.cuda.get_device_properties(device).multi_processor_count
-        memory = Memory.of(shape, is_fp8=is_fp8, blocks=self._blocks, limit=_limit(device))
+        memory = Memory.of(shape, is_fp8=is_fp8, blocks=self._blocks, limit=shared_bytes(device))
         macros = {
             "HIDDEN": shape.hidden_size,
             "INTERMEDIATE": shape.intermediate_size,

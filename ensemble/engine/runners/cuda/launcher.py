@@ -8,6 +8,12 @@ from typing import Any
 import torch
 
 
+def shared_bytes(device: torch.device) -> int:
+    """The most shared memory that a block may have on a CUDA device."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
 class Launcher:
     """Launches kernels on `device`.
 
@@ -21,9 +27,8 @@ class Launcher:
         self.precision = "ieee" if dtype == torch.float32 else "tf32"
         self.processors, self.shared_bytes = 4, 2**16  # for Triton's interpreter
         if device.type == "cuda":
-            properties: Any = torch.cuda.get_device_properties(device)
-            self.processors = properties.multi_processor_count
-            self.shared_bytes = properties.shared_memory_per_block_optin
+            self.processors = torch.cuda.get_device_properties(device).multi_processor_count
+            self.shared_bytes = shared_bytes(device)
         self._options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
         self._pdl = pdl
         self._nothing = torch.zeros(1, dtype=torch.float32, device=device)
