@@ -25,13 +25,14 @@ from ensemble.tool_calls.formats import ToolFormat
 Ids = NDArray[np.int32]
 
 
-@dataclass(frozen=True, eq=False)
-class Chat:
-    """A chat's prompt, and what reading the answer needs to know of it."""
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's text, ready to be encoded, and what reading the answer needs to know of it."""
 
-    ids: Ids  # [num_tokens]
-    is_reasoning_open: bool | None  # the prompt ends in an opened <think>; None: the model knows no reasoning
-    has_tools: bool  # the client gave tools
+    text: str
+    is_templated: bool = False  # a chat template wrote it, and with it the BOS that it wants
+    is_reasoning_open: bool | None = None  # it ends in an opened <think>; None: the model knows no reasoning
+    has_tools: bool = False  # the client gave tools
 
 
 class Tokenizer:
@@ -109,16 +110,35 @@ class Tokenizer:
         except json.JSONDecodeError as error:
             raise TokenizerLoadError(f"{file} is not JSON: {error}") from error
 
-    def encode(self, text: str | bytes) -> Ids:
-        """Ids [num_tokens] of a prompt, with BOS where the checkpoint wants it."""
-        return self.encode_batch([text])[0]
+    def text_prompt(self, text: str | bytes) -> Prompt:
+        """A text to be continued.
 
-    def encode_batch(self, texts: Sequence[str | bytes]) -> list[Ids]:
-        """`encode` of each text, in parallel. One bad text fails the call."""
-        prompts = [utf8_text(text, "text_input") for text in texts]
-        if not all(prompts):
+        Raises:
+            TextError: it is empty, or no UTF-8.
+        """
+        prompt = _encodable(utf8_text(text, "text_input"), "text_input")
+        if not prompt:
             raise TextError("text_input is empty: send at least one character, or messages")
-        return [self._with_bos_eos(ids) for ids in self._ids(prompts, "text_input", self._add_bos is None)]
+        return Prompt(prompt, is_reasoning_open=opens_reasoning(prompt))
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> list[Ids]:
+        """Ids [num_tokens] of each prompt, with BOS where the checkpoint wants it; several are encoded in parallel."""
+        ids: list[Ids] = [np.empty(0, np.int32)] * len(prompts)
+        for is_templated in (False, True):
+            chosen = [index for index, prompt in enumerate(prompts) if prompt.is_templated == is_templated]
+            texts = [prompts[index].text for index in chosen]
+            encoded = self._ids(texts, add_special_tokens=not is_templated and self._add_bos is None)
+            for index, own in zip(chosen, encoded, strict=True):
+                ids[index] = np.array(own if is_templated else self._with_bos_eos(own), np.int32)
+        return ids
+
+    def encode_prompt(self, prompt: Prompt) -> Ids:
+        """Ids [num_tokens] of one prompt."""
+        return self.encode_prompts([prompt])[0]
+
+    def encode(self, text: str | bytes) -> Ids:
+        """Ids [num_tokens] of a text to be continued; raises as `text_prompt`."""
+        return self.encode_prompt(self.text_prompt(text))
 
     @property
     def tool_format(self) -> ToolFormat | None:
@@ -126,10 +146,10 @@ class Tokenizer:
         return None if self._chat_template is None else self._chat_template.tool_format
 
     def encode_messages(self, messages_json: str | bytes, enable_thinking: bool | None = None) -> Ids:
-        """Ids [num_tokens] of a chat: `encode_chat`'s."""
-        return self.encode_chat(messages_json, enable_thinking).ids
+        """Ids [num_tokens] of a chat; raises as `chat_prompt`."""
+        return self.encode_prompt(self.chat_prompt(messages_json, enable_thinking))
 
-    def encode_chat(self, messages_json: str | bytes, enable_thinking: bool | None = None) -> Chat:
+    def chat_prompt(self, messages_json: str | bytes, enable_thinking: bool | None = None) -> Prompt:
         """A chat, by the checkpoint's template, ready for the assistant's answer.
 
         The JSON is a list of messages, or an object with `messages` and, where the template has a use for
@@ -147,15 +167,16 @@ class Tokenizer:
         prompt = template.render(variables, enable_thinking)
         if not prompt:
             raise TextError("the model's chat template made an empty prompt of the messages")
-        return Chat(
-            ids=np.array(self._ids([prompt], "messages", False)[0], dtype=np.int32),
+        return Prompt(
+            _encodable(prompt, "messages"),
+            is_templated=True,
             is_reasoning_open=opens_reasoning(prompt) if template.has_reasoning else None,
             has_tools=variables["tools"] is not None,
         )
 
     def encode_continuation(self, text: str) -> Ids:
         """Ids [num_tokens] of a text that continues another: no BOS, no EOS."""
-        return np.array(self._ids([text], "text", False)[0], dtype=np.int32)
+        return np.array(self._ids([_encodable(text, "text")], add_special_tokens=False)[0], dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` [num_tokens], hidden special tokens and ids outside the vocabulary left out."""
@@ -182,22 +203,18 @@ class Tokenizer:
         """Is this one byte of a character that the vocabulary lacks (SentencePiece's `<0xE4>`)?"""
         return self._has_byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
-    def _ids(self, prompts: list[str], field: str, add_special_tokens: bool) -> list[list[int]]:
-        try:
-            "".join(prompts).encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise TextError(f"{field} holds half a surrogate pair: escape the character whole") from error
-        encodings = self._backend.encode_batch_fast(prompts, add_special_tokens=add_special_tokens)
+    def _ids(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
-    def _with_bos_eos(self, ids: list[int]) -> Ids:
+    def _with_bos_eos(self, ids: list[int]) -> list[int]:
         if self._add_bos and ids[:1] != self._bos:
             ids = self._bos + ids
         elif self._add_bos is None and self._bos and ids[:2] == self._bos * 2:
             ids = ids[1:]
         if self._add_eos and ids[-1:] != self._eos:
             ids = ids + self._eos
-        return np.array(ids, dtype=np.int32)
+        return ids
 
     def _special_id(self, name: str, token: str | None) -> int | None:
         if token is None:
@@ -266,6 +283,14 @@ class IncrementalDetokenizer:
         other._context, other._pending = self._context, list(self._pending)
         other._byte_run_len = self._byte_run_len
         return other.push(ids, final=True)
+
+
+def _encodable(text: str, field: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TextError(f"{field} holds half a surrogate pair: escape the character whole") from error
+    return text
 
 
 def _read(file: Path) -> str:

@@ -79,7 +79,8 @@ def test_ids_are_the_librarys_and_come_back_as_the_text(name: str, text: str) ->
 
 
 def test_batch_is_each_text_alone() -> None:
-    batch = smollm2().encode_batch([*HARD_TEXTS, b"bytes"])
+    tokenizer = smollm2()
+    batch = tokenizer.encode_prompts([tokenizer.text_prompt(text) for text in [*HARD_TEXTS, b"bytes"]])
     assert [ids.tolist() for ids in batch] == [smollm2().encode(text).tolist() for text in [*HARD_TEXTS, "bytes"]]
 
 
@@ -302,12 +303,14 @@ def test_what_a_chat_says_of_its_answer(
     tmp_path: Path, template: str, enable_thinking: bool | None, is_open: bool | None
 ) -> None:
     tokenizer = Tokenizer.from_directory(write_files(tmp_path, template=template))
-    answer = tokenizer.encode_chat(json.dumps(USER), enable_thinking)
+    answer = tokenizer.chat_prompt(json.dumps(USER), enable_thinking)
     assert (answer.is_reasoning_open, answer.has_tools) == (is_open, False)
-    assert answer.ids.tolist() == tokenizer.encode_messages(json.dumps(USER), enable_thinking).tolist()
-    with_tools = tokenizer.encode_chat(json.dumps({"messages": USER, "tools": [{"type": "function"}]}))
+    mixed = tokenizer.encode_prompts([tokenizer.text_prompt("a text"), answer, tokenizer.text_prompt("another")])
+    alone = [tokenizer.encode("a text"), tokenizer.encode_messages(json.dumps(USER), enable_thinking)]
+    assert [ids.tolist() for ids in mixed[:2]] == [ids.tolist() for ids in alone]
+    with_tools = tokenizer.chat_prompt(json.dumps({"messages": USER, "tools": [{"type": "function"}]}))
     assert with_tools.has_tools
-    assert not tokenizer.encode_chat(json.dumps({"messages": USER, "tools": []})).has_tools
+    assert not tokenizer.chat_prompt(json.dumps({"messages": USER, "tools": []})).has_tools
 
 
 def test_tool_format_is_the_templates(tmp_path: Path) -> None:

@@ -105,10 +105,11 @@ class Scheduler:
         """Admit what fits and plan the next step; an empty step means that there is nothing to do."""
         admitted: list[Sequence] = []
         copies: list[Copy] = []
+        if self._slots.num_free and self._waiting:
+            for running in self._running.values():
+                self._hold(running)  # as far as it is now
         while self._slots.num_free and self._waiting:
             sequence = heapq.heappop(self._waiting)[2]
-            for other in self._running.values():
-                self._hold(other)  # as far as it is now
             placement = self._slots.take(sequence.request.prompt_ids)
             sequence.slot, sequence.num_computed = placement.slot, placement.num_reused
             self._running[placement.slot] = sequence

@@ -42,6 +42,7 @@ class _Held:
 
     ids: Ids
     last_use: int
+    beginning: bytes = b""  # of the ids: comparing all of them with each new prompt would take longer than a step
 
 
 class Slots:
@@ -80,7 +81,7 @@ class Slots:
 
     def hold(self, slot: int, ids: Ids) -> None:
         """Note that the cache of `slot` holds `ids`, and may be copied from."""
-        self._held[slot] = _Held(ids, next(self._uses))
+        self._held[slot] = _Held(ids, next(self._uses), _beginning(ids))
 
     def give_back(self, slot: int) -> None:
         """Free `slot`; what it holds can be found until it is taken again."""
@@ -95,10 +96,15 @@ class Slots:
         """The slot that holds most of the prompt's beginning, and how many tokens; the last token is never reused,
         for its logits are wanted."""
         best, most = preferred, 0
-        for slot in (preferred, *(slot for slot in range(len(self._held)) if slot != preferred)):
-            if (length := _common_prefix(self._held[slot].ids, prompt[:-1])) > most:
+        reusable = prompt[:-1]
+        if len(reusable) < MIN_REUSED_TOKENS:
+            return best, most
+        beginning = _beginning(reusable)
+        alike = [slot for slot, held in enumerate(self._held) if held.beginning == beginning]
+        for slot in sorted(alike, key=lambda slot: slot != preferred):
+            if (length := _common_prefix(self._held[slot].ids, reusable)) > most:
                 best, most = slot, length
-        return (best, most) if most >= MIN_REUSED_TOKENS else (preferred, 0)
+        return best, most
 
     def _refuge(self, slot: int, source: int) -> int | None:
         """The free slot, other than `source`, that was used longest ago, and before `slot` was."""
@@ -107,6 +113,10 @@ class Slots:
         if oldest is None or self._held[oldest].last_use > self._held[slot].last_use:
             return None
         return oldest
+
+
+def _beginning(ids: Ids) -> bytes:
+    return ids[:MIN_REUSED_TOKENS].tobytes()
 
 
 def _common_prefix(a: Ids, b: Ids) -> int:

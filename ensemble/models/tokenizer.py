@@ -7,21 +7,28 @@ A repository's model.py imports it. It translates tensors and errors, nothing el
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import triton_python_backend_utils as pb_utils
-from numpy.typing import NDArray
 
 from ensemble import contract
-from ensemble.errors import TextError, one_line, utf8_text
+from ensemble.errors import TextError, one_line
 from ensemble.models.tensors import RequestError, array, read_inputs, scalar
 from ensemble.progress import PromptInfo
-from ensemble.reasoning import opens_reasoning
 from ensemble.siblings import watch
-from ensemble.text import Tokenizer
+from ensemble.text import Ids, Prompt, Tokenizer
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+class Prepared(NamedTuple):
+    """A request that can be encoded."""
+
+    prompt: Prompt
+    info: PromptInfo
 
 
 class TritonPythonModel:
@@ -34,41 +41,60 @@ class TritonPythonModel:
         self._watchdog = watch(args["model_name"].removesuffix("-tokenizer"), version, "tokenizer")
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Encode every request; one that can't be encoded gets its own error."""
-        return [self._respond(request) for request in requests]
+        """Encode all requests at once; one that can't be encoded gets its own error."""
+        prepared = [_attempt(self._prepare, request) for request in requests]
+        encoded = iter(self._encode([entry.prompt for entry in prepared if isinstance(entry, Prepared)]))
+        responses = []
+        for entry in prepared:
+            if isinstance(entry, Exception):
+                responses.append(_failure(entry))
+                continue
+            ids = next(encoded)
+            responses.append(_failure(ids) if isinstance(ids, Exception) else _response(ids, entry.info))
+        return responses
 
     def finalize(self) -> None:
         """Stop watching."""
         self._watchdog.close()
 
-    def _respond(self, request: Any) -> Any:
-        try:
-            ids, info = self._encode(read_inputs(request))
-        except (RequestError, TextError) as error:
-            invalid = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
-            return pb_utils.InferenceResponse(error=invalid)
-        except Exception as error:  # must not cost the others of the batch their answers
-            log.error("a prompt can't be encoded", exc_info=error)
-            internal = pb_utils.TritonError(f"the prompt can't be encoded: {one_line(error)}")
-            return pb_utils.InferenceResponse(error=internal)
-        values = ((contract.INPUT_IDS, ids), (contract.PROMPT_INFO, info.to_json().encode()))
-        return pb_utils.InferenceResponse([pb_utils.Tensor(spec.name, array(spec, value)) for spec, value in values])
-
-    def _encode(self, inputs: dict[str, NDArray[Any]]) -> tuple[Any, PromptInfo]:
+    def _prepare(self, request: Any) -> Prepared:
+        inputs = read_inputs(request)
         text, messages = scalar(inputs, contract.TEXT_INPUT), scalar(inputs, contract.MESSAGES)
         enable_thinking = scalar(inputs, contract.ENABLE_THINKING)
         separate_reasoning = scalar(inputs, contract.SEPARATE_REASONING)
         if (text is None) == (messages is None):
             raise RequestError("give either text_input or messages")
-        if messages is None:
-            if enable_thinking is not None:
-                raise RequestError("enable_thinking is for messages: with text_input, the text decides")
-            return self._tokenizer.encode(text), _text_info(text, bool(separate_reasoning))
-        chat = self._tokenizer.encode_chat(messages, enable_thinking)
-        return chat.ids, PromptInfo(chat.is_reasoning_open, chat.has_tools, separate_reasoning is not False)
+        if messages is not None:
+            prompt = self._tokenizer.chat_prompt(messages, enable_thinking)
+        elif enable_thinking is not None:
+            raise RequestError("enable_thinking is for messages: with text_input, the text decides")
+        else:
+            prompt = self._tokenizer.text_prompt(text)
+        # A text that is continued as it is keeps its reasoning in it, unless the client says otherwise.
+        separates = bool(separate_reasoning) if messages is None else separate_reasoning is not False
+        return Prepared(prompt, PromptInfo(prompt.is_reasoning_open, prompt.has_tools, separates))
+
+    def _encode(self, prompts: list[Prompt]) -> Sequence[Ids | Exception]:
+        try:
+            return self._tokenizer.encode_prompts(prompts)
+        except Exception:  # one must not cost the others their answers
+            return [_attempt(self._tokenizer.encode_prompt, prompt) for prompt in prompts]
 
 
-def _text_info(text: bytes, separates_reasoning: bool) -> PromptInfo:
-    """A text that is continued as it is keeps its reasoning in it, unless the client says otherwise."""
-    is_open = opens_reasoning(utf8_text(text, contract.TEXT_INPUT.name))
-    return PromptInfo(is_open, separates_reasoning=separates_reasoning)
+def _attempt(function: Callable[[Any], Result], argument: Any) -> Result | Exception:
+    try:
+        return function(argument)
+    except Exception as error:
+        return error
+
+
+def _failure(error: Exception) -> Any:
+    if isinstance(error, RequestError | TextError):
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
+    log.error("a prompt can't be encoded", exc_info=error)
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"the prompt can't be encoded: {one_line(error)}"))
+
+
+def _response(ids: Ids, info: PromptInfo) -> Any:
+    values = ((contract.INPUT_IDS, ids), (contract.PROMPT_INFO, info.to_json().encode()))
+    return pb_utils.InferenceResponse([pb_utils.Tensor(spec.name, array(spec, value)) for spec, value in values])
