@@ -24,13 +24,20 @@ WARPS, MAX_PAIRS, SHARED_HEADS_LIMIT, KV_BLOCK_LIMIT = 8, 160, 16, 32
 STAGE_BYTES = 16384  # at most: what travels together
 ALIGNMENT = 128
 MIN_STAGES = 3
+# That a block has on their way at once, at most. On an H100 5.7 MB keep memory busy; more only delay what the blocks
+# tell each other (benchmarks/decode_gpu_notes.md).
+IN_FLIGHT_BYTES = 3 * 14336
 
 
 @dataclass(frozen=True)
 class Memory:
-    """How a block's shared memory is divided, in bytes but for `kv_block`: positions of the cache in a stage."""
+    """How a block's shared memory is divided, in bytes but for `kv_block`: positions of the cache in a stage.
+
+    in_flight: stages that may be on their way at once.
+    """
 
     stages: int
+    in_flight: int
     stage_bytes: int
     kv_block: int
     scratch_bytes: int
@@ -48,7 +55,8 @@ class Memory:
         scratch = _aligned(max(activations, _attention_bytes(shape, blocks)))
         fixed = scratch + WARPS * 2 * MAX_PAIRS * 4 + 2 * WARPS * 4
         stages = (limit - fixed) // (stage + 16)
-        return cls(stages, stage, kv_block, scratch, fixed + stages * (stage + 16))
+        in_flight = max(1, min(round(IN_FLIGHT_BYTES / stage), stages - 1))
+        return cls(stages, in_flight, stage, kv_block, scratch, fixed + stages * (stage + 16))
 
 
 def _aligned(size: int) -> int:
@@ -149,6 +157,7 @@ class DecodeOne:
             "SCORE_SCALE": f"{shape.head_dim**-0.5 * math.log2(math.e):.9e}f",
             "BLOCKS": self._blocks,
             "STAGES": memory.stages,
+            "IN_FLIGHT": memory.in_flight,
             "STAGE_BYTES": memory.stage_bytes,
             "KV_BLOCK": memory.kv_block,
             "SCRATCH_BYTES": memory.scratch_bytes,

@@ -18,6 +18,7 @@
 //   SCORE_SCALE  of the attention's scores, times log2(e)
 //   BLOCKS       the grid
 //   STAGES STAGE_BYTES KV_BLOCK SCRATCH_BYTES   shared memory, see decode_one.py
+//   IN_FLIGHT    stages that are being copied at most
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -45,6 +46,7 @@ constexpr float NEVER = -1e30f;  // a score that counts for nothing; −∞ less
 
 static_assert(PRODUCTS >= MAX_ROWS && MAX_PAIRS <= THREADS, "a thread takes up a row, or a pair of rows");
 static_assert(4 * KV_BLOCK * HEAD_DIM <= STAGE_BYTES, "a stage is too small");
+static_assert(0 < IN_FLIGHT && IN_FLIGHT < STAGES, "a stage can't be waited for before it was begun");
 static_assert(HEADS % KV_HEADS == 0 && SHARED_HEADS <= 16, "a warp does at most two heads");
 static_assert(HEAD_DIM % 32 == 0 && HEAD_DIM <= THREADS && THREADS % HALF == 0, "threads share a head's width evenly");
 static_assert(KV_BLOCK <= 32 && KV_HEADS <= BLOCKS, "four positions a warp, at least one block a key head");
@@ -255,8 +257,12 @@ struct Producer {
     int lane;
     u64 once;  // what is read once needn't stay in L2
 
+    // A free stage for so many bytes. Whatever blocks tell each other waits behind the copies that are on their way: no
+    // more of these than memory needs to be busy, however many stages are free.
     __device__ __forceinline__ void begin(u32 bytes) {
         if (lane == 0) {
+            const bool is_same_lap = ring.index >= IN_FLIGHT;
+            wait(&ring.full[ring.index - IN_FLIGHT + (is_same_lap ? 0 : STAGES)], ring.parity ^ !is_same_lap);
             wait(&ring.empty[ring.index], ring.parity ^ 1);
             arrive_expecting(&ring.full[ring.index], bytes);
         }
@@ -503,9 +509,14 @@ struct Consumer {
 
     // ---- products
 
-    // The dot products of a stage's rows, to parts[…][column …]: each pair of rows has a team of warps.
+    // What a lane has of the products of two rows: its share of the diagonals.
+    struct Pair {
+        float low, high;
+    };
+
+    // The next rows' products, as far as this warp does them: each pair of rows has a team of warps.
     template <int K, bool CODES>
-    __device__ __forceinline__ void stage(int column) {
+    __device__ __forceinline__ Pair multiply() {
         using T = Tiling<CODES ? K : 2 * K>;
         constexpr int PAIRS = T::ROWS / 2, TEAM = WARPS / PAIRS, ROW_BYTES = CODES ? K : 2 * K;
         const int pair = warp / TEAM, member = warp % TEAM;
@@ -551,17 +562,41 @@ struct Consumer {
             low += is_odd ? acc[i][1] : acc[i][0];
             high += is_odd ? acc[i][3] : acc[i][2];
         }
-        low = warp_sum(is_diagonal ? low : 0.0f);
-        high = warp_sum(is_diagonal ? high : 0.0f);
-        if (lane == 0) {
-            parts[member * PRODUCTS + column + pair] = low;
-            parts[member * PRODUCTS + column + pair + PAIRS] = high;
-        }
+        return {is_diagonal ? low : 0.0f, is_diagonal ? high : 0.0f};
+    }
+
+    // Sum up the lanes' shares: to parts[…][first …] and parts[…][second …]. A sum takes half of the lanes at first, the
+    // other half the other's, and so on.
+    template <int PAIRS>
+    __device__ __forceinline__ void keep(Pair a, Pair b, int first, int second) {
+        const int pair = warp / (WARPS / PAIRS), member = warp % (WARPS / PAIRS);
+        const bool is_second = lane & 16, is_high = lane & 8;
+        float low = is_second ? b.low : a.low, high = is_second ? b.high : a.high;
+        low += __shfl_xor_sync(~0u, is_second ? a.low : b.low, 16);
+        high += __shfl_xor_sync(~0u, is_second ? a.high : b.high, 16);
+        float sum = is_high ? high : low;
+        sum += __shfl_xor_sync(~0u, is_high ? low : high, 8);
+#pragma unroll
+        for (int i = 4; i; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
+        if (lane % 8 == 0)
+            parts[member * PRODUCTS + (is_second ? second : first) + pair + (is_high ? PAIRS : 0)] = sum;
+    }
+
+    template <int PAIRS>
+    __device__ __forceinline__ void keep(Pair a, int first) {
+        const int pair = warp / (WARPS / PAIRS), member = warp % (WARPS / PAIRS);
+        const bool is_high = lane & 16;
+        float sum = is_high ? a.high : a.low;
+        sum += __shfl_xor_sync(~0u, is_high ? a.low : a.high, 16);
+#pragma unroll
+        for (int i = 8; i; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
+        if (lane % 16 == 0) parts[member * PRODUCTS + first + pair + (is_high ? PAIRS : 0)] = sum;
     }
 
     template <int K, bool CODES>
     __device__ __forceinline__ void stages(int count) {
-        for (int i = 0; i < count; i += Tiling<CODES ? K : 2 * K>::ROWS) stage<K, CODES>(i);
+        constexpr int ROWS = Tiling<CODES ? K : 2 * K>::ROWS;
+        for (int i = 0; i < count; i += ROWS) keep<ROWS / 2>(multiply<K, CODES>(), i);
         consumers_meet();
     }
 
@@ -882,9 +917,10 @@ struct Consumer {
                         gate = affine_of(layer.gate_up, row, thread < count);
                         up = affine_of(layer.gate_up, INTERMEDIATE + row, thread < count);
                     }
-                    for (int i = 0; i < count; i += Tiling<HIDDEN * ELEMENT>::ROWS) {
-                        stage<HIDDEN, FP8>(i);
-                        stage<HIDDEN, FP8>(MAX_PAIRS + i);
+                    constexpr int ROWS = Tiling<HIDDEN * ELEMENT>::ROWS;
+                    for (int i = 0; i < count; i += ROWS) {
+                        const Pair a = multiply<HIDDEN, FP8>(), b = multiply<HIDDEN, FP8>();
+                        keep<ROWS / 2>(a, b, i, MAX_PAIRS + i);
                     }
                     consumers_meet();
                     if (thread < count) {
