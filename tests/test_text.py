@@ -79,8 +79,8 @@ def test_ids_are_the_librarys_and_come_back_as_the_text(name: str, text: str) ->
 
 
 def test_batch_is_each_text_alone() -> None:
-    tokenizer = smollm2()
-    batch = tokenizer.encode_prompts([tokenizer.text_prompt(text) for text in [*HARD_TEXTS, b"bytes"]])
+    tokenizer, texts = smollm2(), list[str | bytes]([*HARD_TEXTS, b"bytes"])
+    batch = tokenizer.encode_prompts([tokenizer.text_prompt(text) for text in texts])
     assert [ids.tolist() for ids in batch] == [smollm2().encode(text).tolist() for text in [*HARD_TEXTS, "bytes"]]
 
 
