@@ -35,7 +35,7 @@ PROMPT, ANSWER, LONG_ANSWER = 512, 128, 512  # tokens
 STREAMS = (64, 128)
 ROUNDS = 3
 TARGETS = {"time between tokens, 1 stream, over the runner's": 1.05, "tokens/s over the runner's": 0.9}
-SETTINGS = {"num_slots": max(STREAMS), "prefill_chunk": 4096, "max_prefill_stall": 20.0}
+SETTINGS = {"num_slots": max(STREAMS), "prefill_chunk": 8192, "max_prefill_stall": 50.0}
 MODEL = """\
 from benchmarks.decode_gpu import SHAPE
 from ensemble.engine.runners.cuda.runner import CudaRunner

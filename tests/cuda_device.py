@@ -6,6 +6,8 @@ Import this before anything that imports triton.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -44,3 +46,20 @@ def exact_interpreter() -> None:
 
 if not HAS_GPU:
     exact_interpreter()
+
+
+@contextmanager
+def no_more_memory() -> Iterator[None]:
+    """This process can take no more of the GPU's memory, and is seen to have asked for none."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2**30, dtype=torch.uint8, device="cuda")
+        yield
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before, "memory was asked for"
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

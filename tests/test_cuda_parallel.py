@@ -22,7 +22,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.cuda_device import DEVICE, HAS_GPU  # isort: skip  # before triton
+from tests.cuda_device import DEVICE, HAS_GPU, no_more_memory  # isort: skip  # before triton
 
 from builders import pbtxt
 from builders.options import BuildOptions
@@ -353,6 +353,10 @@ def test_a_single_rank_needs_no_other_and_captures_its_collectives() -> None:
             found, wanted = (made.decode(ids[:rows], np.full(rows, 6)).copy() for made in (runner, one))
             np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-4)
         one.close()
+        if HAS_GPU:
+            _, tokens = walk(runner)
+            with no_more_memory():
+                assert walk(runner)[1] == tokens
 
 
 def test_a_built_model_is_loaded_on_so_many_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

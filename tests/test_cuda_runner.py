@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.cuda_device import DEVICE, DTYPE, HAS_GPU  # isort: skip  # before triton
+from tests.cuda_device import DEVICE, DTYPE, HAS_GPU, no_more_memory  # isort: skip  # before triton
 
 from builders.options import BuildOptions
 from builders.repository import build
@@ -29,7 +30,7 @@ from ensemble.engine.runners.base import (
     PromptChunk,
     RunnerError,
 )
-from ensemble.engine.runners.cuda.graphs import captured_size, captured_sizes
+from ensemble.engine.runners.cuda.graphs import PromptSizes, captured_size, captured_sizes
 from ensemble.engine.runners.cuda.runner import CudaRunner
 from ensemble.engine.runners.cuda.weights import RandomWeights
 from ensemble.engine.runners.load import load_runner
@@ -285,6 +286,31 @@ def test_captured_sizes_reach_exactly_all_slots() -> None:
     assert captured_sizes(256)[-4:] == [96, 128, 192, 256]
 
 
+def test_every_prefill_finds_a_captured_size() -> None:
+    sizes = PromptSizes.of(2100, 40)
+    assert list(sizes.chunks) == [16, 32, 64, 128, 256, *range(512, 2049, 128), 2112]
+    assert PromptSizes.of(1, 3).chunks == {16: 3}
+    assert PromptSizes.of(512, 9).chunks == {16: 8, 32: 8, 64: 8, 128: 8, 256: 8, 512: 9}
+    assert all(b - a == 512 for a, b in pairwise(size for size in PromptSizes.of(8192, 1).chunks if size >= 4096))
+    for lengths, size in (([1], 16), ([17], 32), ([1] * 8, 16), ([1] * 9, 640), ([1] * 40, 2112), ([700, 400], 1152)):
+        chunks = [PromptChunk(slot, np.arange(length), 0) for slot, length in enumerate(lengths)]
+        assert sizes.fitting(chunks) == size
+        packed = sizes.pack(chunks, size)
+        assert (len(packed.ids), len(packed.last_rows)) == (size, sizes.chunks[size])
+        assert int(packed.tiles[:, 3].sum()) == sum(lengths)
+        assert len(packed.tiles) == size // 128 + sizes.chunks[size]
+
+
+def test_as_many_chunks_as_slots_are_computed_at_once(runner: CudaRunner) -> None:
+    prompts = texts(3, 1, 30, 2, 9)
+    alone = [runner.prefill(slot, text, 0).copy() for slot, text in enumerate(prompts)]
+    together = runner.prefill_many([PromptChunk(slot, text, 0) for slot, text in enumerate(prompts)])
+    for found, wanted in zip(together, alone, strict=True):
+        assert cosine(found, torch.from_numpy(wanted).double()) > (0.99 if HAS_GPU else 0.999999)
+    with pytest.raises(RunnerError, match="6 chunks of prompts at once, there are 5 slots"):
+        runner.prefill_many([PromptChunk(0, prompts[0], 0)] * 6)
+
+
 def test_weights_of_another_shape_are_refused() -> None:
     with pytest.raises(RunnerError, match=r"tensor .* build the model again"):
         make_from = Biased(replace(SHAPE, num_layers=1), is_fp8=True)
@@ -300,20 +326,34 @@ class TestGpu:
         with pytest.raises(RunnerError, match=r"lower num_slots to \d+, or build with max_seq_len \d+"):
             make(replace(SHAPE, max_seq_len=4096, num_layers=28), num_slots=10**6)
 
-    def test_a_step_without_memory_fails_alone(self) -> None:
-        runner, text = make(prefill_chunk=64), texts(10)[0]
-        first = runner.prefill(0, text, 0).copy()
-        original, runner._prefill_graphs = runner._prefill_graphs, {}
+    def test_no_step_takes_memory(self) -> None:
+        shape = replace(SHAPE, max_seq_len=700)
+        runner, text = make(shape, prefill_chunk=640), np.random.default_rng(1).integers(0, 320, 640)
+        warm = replace(GREEDY, temperature=0.9, top_k=20, top_p=0.9)
 
-        def fails(*arguments: object) -> torch.Tensor:
-            return torch.empty(2**50, dtype=torch.uint8, device="cuda")
+        def walk() -> list[Any]:
+            found: list[Any] = [runner.prefill(1, text[:length], 0).tolist() for length in (1, 100, 513, 640)]
+            chunks = [PromptChunk(slot, text[: 9 * slot + 1], 0) for slot in range(5)]
+            runner.start_prefill(chunks, [warm] * 5, [3])
+            runner.start_decode(np.full(5, LAST_TOKEN), np.arange(5) * 9 + 1, [warm] * 5, [1, 2])
+            for step in (runner.finish_prefill(), runner.finish_decode()):
+                found += [step.tokens.tolist(), step.logits.tolist()]
+            runner.copy_prefix(1, 0, 600)
+            return [*found, runner.decode(text[:1], np.array([600])).tolist()]
 
-        decoder_prefill, runner._decoder.prefill = runner._decoder.prefill, fails  # type: ignore[method-assign, assignment]
-        with pytest.raises(OutOfMemoryError, match="no memory for this step"):
-            runner.prefill(1, text, 0)
-        runner._decoder.prefill, runner._prefill_graphs = decoder_prefill, original  # type: ignore[method-assign]
-        np.testing.assert_array_equal(runner.prefill(1, text, 0), first)
+        first = walk()
+        with no_more_memory():
+            assert walk() == first
         runner.close()
+
+    def test_a_step_without_memory_fails_alone(self, runner: CudaRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+        text = texts(10)[0]
+        first = runner.prefill(0, text, 0).copy()
+        with monkeypatch.context() as patch:
+            patch.setattr(runner, "_prefill", lambda chunks: torch.empty(2**50, dtype=torch.uint8, device="cuda"))
+            with pytest.raises(OutOfMemoryError, match="no memory for this step"):
+                runner.prefill(1, text, 0)
+        np.testing.assert_array_equal(runner.prefill(1, text, 0), first)
 
     def test_a_graph_whose_memory_moved_is_not_replayed(self, runner: CudaRunner) -> None:
         runner._arrived = runner._arrived.clone()
@@ -329,13 +369,13 @@ class TestGpu:
             for _ in range(30):
                 np.testing.assert_array_equal(runner.decode(ids, positions), first)
 
-    def test_a_prompt_in_a_graph_and_one_that_is_launched_agree(self) -> None:
+    def test_prompts_in_graphs_of_different_sizes_agree(self) -> None:
         shape = replace(SHAPE, max_seq_len=700)
         runner, text = make(shape, is_fp8=False, prefill_chunk=640), np.random.default_rng(1).integers(0, 320, 640)
-        launched = runner.prefill(0, text, 0).copy()
-        runner.prefill(1, text[:500], 0)
-        in_graphs = runner.prefill(1, text[500:], 500)
-        assert cosine(in_graphs, torch.from_numpy(launched).double()) > 0.9995
+        whole = runner.prefill(0, text, 0).copy()
+        for cut in (500, 600, 639):
+            runner.prefill(1, text[:cut], 0)
+            assert cosine(runner.prefill(1, text[cut:], cut), torch.from_numpy(whole).double()) > 0.9995
         runner.close()
 
 

@@ -15,8 +15,9 @@ from ensemble.engine.runners.base import PromptChunk
 from ensemble.engine.runners.cuda.attending import PREFILL_TILE
 from ensemble.engine.runners.cuda.prompts import PackedPrompts, pack
 
-PREFILL_SIZES = (16, 32, 64, 128, 256, 512)  # captured: there launching would take longer than computing
-CAPTURED_CHUNKS = 8  # chunks that one captured prefill may hold
+FEWEST_TOKENS = 16  # that a captured prefill computes
+EVEN_TOKENS = 128  # as many as a matrix product's tile has rows: sizes closer to each other would save nothing
+FEWEST_CHUNKS = 8  # that a captured prefill may hold, if there are so many slots
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,19 @@ class Capturer:
         self._mode = "thread_local" if has_collectives else "global"
         self._pool: Any = torch.cuda.graph_pool_handle()
 
-    def capture(self, run: Callable[[], torch.Tensor]) -> Captured:
-        """Run `run` once, which compiles its kernels, and capture it."""
-        run()
-        graph = torch.cuda.CUDAGraph()
+    def capture(self, runs: Sequence[Callable[[], torch.Tensor]]) -> list[Captured]:
+        """Run each of `runs` once, which compiles its kernels, then capture them all; the largest should come first.
+
+        What the first runs took is given back before the captures take the same again, for as long as they live.
+        """
+        for run in runs:
+            run()
         torch.cuda.current_stream().synchronize()
+        torch.cuda.empty_cache()
+        return [self._capture(run) for run in runs]
+
+    def _capture(self, run: Callable[[], torch.Tensor]) -> Captured:
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=self._mode):
             logits = run()
         return Captured(graph, logits, self._addresses())
@@ -70,14 +79,32 @@ def captured_size(n: int, num_slots: int) -> int:
     return next(size for size in captured_sizes(num_slots) if size >= n)
 
 
-def padded_size(num_tokens: int) -> int:
-    """Tokens that a prefill of `num_tokens` computes: few different shapes, and whole tiles."""
-    return max(16, -(-num_tokens // 64) * 64)
+@dataclass(frozen=True)
+class PromptSizes:
+    """The prefills that have a graph: so many tokens, in so many chunks at most, by tokens, smallest first.
 
+    The tokens are powers of two up to 512, then eight sizes for each doubling, but none closer than `EVEN_TOKENS`. The
+    last holds `prefill_chunk` tokens and a chunk of every slot, so that every prefill finds its graph.
+    """
 
-def pack_for_graph(chunks: Sequence[PromptChunk], size: int) -> PackedPrompts:
-    """At most `CAPTURED_CHUNKS` chunks, in the arrays of a captured prefill of `size` tokens."""
-    return pack(
-        chunks, tile=PREFILL_TILE, num_tokens=size, num_tiles=size // PREFILL_TILE + CAPTURED_CHUNKS,
-        num_logits=CAPTURED_CHUNKS,
-    )  # fmt: skip
+    chunks: dict[int, int]
+
+    @classmethod
+    def of(cls, prefill_chunk: int, num_slots: int) -> PromptSizes:
+        """Those of a runner."""
+        most = -(-prefill_chunk // FEWEST_TOKENS) * FEWEST_TOKENS
+        sizes, size = [], FEWEST_TOKENS
+        while size < most:
+            sizes.append(size)
+            size += size if size < 512 else max(EVEN_TOKENS, (1 << (size.bit_length() - 1)) // 8)
+        return cls({size: min(num_slots, max(FEWEST_CHUNKS, size // 64)) for size in sizes} | {most: num_slots})
+
+    def fitting(self, chunks: Sequence[PromptChunk]) -> int:
+        """The smallest that holds `chunks`."""
+        total = sum(len(chunk.ids) for chunk in chunks)
+        return next(size for size, most in self.chunks.items() if size >= total and most >= len(chunks))
+
+    def pack(self, chunks: Sequence[PromptChunk], size: int) -> PackedPrompts:
+        """`chunks` in the arrays of that size."""
+        most = self.chunks[size]
+        return pack(chunks, tile=PREFILL_TILE, num_tokens=size, num_tiles=size // PREFILL_TILE + most, num_logits=most)

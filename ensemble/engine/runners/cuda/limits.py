@@ -20,8 +20,10 @@ class Limits:
         """Can they be computed at once?
 
         Raises:
-            RunnerError: they are too many tokens, or end behind their slot.
+            RunnerError: they are too many, or too many tokens, or end behind their slot.
         """
+        if len(chunks) > self.num_slots:
+            raise RunnerError(f"{len(chunks)} chunks of prompts at once, there are {self.num_slots} slots")
         total = sum(len(chunk.ids) for chunk in chunks)
         if not 0 < total <= self.prefill_chunk:
             raise RunnerError(f"{total} prompt tokens at once, the runner was made for 1 … {self.prefill_chunk}")

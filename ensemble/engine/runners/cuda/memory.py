@@ -22,7 +22,7 @@ def step_bytes(shape: DecoderShape, num_slots: int, prefill_chunk: int, num_rank
     """About what the largest steps hold besides weights and caches."""
     widest = 2 * shape.intermediate_size + shape.intermediate_size + 6 * shape.hidden_size
     prefill = prefill_chunk * 4 * (widest + 2 * shape.q_size)
-    logits = 3 * num_slots * shape.vocab_size * 4
+    logits = 5 * num_slots * shape.vocab_size * 4  # each decode graph has its own, some 3.5 times num_slots rows
     return prefill + logits + RESERVE + (COLLECTIVES + logits if num_ranks > 1 else 0)
 
 

@@ -1,8 +1,9 @@
 """The CUDA runner: a decoder on one GPU, in torch and Triton's compiler alone.
 
-Decoding replays one CUDA graph for each batch size, sampling included; prefill replays graphs for short prompts and
-launches kernels for long ones. Everything runs on one stream, in order; the host waits for results only. A step may
-be begun before the last one's tokens are known: an id of −1 stands for the token that the slot drew last.
+Decoding replays one CUDA graph for each batch size, sampling included, prefill one for each of a few dozen sizes. What
+they need they took when the model was loaded: a step takes no memory of the GPU. Everything runs on one stream, in
+order; the host waits for results only. A step may be begun before the last one's tokens are known: an id of −1 stands
+for the token that the slot drew last.
 """
 
 from __future__ import annotations
@@ -18,26 +19,16 @@ import torch
 
 from ensemble.cuda_layout import DecoderShape, LayoutError
 from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, OutOfMemoryError, PromptChunk, RunnerError
-from ensemble.engine.runners.cuda.attending import PREFILL_TILE, Caches
+from ensemble.engine.runners.cuda.attending import Caches
 from ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT, PendingStep, Prompts, StepInputs, StepSlot
 from ensemble.engine.runners.cuda.decoder import Decoder
-from ensemble.engine.runners.cuda.drawing import FirstTokens, draw_rows
-from ensemble.engine.runners.cuda.graphs import (
-    CAPTURED_CHUNKS,
-    PREFILL_SIZES,
-    Captured,
-    Capturer,
-    captured_size,
-    captured_sizes,
-    pack_for_graph,
-    padded_size,
-)
+from ensemble.engine.runners.cuda.drawing import FirstTokens, Scanned, draw_rows
+from ensemble.engine.runners.cuda.graphs import Captured, Capturer, PromptSizes, captured_size, captured_sizes
 from ensemble.engine.runners.cuda.group import Group
 from ensemble.engine.runners.cuda.limits import Limits
 from ensemble.engine.runners.cuda.memory import MIB, check_fits, weight_bytes
 from ensemble.engine.runners.cuda.packing import PackingRunner
 from ensemble.engine.runners.cuda.plan import FAST, INVARIANT, Plan
-from ensemble.engine.runners.cuda.prompts import PackedPrompts, pack
 from ensemble.engine.runners.cuda.weights import SplitWeights, WeightSource
 
 log = logging.getLogger(__name__)
@@ -84,6 +75,7 @@ class CudaRunner(PackingRunner):
             source, shape = SplitWeights(source, group.split), group.split.shape
         self.num_slots, self.max_seq_len, self.vocab_size = num_slots, shape.max_seq_len, shape.vocab_size
         self._limits = Limits(num_slots, shape.max_seq_len, prefill_chunk)
+        self._prompt_sizes = PromptSizes.of(prefill_chunk, num_slots)
         self._shape, self._group = shape, group
         self._device = torch.device(device)
         self._is_cuda = self._device.type == "cuda"
@@ -140,7 +132,10 @@ class CudaRunner(PackingRunner):
         self._prefill_graphs.clear()
         self._pending.clear()
         self._pending_prefills.clear()
-        for name in ("_decoder", "_caches", "_inputs", "_tokens", "_log_probs", "_arrived", "_slots", "_first_tokens"):
+        for name in (
+            "_decoder", "_caches", "_inputs", "_tokens", "_log_probs", "_arrived", "_slots", "_first_tokens",
+            "_prompt_logits",
+        ):  # fmt: skip
             self.__dict__.pop(name, None)
         if self._is_cuda:
             torch.cuda.empty_cache()
@@ -153,7 +148,7 @@ class CudaRunner(PackingRunner):
         """`prefill` of several slots' chunks at once: the logits [len(chunks), vocab_size] of each one's last token."""
         self._limits.check_prefill(chunks)
         with self._on_stream(), self._attributed():
-            logits: Logits = self._prefill(chunks)[: len(chunks)].cpu().numpy()
+            logits: Logits = self._prefill(chunks)[: len(chunks)].to("cpu", copy=True).numpy()
         return logits
 
     def start_prefill(
@@ -180,12 +175,18 @@ class CudaRunner(PackingRunner):
             self._stream.synchronize()
 
     def _prefill(self, chunks: Sequence[PromptChunk]) -> torch.Tensor:
-        """Launch a prefill: logits [len(chunks) or more, vocab_size]."""
-        total = sum(len(chunk.ids) for chunk in chunks)
-        size = next((size for size in sorted(self._prefill_graphs) if size >= total), None)
-        if size is not None and len(chunks) <= CAPTURED_CHUNKS:
-            return self._replay_prefill(chunks, size)
-        return self._launch_prefill(pack(chunks, tile=PREFILL_TILE, num_tokens=padded_size(total)))
+        """Launch a prefill: logits [len(chunks) or more, vocab_size], which the next overwrites."""
+        size = self._prompt_sizes.fitting(chunks)
+        packed = self._prompt_sizes.pack(chunks, size)
+        if not self._is_cuda:
+            return self._prompt_step(Prompts.of(packed, self._device))
+        captured, prompts = self._prefill_graphs[size]
+        prompts.fill(packed)
+        return captured.replay(self._addresses())
+
+    def _prompt_step(self, prompts: Prompts) -> torch.Tensor:
+        logits = self._prompt_logits[: len(prompts.last_rows)]
+        return logits.copy_(self._decoder.prefill(prompts, self._caches))
 
     def check_start_prefill(self, chunks: Sequence[PromptChunk]) -> None:
         """Can `start_prefill` begin one?
@@ -239,18 +240,9 @@ class CudaRunner(PackingRunner):
         logits = self._decoder.decode(
             inputs["ids"], inputs["positions"], self._tokens[:size], self._caches, self._arrived
         )
-        draw_rows(self._decoder.launch, logits, inputs, self._tokens, self._log_probs)
+        scanned = Scanned.empty(self._decoder.launch, *logits.shape)
+        draw_rows(self._decoder.launch, logits, inputs, scanned, self._tokens, self._log_probs)
         return logits
-
-    # ---- prefill
-
-    def _launch_prefill(self, packed: PackedPrompts) -> torch.Tensor:
-        return self._decoder.prefill(Prompts.of(packed, self._device), self._caches)
-
-    def _replay_prefill(self, chunks: Sequence[PromptChunk], size: int) -> torch.Tensor:
-        captured, prompts = self._prefill_graphs[size]
-        prompts.fill(pack_for_graph(chunks, size))
-        return captured.replay(self._addresses())
 
     # ---- memory and graphs
 
@@ -265,29 +257,34 @@ class CudaRunner(PackingRunner):
         self._log_probs = torch.zeros(slots, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(slots, shape.num_kv_heads, dtype=torch.int32, device=device)
         self._slots = deque(StepSlot.make(slots, is_pinned=self._is_cuda) for _ in range(STEPS_IN_FLIGHT))
-        self._first_tokens = FirstTokens(self._decoder.launch, slots, device)
+        self._first_tokens = FirstTokens(self._decoder.launch, slots, shape.vocab_size, device)
+        self._prompt_logits = torch.zeros(slots, shape.vocab_size, dtype=torch.float32, device=device)
 
     def _addresses(self) -> tuple[int, ...]:
         """Where a graph finds what outlives it."""
-        tensors = (self._caches.keys, self._caches.values, self._inputs.block, self._tokens, self._arrived)
+        tensors = (
+            self._caches.keys, self._caches.values, self._inputs.block, self._tokens, self._log_probs, self._arrived,
+            self._prompt_logits,
+        )  # fmt: skip
         return tuple(tensor.data_ptr() for tensor in tensors)
 
     def _warm_up(self) -> None:
-        """Compile every kernel and capture every graph, so that no request waits for it."""
+        """Compile every kernel and capture every graph: no request waits for it, and no step takes memory after it."""
         if self._stream is None:
             return
         self._inputs.tensors["positions"].fill_(-1)
-        capture = Capturer(self._stream, self._addresses, has_collectives=self._group is not None).capture
+        nothing = [PromptChunk(0, np.zeros(1, np.int64), 0)]
+        capturer = Capturer(self._stream, self._addresses, has_collectives=self._group is not None)
         with self._attributed():
-            for size in reversed(captured_sizes(self.num_slots)):
-                self._graphs[size] = capture(partial(self._step, size))
-            longest = padded_size(self._limits.prefill_chunk)
-            nothing = [PromptChunk(0, np.zeros(1, np.int64), 0)]
-            for size in (size for size in reversed(PREFILL_SIZES) if size <= longest):
-                prompts = Prompts.of(pack_for_graph(nothing, size), self._device)
-                self._prefill_graphs[size] = capture(partial(self._decoder.prefill, prompts, self._caches)), prompts
-            logits = self._launch_prefill(pack(nothing, tile=PREFILL_TILE, num_tokens=longest))
-            self._first_tokens.start(logits, np.zeros(1, np.int64), [None], [], self._tokens).wait()
+            sizes = sorted(self._prompt_sizes.chunks, reverse=True)
+            prompts = [Prompts.of(self._prompt_sizes.pack(nothing, size), self._device) for size in sizes]
+            batches = captured_sizes(self.num_slots)[::-1]
+            runs = [partial(self._prompt_step, prompt) for prompt in prompts]
+            captured = capturer.capture([*runs, *(partial(self._step, batch) for batch in batches)])
+            self._prefill_graphs = dict(zip(sizes, zip(captured, prompts, strict=False), strict=True))
+            self._graphs = dict(zip(batches, captured[len(sizes) :], strict=True))
+            first = self._first_tokens.start(self._prompt_logits, np.zeros(1, np.int64), [None], [], self._tokens)
+            first.wait()
         torch.cuda.synchronize(self._device)
 
     @contextmanager
