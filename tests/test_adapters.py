@@ -233,6 +233,25 @@ def test_tokenizer_faults_cost_one_request(tokenizer: Any, monkeypatch: pytest.M
     assert before.error is None and after.error is None
 
 
+def test_a_prompt_that_the_tokenizer_s_library_chokes_on_costs_the_others_nothing(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = tokenizer._tokenizer.encode_prompts
+
+    def chokes(prompts: list[Any]) -> list[Any]:
+        if any(prompt.text == "odd" for prompt in prompts):
+            raise RuntimeError("a panic\nin the library")
+        ids: list[Any] = encode(prompts)
+        return ids
+
+    monkeypatch.setattr(tokenizer._tokenizer, "encode_prompts", chokes)
+    requests = [request({contract.TEXT_INPUT: text}) for text in (b"good", b"odd", b"also good")]
+    before, bad, after = tokenizer.execute(requests)
+    assert bad.error.message_ == "the prompt can't be encoded: a panic in the library"
+    assert before.error is None and before.tensors["input_ids"].shape == (1, 4)
+    assert after.error is None and after.tensors["input_ids"].shape[1] > 4
+
+
 def test_tokenizer_without_its_files_says_which(adapter: Callable[[str], ModuleType], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
         adapter("tokenizer").TritonPythonModel().initialize(arguments(tmp_path, "m-tokenizer"))
@@ -300,6 +319,35 @@ def test_detokenizer_takes_several_responses_of_one_stream_in_one_batch(detokeni
     assert texts(detokenizer, *pieces) == ["", "", "日", "", "", "本"]
 
 
+def test_detokenizer_sends_side_by_side_but_each_stream_s_own_in_order(
+    detokenizer: Any, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits longest in `send` holds up nobody else's streams; what can't be sent isn't acknowledged."""
+    receiver = AcknowledgementReceiver(pipe_path("m", "3"))
+    is_fast_sent, order = threading.Event(), list[tuple[int, bytes]]()
+    ids = {stream: ids_of(directory, f"{stream}{stream}{stream}") for stream in (0, 1, 2)}
+    batch = [(stream, generated([token], stream)) for tokens in zip(*ids.values(), strict=True)
+             for stream, token in zip(ids, tokens, strict=True)]  # fmt: skip
+    for stream, one in batch:
+
+        def send(response: Response, flags: int, stream: int = stream) -> None:
+            if stream == 0:
+                assert is_fast_sent.wait(10), "the others wait for it"
+            if stream == 2:
+                raise RuntimeError("the client has gone")
+            order.append((stream, response.tensors["text_output"][0, 0]))
+            if stream == 1:
+                is_fast_sent.set()
+
+        monkeypatch.setattr(one.sender, "send", send)
+    detokenizer.execute([one for _, one in batch])
+    for stream in (0, 1):
+        assert b"".join(text for owner, text in order if owner == stream).decode() == 3 * str(stream)
+    assert order[0][0] == 1
+    assert sorted(receiver.drain()) == [0, 0, 0, 1, 1, 1]
+    receiver.close()
+
+
 def test_detokenizer_forgets_a_stream_that_ended(detokenizer: Any, directory: Path) -> None:
     half = ids_of(directory, "é")[:1]
     texts(detokenizer, generated(half, 1))
@@ -335,7 +383,7 @@ def test_detokenizer_acknowledges_each_response_and_each_heartbeat(detokenizer: 
     receiver = AcknowledgementReceiver(pipe_path("m", "3"))
     heartbeat = from_engine(Progress(7))
     detokenizer.execute([generated([5], 9), generated([5], 2**63), heartbeat, generated([], 9, "stop")])
-    assert receiver.drain() == [9, 2**63, 7, 9]
+    assert sorted(receiver.drain()) == [7, 9, 9, 2**63]
     assert heartbeat.sender.is_final and not heartbeat.sender.responses, "a client sees none"
     receiver.close()
 

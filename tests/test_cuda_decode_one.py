@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,13 @@ import torch
 from tests.cuda_device import DEVICE, HAS_GPU  # isort: skip  # before triton
 
 from ensemble.cuda_layout import DecoderShape
-from ensemble.engine.runners.cuda.decode_one import CAPABILITY, WARPS, Memory, reason_against
+from ensemble.cuda_split import Split
+from ensemble.engine.runners.cuda.attending import Caches
+from ensemble.engine.runners.cuda.boxes import Boxes
+from ensemble.engine.runners.cuda.decode_one import CAPABILITY, WARPS, DecodeOne, Memory, box_bytes, reason_against
+from ensemble.engine.runners.cuda.layers import Weights
 from ensemble.engine.runners.cuda.runner import CudaRunner
-from ensemble.engine.runners.cuda.weights import RandomWeights
+from ensemble.engine.runners.cuda.weights import RandomWeights, SplitWeights
 
 HAS_HOPPER = HAS_GPU and torch.cuda.get_device_capability() >= CAPABILITY
 H100_BLOCKS, H100_LIMIT = 132, 232448
@@ -111,3 +117,77 @@ def test_it_computes_what_the_kernels_of_many_launches_do(name: str, is_fp8: boo
                 assert cosine > (0.99 if is_fp8 else 0.99999), position
     finally:
         runner.close()
+
+
+@pytest.mark.parametrize("is_fp8", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.skipif(not HAS_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.gpu
+def test_ranks_side_by_side_compute_what_one_does(size: int, is_fp8: bool) -> None:
+    """All on one GPU, each with its share of the multiprocessors, step after step."""
+    shape = SHAPES["qk norm, tied"]
+    source = RandomWeights(shape, is_fp8=is_fp8, has_qkv_bias=True)
+    whole = CudaRunner(source, shape, num_slots=1, prefill_chunk=1024)
+    ids = np.random.default_rng(0).integers(0, shape.vocab_size, 340)
+    whole.prefill(0, ids[:300], 0)
+    boxes = [torch.zeros(box_bytes(shape, size) // 8, dtype=torch.int64, device="cuda") for _ in range(size)]
+    addresses = torch.tensor([box.data_ptr() for box in boxes], device="cuda")
+    given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+    ranks: list[DecodeOne] = []
+    streams: list[Any] = [torch.cuda.Stream() for _ in range(size)]  # type: ignore[no-untyped-call]
+    for rank in range(size):
+        split = Split(shape, rank, size)
+        weights = Weights.load(split.shape, SplitWeights(source, split), DEVICE, torch.bfloat16, split)
+        heads = slice(rank * split.shape.num_kv_heads, (rank + 1) * split.shape.num_kv_heads)
+        caches = Caches(*(cache[:, :, heads].contiguous() for cache in (whole._caches.keys, whole._caches.values)))
+        ranks.append(
+            DecodeOne(
+                split.shape, weights, caches,
+                boxes=Boxes(rank, size, addresses, given_up), blocks=H100_BLOCKS // size,
+            )
+        )  # fmt: skip
+    last = torch.zeros(1, dtype=torch.int64, device="cuda")
+    try:
+        for position in range(300, 340):
+            token, where = (torch.tensor([value], device="cuda") for value in (int(ids[position]), position))
+            torch.cuda.synchronize()
+            parts = []
+            for kernel, stream in zip(ranks, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    parts.append(kernel(token, where, last))
+            deadline = time.monotonic() + 10
+            while not all(stream.query() for stream in streams):
+                if time.monotonic() > deadline:
+                    given_up[0] = 1
+                    pytest.fail("the ranks wait for each other")
+            found = torch.cat([part[0] for part in parts])[: shape.vocab_size].double()
+            wanted = torch.from_numpy(whole.decode(ids[position : position + 1], np.array([position]))[0]).double()
+            cosine = torch.nn.functional.cosine_similarity(found.cpu(), wanted, dim=0).item()
+            assert cosine > (0.99 if is_fp8 else 0.99999), position
+    finally:
+        whole.close()
+
+
+@pytest.mark.skipif(not HAS_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.gpu
+def test_a_rank_whose_others_are_gone_can_be_told_not_to_wait() -> None:
+    shape = SHAPES["qk norm, tied"]
+    source, split = RandomWeights(shape, is_fp8=True, has_qkv_bias=True), Split(shape, 0, 2)
+    weights = Weights.load(split.shape, SplitWeights(source, split), DEVICE, torch.bfloat16, split)
+    own = split.shape
+    size = (own.num_layers, 1, own.num_kv_heads, own.max_seq_len, own.head_dim)
+    caches = Caches(*(torch.zeros(size, dtype=torch.bfloat16, device="cuda") for _ in range(2)))
+    boxes = [torch.zeros(box_bytes(shape, 2) // 8, dtype=torch.int64, device="cuda") for _ in range(2)]
+    given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+    addresses = torch.tensor([box.data_ptr() for box in boxes], device="cuda")
+    kernel = DecodeOne(own, weights, caches, boxes=Boxes(0, 2, addresses, given_up))
+    zero = torch.zeros(1, dtype=torch.int64, device="cuda")
+    done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    kernel(zero, zero, zero)
+    done.record()
+    time.sleep(0.5)
+    assert not done.query(), "it didn't wait"
+    given_up[0] = 1
+    deadline = time.monotonic() + 10
+    while not done.query():
+        assert time.monotonic() < deadline, "it still waits"

@@ -14,7 +14,10 @@ from pathlib import Path
 import torch
 
 from ensemble.cuda_layout import DecoderShape
+from ensemble.engine.runners.cuda.attending import Caches
+from ensemble.engine.runners.cuda.boxes import Boxes
 from ensemble.engine.runners.cuda.launcher import shared_bytes
+from ensemble.engine.runners.cuda.layers import Layer, Weights
 from ensemble.engine.runners.cuda.nvrtc import Kernel
 
 SOURCE = Path(__file__).parent / "kernels" / "decode_one.cu"
@@ -97,50 +100,24 @@ def reason_against(shape: DecoderShape, fp8: Sequence[bool], device: torch.devic
     return None
 
 
-@dataclass(frozen=True)
-class LayerTensors:
-    """A layer's tensors, in the order of the source's `Layer`; None where there is none. Caches are slot 0's."""
-
-    attention_norm: torch.Tensor
-    mlp_norm: torch.Tensor
-    qk_norms: torch.Tensor | None
-    matrices: Sequence[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]  # weight, scale, bias
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def addresses(self) -> list[int]:
-        """Where each begins; 0 for what isn't there."""
-        tensors = [self.attention_norm, self.mlp_norm, self.qk_norms]
-        tensors += [tensor for matrix in self.matrices for tensor in matrix]
-        return [0 if tensor is None else tensor.data_ptr() for tensor in [*tensors, self.keys, self.values]]
-
-
 class DecodeOne:
-    """The kernel for one decoder and its caches: none of the tensors may move while it lives.
+    """The kernel for one decoder and its caches: none of their tensors may move while it lives.
 
     Args:
-        head: [vocab_size, hidden_size] bfloat16, as `embedding`.
-        norm: [hidden_size] bfloat16, the last norm's weights.
-        cos, sin: [max_seq_len, head_dim / 2] float32.
+        shape, weights, caches: in bfloat16, matrices all FP8 or none; of a model on several GPUs, this rank's part.
+        boxes: of `box_bytes`, where the model is on several GPUs: all ranks must make the same calls.
+        blocks: as many as the GPU has multiprocessors, unless tests want two kernels side by side.
 
     Raises:
         KernelError: the kernel can't be compiled or loaded.
     """
 
     def __init__(
-        self,
-        shape: DecoderShape,
-        layers: Sequence[LayerTensors],
-        *,
-        embedding: torch.Tensor,
-        norm: torch.Tensor,
-        head: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        is_fp8: bool,
+        self, shape: DecoderShape, weights: Weights, caches: Caches, *, boxes: Boxes, blocks: int | None = None
     ) -> None:
-        device = embedding.device
-        self._blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        device, head = weights.embedding.device, weights.head.weight
+        is_fp8 = weights.layers[0].qkv.is_fp8
+        self._blocks = blocks or torch.cuda.get_device_properties(device).multi_processor_count
         memory = Memory.of(shape, is_fp8=is_fp8, blocks=self._blocks, limit=shared_bytes(device))
         macros = {
             "HIDDEN": shape.hidden_size,
@@ -148,7 +125,9 @@ class DecodeOne:
             "HEADS": shape.num_heads,
             "KV_HEADS": shape.num_kv_heads,
             "HEAD_DIM": shape.head_dim,
-            "VOCAB": shape.vocab_size,
+            "VOCAB": len(head),
+            "RANK": boxes.rank,
+            "RANKS": boxes.size,
             "LAYERS": shape.num_layers,
             "MAX_SEQ_LEN": shape.max_seq_len,
             "FP8": int(is_fp8),
@@ -163,23 +142,42 @@ class DecodeOne:
             "SCRATCH_BYTES": memory.scratch_bytes,
         }
         self._kernel = Kernel(SOURCE.read_text("utf-8"), "decode_one", macros, shared_bytes=memory.total)
-        self._layers = layers  # keeps what the table points to
-        table = [address for layer in layers for address in layer.addresses()]
-        self._table = torch.tensor(table, dtype=torch.int64, device=device)
-        self._weights = [embedding, norm, head, cos, sin]
-        self._work = torch.zeros(_work_bytes(shape, self._blocks) // 4, dtype=torch.int32, device=device)
-        self._logits = torch.empty(1, shape.vocab_size, dtype=torch.float32, device=device)
+        self._held = weights, caches  # what the table points to
+        table = [
+            address
+            for index, layer in enumerate(weights.layers)
+            for address in _addresses(layer, caches.keys[index, 0], caches.values[index, 0])
+        ]
+        table_tensor = torch.tensor(table, dtype=torch.int64, device=device)
+        work = torch.zeros(_work_bytes(shape, self._blocks) // 4, dtype=torch.int32, device=device)
+        self._logits = torch.empty(1, len(head), dtype=torch.float32, device=device)
+        self._arguments = [
+            weights.embedding, weights.norm, head, weights.cos, weights.sin, table_tensor, work, boxes.addresses,
+            boxes.given_up, self._logits,
+        ]  # fmt: skip
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, last_tokens: torch.Tensor) -> torch.Tensor:
-        """As `Decoder.decode` for slot 0: logits [1, vocab_size] float32, overwritten by the next call."""
-        arguments = [ids, last_tokens, positions, *self._weights, self._table, self._work, self._logits]
+        """As `Decoder.decode` for slot 0: logits [1, len(head)] float32, overwritten by the next call."""
+        arguments = [ids, last_tokens, positions, *self._arguments]
         self._kernel.launch(self._blocks, 32 * (WARPS + 1), arguments)
         return self._logits
+
+
+def _addresses(layer: Layer, keys: torch.Tensor, values: torch.Tensor) -> list[int]:
+    """Where its tensors begin, in the order of the source's `Layer`; 0 for what isn't there."""
+    tensors = [layer.attention_norm, layer.mlp_norm, layer.qk_norms]
+    tensors += [tensor for linear in layer.matrices for tensor in (linear.weight, linear.scale, linear.bias)]
+    return [0 if tensor is None else tensor.data_ptr() for tensor in [*tensors, keys, values]]
+
+
+def box_bytes(shape: DecoderShape, num_ranks: int) -> int:
+    """Of a rank's box: two words of eight bytes for each rank and element of the hidden state."""
+    return 2 * num_ranks * shape.hidden_size * 8
 
 
 def _work_bytes(shape: DecoderShape, blocks: int) -> int:
     splits = blocks // shape.num_kv_heads
     qkv = shape.q_size + 2 * shape.kv_size
     partial = splits * shape.num_heads * (shape.head_dim + 2)
-    sync = 2 + shape.num_kv_heads
+    sync = 3 + shape.num_kv_heads
     return 4 * (qkv + shape.q_size + shape.hidden_size + shape.intermediate_size + partial + sync)

@@ -13,13 +13,14 @@ import triton
 
 from ensemble.cuda_layout import DecoderShape
 from ensemble.engine.runners.cuda.attending import Attention, Caches
+from ensemble.engine.runners.cuda.boxes import Boxes
 from ensemble.engine.runners.cuda.buffers import Prompts
-from ensemble.engine.runners.cuda.decode_one import DecodeOne, LayerTensors, reason_against
+from ensemble.engine.runners.cuda.decode_one import DecodeOne, box_bytes, reason_against
+from ensemble.engine.runners.cuda.driver import KernelError
 from ensemble.engine.runners.cuda.group import Group
 from ensemble.engine.runners.cuda.kernels import rows
 from ensemble.engine.runners.cuda.launcher import Launcher
 from ensemble.engine.runners.cuda.layers import Layer, Weights
-from ensemble.engine.runners.cuda.nvrtc import KernelError
 from ensemble.engine.runners.cuda.one_row import OneRow
 from ensemble.engine.runners.cuda.plan import Plan
 from ensemble.engine.runners.cuda.products import Parts, Products
@@ -73,41 +74,38 @@ class Decoder:
             arrived: [slots, kv_heads] int32 zeros, and zeros again afterwards.
         """
         if len(ids) == 1 and self._one is not None:
-            return self._one(ids, positions, last_tokens)
+            return self._joined(self._one(ids, positions, last_tokens))
         hidden = self._embed(ids, last_tokens)
         if len(ids) == 1 and self.plan.gemv:
             return self._joined(self.one_row(hidden, positions, caches, arrived))
         return self._decode_many(hidden, positions, caches, arrived)
 
     def prepare(self, caches: Caches) -> None:
-        """Compile the single kernel of batch 1 for these caches, if it can run here; else batch 1 takes several."""
+        """Compile the single kernel of batch 1 for these caches, if it can run here; else batch 1 takes several.
+
+        The ranks of a group call it together, and none has the kernel unless all have.
+        """
         weights, device, dtype = self.weights, self.launch.device, self.launch.dtype
         is_fp8 = [linear.is_fp8 for layer in weights.layers for linear in layer.matrices]
-        reason: str | None = None
-        if self._group is not None:
-            reason = "the decoder is split over several GPUs"
-        elif not self.plan.gemv:
-            reason = "the plan has no kernels for one row"
-        else:
-            reason = reason_against(self.shape, is_fp8, device, dtype)
-        if reason is None:
-            layers = [
-                LayerTensors(
-                    layer.attention_norm, layer.mlp_norm, layer.qk_norms,
-                    [(linear.weight, linear.scale, linear.bias) for linear in layer.matrices],
-                    caches.keys[index, 0], caches.values[index, 0],
-                )
-                for index, layer in enumerate(weights.layers)
-            ]  # fmt: skip
+        reason = reason_against(self.shape, is_fp8, device, dtype) if self.plan.gemv else "the plan is for many rows"
+        if self._agreed(reason is None):
             try:
-                self._one = DecodeOne(
-                    self.shape, layers, embedding=weights.embedding, norm=weights.norm, head=weights.head.weight,
-                    cos=weights.cos, sin=weights.sin, is_fp8=all(is_fp8),
-                )  # fmt: skip
+                self._one = DecodeOne(self.shape, weights, caches, boxes=self._boxes())
             except KernelError as error:
                 reason = str(error)
-        if reason is not None:
-            log.info("batch 1 runs by several kernels: %s", reason)
+            if not self._agreed(self._one is not None):
+                self._one = None
+        if self._one is None:
+            log.info("batch 1 runs by several kernels: %s", reason or "another rank can't do otherwise")
+
+    def _boxes(self) -> Boxes:
+        if self._group is None:
+            return Boxes.alone(self.launch.device)
+        return self._group.boxes(box_bytes(self.shape, self._group.split.size))
+
+    def _agreed(self, is_so: bool) -> bool:
+        """Whether it is so on every rank."""
+        return is_so if self._group is None else self._group.agreed(is_so)
 
     def prefill(self, prompts: Prompts, caches: Caches) -> torch.Tensor:
         """Several slots' chunks, packed: logits [len(last_rows), vocab_size] float32 of their last tokens."""

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ensemble.cuda_split import Split
+from ensemble.engine.runners.cuda.boxes import Boxes, SharedBoxes
 
 
 class Group:
@@ -39,6 +40,8 @@ class Group:
         self._device, self._rendezvous, self._meet = device, rendezvous, meet
         self._timeout = timedelta(seconds=timeout_s)
         self._is_invariant = is_invariant
+        self._shared: SharedBoxes | None = None
+        self._given_up = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
 
     def join(self) -> None:
         """Connect with the other ranks."""
@@ -55,13 +58,35 @@ class Group:
 
     def leave(self) -> None:
         """Disconnect; a second call does nothing."""
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def abort(self) -> None:
         """Disconnect from ranks that are gone: what waits for them, in any thread, goes on or fails."""
+        self._given_up[0] = 1
         if dist.is_initialized() and self._device.type == "cuda":  # gloo fails by itself
             dist.distributed_c10d._abort_process_group()
+
+    def agreed(self, is_so: bool) -> bool:
+        """Whether it is so on every rank; waits."""
+        answer = torch.tensor([is_so], dtype=torch.int32, device=self._device)
+        dist.all_reduce(answer, dist.ReduceOp.MIN)
+        return bool(answer.item())
+
+    def boxes(self, num_bytes: int) -> Boxes:
+        """Memory of every rank that all ranks' kernels reach, until `leave`.
+
+        Raises:
+            KernelError: one GPU can't reach another's memory.
+        """
+        rank = self.split.rank
+        self._shared = SharedBoxes(
+            rank, num_bytes, self._device, lambda handle: self._gather(handle[None])[:, 0], self._given_up
+        )
+        return self._shared.boxes
 
     def add(self, part: torch.Tensor) -> None:
         """Replace `part` by the sum of all ranks' parts: the same bits everywhere."""

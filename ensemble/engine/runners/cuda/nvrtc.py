@@ -13,11 +13,9 @@ from pathlib import Path
 
 import torch
 
+from ensemble.engine.runners.cuda.driver import KernelError, call
+
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_…
-
-
-class KernelError(Exception):
-    """A kernel could not be compiled, loaded or launched here; one line."""
 
 
 class Kernel:
@@ -38,32 +36,22 @@ class Kernel:
         options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
         options += [f"-D{macro}={value}" for macro, value in macros.items()]
         image = _compile(source, f"{name}.cu", options)
-        self._driver = ctypes.CDLL("libcuda.so.1")
         self._shared_bytes = shared_bytes
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         torch.cuda.current_stream().synchronize()  # torch's context is this thread's from here on
-        self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), image))
-        self._check(self._driver.cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
-        self._check(
-            self._driver.cuFuncSetAttribute(self._function, MAX_DYNAMIC_SHARED_SIZE_BYTES, ctypes.c_int(shared_bytes))
-        )
+        call("cuModuleLoadData", ctypes.byref(self._module), image)
+        call("cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode())
+        call("cuFuncSetAttribute", self._function, MAX_DYNAMIC_SHARED_SIZE_BYTES, ctypes.c_int(shared_bytes))
 
     def launch(self, blocks: int, threads: int, arguments: Sequence[torch.Tensor]) -> None:
         """Launch on the current stream; every argument is a tensor's address. All blocks run at once, or none."""
         values = [ctypes.c_void_p(tensor.data_ptr()) for tensor in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        self._check(
-            self._driver.cuLaunchCooperativeKernel(
-                self._function, blocks, 1, 1, threads, 1, 1, self._shared_bytes, stream, pointers
-            )
-        )
-
-    def _check(self, result: int) -> None:
-        if result:
-            message = ctypes.c_char_p()
-            self._driver.cuGetErrorString(result, ctypes.byref(message))
-            raise KernelError(f"CUDA's driver: {(message.value or b'unknown error').decode()}")
+        call(
+            "cuLaunchCooperativeKernel",
+            self._function, blocks, 1, 1, threads, 1, 1, self._shared_bytes, stream, pointers,
+        )  # fmt: skip
 
 
 def _compile(source: str, name: str, options: Sequence[str]) -> bytes:

@@ -133,7 +133,7 @@ class Ranks:
             try:
                 rank.pipe.send((name, arguments))
             except OSError as error:
-                self._fail(self._complaint() or f"rank {rank.number} takes no calls: {error}")
+                self._fail(self._first_cause() or f"rank {rank.number} takes no calls: {error}")
                 self.check()
 
     def check(self) -> None:
@@ -163,9 +163,7 @@ class Ranks:
         except Exception as error:
             if not is_launching and isinstance(error, RunnerError):
                 raise
-            # When another rank goes, what this one does fails too: the first cause is the other's.
-            time.sleep(2 * POLL_S)
-            message = self._complaint() or f"rank 0: {one_line(error)}"
+            message = self._first_cause() or f"rank 0: {one_line(error)}"
             self._fail(message)
             raise RunnerError(self._failure or message) from error
         finally:
@@ -210,6 +208,11 @@ class Ranks:
                 self._fail(f"rank {late[0]} isn't {word} after {self._start_s:.0f} s")
                 continue
             time.sleep(POLL_S)
+
+    def _first_cause(self) -> str | None:
+        """When another rank goes, what this one does fails too, maybe before the other is seen to have gone."""
+        time.sleep(2 * POLL_S)
+        return self._complaint()
 
     def _complaint(self) -> str | None:
         with self._lock:

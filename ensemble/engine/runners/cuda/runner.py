@@ -103,9 +103,9 @@ class CudaRunner(PackingRunner):
                 chosen = plan or (INVARIANT if is_invariant else FAST)
                 self._decoder = Decoder(shape, source, chosen, self._device, dtype=dtype, pdl=pdl, group=group)
                 self._allocate(dtype)
-                self._decoder.prepare(self._caches)
                 if group is not None:
                     group.join()
+                self._decoder.prepare(self._caches)
                 self._warm_up()
         except RunnerError:
             self.close()

@@ -19,6 +19,11 @@
 //   BLOCKS       the grid
 //   STAGES STAGE_BYTES KV_BLOCK SCRATCH_BYTES   shared memory, see decode_one.py
 //   IN_FLIGHT    stages that are being copied at most
+//   RANK RANKS   which of how many GPUs this is, if the decoder is split over several
+//
+// Of a decoder that is split, each rank has its heads and its columns of the MLP, so a part of every sum that goes to the
+// residual stream, which all of them keep. A thread sends its part of an element to the same thread of the other ranks,
+// into boxes that all of them can write to, and adds theirs in the order of the ranks.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -70,6 +75,7 @@ struct Layer {
 struct Sync {
     u32 arrived;  // at the grid's barriers
     u32 done;     // blocks that are through
+    u32 summed;   // sums over ranks, by earlier kernels: all ranks' are the same
     u32 heads[KV_HEADS];
 };
 
@@ -81,7 +87,7 @@ struct Work {
     float partial[KV_HEADS][MAX_SPLITS][SHARED_HEADS][HEAD_DIM];
     float maxima[KV_HEADS][MAX_SPLITS][SHARED_HEADS];
     float sums[KV_HEADS][MAX_SPLITS][SHARED_HEADS];
-    Sync sync;  // zeros before and after
+    Sync sync;  // zeros at first, and again after each kernel but for `summed`
 };
 
 // ---- instructions
@@ -134,6 +140,28 @@ __device__ __forceinline__ float load1(const float* p) {
     float v;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
     return v;
+}
+
+__device__ __forceinline__ u32 load1(const u32* p) {
+    u32 v;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+// To another GPU: a number and which sum it belongs to in one store, so whoever finds the one has the other.
+__device__ __forceinline__ void send(u64* word, float number, u32 sum) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"((u64)sum << 32 | __float_as_uint(number))
+                 : "memory");
+}
+
+// Waits until it has come, or nobody is waited for any more.
+__device__ __forceinline__ float receive(const u64* word, u32 sum, const u32* given_up) {
+    u64 found;
+    for (u32 tries = 1;; ++tries) {
+        asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(found) : "l"(word) : "memory");
+        if ((u32)(found >> 32) == sum || (tries % 4096 == 0 && *(const volatile u32*)given_up)) break;
+    }
+    return __uint_as_float((u32)found);
 }
 
 __device__ __forceinline__ float from_bf16(u32 bits) { return __uint_as_float(bits << 16); }
@@ -354,7 +382,10 @@ struct Consumer {
     float* parts;   // [WARPS, PRODUCTS]
     float* shared;  // [2, WARPS]
     Work* work;
+    u64* const* boxes;    // [RANKS], each [2, RANKS, HIDDEN]
+    const u32* given_up;  // not 0: no other rank is waited for
     int thread, warp, lane;
+    u32 summed;  // sums over ranks, so far
     u32 barriers = 0;
 
     // ---- the grid's barrier
@@ -379,6 +410,23 @@ struct Consumer {
             } while (arrived < barriers * BLOCKS);
         }
         consumers_meet();
+    }
+
+    // ---- the other ranks
+
+    // `part` of a row, summed over all ranks. Two halves of a box take turns: when a rank sends to the one again, it has
+    // what the others sent to the other half after they had read the first.
+    __device__ __forceinline__ float over_ranks(float part, int row) const {
+        if (RANKS == 1) return part;
+        const int half = summed % 2 * RANKS * HIDDEN + row;
+#pragma unroll
+        for (int rank = 0; rank < RANKS; ++rank)
+            if (rank != RANK) send(boxes[rank] + half + RANK * HIDDEN, part, summed);
+        float sum = 0.0f;
+#pragma unroll
+        for (int rank = 0; rank < RANKS; ++rank)
+            sum += rank == RANK ? part : receive(boxes[RANK] + half + rank * HIDDEN, summed, given_up);
+        return sum;
     }
 
     // ---- activations
@@ -856,11 +904,13 @@ struct Consumer {
                                                 float& residual) {
         const bool is_mine = thread < hidden.count;
         const Affine affine = affine_of(matrix, hidden.first + thread, is_mine);
+        ++summed;
         wait_for_grid();
         const float scale = put_scaled<K>(source);
         stages<K, FP8>(hidden.count);
         if (is_mine) {
-            residual += product<K, FP8>(thread) * (affine.scale * scale) + affine.shift;
+            const float part = product<K, FP8>(thread) * (affine.scale * scale);
+            residual += over_ranks(part, hidden.first + thread) + affine.shift;
             work->hidden[hidden.first + thread] = residual;
         }
         arrive_at_grid();
@@ -951,7 +1001,8 @@ struct Consumer {
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     decode_one(const i64* ids, const i64* last_tokens, const i64* positions, const u16* embedding, const u16* last_norm,
-               const u8* head, const float* cos, const float* sin, const Layer* layers, Work* work, float* logits) {
+               const u8* head, const float* cos, const float* sin, const Layer* layers, Work* work, u64* const* boxes,
+               const u32* given_up, float* logits) {
     extern __shared__ __align__(128) u8 memory[];
     u8* scratch = memory + STAGES * STAGE_BYTES;
     float* parts = (float*)(scratch + SCRATCH_BYTES);
@@ -978,7 +1029,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         return;
     }
     const i64 id = ids[0], token = id < 0 ? last_tokens[0] : id;
-    Consumer consumer{ring, scratch, parts, shared, work, (int)threadIdx.x, warp, lane};
+    const u32 summed = RANKS > 1 ? load1(&work->sync.summed) : 0;
+    Consumer consumer{ring, scratch, parts, shared, work, boxes, given_up, (int)threadIdx.x, warp, lane, summed};
     consumer.run(layers, embedding, last_norm, cos, sin, (int)position, token, logits);
     if (threadIdx.x == 0) {  // the last block leaves the barrier as it was found
         u32 before;
@@ -986,6 +1038,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         if (before == BLOCKS - 1) {
             work->sync.arrived = 0;
             work->sync.done = 0;
+            work->sync.summed += 2 * LAYERS;
         }
     }
 }

@@ -1,0 +1,107 @@
+"""Memory in which the kernels of one model's ranks leave numbers for each other: a box on each GPU, open to all.
+
+The memory and its addresses alone; what is left in it, and when, is the kernels' business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ensemble.engine.runners.cuda.driver import KernelError, call
+
+LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+
+
+class _Handle(ctypes.Structure):
+    """CUipcMemHandle: names memory of one process for another."""
+
+    _fields_ = [("reserved", ctypes.c_ubyte * 64)]
+
+
+HANDLE_BYTES = ctypes.sizeof(_Handle)
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """All ranks' boxes, as kernels of rank `rank` of `size` find them.
+
+    addresses: [size] int64, on the device. given_up: [1] int32, page-locked on the host: not 0 once nobody should wait
+    for the others any more.
+    """
+
+    rank: int
+    size: int
+    addresses: torch.Tensor
+    given_up: torch.Tensor
+
+    @classmethod
+    def alone(cls, device: torch.device) -> Boxes:
+        """Of a model on one GPU, which leaves nothing to anybody."""
+        return cls(0, 1, torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int32))
+
+
+class SharedBoxes:
+    """This rank's box, and the others', each in a process and on a GPU of its own.
+
+    Args:
+        num_bytes: of each box; zeros at first.
+        exchange: this rank's handle [HANDLE_BYTES] uint8 → all ranks' [size, HANDLE_BYTES]. Called once, whatever
+            fails: all ranks must call it.
+        given_up: as Boxes'.
+
+    Raises:
+        KernelError: there is no memory, or one GPU can't reach another's.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        num_bytes: int,
+        device: torch.device,
+        exchange: Callable[[torch.Tensor], torch.Tensor],
+        given_up: torch.Tensor,
+    ) -> None:
+        self._device, self._own, self._opened = device, ctypes.c_uint64(), list[ctypes.c_uint64]()
+        handle, failure = _Handle(), None
+        torch.cuda.synchronize(device)  # torch's context is this thread's from here on
+        try:
+            call("cuMemAlloc_v2", ctypes.byref(self._own), ctypes.c_size_t(num_bytes))
+            call("cuMemsetD8_v2", self._own, ctypes.c_ubyte(0), ctypes.c_size_t(num_bytes))
+            call("cuIpcGetMemHandle", ctypes.byref(handle), self._own)
+        except KernelError as error:
+            failure = error
+        torch.cuda.synchronize(device)
+        handles = exchange(torch.tensor(list(handle.reserved), dtype=torch.uint8, device=device)).cpu()
+        try:
+            if failure is not None:
+                raise failure
+            addresses = [self._own.value if other == rank else self._open(row) for other, row in enumerate(handles)]
+        except KernelError:
+            self.close()
+            raise
+        self.boxes = Boxes(rank, len(handles), torch.tensor(addresses, dtype=torch.int64, device=device), given_up)
+
+    def close(self) -> None:
+        """Give the memory back; no kernel may use it any more. A second call does nothing."""
+        with torch.cuda.device(self._device):
+            torch.cuda.synchronize()
+            for address in self._opened:
+                with contextlib.suppress(KernelError):
+                    call("cuIpcCloseMemHandle", address)
+            if self._own.value:
+                with contextlib.suppress(KernelError):
+                    call("cuMemFree_v2", self._own)
+        self._opened.clear()
+        self._own.value = 0
+
+    def _open(self, row: torch.Tensor) -> int:
+        handle, address = _Handle(), ctypes.c_uint64()
+        ctypes.memmove(ctypes.byref(handle), bytes(row.tolist()), HANDLE_BYTES)
+        call("cuIpcOpenMemHandle_v2", ctypes.byref(address), handle, ctypes.c_uint(LAZY_PEER_ACCESS))
+        self._opened.append(address)
+        return address.value
