@@ -6,6 +6,7 @@ reads its weights once for all rows: there many slots cost little, and a chunk o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from builders.cuda import decoder_shape
@@ -18,29 +19,33 @@ from ensemble.settings import EngineSettings
 
 CUDA_SLOTS = 64
 CUDA_CACHE_BYTES = 32 * 2**30  # the most that default slots take of a GPU; the runner tells what really fits
-CUDA_PREFILL_CHUNK = 2048
-# So many decodes at batch 1 are as long as one such chunk (benchmarks/results/decode-gpu.json: 29.5 over 3.02 ms).
-CUDA_MAX_PREFILL_STALL = 10.0
+CUDA_PREFILL_CHUNK = 8192  # of several prompts: what serving needs to keep an H100 busy (benchmarks/serving_gpu.py)
+CUDA_MAX_PREFILL_STALL = 10.0  # beside running sequences it is then some 2,000 tokens at batch 1, 4,000 at 64
 
 
 def engine_settings(options: BuildOptions, spec: ModelSpec, max_seq_len: int) -> EngineSettings:
     """The settings that `options` ask for, with its target's defaults for the others.
 
     Raises:
-        BuildError: the chunk that was asked for is longer than a sequence, or the model can't be split over so many
-            GPUs.
+        BuildError: the chunk that was asked for is longer than what can be in it, or the model can't be split over so
+            many GPUs.
     """
-    defaults: dict[str, Any] = {"prefill_chunk": min(EngineSettings.prefill_chunk, max_seq_len)}
+    defaults: dict[str, Any] = {}
+    chunk = EngineSettings.prefill_chunk
     if options.target == "cuda":
         one_slot = _split(options, spec, max_seq_len).shape.cache_bytes(1)
         defaults = {
             "num_slots": max(1, min(CUDA_SLOTS, CUDA_CACHE_BYTES // one_slot)),
-            "prefill_chunk": min(CUDA_PREFILL_CHUNK, max_seq_len),
             "max_prefill_stall": CUDA_MAX_PREFILL_STALL,
         }
+        chunk = CUDA_PREFILL_CHUNK
     settings = EngineSettings(**{**defaults, **options.settings})
-    if settings.prefill_chunk > max_seq_len:
-        raise BuildError(f"prefill_chunk is {settings.prefill_chunk}, must be at most max_seq_len {max_seq_len}")
+    limit = settings.prefill_limit(options.target, max_seq_len)
+    if "prefill_chunk" not in options.settings:
+        return replace(settings, prefill_chunk=min(chunk, limit))
+    if settings.prefill_chunk > limit:
+        of = f"max_seq_len {max_seq_len}" if limit == max_seq_len else f"num_slots x max_seq_len, {limit}"
+        raise BuildError(f"prefill_chunk is {settings.prefill_chunk}, must be at most {of}")
     return settings
 
 

@@ -26,7 +26,10 @@ TASKS = ("generate", "score")
 # Engine settings that a build may be told: their type, and what they are.
 ENGINE_OPTIONS: dict[str, tuple[type, str]] = {
     "num_slots": (int, "sequences generated at once (default: 8; for cuda 64, fewer where their caches exceed 32 GiB)"),
-    "prefill_chunk": (int, "prompt tokens computed in one step (default: 64; for cuda 2048; at most max-seq-len)"),
+    "prefill_chunk": (
+        int,
+        "prompt tokens computed in one step (default: 64, at most max-seq-len; for cuda 8192, of several prompts)",
+    ),
     "max_prefill_stall": (float, "decodes that a step's prefill may last beside them (default: 1.5; for cuda 10)"),
     "num_threads": (int, "threads of the engine; 0: one for each core (default: 0)"),
     "batch_invariant": (bool, "for cuda: a text doesn't depend on what runs beside it; slower"),

@@ -24,7 +24,7 @@ class EngineSettings:
     """How an engine runs.
 
     num_slots: sequences in flight at once.
-    prefill_chunk: prompt tokens in one step while nothing else runs.
+    prefill_chunk: prompt tokens in one step while nothing else runs; several sequences' where the target packs prompts.
     max_prefill_stall: beside running sequences a step computes so much of the prompts as takes this many times as long
         as their next token.
     prefix_reuse: what of a finished sequence's cache a later prompt may begin with: "prompt" what was computed as a
@@ -90,6 +90,10 @@ class EngineSettings:
                     f"build for target {' or '.join(targets)}"
                 )
 
+    def prefill_limit(self, target: str, max_seq_len: int) -> int:
+        """The most tokens that `prefill_chunk` may be: all slots' where the target packs prompts, else one's."""
+        return max_seq_len * (self.num_slots if target in _PACKING else 1)
+
     def to_parameters(self) -> dict[str, str]:
         """These settings as the text values of config.pbtxt's `parameters`."""
         return {name: _text(value) for name, value in asdict(self).items()}
@@ -140,6 +144,7 @@ _INTEGERS = {
 _NUMBERS = {"max_prefill_stall": "a number", "cancel_after_s": "a number of seconds"}
 _BOOLEANS = ("batch_invariant",)
 _TARGETS = {"batch_invariant": ("cuda",), "tensor_parallel_size": ("cuda",)}  # that only these targets have
+_PACKING = ("cuda",)  # targets that compute several slots' prompts at once
 _KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
     **dict.fromkeys(_INTEGERS, (int, "an integer")),
     **dict.fromkeys(_NUMBERS, (float, "a number")),
