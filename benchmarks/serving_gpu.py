@@ -27,6 +27,7 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from benchmarks.machine import describe
+from builders.defaults import CUDA_MAX_PREFILL_STALL, CUDA_PREFILL_CHUNK
 from ensemble.server import TritonServer
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +36,12 @@ PROMPT, ANSWER, LONG_ANSWER = 512, 128, 512  # tokens
 STREAMS = (64, 128)
 ROUNDS = 3
 TARGETS = {"time between tokens, 1 stream, over the runner's": 1.05, "tokens/s over the runner's": 0.9}
-SETTINGS = {"num_slots": max(STREAMS), "prefill_chunk": 8192, "max_prefill_stall": 50.0}
+# But for the slots what a build for target cuda has by default.
+SETTINGS = {
+    "num_slots": max(STREAMS),
+    "prefill_chunk": CUDA_PREFILL_CHUNK,
+    "max_prefill_stall": CUDA_MAX_PREFILL_STALL,
+}
 MODEL = """\
 from benchmarks.decode_gpu import SHAPE
 from ensemble.engine.runners.cuda.runner import CudaRunner
@@ -58,7 +64,7 @@ ALONE = """
 import json, sys
 from benchmarks import decode_gpu as gpu
 runner = gpu.CudaRunner(gpu.RandomWeights(gpu.SHAPE, is_fp8=True, has_qkv_bias=True), gpu.SHAPE, num_slots={slots},
-                        prefill_chunk=8192)
+                        prefill_chunk={chunk})
 print(json.dumps({{"time_between_tokens_ms": gpu.time_between_tokens(runner) * 1e3,
                   "tokens_per_s": {{n: gpu.tokens_per_second(runner, n) for n in {streams}}}}}))
 """
@@ -136,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("name")
     arguments = parser.parse_args(argv)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    program = ALONE.format(slots=max(STREAMS), streams=STREAMS)
+    program = ALONE.format(slots=max(STREAMS), streams=STREAMS, chunk=CUDA_PREFILL_CHUNK)
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, timeout=240)
     alone = json.loads(done.stdout.splitlines()[-1])
     print("alone:", alone, flush=True)

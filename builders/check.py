@@ -198,8 +198,7 @@ def _check_engine(directory: Path, version_dir: Path, config: ModelConfig) -> It
         value, limit = getattr(settings, name), manifest.engine.get(name)
         if limit is not None and value > limit:
             yield Problem(where, f"parameters: {name} is {value}, the plan was built for {limit}: lower it")
-    max_seq_len = manifest.max_seq_len
-    if settings.prefill_chunk > (most := settings.prefill_limit(manifest.target, max_seq_len)):
-        of = f"the engine's max_seq_len, {most}" if most == max_seq_len else f"all slots' max_seq_len, {most}"
-        what = f"parameters: prefill_chunk is {settings.prefill_chunk}, must be at most {of}"
-        yield Problem(where, what)
+    try:
+        settings.check_prefill_chunk(manifest.target, manifest.max_seq_len)
+    except SettingsError as error:
+        yield Problem(where, f"parameters: {error}")

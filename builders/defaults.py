@@ -15,7 +15,7 @@ from builders.options import BuildOptions
 from builders.spec import ModelSpec
 from ensemble.cuda_layout import LayoutError
 from ensemble.cuda_split import Split
-from ensemble.settings import EngineSettings
+from ensemble.settings import EngineSettings, SettingsError
 
 CUDA_SLOTS = 64
 CUDA_CACHE_BYTES = 32 * 2**30  # the most that default slots take of a GPU; the runner tells what really fits
@@ -40,12 +40,12 @@ def engine_settings(options: BuildOptions, spec: ModelSpec, max_seq_len: int) ->
         }
         chunk = CUDA_PREFILL_CHUNK
     settings = EngineSettings(**{**defaults, **options.settings})
-    limit = settings.prefill_limit(options.target, max_seq_len)
     if "prefill_chunk" not in options.settings:
-        return replace(settings, prefill_chunk=min(chunk, limit))
-    if settings.prefill_chunk > limit:
-        of = f"max_seq_len {max_seq_len}" if limit == max_seq_len else f"num_slots x max_seq_len, {limit}"
-        raise BuildError(f"prefill_chunk is {settings.prefill_chunk}, must be at most {of}")
+        return replace(settings, prefill_chunk=min(chunk, settings.prefill_limit(options.target, max_seq_len)))
+    try:
+        settings.check_prefill_chunk(options.target, max_seq_len)
+    except SettingsError as error:
+        raise BuildError(str(error)) from error
     return settings
 
 

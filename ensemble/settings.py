@@ -94,6 +94,16 @@ class EngineSettings:
         """The most tokens that `prefill_chunk` may be: all slots' where the target packs prompts, else one's."""
         return max_seq_len * (self.num_slots if target in _PACKING else 1)
 
+    def check_prefill_chunk(self, target: str, max_seq_len: int) -> None:
+        """Can a step of an engine of `target` hold so many tokens?
+
+        Raises:
+            SettingsError: `prefill_chunk` is more than `prefill_limit`.
+        """
+        if self.prefill_chunk > (limit := self.prefill_limit(target, max_seq_len)):
+            of = f"max_seq_len {limit}" if limit == max_seq_len else f"num_slots x max_seq_len, {limit}"
+            raise SettingsError(f"prefill_chunk is {self.prefill_chunk}, must be at most {of}")
+
     def to_parameters(self) -> dict[str, str]:
         """These settings as the text values of config.pbtxt's `parameters`."""
         return {name: _text(value) for name, value in asdict(self).items()}

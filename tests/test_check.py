@@ -255,7 +255,7 @@ EDITS: dict[str, tuple[str, Edit, list[tuple[str, str]]]] = {
     "prefill_chunk": (
         "m-engine",
         lambda c: setattr(c.parameters["prefill_chunk"], "string_value", "129"),
-        [("m-engine/config.pbtxt: parameters: prefill_chunk is 129", "max_seq_len, 128")],
+        [("m-engine/config.pbtxt: parameters: prefill_chunk is 129", "max_seq_len 128")],
     ),
     "a setting of another target": (
         "m-engine",

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +19,14 @@ from tests.cuda_device import DEVICE, DTYPE, HAS_GPU  # isort: skip  # before tr
 from ensemble.cuda_layout import DecoderShape
 from ensemble.engine.runners.base import Draw, PromptChunk
 from ensemble.engine.runners.cuda.attending import Caches
+from ensemble.engine.runners.cuda.boxes import Boxes, RowBoxes
 from ensemble.engine.runners.cuda.buffers import Prompts
 from ensemble.engine.runners.cuda.decoder import Decoder
 from ensemble.engine.runners.cuda.kernels import sampling
+from ensemble.engine.runners.cuda.launcher import Launcher
 from ensemble.engine.runners.cuda.layers import Linear
 from ensemble.engine.runners.cuda.plan import FAST, INVARIANT, Gemv
-from ensemble.engine.runners.cuda.products import Parts, Rows
+from ensemble.engine.runners.cuda.products import Parts, Products, Rows
 from ensemble.engine.runners.cuda.prompts import pack
 from ensemble.engine.runners.cuda.weights import RandomWeights
 from tests.cuda_reference import rms_norm, rotate, round_rows
@@ -142,6 +146,45 @@ def test_the_residual_takes_in_the_parts_and_is_normed(is_fp8: bool) -> None:
         assert error(normed.values, exact) < TOLERANCE
     else:
         assert error(normed.values.double() * normed.scale.double()[:, None], round_rows(exact)) < 3e-3
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU")
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_residual_takes_in_the_parts_of_all_ranks(size: int) -> None:
+    """All on one GPU, each on its stream; again and again, with other numbers of rows."""
+    width = 3584
+    boxes = [torch.zeros(RowBoxes.num_bytes(size, width) // 8, dtype=torch.int64, device=DEVICE) for _ in range(size)]
+    addresses = torch.tensor([box.data_ptr() for box in boxes], device=DEVICE)
+    given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+    streams: list[Any] = [torch.cuda.Stream() for _ in range(size)]  # type: ignore[no-untyped-call]
+    ranks = [Products(Launcher(DEVICE, DTYPE, pdl=False), FAST, 1e-5) for _ in range(size)]
+    for rank, products in enumerate(ranks):
+        products.row_boxes = RowBoxes.of(Boxes(rank, size, addresses, given_up), 0)
+    bias, norm = random(width, seed=2), random(width, seed=3)
+    given_up[0] = 1  # a kernel may not be loaded while another waits for it
+    for products in ranks:
+        products.norm(random(1, width), Parts(random(2, 1, width), is_of_rank=True), bias, norm, True)
+    torch.cuda.synchronize()
+    given_up[0] = 0
+    for step, count in enumerate((1, 64, 5, 64, 64, 2, 30)):
+        hidden = [random(count, width, seed=step) for _ in range(size)]
+        parts = [random(2, count, width, seed=10 * step + rank) for rank in range(size)]
+        wanted = hidden[0].double() + sum(part.double().sum(0) for part in parts) + bias.double()
+        torch.cuda.synchronize()
+        found = []
+        for rank, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                found.append(ranks[rank].norm(hidden[rank], Parts(parts[rank], is_of_rank=True), bias, norm, True))
+        deadline = time.monotonic() + 10
+        while not all(stream.query() for stream in streams):
+            if time.monotonic() > deadline:
+                given_up[0] = 1
+                pytest.fail("the ranks wait for each other")
+        for rank in range(size):
+            assert error(hidden[rank], wanted) < 1e-6
+            assert torch.equal(hidden[rank], hidden[0]), "the same bits everywhere"
+            assert torch.equal(found[rank].values.view(torch.uint8), found[0].values.view(torch.uint8))
 
 
 @pytest.mark.parametrize("is_fp8", [True, False])

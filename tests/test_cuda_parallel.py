@@ -341,6 +341,34 @@ def test_the_invariant_mode_holds_over_ranks() -> None:
         assert generate(1) == generate(3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_fp8", [False, True])
+def test_gpus_exchange_their_parts_within_the_kernels(is_fp8: bool) -> None:
+    """Batch 1 in one kernel on each GPU, and few rows, without a collective: step after step as on one GPU."""
+    if GPUS < 2:
+        pytest.skip(f"needs 2 NVIDIA GPUs, there are {GPUS}")
+    shape = replace(
+        SHAPE, hidden_size=1024, intermediate_size=3072, num_heads=16, num_kv_heads=4, head_dim=64, max_seq_len=512
+    )
+    source = Biased(shape, is_fp8=is_fp8)
+    given = options(dtype=torch.bfloat16, prefill_chunk=512)
+    one = CudaRunner(source, shape, **given)
+    prompts = [text(length, length) for length in (300, 7, 40)]
+    with ParallelRunner(source, shape, size=2, **given) as two:
+        decoder = two._runner._decoder
+        assert decoder._one is not None and decoder.products.row_boxes.boxes.size == 2
+        for runner in (one, two):
+            for slot, ids in enumerate(prompts):
+                runner.prefill(slot, ids, 0)
+        for step in range(40):
+            rows = (1, 3, 2)[step % 3]
+            ids, positions = text(rows, step), np.array([len(prompt) + step for prompt in prompts[:rows]])
+            found, wanted = (runner.decode(ids, positions).astype(np.float64) for runner in (two, one))
+            near = (found * wanted).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)
+            assert near.min() > (0.98 if is_fp8 else 0.9995), step
+    one.close()
+
+
 def test_a_single_rank_needs_no_other_and_captures_its_collectives() -> None:
     """With one GPU this is all of NCCL that there is."""
     SHAPES[1] = SHAPE

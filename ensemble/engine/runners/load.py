@@ -20,12 +20,9 @@ def load_runner(directory: Path, settings: EngineSettings) -> tuple[Manifest, Ru
     """
     manifest = Manifest.load(directory)
     manifest.verify(directory)
-    if settings.prefill_chunk > manifest.max_seq_len:
-        raise RunnerError(
-            f"prefill_chunk is {settings.prefill_chunk}, must be at most max_seq_len {manifest.max_seq_len}"
-        )
     try:
         settings.check_target(manifest.target)
+        settings.check_prefill_chunk(manifest.target, manifest.max_seq_len)
     except SettingsError as error:
         raise RunnerError(str(error)) from error
     if manifest.target == "onnx":

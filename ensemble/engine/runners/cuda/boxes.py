@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ensemble.engine.runners.cuda.driver import KernelError, call
 
 LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+MOST_ROWS = 64  # that are summed over ranks by words in boxes; of more, collectives move half the bytes
 
 
 class _Handle(ctypes.Structure):
@@ -41,8 +42,27 @@ class Boxes:
 
     @classmethod
     def alone(cls, device: torch.device) -> Boxes:
-        """Of a model on one GPU, which leaves nothing to anybody."""
-        return cls(0, 1, torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int32))
+        """Of a model on one GPU, whose kernels leave nothing to anybody: none looks at them."""
+        return cls(0, 1, *(torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32)))
+
+
+@dataclass(frozen=True)
+class RowBoxes:
+    """Where all ranks' parts of up to `MOST_ROWS` rows meet: boxes, and [MOST_ROWS] int32, the sums of each so far."""
+
+    boxes: Boxes
+    counts: torch.Tensor
+
+    @classmethod
+    def of(cls, boxes: Boxes, offset: int) -> RowBoxes:
+        """Behind the first `offset` bytes of `boxes`, which hold zeros yet."""
+        counts = torch.zeros(MOST_ROWS, dtype=torch.int32, device=boxes.addresses.device)
+        return cls(replace(boxes, addresses=boxes.addresses + offset), counts)
+
+    @staticmethod
+    def num_bytes(size: int, width: int) -> int:
+        """Of each rank's box, for rows of `width` elements: two words for each rank's, up to a power of two."""
+        return 2 * size * MOST_ROWS * (1 << (width - 1).bit_length()) * 8
 
 
 class SharedBoxes:

@@ -13,7 +13,7 @@ import triton
 
 from ensemble.cuda_layout import DecoderShape
 from ensemble.engine.runners.cuda.attending import Attention, Caches
-from ensemble.engine.runners.cuda.boxes import Boxes
+from ensemble.engine.runners.cuda.boxes import MOST_ROWS, Boxes, RowBoxes
 from ensemble.engine.runners.cuda.buffers import Prompts
 from ensemble.engine.runners.cuda.decode_one import DecodeOne, box_bytes, reason_against
 from ensemble.engine.runners.cuda.driver import KernelError
@@ -87,10 +87,13 @@ class Decoder:
         """
         weights, device, dtype = self.weights, self.launch.device, self.launch.dtype
         is_fp8 = [linear.is_fp8 for layer in weights.layers for linear in layer.matrices]
+        boxes = Boxes.alone(device) if self._group is None else self._share_boxes(self._group)
         reason = reason_against(self.shape, is_fp8, device, dtype) if self.plan.gemv else "the plan is for many rows"
-        if self._agreed(reason is None):
+        if boxes is None:
+            reason = "the ranks share no memory"
+        elif self._agreed(reason is None):
             try:
-                self._one = DecodeOne(self.shape, weights, caches, boxes=self._boxes())
+                self._one = DecodeOne(self.shape, weights, caches, boxes=boxes)
             except KernelError as error:
                 reason = str(error)
             if not self._agreed(self._one is not None):
@@ -98,10 +101,14 @@ class Decoder:
         if self._one is None:
             log.info("batch 1 runs by several kernels: %s", reason or "another rank can't do otherwise")
 
-    def _boxes(self) -> Boxes:
-        if self._group is None:
-            return Boxes.alone(self.launch.device)
-        return self._group.boxes(box_bytes(self.shape, self._group.split.size))
+    def _share_boxes(self, group: Group) -> Boxes | None:
+        """One box a rank: the single kernel's words, then those of rows."""
+        size, width = group.split.size, self.shape.hidden_size
+        own = box_bytes(self.shape, size)
+        boxes = group.boxes(own + RowBoxes.num_bytes(size, width))
+        if boxes is not None and size > 1:
+            self.products.row_boxes = RowBoxes.of(boxes, own)
+        return boxes
 
     def _agreed(self, is_so: bool) -> bool:
         """Whether it is so on every rank."""
@@ -166,14 +173,17 @@ class Decoder:
         self, hidden: torch.Tensor, parts: Parts | None, bias: torch.Tensor | None, chosen: torch.Tensor | None
     ) -> torch.Tensor:
         if chosen is not None and parts is not None:
-            parts = Parts(parts.tensor[:, chosen])
+            of_chosen = Parts(parts.tensor[:, chosen], parts.is_of_rank)
+            parts = self._summed(of_chosen) if parts.is_of_rank else of_chosen
         normed = self.products.norm(hidden, parts, bias, self.weights.norm, False, chosen)
         return self._joined(self.products.head(normed, self.weights.head))
 
     def _summed(self, parts: Parts) -> Parts:
-        """A product of this rank's columns → of all ranks'."""
+        """A product of this rank's columns → of all ranks', or, of few rows, what the norm that reads it sums up."""
         if self._group is None:
             return parts
+        if self.products.row_boxes.boxes.size > 1 and parts.tensor.shape[1] <= MOST_ROWS:
+            return Parts(parts.tensor, is_of_rank=True)
         return Parts(self._group.sum_parts(parts.tensor)[None])
 
     def _joined(self, logits: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ can be captured; with gloo, on the CPU, it waits.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,9 @@ import torch.distributed as dist
 
 from ensemble.cuda_split import Split
 from ensemble.engine.runners.cuda.boxes import Boxes, SharedBoxes
+from ensemble.engine.runners.cuda.driver import KernelError
+
+log = logging.getLogger(__name__)
 
 
 class Group:
@@ -58,9 +62,7 @@ class Group:
 
     def leave(self) -> None:
         """Disconnect; a second call does nothing."""
-        if self._shared is not None:
-            self._shared.close()
-            self._shared = None
+        self._close_boxes()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -76,17 +78,25 @@ class Group:
         dist.all_reduce(answer, dist.ReduceOp.MIN)
         return bool(answer.item())
 
-    def boxes(self, num_bytes: int) -> Boxes:
-        """Memory of every rank that all ranks' kernels reach, until `leave`.
+    def boxes(self, num_bytes: int) -> Boxes | None:
+        """Memory of every rank that all ranks' kernels reach, until `leave`; None: there can be none."""
+        if self._device.type != "cuda":
+            return None
+        try:
+            self._shared = SharedBoxes(
+                self.split.rank, num_bytes, self._device, lambda handle: self._gather(handle[None])[:, 0],
+                self._given_up,
+            )  # fmt: skip
+        except KernelError as error:
+            log.warning("rank %d's GPU doesn't reach the others' memory: %s", self.split.rank, error)
+        if not self.agreed(self._shared is not None):
+            self._close_boxes()
+        return None if self._shared is None else self._shared.boxes
 
-        Raises:
-            KernelError: one GPU can't reach another's memory.
-        """
-        rank = self.split.rank
-        self._shared = SharedBoxes(
-            rank, num_bytes, self._device, lambda handle: self._gather(handle[None])[:, 0], self._given_up
-        )
-        return self._shared.boxes
+    def _close_boxes(self) -> None:
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None
 
     def add(self, part: torch.Tensor) -> None:
         """Replace `part` by the sum of all ranks' parts: the same bits everywhere."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from ensemble.engine.runners.cuda.boxes import MOST_ROWS, Boxes, RowBoxes
 from ensemble.engine.runners.cuda.kernels import rows, skinny
 from ensemble.engine.runners.cuda.launcher import Launcher
 from ensemble.engine.runners.cuda.layers import Layer, Linear
@@ -18,9 +19,10 @@ from ensemble.engine.runners.cuda.plan import Plan
 
 @dataclass(frozen=True)
 class Parts:
-    """A matrix product in parts [n, rows, out], still to be added up."""
+    """A matrix product in parts [n, rows, out], still to be added up; `is_of_rank`: over all ranks too."""
 
     tensor: torch.Tensor
+    is_of_rank: bool = False
 
     @property
     def count(self) -> int:
@@ -42,11 +44,12 @@ class Rows:
 
 
 class Products:
-    """What a layer does to rows, attention aside."""
+    """What a layer does to rows, attention aside. row_boxes: where `norm` sums up what each rank has a part of."""
 
     def __init__(self, launch: Launcher, plan: Plan, rms_norm_eps: float) -> None:
         self.plan = plan
         self._launch, self._eps = launch, rms_norm_eps
+        self.row_boxes = RowBoxes.of(Boxes.alone(launch.device), 0)
 
     def norm(
         self,
@@ -62,13 +65,17 @@ class Products:
         count = len(hidden) if chosen is None else len(chosen)
         out, scale = self._rows(count, width, is_fp8)
         block = triton.next_power_of_2(width)
+        boxes = self.row_boxes.boxes
         launch(
             rows.norm_rows, (count,),
             hidden, hidden if chosen is None else chosen, hidden if parts is None else parts.tensor,
             launch.or_nothing(bias), weight, out, launch.or_nothing(scale),
             0 if parts is None else parts.stride, self._eps,
+            boxes.addresses, self.row_boxes.counts, boxes.given_up,
             H=width, BLOCK=block, NUM_PARTS=0 if parts is None else parts.count,
-            HAS_BIAS=bias is not None, HAS_ROWS=chosen is not None, FP8=is_fp8, num_warps=max(1, min(8, block // 512)),
+            HAS_BIAS=bias is not None, HAS_ROWS=chosen is not None, FP8=is_fp8, MOST_ROWS=MOST_ROWS,
+            RANK=boxes.rank, RANKS=boxes.size if parts is not None and parts.is_of_rank else 1,
+            num_warps=max(1, min(8, block // 512)),
         )  # fmt: skip
         return Rows(out, scale)
 

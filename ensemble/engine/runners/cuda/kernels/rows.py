@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ensemble.engine.runners.cuda.kernels.common import begin, sum_of_parts, to_codes, token_scale, wait
+from ensemble.engine.runners.cuda.kernels.exchange import over_ranks
 
 
 @triton.jit
@@ -50,15 +51,21 @@ def norm_rows(
     out_scale,  # [M] float32
     part_stride,
     eps,
+    boxes,  # these three: where the parts' sum is to be taken over all ranks too, see exchange.py
+    counts,
+    given_up,
     H: tl.constexpr,
     BLOCK: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     FP8: tl.constexpr,
+    MOST_ROWS: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """hidden += Σ parts + bias, written back; out = norm(hidden)."""
+    """hidden += Σ parts + bias, written back but for chosen rows; out = norm(hidden)."""
     begin(PDL)
     m = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -70,10 +77,14 @@ def norm_rows(
         source = tl.load(rows + m)
     x = tl.load(hidden + source * H + column, mask=mask, other=0.0)
     if NUM_PARTS:
-        x += sum_of_parts(parts, m * H + column, mask, part_stride, NUM_PARTS)
+        added = sum_of_parts(parts, m * H + column, mask, part_stride, NUM_PARTS)
+        if RANKS > 1:
+            added = over_ranks(added, boxes, counts, given_up, m, column, mask, BLOCK, MOST_ROWS, RANK, RANKS)
+        x += added
         if HAS_BIAS:
             x += tl.load(bias + column, mask=mask, other=0.0)
-        tl.store(hidden + source * H + column, x, mask=mask)
+        if not HAS_ROWS:  # chosen rows are the last that is read of the stream, and may be chosen twice
+            tl.store(hidden + source * H + column, x, mask=mask)
     y = x * tl.rsqrt(tl.sum(x * x) / H + eps) * weight
     if FP8:
         scale = token_scale(tl.max(tl.abs(y)))

@@ -1,0 +1,65 @@
+"""A row's sum over the ranks of a split decoder, within the kernel that needs it, through boxes that all can write to.
+
+As in decode_one.cu: a number and the count of its sum travel in one word, so that whoever finds the count has the
+number, without a fence; and two halves of each box take turns. Program m of every rank exchanges with program m.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _send(addresses, words, mask):
+    """Store 64-bit words where another GPU looks for them."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p st.relaxed.sys.global.u64 [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,l,r",
+        [addresses, words, mask.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def over_ranks(
+    own,  # [BLOCK] float32, this rank's part of row m
+    boxes,  # [RANKS] int64, addresses of [2, RANKS, MOST_ROWS, BLOCK] 64-bit words
+    counts,  # [MOST_ROWS] int32, of the sums of each row so far: the same on all ranks
+    given_up,  # [1] int32, not 0: nobody is waited for
+    m,
+    column,
+    mask,
+    BLOCK: tl.constexpr,
+    MOST_ROWS: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    """The sum of all ranks' parts, added in the order of the ranks: the same bits on each."""
+    count = tl.load(counts + m) + 1
+    half = (count % 2).to(tl.int64) * (RANKS * MOST_ROWS * BLOCK)
+    # A thread has up to 16 neighbours of a row. Neighbouring threads' words lie side by side, to travel together.
+    place = half + m * BLOCK + column % 16 * (BLOCK // 16) + column // 16
+    tag = count.to(tl.int64) << 32
+    word = tag | (own.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            _send(tl.load(boxes + rank) + 8 * (place + RANK * MOST_ROWS * BLOCK), word, mask)
+    total = tl.zeros_like(own)
+    for rank in tl.static_range(RANKS):
+        if rank == RANK:
+            total += own
+        else:
+            pointers = tl.load(boxes + RANK).to(tl.pointer_type(tl.int64)) + place + rank * MOST_ROWS * BLOCK
+            found, tries, waiting = word, count * 0, count * 0 + 1
+            while waiting > 0:
+                found = tl.load(pointers, mask=mask, other=tag, volatile=True)
+                waiting = tl.max(((found >> 32) != count).to(tl.int32))
+                tries += 1
+                if tries % 4096 == 0:
+                    waiting = waiting * (tl.load(given_up, volatile=True) == 0).to(tl.int32)
+            total += found.to(tl.int32).to(tl.float32, bitcast=True)
+    tl.store(counts + m, count)
+    return total
