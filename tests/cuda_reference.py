@@ -33,18 +33,28 @@ class Reference:
     """One sequence at a time, from its first token on, without a cache.
 
     is_rounded: activations pass E4M3 where the weights are E4M3; without it only the weights are rounded.
+    dtype: of everything that isn't E4M3. num_parts: that each product's sums are taken in.
     """
 
-    def __init__(self, shape: DecoderShape, source: WeightSource, *, is_rounded: bool = True) -> None:
+    def __init__(
+        self,
+        shape: DecoderShape,
+        source: WeightSource,
+        *,
+        is_rounded: bool = True,
+        dtype: torch.dtype = torch.float64,
+        num_parts: int = 1,
+    ) -> None:
         self.shape, self.source, self.is_rounded = shape, source, is_rounded
+        self.dtype, self.num_parts = dtype, num_parts
 
     def logits(self, ids: list[int]) -> torch.Tensor:
-        """[len(ids), vocab_size] float64."""
+        """[len(ids), vocab_size]."""
         shape = self.shape
         n, d = len(ids), shape.head_dim
         hidden = self._get("embedding")[torch.tensor(ids)]
         cos, sin = self._get("rope.cos")[:n], self._get("rope.sin")[:n]
-        mask = torch.full((n, n), float("-inf"), dtype=torch.float64).triu(1)
+        mask = torch.full((n, n), float("-inf"), dtype=self.dtype).triu(1)
         for layer in range(shape.num_layers):
             prefix = f"layers.{layer}."
             normed = rms_norm(hidden, self._get(prefix + "attention_norm"), shape.rms_norm_eps)
@@ -70,8 +80,9 @@ class Reference:
         if f"{name}.scale" in self.source.entries:
             weight = weight * self._get(f"{name}.scale")[:, None]
             x = round_rows(x) if self.is_rounded else x
-        y = x @ weight.T
+        parts = zip(x.chunk(self.num_parts, dim=1), weight.chunk(self.num_parts, dim=1), strict=True)
+        y = torch.stack([a @ b.T for a, b in parts]).sum(0)
         return y + self._get(f"{name}.bias") if f"{name}.bias" in self.source.entries else y
 
     def _get(self, name: str) -> torch.Tensor:
-        return self.source.load(name, CPU).double()
+        return self.source.load(name, CPU).to(self.dtype)

@@ -1,0 +1,65 @@
+"""How often one FP8 model, computed twice, chooses the same token: python -m benchmarks.fp8_agreement ARTEFACT TEXT
+
+ARTEFACT is the version directory of an engine built with `--target cuda --precision fp8`. Its decoder is computed in
+plain torch, rounding activations to E4M3 as the kernels do, in float64 and float32 and with each product's sums taken
+in another order: what any other implementation of it can be asked for. Writes benchmarks/results/fp8-agreement.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.machine import describe
+from benchmarks.smollm2_reference import NUM_WINDOWS, WINDOW
+from builders.calibration_text import read_text
+from builders.evaluate import text_windows
+from ensemble.cuda_layout import DecoderShape
+from ensemble.engine.runners.cuda.weights import StoredWeights
+from ensemble.manifest import Manifest
+from ensemble.text import Tokenizer
+from tests.cuda_reference import Reference
+
+FILE = Path(__file__).parent / "results" / "fp8-agreement.json"
+WAYS = {
+    "float64": (torch.float64, 1),
+    "float32": (torch.float32, 1),
+    "float32, sums in four parts": (torch.float32, 4),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compute, print and write."""
+    parser = argparse.ArgumentParser(description="agreement of one FP8 model with itself")
+    parser.add_argument("artefact", type=Path)
+    parser.add_argument("text", type=Path, help="UTF-8 text to predict")
+    arguments = parser.parse_args(argv)
+    manifest = Manifest.load(arguments.artefact)
+    shape = DecoderShape.from_dict(manifest.engine)
+    ids = Tokenizer.from_directory(arguments.artefact).encode(read_text(arguments.text))
+    windows = text_windows(ids, WINDOW, NUM_WINDOWS * (WINDOW - 1), shape.vocab_size)
+    source = StoredWeights(arguments.artefact / "model.safetensors")
+    tokens = {}
+    for name, (dtype, num_parts) in WAYS.items():
+        reference = Reference(shape, source, dtype=dtype, num_parts=num_parts)
+        found = [reference.logits(window[:WINDOW].tolist()).argmax(-1).numpy() for window in windows]
+        tokens[name] = np.concatenate(found)
+        print(f"{name}: {len(tokens[name])} tokens", flush=True)
+    agreement = {
+        f"{a} / {b}": round(float((tokens[a] == tokens[b]).mean()), 4) for a, b in itertools.combinations(WAYS, 2)
+    }
+    result = {"machine": describe(), "tokens": tokens["float64"].size, "agreement": agreement}
+    FILE.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(agreement, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
