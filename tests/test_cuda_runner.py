@@ -288,11 +288,11 @@ def test_captured_sizes_reach_exactly_all_slots() -> None:
 
 def test_every_prefill_finds_a_captured_size() -> None:
     sizes = PromptSizes.of(2100, 40)
-    assert list(sizes.chunks) == [16, 32, 64, 128, 256, *range(512, 2049, 128), 2112]
+    assert list(sizes.chunks) == [16, 32, 64, 96, 128, 192, 256, 384, *range(512, 2049, 128), 2112]
     assert PromptSizes.of(1, 3).chunks == {16: 3}
-    assert PromptSizes.of(512, 9).chunks == {16: 8, 32: 8, 64: 8, 128: 8, 256: 8, 512: 9}
+    assert PromptSizes.of(512, 9).chunks == {16: 8, 32: 8, 64: 8, 96: 8, 128: 8, 192: 9, 256: 9, 384: 9, 512: 9}
     assert all(b - a == 512 for a, b in pairwise(size for size in PromptSizes.of(8192, 1).chunks if size >= 4096))
-    for lengths, size in (([1], 16), ([17], 32), ([1] * 8, 16), ([1] * 9, 640), ([1] * 40, 2112), ([700, 400], 1152)):
+    for lengths, size in (([1], 16), ([17], 32), ([1] * 8, 16), ([1] * 9, 192), ([1] * 40, 640), ([700, 400], 1152)):
         chunks = [PromptChunk(slot, np.arange(length), 0) for slot, length in enumerate(lengths)]
         assert sizes.fitting(chunks) == size
         packed = sizes.pack(chunks, size)

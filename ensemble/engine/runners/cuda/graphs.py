@@ -17,7 +17,9 @@ from ensemble.engine.runners.cuda.prompts import PackedPrompts, pack
 
 FEWEST_TOKENS = 16  # that a captured prefill computes
 EVEN_TOKENS = 128  # as many as a matrix product's tile has rows: sizes closer to each other would save nothing
-FEWEST_CHUNKS = 8  # that a captured prefill may hold, if there are so many slots
+# Chunks that a captured prefill may hold, if there are so many slots: the fewest at least, and one for so many
+# tokens. Each has a row in the head's product; but many short prompts should not need a larger graph.
+FEWEST_CHUNKS, TOKENS_A_CHUNK = 8, 16
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ def captured_size(n: int, num_slots: int) -> int:
 class PromptSizes:
     """The prefills that have a graph: so many tokens, in so many chunks at most, by tokens, smallest first.
 
-    The tokens are powers of two up to 512, then eight sizes for each doubling, but none closer than `EVEN_TOKENS`. The
-    last holds `prefill_chunk` tokens and a chunk of every slot, so that every prefill finds its graph.
+    The tokens are 16, 32, 64, then two sizes for each doubling, from 1,024 on eight. The last holds `prefill_chunk`
+    tokens and a chunk of every slot, so that every prefill finds its graph.
     """
 
     chunks: dict[int, int]
@@ -93,11 +95,13 @@ class PromptSizes:
     def of(cls, prefill_chunk: int, num_slots: int) -> PromptSizes:
         """Those of a runner."""
         most = -(-prefill_chunk // FEWEST_TOKENS) * FEWEST_TOKENS
-        sizes, size = [], FEWEST_TOKENS
+        sizes, size = list[int](), FEWEST_TOKENS
         while size < most:
             sizes.append(size)
-            size += size if size < 512 else max(EVEN_TOKENS, (1 << (size.bit_length() - 1)) // 8)
-        return cls({size: min(num_slots, max(FEWEST_CHUNKS, size // 64)) for size in sizes} | {most: num_slots})
+            doubling = 1 << (size.bit_length() - 1)
+            size += size if size < 64 else min(doubling // 2, max(EVEN_TOKENS, doubling // 8))
+        chunks = {size: min(num_slots, max(FEWEST_CHUNKS, size // TOKENS_A_CHUNK)) for size in sizes}
+        return cls(chunks | {most: num_slots})
 
     def fitting(self, chunks: Sequence[PromptChunk]) -> int:
         """The smallest that holds `chunks`."""

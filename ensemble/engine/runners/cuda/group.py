@@ -45,7 +45,7 @@ class Group:
         self._timeout = timedelta(seconds=timeout_s)
         self._is_invariant = is_invariant
         self._shared: SharedBoxes | None = None
-        self._given_up = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._given_up: torch.Tensor | None = None
 
     def join(self) -> None:
         """Connect with the other ranks."""
@@ -68,7 +68,8 @@ class Group:
 
     def abort(self) -> None:
         """Disconnect from ranks that are gone: what waits for them, in any thread, goes on or fails."""
-        self._given_up[0] = 1
+        if self._given_up is not None:
+            self._given_up[0] = 1
         if dist.is_initialized() and self._device.type == "cuda":  # gloo fails by itself
             dist.distributed_c10d._abort_process_group()
 
@@ -82,6 +83,7 @@ class Group:
         """Memory of every rank that all ranks' kernels reach, until `leave`; None: there can be none."""
         if self._device.type != "cuda":
             return None
+        self._given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         try:
             self._shared = SharedBoxes(
                 self.split.rank, num_bytes, self._device, lambda handle: self._gather(handle[None])[:, 0],
