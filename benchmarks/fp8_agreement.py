@@ -21,7 +21,7 @@ from benchmarks.machine import describe
 from benchmarks.smollm2_reference import NUM_WINDOWS, WINDOW
 from builders.calibration_text import read_text
 from builders.evaluate import text_windows
-from ensemble.cuda_layout import DecoderShape
+from ensemble.cuda_layout import WEIGHTS_FILE, DecoderShape
 from ensemble.engine.runners.cuda.weights import StoredWeights
 from ensemble.manifest import Manifest
 from ensemble.text import Tokenizer
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape = DecoderShape.from_dict(manifest.engine)
     ids = Tokenizer.from_directory(arguments.artefact).encode(read_text(arguments.text))
     windows = text_windows(ids, WINDOW, NUM_WINDOWS * (WINDOW - 1), shape.vocab_size)
-    source = StoredWeights(arguments.artefact / "model.safetensors")
+    source = StoredWeights(arguments.artefact / WEIGHTS_FILE)
     tokens = {}
     for name, (dtype, num_parts) in WAYS.items():
         reference = Reference(shape, source, dtype=dtype, num_parts=num_parts)

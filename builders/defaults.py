@@ -6,7 +6,6 @@ reads its weights once for all rows: there many slots cost little, and a chunk o
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from builders.cuda import decoder_shape
@@ -27,21 +26,18 @@ def engine_settings(options: BuildOptions, spec: ModelSpec, max_seq_len: int) ->
     """The settings that `options` ask for, with its target's defaults for the others.
 
     Raises:
-        BuildError: the chunk that was asked for is longer than what can be in it, or the model can't be split over so
-            many GPUs.
+        BuildError: the chunk that was asked for is longer than a sequence, or the model can't be split over so many
+            GPUs.
     """
-    defaults: dict[str, Any] = {}
-    chunk = EngineSettings.prefill_chunk
+    defaults: dict[str, Any] = {"prefill_chunk": min(EngineSettings.prefill_chunk, max_seq_len)}
     if options.target == "cuda":
         one_slot = _split(options, spec, max_seq_len).shape.cache_bytes(1)
         defaults = {
             "num_slots": max(1, min(CUDA_SLOTS, CUDA_CACHE_BYTES // one_slot)),
+            "prefill_chunk": CUDA_PREFILL_CHUNK,
             "max_prefill_stall": CUDA_MAX_PREFILL_STALL,
         }
-        chunk = CUDA_PREFILL_CHUNK
     settings = EngineSettings(**{**defaults, **options.settings})
-    if "prefill_chunk" not in options.settings:
-        return replace(settings, prefill_chunk=min(chunk, settings.prefill_limit(options.target, max_seq_len)))
     try:
         settings.check_prefill_chunk(options.target, max_seq_len)
     except SettingsError as error:

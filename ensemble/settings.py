@@ -19,6 +19,9 @@ class SettingsError(ValueError):
     """A setting is unknown or has a value that it can't have; one line."""
 
 
+PACKING_TARGETS = ("cuda",)  # which compute several slots' prompts at once
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """How an engine runs.
@@ -90,19 +93,14 @@ class EngineSettings:
                     f"build for target {' or '.join(targets)}"
                 )
 
-    def prefill_limit(self, target: str, max_seq_len: int) -> int:
-        """The most tokens that `prefill_chunk` may be: all slots' where the target packs prompts, else one's."""
-        return max_seq_len * (self.num_slots if target in _PACKING else 1)
-
     def check_prefill_chunk(self, target: str, max_seq_len: int) -> None:
-        """Can a step of an engine of `target` hold so many tokens?
+        """Can a step of an engine of `target` hold so many tokens? Where it packs prompts, it takes what there is.
 
         Raises:
-            SettingsError: `prefill_chunk` is more than `prefill_limit`.
+            SettingsError: `prefill_chunk` is more than `max_seq_len`, and a step takes one sequence's.
         """
-        if self.prefill_chunk > (limit := self.prefill_limit(target, max_seq_len)):
-            of = f"max_seq_len {limit}" if limit == max_seq_len else f"num_slots x max_seq_len, {limit}"
-            raise SettingsError(f"prefill_chunk is {self.prefill_chunk}, must be at most {of}")
+        if target not in PACKING_TARGETS and self.prefill_chunk > max_seq_len:
+            raise SettingsError(f"prefill_chunk is {self.prefill_chunk}, must be at most max_seq_len {max_seq_len}")
 
     def to_parameters(self) -> dict[str, str]:
         """These settings as the text values of config.pbtxt's `parameters`."""
@@ -154,7 +152,6 @@ _INTEGERS = {
 _NUMBERS = {"max_prefill_stall": "a number", "cancel_after_s": "a number of seconds"}
 _BOOLEANS = ("batch_invariant",)
 _TARGETS = {"batch_invariant": ("cuda",), "tensor_parallel_size": ("cuda",)}  # that only these targets have
-_PACKING = ("cuda",)  # targets that compute several slots' prompts at once
 _KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
     **dict.fromkeys(_INTEGERS, (int, "an integer")),
     **dict.fromkeys(_NUMBERS, (float, "a number")),

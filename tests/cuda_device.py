@@ -50,7 +50,7 @@ if not HAS_GPU:
 
 @contextmanager
 def no_more_memory() -> Iterator[None]:
-    """This process can take no more of the GPU's memory, and is seen to have asked for none."""
+    """torch can take no more of the GPU's memory in this process, and is seen to have been asked for none."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory

@@ -434,6 +434,20 @@ def test_a_rank_that_is_killed_ends_the_model_with_one_line() -> None:
     wait_until_dead(pids)
 
 
+def test_a_model_is_closed_beside_a_dead_rank_and_what_was_begun_with_it() -> None:
+    runner = parallel(2)
+    pids = runner.pids
+    os.kill(pids[0], signal.SIGSTOP)
+    if HAS_GPU:  # gloo would wait in this very call
+        runner.start_decode(np.array([1]), np.array([4]), [GREEDY], [])
+    runner._ranks._is_closed.set()  # nobody watches any more, as in a process that is being ended
+    os.kill(pids[0], signal.SIGKILL)
+    began = time.monotonic()
+    runner.close()
+    assert time.monotonic() - began < 20
+    wait_until_dead(pids)
+
+
 def test_a_rank_that_hangs_ends_the_model() -> None:
     failures: list[str] = []
     runner = parallel(2, on_failure=failures.append, step_s=8.0)

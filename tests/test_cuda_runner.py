@@ -290,12 +290,13 @@ def test_every_prefill_finds_a_captured_size() -> None:
     sizes = PromptSizes.of(2100, 40)
     assert list(sizes.chunks) == [16, 32, 64, 96, 128, 192, 256, 384, *range(512, 2049, 128), 2112]
     assert PromptSizes.of(1, 3).chunks == {16: 3}
-    assert PromptSizes.of(512, 9).chunks == {16: 8, 32: 8, 64: 8, 96: 8, 128: 8, 192: 9, 256: 9, 384: 9, 512: 9}
+    chunks = PromptSizes.of(512, 90).chunks
+    assert chunks == {16: 16, 32: 32, 64: 64, 96: 64, 128: 64, 192: 64, 256: 64, 384: 64, 512: 90}
     assert all(b - a == 512 for a, b in pairwise(size for size in PromptSizes.of(8192, 1).chunks if size >= 4096))
-    for lengths, size in (([1], 16), ([17], 32), ([1] * 8, 16), ([1] * 9, 192), ([1] * 40, 640), ([700, 400], 1152)):
-        chunks = [PromptChunk(slot, np.arange(length), 0) for slot, length in enumerate(lengths)]
-        assert sizes.fitting(chunks) == size
-        packed = sizes.pack(chunks, size)
+    for lengths, size in (([1], 16), ([17], 32), ([1] * 8, 16), ([1] * 17, 32), ([9] * 40, 384), ([700, 400], 1152)):
+        prompts = [PromptChunk(slot, np.arange(length), 0) for slot, length in enumerate(lengths)]
+        assert sizes.fitting(prompts) == size
+        packed = sizes.pack(prompts, size)
         assert (len(packed.ids), len(packed.last_rows)) == (size, sizes.chunks[size])
         assert int(packed.tiles[:, 3].sum()) == sum(lengths)
         assert len(packed.tiles) == size // 128 + sizes.chunks[size]
@@ -346,7 +347,9 @@ class TestGpu:
             assert walk() == first
         runner.close()
 
-    def test_a_step_without_memory_fails_alone(self, runner: CudaRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_lack_of_memory_is_told_from_other_failures(
+        self, runner: CudaRunner, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         text = texts(10)[0]
         first = runner.prefill(0, text, 0).copy()
         with monkeypatch.context() as patch:

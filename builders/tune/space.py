@@ -18,6 +18,7 @@ from builders.pbtxt import TEXT_MAX_BATCH_SIZE
 from builders.scoring_options import TIMER_LATE_US, Batching
 from ensemble.manifest import Manifest, ManifestError
 from ensemble.pipelines import ENGINE_SUFFIX, SCORER_SUFFIX, TOKENIZER_SUFFIX, model_name
+from ensemble.settings import PACKING_TARGETS
 
 Configs = Mapping[str, ModelConfig]  # model's name → its configuration
 Point = Mapping[str, int]  # parameter's name → its value
@@ -71,7 +72,7 @@ def with_point(space: list[Parameter], configs: Configs, name: str, point: Point
 
 
 def limits_of(version_dir: Path) -> dict[str, int]:
-    """What the engine's artefacts allow: a plan's profiles, and the sequence length.
+    """What the engine's artefacts allow: a plan's profiles, and the sequence length where a step takes one sequence's.
 
     Raises:
         TuneError: the manifest can't be read.
@@ -82,7 +83,7 @@ def limits_of(version_dir: Path) -> dict[str, int]:
         raise TuneError(str(error)) from error
     known = ("max_batch_size", "num_slots", "prefill_chunk")
     limits = {name: int(manifest.engine[name]) for name in known if name in manifest.engine}
-    return {"prefill_chunk": manifest.max_seq_len, **limits}
+    return limits if manifest.target in PACKING_TARGETS else {"prefill_chunk": manifest.max_seq_len, **limits}
 
 
 def _copy(config: ModelConfig) -> ModelConfig:

@@ -59,7 +59,7 @@ def _load_cuda(directory: Path, manifest: Manifest, settings: EngineSettings) ->
         raise RunnerError(f"{error.name} is not installed; pip install 'deepseek-triton[cuda]'") from error
     options: dict[str, Any] = {
         "num_slots": settings.num_slots,
-        "prefill_chunk": settings.prefill_chunk,
+        "prefill_chunk": min(settings.prefill_chunk, settings.num_slots * manifest.max_seq_len),  # what it can be given
         "is_invariant": settings.batch_invariant,
     }
     try:

@@ -87,36 +87,40 @@ class SharedBoxes:
         given_up: torch.Tensor,
     ) -> None:
         self._device, self._own, self._opened = device, ctypes.c_uint64(), list[ctypes.c_uint64]()
-        handle, failure = _Handle(), None
-        torch.cuda.synchronize(device)  # torch's context is this thread's from here on
         try:
-            call("cuMemAlloc_v2", ctypes.byref(self._own), ctypes.c_size_t(num_bytes))
-            call("cuMemsetD8_v2", self._own, ctypes.c_ubyte(0), ctypes.c_size_t(num_bytes))
-            call("cuIpcGetMemHandle", ctypes.byref(handle), self._own)
-        except KernelError as error:
-            failure = error
-        torch.cuda.synchronize(device)
-        handles = exchange(torch.tensor(list(handle.reserved), dtype=torch.uint8, device=device)).cpu()
-        try:
+            handle, failure = _Handle(), None
+            torch.cuda.synchronize(device)  # torch's context is this thread's from here on
+            try:
+                call("cuMemAlloc_v2", ctypes.byref(self._own), ctypes.c_size_t(num_bytes))
+                call("cuMemsetD8_v2", self._own, ctypes.c_ubyte(0), ctypes.c_size_t(num_bytes))
+                call("cuIpcGetMemHandle", ctypes.byref(handle), self._own)
+            except KernelError as error:
+                failure = error
+            torch.cuda.synchronize(device)
+            handles = exchange(torch.tensor(list(handle.reserved), dtype=torch.uint8, device=device)).cpu()
             if failure is not None:
                 raise failure
             addresses = [self._own.value if other == rank else self._open(row) for other, row in enumerate(handles)]
-        except KernelError:
+            self.boxes = Boxes(rank, len(handles), torch.tensor(addresses, dtype=torch.int64, device=device), given_up)
+        except BaseException:
             self.close()
+            self.free()
             raise
-        self.boxes = Boxes(rank, len(handles), torch.tensor(addresses, dtype=torch.int64, device=device), given_up)
 
     def close(self) -> None:
-        """Give the memory back; no kernel may use it any more. A second call does nothing."""
+        """Let go of the others' boxes; no kernel may use them any more. A second call does nothing."""
         with torch.cuda.device(self._device):
-            torch.cuda.synchronize()
             for address in self._opened:
                 with contextlib.suppress(KernelError):
                     call("cuIpcCloseMemHandle", address)
+        self._opened.clear()
+
+    def free(self) -> None:
+        """Give this rank's box back, once the others have let go of it; the end of the process does too."""
+        with torch.cuda.device(self._device):
             if self._own.value:
                 with contextlib.suppress(KernelError):
                     call("cuMemFree_v2", self._own)
-        self._opened.clear()
         self._own.value = 0
 
     def _open(self, row: torch.Tensor) -> int:

@@ -88,7 +88,9 @@ class Decoder:
         weights, device, dtype = self.weights, self.launch.device, self.launch.dtype
         is_fp8 = [linear.is_fp8 for layer in weights.layers for linear in layer.matrices]
         boxes = Boxes.alone(device) if self._group is None else self._share_boxes(self._group)
-        reason = reason_against(self.shape, is_fp8, device, dtype) if self.plan.gemv else "the plan is for many rows"
+        reason = reason_against(self.shape, is_fp8, device, dtype)
+        if not self.plan.gemv:
+            reason = "the plan has no kernels for one row"
         if boxes is None:
             reason = "the ranks share no memory"
         elif self._agreed(reason is None):

@@ -17,9 +17,9 @@ from ensemble.engine.runners.cuda.prompts import PackedPrompts, pack
 
 FEWEST_TOKENS = 16  # that a captured prefill computes
 EVEN_TOKENS = 128  # as many as a matrix product's tile has rows: sizes closer to each other would save nothing
-# Chunks that a captured prefill may hold, if there are so many slots: the fewest at least, and one for so many
-# tokens. Each has a row in the head's product; but many short prompts should not need a larger graph.
-FEWEST_CHUNKS, TOKENS_A_CHUNK = 8, 16
+# Chunks that a captured prefill may hold, if there are so many slots: one for each token up to the first, and one for
+# so many tokens. Each has a row in the head's product, but of few rows reading its weights is what costs.
+CHEAP_CHUNKS, TOKENS_A_CHUNK = 64, 16
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class PromptSizes:
             sizes.append(size)
             doubling = 1 << (size.bit_length() - 1)
             size += size if size < 64 else min(doubling // 2, max(EVEN_TOKENS, doubling // 8))
-        chunks = {size: min(num_slots, max(FEWEST_CHUNKS, size // TOKENS_A_CHUNK)) for size in sizes}
-        return cls(chunks | {most: num_slots})
+        chunks = {size: max(min(size, CHEAP_CHUNKS), size // TOKENS_A_CHUNK) for size in sizes}
+        return cls({size: min(num_slots, count) for size, count in chunks.items()} | {most: num_slots})
 
     def fitting(self, chunks: Sequence[PromptChunk]) -> int:
         """The smallest that holds `chunks`."""

@@ -62,9 +62,18 @@ class Group:
 
     def leave(self) -> None:
         """Disconnect; a second call does nothing."""
-        self._close_boxes()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        try:
+            if self._shared is not None:
+                self._shared.close()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    def free(self) -> None:
+        """Give back the memory that other ranks had access to, once they are gone; a second call does nothing."""
+        if self._shared is not None:
+            self._shared.free()
+            self._shared = None
 
     def abort(self) -> None:
         """Disconnect from ranks that are gone: what waits for them, in any thread, goes on or fails."""
@@ -91,14 +100,8 @@ class Group:
             )  # fmt: skip
         except KernelError as error:
             log.warning("rank %d's GPU doesn't reach the others' memory: %s", self.split.rank, error)
-        if not self.agreed(self._shared is not None):
-            self._close_boxes()
-        return None if self._shared is None else self._shared.boxes
-
-    def _close_boxes(self) -> None:
-        if self._shared is not None:
-            self._shared.close()
-            self._shared = None
+        is_shared = self.agreed(self._shared is not None)
+        return self._shared.boxes if is_shared and self._shared is not None else None
 
     def add(self, part: torch.Tensor) -> None:
         """Replace `part` by the sum of all ranks' parts: the same bits everywhere."""

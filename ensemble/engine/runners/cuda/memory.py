@@ -58,7 +58,8 @@ def check_fits(
     )
     if slots >= 1:
         raise RunnerError(
-            f"{needs}; lower num_slots to {slots}, or build with max_seq_len {tokens} to keep {num_slots}"
+            f"{needs}; lower num_slots to {slots}, or build with max_seq_len {tokens} to keep {num_slots}; a lower "
+            f"prefill_chunk than {prefill_chunk} needs less for steps"
         )
     raise RunnerError(f"{needs}; not even one slot fits: build with a smaller max_seq_len, or lower prefill_chunk")
 

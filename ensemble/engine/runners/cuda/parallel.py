@@ -17,7 +17,7 @@ from ensemble.cuda_split import Split
 from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, PromptChunk, RunnerError
 from ensemble.engine.runners.cuda.limits import Limits
 from ensemble.engine.runners.cuda.packing import PackingRunner
-from ensemble.engine.runners.cuda.ranks import START_S, STEP_S, Ranks
+from ensemble.engine.runners.cuda.ranks import END_S, START_S, STEP_S, Ranks
 from ensemble.engine.runners.cuda.weights import WeightSource
 from ensemble.engine.runners.cuda.worker import Job
 from ensemble.leftovers import make_directory, remove_directory
@@ -115,8 +115,12 @@ class ParallelRunner(PackingRunner):
         """End the other ranks and free this one's memory; a second call does nothing."""
         self._ranks.close()
         if "_runner" in self.__dict__:
-            self.__dict__.pop("_runner").close()
+            runner = self.__dict__.pop("_runner")
+            if not runner.ends_within(END_S):  # a step that was begun waits for a rank that has gone
+                self._group.abort()
+            runner.close()
         self._ranks.wait_until_gone()
+        self._group.free()
         remove_directory(self._directory)
 
     def _end(self, reason: str) -> None:

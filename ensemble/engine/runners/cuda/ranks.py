@@ -163,6 +163,7 @@ class Ranks:
         except Exception as error:
             if not is_launching and isinstance(error, RunnerError):
                 raise
+            self.check()  # what has failed is known
             message = self._first_cause() or f"rank 0: {one_line(error)}"
             self._fail(message)
             raise RunnerError(self._failure or message) from error
@@ -215,8 +216,10 @@ class Ranks:
         return self._complaint()
 
     def _complaint(self) -> str | None:
+        """What one of the ranks can't go on for: rather one that was killed than one that misses it."""
         with self._lock:
-            return next((text for rank in self._ranks if (text := rank.complaint()) is not None), None)
+            complaints = [(rank.process.poll(), text) for rank in self._ranks if (text := rank.complaint()) is not None]
+        return min(complaints, key=lambda entry: entry[0] is None or entry[0] >= 0)[1] if complaints else None
 
     def _watch(self) -> None:
         while not self._is_closed.wait(POLL_S):

@@ -9,6 +9,7 @@ for the token that the slot drew last.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -123,6 +124,15 @@ class CudaRunner(PackingRunner):
         with self._on_stream():
             for cache in (self._caches.keys, self._caches.values):
                 cache[:, target, :, :num_tokens].copy_(cache[:, source, :, :num_tokens])
+
+    def ends_within(self, seconds: float) -> bool:
+        """Whether everything that was begun ends in so many seconds."""
+        deadline = time.monotonic() + seconds
+        while self._stream is not None and not self._stream.query():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.001)
+        return True
 
     def close(self) -> None:
         """Free the weights, the caches and the graphs; a second call does nothing."""

@@ -27,7 +27,7 @@ def _send(addresses, words, mask):
 def over_ranks(
     own,  # [BLOCK] float32, this rank's part of row m
     boxes,  # [RANKS] int64, addresses of [2, RANKS, MOST_ROWS, BLOCK] 64-bit words
-    counts,  # [MOST_ROWS] int32, of the sums of each row so far: the same on all ranks
+    counts,  # [MOST_ROWS] int32, of the sums of each row so far, the same on all ranks; it may wrap around
     given_up,  # [1] int32, not 0: nobody is waited for
     m,
     column,
@@ -39,7 +39,7 @@ def over_ranks(
 ):
     """The sum of all ranks' parts, added in the order of the ranks: the same bits on each."""
     count = tl.load(counts + m) + 1
-    half = (count % 2).to(tl.int64) * (RANKS * MOST_ROWS * BLOCK)
+    half = (count & 1).to(tl.int64) * (RANKS * MOST_ROWS * BLOCK)
     # A thread has up to 16 neighbours of a row. Neighbouring threads' words lie side by side, to travel together.
     place = half + m * BLOCK + column % 16 * (BLOCK // 16) + column // 16
     tag = count.to(tl.int64) << 32
