@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.cuda_reference import Reference
 from benchmarks.machine import describe
 from benchmarks.smollm2_reference import NUM_WINDOWS, WINDOW
 from builders.calibration_text import read_text
@@ -25,7 +26,6 @@ from ensemble.cuda_layout import WEIGHTS_FILE, DecoderShape
 from ensemble.engine.runners.cuda.weights import StoredWeights
 from ensemble.manifest import Manifest
 from ensemble.text import Tokenizer
-from tests.cuda_reference import Reference
 
 FILE = Path(__file__).parent / "results" / "fp8-agreement.json"
 WAYS = {

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from tests.cuda_device import DEVICE, DTYPE, HAS_GPU  # isort: skip  # before triton
 
+from benchmarks.cuda_reference import rms_norm, rotate, round_rows
 from ensemble.cuda_layout import DecoderShape
 from ensemble.engine.runners.base import Draw, PromptChunk
 from ensemble.engine.runners.cuda.attending import Caches
@@ -29,7 +30,6 @@ from ensemble.engine.runners.cuda.plan import FAST, INVARIANT, Gemv
 from ensemble.engine.runners.cuda.products import Parts, Products, Rows
 from ensemble.engine.runners.cuda.prompts import pack
 from ensemble.engine.runners.cuda.weights import RandomWeights
-from tests.cuda_reference import rms_norm, rotate, round_rows
 
 # The interpreter computes masked lanes too, and makes numbers of arrays.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("RuntimeWarning", "DeprecationWarning")]

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from tests.cuda_device import DEVICE, HAS_GPU, no_more_memory  # isort: skip  # before triton
 
+from benchmarks.cuda_reference import Reference
 from builders import pbtxt
 from builders.options import BuildOptions
 from builders.repository import build
@@ -44,7 +45,6 @@ from ensemble.server import TritonServer
 from ensemble.settings import EngineSettings
 from ensemble.tensor_file import TensorEntry, write_tensors
 from tests.checkpoints import make_checkpoint, make_tokenizer
-from tests.cuda_reference import Reference
 
 # The interpreter computes masked lanes too, and makes numbers of arrays.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("RuntimeWarning", "DeprecationWarning")]

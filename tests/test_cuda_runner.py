@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tests.cuda_device import DEVICE, DTYPE, HAS_GPU, no_more_memory  # isort: skip  # before triton
 
+from benchmarks.cuda_reference import Reference
 from builders.options import BuildOptions
 from builders.repository import build
 from ensemble.cuda_layout import DecoderShape
@@ -37,7 +38,6 @@ from ensemble.engine.runners.load import load_runner
 from ensemble.settings import EngineSettings
 from ensemble.tensor_file import TensorEntry
 from tests.checkpoints import make_checkpoint, make_tokenizer
-from tests.cuda_reference import Reference
 
 # The interpreter computes masked lanes too, and makes numbers of arrays.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("RuntimeWarning", "DeprecationWarning")]

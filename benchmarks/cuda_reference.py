@@ -1,4 +1,4 @@
-"""The decoder in plain torch, float64: what the cuda runner's kernels are measured against."""
+"""A decoder in plain torch, float64 unless told otherwise: what the cuda runner is measured against."""
 
 from __future__ import annotations
 
