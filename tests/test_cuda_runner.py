@@ -397,6 +397,8 @@ def test_a_built_artefact_is_loaded_as_its_manifest_says(tmp_path: Path, monkeyp
     manifest, ours = load_runner(tmp_path / "models" / "m-engine" / "1", settings)
     _, graph = load_runner(tmp_path / "models" / "o-engine" / "1", replace(settings, batch_invariant=False))
     assert made == [{"num_slots": 3, "prefill_chunk": 32, "is_invariant": True}]
+    load_runner(tmp_path / "models" / "m-engine" / "1", replace(settings, prefill_chunk=500))[1].close()
+    assert made[1]["prefill_chunk"] == 3 * 48, "no more than it can be given"
     assert (manifest.target, ours.num_slots, ours.max_seq_len) == ("cuda", 3, 48)
     text = np.random.default_rng(0).integers(0, ours.vocab_size, 30)
     wanted = torch.from_numpy(graph.prefill(1, text[:29], 0).copy()).double()

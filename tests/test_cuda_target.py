@@ -184,7 +184,7 @@ def test_a_repository_for_the_cuda_target_is_whole_and_its_digest_is_that_of_the
     for name, target, precision in (("a", "cuda", "bf16"), ("b", "onnx", "fp32")):
         options = BuildOptions(
             checkpoint, name, tmp_path / "models", target=target, precision=precision, max_seq_len=48,
-            settings={"prefill_chunk": 16},
+            settings={} if target == "cuda" else {"prefill_chunk": 16},
         )  # fmt: skip
         build(options)
         manifest = Manifest.load(tmp_path / "models" / f"{name}-engine" / "1")
@@ -222,6 +222,7 @@ def test_a_cuda_engine_has_a_gpus_defaults_and_what_is_asked_for_wins(tmp_path: 
     assert settings("cuda", 131072, large).num_slots == 4, "32 GiB of caches"
     asked = settings("cuda", 4096, num_slots=3, prefill_chunk=64, max_prefill_stall=1.5, batch_invariant=True)
     assert asked == EngineSettings(num_slots=3, batch_invariant=True)
+    assert settings("cuda", 64, prefill_chunk=65).prefill_chunk == 65
     with pytest.raises(BuildError, match="prefill_chunk is 65, must be at most max_seq_len 64"):
         settings("onnx", 64, prefill_chunk=65)
     assert settings("cuda", 131072, large, tensor_parallel_size=4).num_slots == 18, "32 GiB of each of four GPUs"

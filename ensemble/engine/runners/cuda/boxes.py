@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,9 +21,6 @@ class _Handle(ctypes.Structure):
     """CUipcMemHandle: names memory of one process for another."""
 
     _fields_ = [("reserved", ctypes.c_ubyte * 64)]
-
-
-HANDLE_BYTES = ctypes.sizeof(_Handle)
 
 
 @dataclass(frozen=True)
@@ -66,46 +62,39 @@ class RowBoxes:
 
 
 class SharedBoxes:
-    """This rank's box, and the others', each in a process and on a GPU of its own.
+    """This rank's box, and the others' once they are opened, each in a process and on a GPU of its own.
+
+    Every rank makes one, gives the others its `handle` and opens theirs, whatever fails: what did is raised by `open`.
 
     Args:
         num_bytes: of each box; zeros at first.
-        exchange: this rank's handle [HANDLE_BYTES] uint8 → all ranks' [size, HANDLE_BYTES]. Called once, whatever
-            fails: all ranks must call it.
-        given_up: as Boxes'.
-
-    Raises:
-        KernelError: there is no memory, or one GPU can't reach another's.
     """
 
-    def __init__(
-        self,
-        rank: int,
-        num_bytes: int,
-        device: torch.device,
-        exchange: Callable[[torch.Tensor], torch.Tensor],
-        given_up: torch.Tensor,
-    ) -> None:
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
         self._device, self._own, self._opened = device, ctypes.c_uint64(), list[ctypes.c_uint64]()
+        self._failure: KernelError | None = None
+        handle = _Handle()
+        torch.cuda.synchronize(device)  # torch's context is this thread's from here on
         try:
-            handle, failure = _Handle(), None
-            torch.cuda.synchronize(device)  # torch's context is this thread's from here on
-            try:
-                call("cuMemAlloc_v2", ctypes.byref(self._own), ctypes.c_size_t(num_bytes))
-                call("cuMemsetD8_v2", self._own, ctypes.c_ubyte(0), ctypes.c_size_t(num_bytes))
-                call("cuIpcGetMemHandle", ctypes.byref(handle), self._own)
-            except KernelError as error:
-                failure = error
-            torch.cuda.synchronize(device)
-            handles = exchange(torch.tensor(list(handle.reserved), dtype=torch.uint8, device=device)).cpu()
-            if failure is not None:
-                raise failure
-            addresses = [self._own.value if other == rank else self._open(row) for other, row in enumerate(handles)]
-            self.boxes = Boxes(rank, len(handles), torch.tensor(addresses, dtype=torch.int64, device=device), given_up)
-        except BaseException:
-            self.close()
-            self.free()
-            raise
+            call("cuMemAlloc_v2", ctypes.byref(self._own), ctypes.c_size_t(num_bytes))
+            call("cuMemsetD8_v2", self._own, ctypes.c_ubyte(0), ctypes.c_size_t(num_bytes))
+            call("cuIpcGetMemHandle", ctypes.byref(handle), self._own)
+        except KernelError as error:
+            self._failure = error
+        torch.cuda.synchronize(device)  # the zeros are there before anybody else is
+        self.handle = torch.tensor(list(handle.reserved), dtype=torch.uint8, device=device)  # [64]
+
+    def open(self, rank: int, handles: torch.Tensor) -> torch.Tensor:
+        """Every rank's handle [size, 64] uint8 → where its box lies for this one's kernels: [size] int64.
+
+        Raises:
+            KernelError: there was no memory, or one GPU can't reach another's.
+        """
+        if self._failure is not None:
+            raise self._failure
+        rows = enumerate(handles.tolist())
+        addresses = [self._own.value if other == rank else self._open(bytes(row)) for other, row in rows]
+        return torch.tensor(addresses, dtype=torch.int64, device=self._device)
 
     def close(self) -> None:
         """Let go of the others' boxes; no kernel may use them any more. A second call does nothing."""
@@ -123,9 +112,9 @@ class SharedBoxes:
                     call("cuMemFree_v2", self._own)
         self._own.value = 0
 
-    def _open(self, row: torch.Tensor) -> int:
-        handle, address = _Handle(), ctypes.c_uint64()
-        ctypes.memmove(ctypes.byref(handle), bytes(row.tolist()), HANDLE_BYTES)
+    def _open(self, name: bytes) -> int:
+        address = ctypes.c_uint64()
+        handle = _Handle.from_buffer_copy(name)
         call("cuIpcOpenMemHandle_v2", ctypes.byref(address), handle, ctypes.c_uint(LAZY_PEER_ACCESS))
         self._opened.append(address)
         return address.value

@@ -93,15 +93,14 @@ class Group:
         if self._device.type != "cuda":
             return None
         self._given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        self._shared = SharedBoxes(num_bytes, self._device)
+        handles, boxes = self._gather(self._shared.handle[None])[:, 0], None
         try:
-            self._shared = SharedBoxes(
-                self.split.rank, num_bytes, self._device, lambda handle: self._gather(handle[None])[:, 0],
-                self._given_up,
-            )  # fmt: skip
+            addresses = self._shared.open(self.split.rank, handles)
+            boxes = Boxes(self.split.rank, self.split.size, addresses, self._given_up)
         except KernelError as error:
             log.warning("rank %d's GPU doesn't reach the others' memory: %s", self.split.rank, error)
-        is_shared = self.agreed(self._shared is not None)
-        return self._shared.boxes if is_shared and self._shared is not None else None
+        return boxes if self.agreed(boxes is not None) else None
 
     def add(self, part: torch.Tensor) -> None:
         """Replace `part` by the sum of all ranks' parts: the same bits everywhere."""

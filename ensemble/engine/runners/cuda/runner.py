@@ -289,10 +289,11 @@ class CudaRunner(PackingRunner):
             sizes = sorted(self._prompt_sizes.chunks, reverse=True)
             prompts = [Prompts.of(self._prompt_sizes.pack(nothing, size), self._device) for size in sizes]
             batches = captured_sizes(self.num_slots)[::-1]
-            runs = [partial(self._prompt_step, prompt) for prompt in prompts]
-            captured = capturer.capture([*runs, *(partial(self._step, batch) for batch in batches)])
-            self._prefill_graphs = dict(zip(sizes, zip(captured, prompts, strict=False), strict=True))
-            self._graphs = dict(zip(batches, captured[len(sizes) :], strict=True))
+            prefills = [partial(self._prompt_step, prompt) for prompt in prompts]
+            captured = capturer.capture([*prefills, *(partial(self._step, batch) for batch in batches)])
+            of_prompts, of_batches = captured[: len(sizes)], captured[len(sizes) :]
+            self._prefill_graphs = dict(zip(sizes, zip(of_prompts, prompts, strict=True), strict=True))
+            self._graphs = dict(zip(batches, of_batches, strict=True))
             first = self._first_tokens.start(self._prompt_logits, np.zeros(1, np.int64), [None], [], self._tokens)
             first.wait()
         torch.cuda.synchronize(self._device)

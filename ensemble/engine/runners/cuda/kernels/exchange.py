@@ -53,7 +53,7 @@ def over_ranks(
             total += own
         else:
             pointers = tl.load(boxes + RANK).to(tl.pointer_type(tl.int64)) + place + rank * MOST_ROWS * BLOCK
-            found, tries, waiting = word, count * 0, count * 0 + 1
+            found, tries, waiting = word, count * 0, count * 0 + 1  # of the types that the loop goes on with
             while waiting > 0:
                 found = tl.load(pointers, mask=mask, other=tag, volatile=True)
                 waiting = tl.max(((found >> 32) != count).to(tl.int32))
