@@ -19,6 +19,7 @@ WORKDIR /src
 # checkpoint → /data/model_repository
 FROM triton AS builder
 COPY pyproject.toml README.md ./
+COPY deepseek_triton deepseek_triton
 COPY ensemble ensemble
 COPY clients clients
 COPY builders builders
@@ -34,6 +35,7 @@ CMD ["--help"]
 # /models → tokens
 FROM triton AS serve
 COPY pyproject.toml README.md ./
+COPY deepseek_triton deepseek_triton
 COPY ensemble ensemble
 RUN python3 -m pip install --no-cache-dir --target="$PYTHONPATH" '.[serve]'
 # Triton imports packages; their commands are of no use here.

@@ -1,7 +1,7 @@
 # One vocabulary for people and CI. `make demo` and `make test` need Linux x86-64, make and Python 3.10 or later.
 VENV := .venv
 BIN := $(VENV)/bin
-# Of `make loadtest`; HOST names a running server, OPTIONS are those of `python -m loadtest.run`.
+# Of `make loadtest`; HOST names a running server, OPTIONS are those of `python -m deepseek_triton.loadtest.run`.
 PROFILE ?= smoke
 HOST ?=
 OPTIONS ?=
@@ -30,7 +30,7 @@ bench: $(VENV)/installed-test  ## benchmarks/results/serving-*.json
 
 loadtest: $(VENV)/installed-load  ## load the demo model, or the server at HOST, with PROFILE; build/loadtest/
 	$(if $(HOST),,$(BIN)/python scripts/demo.py --build-only)
-	$(BIN)/python -m loadtest.run $(PROFILE) $(if $(HOST),--host $(HOST)) $(OPTIONS)
+	$(BIN)/python -m deepseek_triton.loadtest.run $(PROFILE) $(if $(HOST),--host $(HOST)) $(OPTIONS)
 
 clean:
 	rm -rf $(VENV) .python build *.egg-info

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.machine import describe
-from builders.spec import ModelSpec, from_hf
+from deepseek_triton.builders.checkpoint.spec import ModelSpec, from_hf
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
@@ -102,7 +102,7 @@ status = subprocess.run(sys.argv[1:]).returncode
 print(json.dumps([status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))
 """
     command = [
-        sys.executable, "-m", "builders.cli", "build", str(checkpoint),
+        sys.executable, "-m", "deepseek_triton.builders.cli", "build", str(checkpoint),
         "--name", "large", "--repository", str(repository), "--precision", precision,
     ]  # fmt: skip
     start = time.perf_counter()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ensemble.cuda_layout import E4M3_MAX, MIN_TOKEN_SCALE, DecoderShape
-from ensemble.engine.runners.cuda.weights import WeightSource
+from deepseek_triton.ensemble.artefacts.cuda_layout import E4M3_MAX, MIN_TOKEN_SCALE, DecoderShape
+from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightSource
 
 CPU = torch.device("cpu")
 

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 
 from benchmarks.machine import describe
-from ensemble.cuda_layout import DecoderShape
-from ensemble.engine.runners.base import LAST_TOKEN, Draw, PromptChunk
-from ensemble.engine.runners.cuda.parallel import ParallelRunner
-from ensemble.engine.runners.cuda.runner import CudaRunner
-from ensemble.engine.runners.cuda.weights import RandomWeights
+from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
+from deepseek_triton.ensemble.engine.runners.base import LAST_TOKEN, Draw, PromptChunk
+from deepseek_triton.ensemble.engine.runners.cuda.parallel import ParallelRunner
+from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
+from deepseek_triton.ensemble.engine.runners.cuda.weights import RandomWeights
 
 RESULTS = Path(__file__).parent / "results"
 FILE = RESULTS / "decode-gpu.json"

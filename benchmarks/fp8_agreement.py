@@ -20,12 +20,12 @@ import torch
 from benchmarks.cuda_reference import Reference
 from benchmarks.machine import describe
 from benchmarks.smollm2_reference import NUM_WINDOWS, WINDOW
-from builders.calibration_text import read_text
-from builders.evaluate import text_windows
-from ensemble.cuda_layout import WEIGHTS_FILE, DecoderShape
-from ensemble.engine.runners.cuda.weights import StoredWeights
-from ensemble.manifest import Manifest
-from ensemble.text import Tokenizer
+from deepseek_triton.builders.fp8.calibration_text import read_text
+from deepseek_triton.builders.fp8.evaluate import text_windows
+from deepseek_triton.ensemble.artefacts.cuda_layout import WEIGHTS_FILE, DecoderShape
+from deepseek_triton.ensemble.artefacts.manifest import Manifest
+from deepseek_triton.ensemble.engine.runners.cuda.weights import StoredWeights
+from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 
 FILE = Path(__file__).parent / "results" / "fp8-agreement.json"
 WAYS = {

@@ -1,8 +1,8 @@
 """What each way of making FP8 costs in quality and bytes, on SmolLM2-135M: python -m benchmarks.fp8_quality TEXT
 
-Every row is an artefact that was really written (FP8 layers, the rest float16) and evaluated by `builders/evaluate.py`
-on TEXT against the float32 checkpoint; calibration sees the built-in texts and the model's own, never TEXT. Writes
-benchmarks/results/fp8-quality.{json,md,png}. Takes some 20 minutes on two cores.
+Every row is an artefact that was really written (FP8 layers, the rest float16) and evaluated on TEXT by
+`builders/fp8/evaluate.py` against the float32 checkpoint; calibration sees the built-in texts and the model's own,
+never TEXT. Writes benchmarks/results/fp8-quality.{json,md,png}. Takes some 20 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 
 from benchmarks.machine import describe
 from benchmarks.weights import smollm2
-from builders.artefact import Artefact
-from builders.calibration_text import load_or_calibrate, load_tokenizer, read_text
-from builders.checkpoint import open_checkpoint
-from builders.evaluate import FloatSource, compare, module_errors, run_model, text_windows
-from builders.evaluation import TABLE_TOKENS, Evaluation, plot
-from builders.quantize import quantized_graph
-from builders.recipe import RECIPES, Recipe
-from builders.sensitivity import Sensitivity, keep_most_sensitive, measure_sensitivity
+from deepseek_triton.builders.checkpoint.reader import open_checkpoint
+from deepseek_triton.builders.fp8.calibration_text import load_or_calibrate, load_tokenizer, read_text
+from deepseek_triton.builders.fp8.evaluate import FloatSource, compare, module_errors, run_model, text_windows
+from deepseek_triton.builders.fp8.graph_weights import Artefact
+from deepseek_triton.builders.fp8.quality_report import TABLE_TOKENS, Evaluation, plot
+from deepseek_triton.builders.fp8.quantize import quantized_graph
+from deepseek_triton.builders.fp8.recipe import RECIPES, Recipe
+from deepseek_triton.builders.fp8.sensitivity import Sensitivity, keep_most_sensitive, measure_sensitivity
 
 RESULTS = Path(__file__).parent / "results"
 NEAREST = RECIPES["nearest"]

@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from benchmarks.machine import describe
 from benchmarks.payments import LABELS, Payment, make_payments
 from benchmarks.weights import smollm2
-from builders.commands.fit import measure
-from builders.fit import Measured, Method, expected_calibration_error, fit
-from builders.options import BuildOptions
-from builders.repository import build
-from builders.scoring_options import ScoringOptions
-from clients.grpc import GrpcClient
-from ensemble.scoring.calibration import softmax
-from ensemble.server import TritonServer
+from deepseek_triton.builders.commands.fit import measure
+from deepseek_triton.builders.repository.build import build
+from deepseek_triton.builders.repository.options import BuildOptions
+from deepseek_triton.builders.scoring.fit import Measured, Method, expected_calibration_error, fit
+from deepseek_triton.builders.scoring.options import ScoringOptions
+from deepseek_triton.clients.grpc import GrpcClient
+from deepseek_triton.ensemble.scoring.calibration import softmax
+from deepseek_triton.ensemble.server.tritonserver import TritonServer
 
 RESULTS = Path(__file__).parent / "results"
 NAME = "fraud"

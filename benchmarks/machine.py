@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 from datetime import date
 
-from ensemble.machine import hardware
-from ensemble.manifest import installed_versions
+from deepseek_triton.ensemble.artefacts.manifest import installed_versions
+from deepseek_triton.ensemble.processes.machine import hardware
 
 PACKAGES = ("numpy", "onnxruntime", "tokenizers", "torch", "transformers", "tritonclient", "nvidia-pytriton")
 

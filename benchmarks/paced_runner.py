@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, PromptChunk
+from deepseek_triton.ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, PromptChunk
 
 
 class PacedRunner:

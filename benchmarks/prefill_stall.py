@@ -20,11 +20,11 @@ from pathlib import Path
 
 from benchmarks.machine import describe
 from benchmarks.weights import smollm2
-from builders.options import BuildOptions
-from builders.repository import build
-from clients.api import GenerateRequest
-from clients.grpc import GrpcClient
-from ensemble.server import TritonServer
+from deepseek_triton.builders.repository.build import build
+from deepseek_triton.builders.repository.options import BuildOptions
+from deepseek_triton.clients.api import GenerateRequest
+from deepseek_triton.clients.grpc import GrpcClient
+from deepseek_triton.ensemble.server.tritonserver import TritonServer
 
 RESULTS = Path(__file__).parent / "results"
 NAME = "bench"

@@ -32,20 +32,20 @@ from benchmarks.machine import describe
 from benchmarks.payments import LABELS as FRAUD_LABELS
 from benchmarks.payments import make_payments
 from benchmarks.weights import smollm2
-from builders.commands import tune_load
-from builders.options import BuildOptions
-from builders.pbtxt import parse_text, to_text
-from builders.repository import build
-from builders.scoring_options import ScoringOptions
-from clients.base import BaseClient
-from clients.grpc import GrpcClient
-from clients.score import Score, ScoreRequest
-from ensemble import contract
-from ensemble.manifest import Manifest
-from ensemble.scoring.profile import ScoringProfile
-from ensemble.scoring.prompts import Prompter
-from ensemble.server import TritonServer
-from ensemble.text import Tokenizer
+from deepseek_triton.builders.commands import tune_load
+from deepseek_triton.builders.repository.build import build
+from deepseek_triton.builders.repository.options import BuildOptions
+from deepseek_triton.builders.repository.pbtxt import parse_text, to_text
+from deepseek_triton.builders.scoring.options import ScoringOptions
+from deepseek_triton.clients.base import BaseClient
+from deepseek_triton.clients.grpc import GrpcClient
+from deepseek_triton.clients.score import Score, ScoreRequest
+from deepseek_triton.ensemble.artefacts.manifest import Manifest
+from deepseek_triton.ensemble.protocol import contract
+from deepseek_triton.ensemble.scoring.profile import ScoringProfile
+from deepseek_triton.ensemble.scoring.prompts import Prompter
+from deepseek_triton.ensemble.server.tritonserver import TritonServer
+from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

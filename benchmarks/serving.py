@@ -25,19 +25,19 @@ import numpy as np
 
 from benchmarks.machine import describe
 from benchmarks.weights import smollm2
-from builders.options import BuildOptions
-from builders.repository import build
-from clients.api import GenerateRequest
-from clients.grpc import GrpcClient
-from ensemble.engine.admission import Admission, RequestOptions
-from ensemble.engine.loop import EngineLoop
-from ensemble.engine.runners.load import load_runner
-from ensemble.engine.sequence import FailureKind, Request
-from ensemble.progress import Update
-from ensemble.sampling import SamplingParams
-from ensemble.server import TritonServer
-from ensemble.settings import EngineSettings
-from ensemble.text import Tokenizer
+from deepseek_triton.builders.repository.build import build
+from deepseek_triton.builders.repository.options import BuildOptions
+from deepseek_triton.clients.api import GenerateRequest
+from deepseek_triton.clients.grpc import GrpcClient
+from deepseek_triton.ensemble.engine.admission import Admission, RequestOptions
+from deepseek_triton.ensemble.engine.loop import EngineLoop
+from deepseek_triton.ensemble.engine.runners.load import load_runner
+from deepseek_triton.ensemble.engine.sequence import FailureKind, Request
+from deepseek_triton.ensemble.protocol.progress import Update
+from deepseek_triton.ensemble.protocol.settings import EngineSettings
+from deepseek_triton.ensemble.sampling import SamplingParams
+from deepseek_triton.ensemble.server.tritonserver import TritonServer
+from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 
 RESULTS = Path(__file__).parent / "results"
 NAME = "bench"

@@ -27,8 +27,8 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from benchmarks.machine import describe
-from builders.defaults import CUDA_MAX_PREFILL_STALL, CUDA_PREFILL_CHUNK
-from ensemble.server import TritonServer
+from deepseek_triton.builders.targets.defaults import CUDA_MAX_PREFILL_STALL, CUDA_PREFILL_CHUNK
+from deepseek_triton.ensemble.server.tritonserver import TritonServer
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -44,10 +44,10 @@ SETTINGS = {
 }
 MODEL = """\
 from benchmarks.decode_gpu import SHAPE
-from ensemble.engine.runners.cuda.runner import CudaRunner
-from ensemble.engine.runners.cuda.weights import RandomWeights
-from ensemble.manifest import Manifest
-from ensemble.models import engine
+from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
+from deepseek_triton.ensemble.engine.runners.cuda.weights import RandomWeights
+from deepseek_triton.ensemble.artefacts.manifest import Manifest
+from deepseek_triton.ensemble.models import engine
 
 
 def load(directory, settings):

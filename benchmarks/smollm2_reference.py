@@ -1,13 +1,13 @@
 """What the ONNX graphs say of SmolLM2-135M on a text, for tests on a GPU: python -m benchmarks.smollm2_reference TEXT
 
 Windows go whole through the real graphs on ONNX Runtime, float32 and FP8. An FP8 graph doesn't say one thing: the same
-codes and scales computed in float32 (`builders/evaluate.py`) choose other tokens here and there, and what another
+codes and scales computed in float32 (`builders/fp8/evaluate.py`) choose other tokens here and there, and what another
 implementation may differ by is measured against that. Writes into --output (default build/smollm2):
     reference.npz   windows of ids, the likeliest tokens by each, float16 logits of the first window: some 11 MB
     ranges.json     the activation ranges that the FP8 build used, so that another machine's has the same
-With --pack, also what tests/test_cuda_smollm2.py needs on a machine that has no package registry, the checkpoint
-among it, as one archive in pieces of so many MiB, each with its digest; `python -m benchmarks.smollm2_reference --join`
-there checks them and puts them together in --output.
+With --pack, also what tests/ensemble/engine/runners/test_cuda_smollm2.py needs on a machine that has no package
+registry, the checkpoint among it, as one archive in pieces of so many MiB, each with its digest; `python -m
+benchmarks.smollm2_reference --join` there checks them and puts them together in --output.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int | str:
 def compute(text: Path, output: Path) -> None:
     """Write ranges.json and reference.npz."""
     from benchmarks.weights import smollm2
-    from builders.artefact import Artefact
-    from builders.calibration_text import load_or_calibrate, load_tokenizer, read_text
-    from builders.checkpoint import open_checkpoint
-    from builders.evaluate import run_model, text_windows
-    from builders.graph.decoder import build_graph
-    from builders.quantize import quantized_graph
-    from builders.recipe import RECIPES
+    from deepseek_triton.builders.checkpoint.reader import open_checkpoint
+    from deepseek_triton.builders.fp8.calibration_text import load_or_calibrate, load_tokenizer, read_text
+    from deepseek_triton.builders.fp8.evaluate import run_model, text_windows
+    from deepseek_triton.builders.fp8.graph_weights import Artefact
+    from deepseek_triton.builders.fp8.quantize import quantized_graph
+    from deepseek_triton.builders.fp8.recipe import RECIPES
+    from deepseek_triton.builders.graph.decoder import build_graph
 
     path = smollm2()
     checkpoint = open_checkpoint(path)

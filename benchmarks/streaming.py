@@ -26,9 +26,9 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from benchmarks.machine import describe
 from benchmarks.weights import smollm2
-from builders.options import BuildOptions
-from builders.repository import build
-from ensemble.server import TritonServer
+from deepseek_triton.builders.repository.build import build
+from deepseek_triton.builders.repository.options import BuildOptions
+from deepseek_triton.ensemble.server.tritonserver import TritonServer
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -38,8 +38,8 @@ TARGET = 20_000  # tokens/s at 64 streams and 1 ms a step
 ROUNDS = 3
 MODEL = """\
 from benchmarks.paced_runner import PacedRunner
-from ensemble.manifest import Manifest
-from ensemble.models import engine
+from deepseek_triton.ensemble.artefacts.manifest import Manifest
+from deepseek_triton.ensemble.models import engine
 
 
 def load(directory, settings):

@@ -83,9 +83,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from builders.options import ENGINE_OPTIONS, PRECISIONS, TARGETS, TASKS
-    from builders.recipe import RECIPES
-    from builders.scoring_arguments import add_scoring_arguments
+    from deepseek_triton.builders.commands.scoring_arguments import add_scoring_arguments
+    from deepseek_triton.builders.fp8.recipe import RECIPES
+    from deepseek_triton.builders.repository.options import ENGINE_OPTIONS, PRECISIONS, TARGETS, TASKS
 
     build = commands.add_parser("build", help="checkpoint to model repository")
     build.add_argument("checkpoint", type=Path, help="Hugging Face directory or .gguf file")
@@ -113,7 +113,7 @@ def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
 
 
 def _add_evaluate_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from builders.recipe import RECIPES
+    from deepseek_triton.builders.fp8.recipe import RECIPES
 
     evaluate = commands.add_parser("evaluate", help="what FP8 costs in quality, against the float checkpoint")
     evaluate.add_argument("checkpoint", type=Path, help="Hugging Face directory or .gguf file: the float reference")
@@ -128,7 +128,7 @@ def _add_evaluate_command(commands: argparse._SubParsersAction[argparse.Argument
 
 
 def _add_fit_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from builders.fit import METHODS
+    from deepseek_triton.builders.scoring.fit import METHODS
 
     fit = commands.add_parser("fit", help="calibrate a scoring model on labelled examples")
     fit.add_argument("model", help="name of the scoring model")
@@ -158,8 +158,8 @@ def _add_tune_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
 
 
 def _add_client_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from clients import cli as clients
-    from clients import score_cli as scoring
+    from deepseek_triton.clients import cli as clients
+    from deepseek_triton.clients import score_cli as scoring
 
     generate = commands.add_parser("generate", help="complete a text")
     clients.add_generate_arguments(generate)
@@ -173,10 +173,10 @@ def _add_client_commands(commands: argparse._SubParsersAction[argparse.ArgumentP
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from builders.errors import BuildError
-    from builders.options import ENGINE_OPTIONS, PRECISIONS_OF, BuildOptions
-    from builders.repository import build
-    from builders.scoring_arguments import read_scoring_options
+    from deepseek_triton.builders.commands.scoring_arguments import read_scoring_options
+    from deepseek_triton.builders.errors import BuildError
+    from deepseek_triton.builders.repository.build import build
+    from deepseek_triton.builders.repository.options import ENGINE_OPTIONS, PRECISIONS_OF, BuildOptions
 
     bar = _ProgressBar()
     try:
@@ -208,9 +208,9 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from builders.errors import BuildError
-    from builders.evaluation import EvaluateOptions, evaluate
-    from builders.recipe import recipe_named
+    from deepseek_triton.builders.errors import BuildError
+    from deepseek_triton.builders.fp8.quality_report import EvaluateOptions, evaluate
+    from deepseek_triton.builders.fp8.recipe import recipe_named
 
     bar = _ProgressBar()
     try:
@@ -236,10 +236,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _fit(arguments: argparse.Namespace) -> int:
-    from builders.commands.fit import run_fit, told
-    from builders.errors import BuildError
-    from clients.errors import ClientError
-    from ensemble.server import ServerError
+    from deepseek_triton.builders.commands.fit import run_fit, told
+    from deepseek_triton.builders.errors import BuildError
+    from deepseek_triton.clients.errors import ClientError
+    from deepseek_triton.ensemble.server.tritonserver import ServerError
 
     bar = _ProgressBar()
     try:
@@ -253,10 +253,10 @@ def _fit(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    from builders.commands.tune import conclusion, tune
-    from builders.errors import BuildError
-    from builders.scoring_arguments import split_labels
-    from builders.tune.options import TuneOptions
+    from deepseek_triton.builders.commands.scoring_arguments import split_labels
+    from deepseek_triton.builders.commands.tune import conclusion, tune
+    from deepseek_triton.builders.errors import BuildError
+    from deepseek_triton.builders.tune.options import TuneOptions
 
     bar = _ProgressBar()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how supervisors say Ctrl-C
@@ -296,7 +296,7 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from builders.check import check_repository
+    from deepseek_triton.builders.repository.check import check_repository
 
     problems = check_repository(arguments.repository)
     for problem in problems:
@@ -306,12 +306,12 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from builders.check import built_models, is_scoring_model, require_sound, served_models
-    from builders.errors import BuildError
-    from builders.tune.repository import finish_pending
-    from clients.examples import examples, score_examples
-    from ensemble.server import ServerError, TritonServer
-    from ensemble.supervisor import supervise
+    from deepseek_triton.builders.errors import BuildError
+    from deepseek_triton.builders.repository.check import built_models, is_scoring_model, require_sound, served_models
+    from deepseek_triton.builders.tune.repository import finish_pending
+    from deepseek_triton.clients.examples import examples, score_examples
+    from deepseek_triton.ensemble.server.supervisor import supervise
+    from deepseek_triton.ensemble.server.tritonserver import ServerError, TritonServer
 
     repository: Path = arguments.repository
 
@@ -350,7 +350,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from loadtest.compare import run
+    from deepseek_triton.loadtest.compare import run
 
     return run(arguments.a, arguments.b)
 

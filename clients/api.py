@@ -1,7 +1,7 @@
 """The interface of every client, and all the names that a caller needs.
 
-Clients never import builders: the one thing they share with the rest of the project is `ensemble.contract`. This file
-knows neither gRPC nor HTTP.
+Clients never import builders: the one thing they share with the rest of the project is `ensemble.protocol.contract`.
+This file knows neither gRPC nor HTTP.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Protocol
 
-from clients.generation import Generation
-from clients.messages import Message
-from clients.request import GenerateRequest
-from clients.response import Chunk, Times, ToolCall, TopLogProb
+from deepseek_triton.clients.generation import Generation
+from deepseek_triton.clients.messages import Message
+from deepseek_triton.clients.request import GenerateRequest
+from deepseek_triton.clients.response import Chunk, Times, ToolCall, TopLogProb
 
 __all__ = [
     "DEFAULT_TIMEOUT_S",

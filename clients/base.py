@@ -16,14 +16,14 @@ from collections.abc import Generator, Mapping
 from types import TracebackType
 from typing import TypeVar
 
-from clients.api import DEFAULT_TIMEOUT_S, Chunk, GenerateRequest, Generation
-from clients.checks import check_text
-from clients.errors import ClientError, ProtocolError, RequestRejected, ServerUnavailable
-from clients.request import Scalar
-from clients.response import ChunkReader
-from clients.score import Score, ScoreRequest, Tensor
-from ensemble import contract
-from ensemble.contract import TensorSpec
+from deepseek_triton.clients.api import DEFAULT_TIMEOUT_S, Chunk, GenerateRequest, Generation
+from deepseek_triton.clients.checks import check_text
+from deepseek_triton.clients.errors import ClientError, ProtocolError, RequestRejected, ServerUnavailable
+from deepseek_triton.clients.request import Scalar
+from deepseek_triton.clients.response import ChunkReader
+from deepseek_triton.clients.score import Score, ScoreRequest, Tensor
+from deepseek_triton.ensemble.protocol import contract
+from deepseek_triton.ensemble.protocol.contract import TensorSpec
 
 # The longest wait for the engine to acknowledge a stop request, in seconds.
 STOP_TIMEOUT_S = 2.0

@@ -16,12 +16,18 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 
-from clients.api import DEFAULT_TIMEOUT_S, Chunk, Client, GenerateRequest, Generation, Message
-from clients.base import BaseClient
-from clients.connect import DEFAULT_URLS, PROTOCOLS, connect
-from clients.errors import ClientError, ProtocolError, RequestRejected, RequestTimeout, ServerUnavailable
-from clients.options import add_request_arguments, make_request
-from clients.printing import AnswerPrinter, figures, log_prob_lines
+from deepseek_triton.clients.api import DEFAULT_TIMEOUT_S, Chunk, Client, GenerateRequest, Generation, Message
+from deepseek_triton.clients.base import BaseClient
+from deepseek_triton.clients.connect import DEFAULT_URLS, PROTOCOLS, connect
+from deepseek_triton.clients.errors import (
+    ClientError,
+    ProtocolError,
+    RequestRejected,
+    RequestTimeout,
+    ServerUnavailable,
+)
+from deepseek_triton.clients.options import add_request_arguments, make_request
+from deepseek_triton.clients.printing import AnswerPrinter, figures, log_prob_lines
 
 OK, ERROR, INTERRUPTED = 0, 1, 130
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, get_args
 
-from clients.api import DEFAULT_TIMEOUT_S
-from clients.base import BaseClient
+from deepseek_triton.clients.api import DEFAULT_TIMEOUT_S
+from deepseek_triton.clients.base import BaseClient
 
 ProtocolName = Literal["grpc", "http"]
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
@@ -25,13 +25,13 @@ def connect(
 
 
 def _grpc(url: str, model: str, timeout_s: float) -> BaseClient:
-    from clients.grpc import GrpcClient
+    from deepseek_triton.clients.grpc import GrpcClient
 
     return GrpcClient(url, model, timeout_s)
 
 
 def _http(url: str, model: str, timeout_s: float) -> BaseClient:
-    from clients.http import HttpClient
+    from deepseek_triton.clients.http import HttpClient
 
     return HttpClient(url, model, timeout_s)
 

@@ -4,7 +4,7 @@
     ├── ServerUnavailable   nothing answers at the address, or the connection broke
     ├── RequestTimeout      no complete answer within `timeout_s`
     ├── RequestRejected     the server answered with an error: its text
-    └── ProtocolError       the server's answer isn't what `ensemble.contract` promises
+    └── ProtocolError       the server's answer isn't what `ensemble.protocol.contract` promises
 
 A request that can't be sent at all (a value out of its range, a malformed address) is a `ValueError`. This
 file knows no transport: `grpc.py` and `http.py` translate their libraries' exceptions into these.

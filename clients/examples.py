@@ -10,8 +10,8 @@ from pathlib import Path
 PROMPT = "The capital of France is"
 
 PYTHON = """\
-from clients.grpc import GrpcClient
-from clients.api import GenerateRequest
+from deepseek_triton.clients.grpc import GrpcClient
+from deepseek_triton.clients.api import GenerateRequest
 with GrpcClient({grpc_url!r}, {model!r}) as client:
     for chunk in client.stream(GenerateRequest(prompt={prompt!r}, max_tokens=16)):
         print(chunk.text, end="", flush=True)
@@ -45,8 +45,8 @@ SCORED_TEXT = "A wonderful film, I loved it."
 SCORED_LABELS = ("positive", "negative")
 
 SCORE_PYTHON = """\
-from clients.grpc import GrpcClient
-from clients.score import ScoreRequest
+from deepseek_triton.clients.grpc import GrpcClient
+from deepseek_triton.clients.score import ScoreRequest
 with GrpcClient({grpc_url!r}, {model!r}) as client:
     for score in client.score(ScoreRequest(texts=[{text!r}], labels={labels!r})):
         print(score.label, score.probabilities)"""

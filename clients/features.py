@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clients.base import BaseClient
-from clients.score import ScoreRequest, Tensor
-from ensemble import contract
+from deepseek_triton.clients.base import BaseClient
+from deepseek_triton.clients.score import ScoreRequest, Tensor
+from deepseek_triton.ensemble.protocol import contract
 
 
 @dataclass(frozen=True)

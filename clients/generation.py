@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from clients.response import Chunk, Times, ToolCall, TopLogProb
-from ensemble.contract import FinishReason
+from deepseek_triton.clients.response import Chunk, Times, ToolCall, TopLogProb
+from deepseek_triton.ensemble.protocol.contract import FinishReason
 
 
 @dataclass(frozen=True)

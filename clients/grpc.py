@@ -17,13 +17,19 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from clients.api import DEFAULT_TIMEOUT_S
-from clients.base import BaseClient
-from clients.errors import ClientError, ProtocolError, RequestRejected, RequestTimeout, ServerUnavailable
-from clients.request import Scalar
-from clients.score import Tensor
-from clients.tensors_grpc import infer_message, read_response
-from ensemble.contract import DType, TensorSpec
+from deepseek_triton.clients.api import DEFAULT_TIMEOUT_S
+from deepseek_triton.clients.base import BaseClient
+from deepseek_triton.clients.errors import (
+    ClientError,
+    ProtocolError,
+    RequestRejected,
+    RequestTimeout,
+    ServerUnavailable,
+)
+from deepseek_triton.clients.request import Scalar
+from deepseek_triton.clients.score import Tensor
+from deepseek_triton.clients.tensors_grpc import infer_message, read_response
+from deepseek_triton.ensemble.protocol.contract import DType, TensorSpec
 
 # Little-endian layouts of one element; STRING travels as BYTES: a uint32 length, then UTF-8.
 _LAYOUTS: dict[DType, str] = {"BOOL": "<?", "INT32": "<i", "INT64": "<q", "UINT64": "<Q", "FP32": "<f"}

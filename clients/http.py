@@ -14,13 +14,19 @@ from urllib.parse import quote
 
 import httpx
 
-from clients.api import DEFAULT_TIMEOUT_S
-from clients.base import BaseClient
-from clients.errors import ClientError, ProtocolError, RequestRejected, RequestTimeout, ServerUnavailable
-from clients.request import Scalar
-from clients.score import Tensor
-from clients.sse import iter_events
-from ensemble.contract import TensorSpec
+from deepseek_triton.clients.api import DEFAULT_TIMEOUT_S
+from deepseek_triton.clients.base import BaseClient
+from deepseek_triton.clients.errors import (
+    ClientError,
+    ProtocolError,
+    RequestRejected,
+    RequestTimeout,
+    ServerUnavailable,
+)
+from deepseek_triton.clients.request import Scalar
+from deepseek_triton.clients.score import Tensor
+from deepseek_triton.clients.sse import iter_events
+from deepseek_triton.ensemble.protocol.contract import TensorSpec
 
 
 class HttpClient(BaseClient):

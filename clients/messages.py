@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from clients.checks import check_text, json_copy, json_text
+from deepseek_triton.clients.checks import check_text, json_copy, json_text
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from clients.request import GenerateRequest, GuideType
+from deepseek_triton.clients.request import GenerateRequest, GuideType
 
 NUMBERS = (
     ("max-tokens", int),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from clients.api import Generation
+from deepseek_triton.clients.api import Generation
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 

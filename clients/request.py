@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from clients.checks import (
+from deepseek_triton.clients.checks import (
     MAX_FLOAT32,
     MAX_INT32,
     MAX_UINT64,
@@ -21,9 +21,9 @@ from clients.checks import (
     json_text,
     text_tuple,
 )
-from clients.messages import Turn, messages_json, read_messages
-from ensemble import contract
-from ensemble.contract import TensorSpec
+from deepseek_triton.clients.messages import Turn, messages_json, read_messages
+from deepseek_triton.ensemble.protocol import contract
+from deepseek_triton.ensemble.protocol.contract import TensorSpec
 
 Scalar = bool | int | float | str
 GuideType = Literal["json", "json_schema", "regex", "grammar", "ebnf_grammar", "choice"]

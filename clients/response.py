@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
-from clients.errors import ProtocolError
-from clients.request import Scalar
-from ensemble import contract
-from ensemble.contract import FINISH_REASONS, DType, FinishReason, TensorSpec
+from deepseek_triton.clients.errors import ProtocolError
+from deepseek_triton.clients.request import Scalar
+from deepseek_triton.ensemble.protocol import contract
+from deepseek_triton.ensemble.protocol.contract import FINISH_REASONS, DType, FinishReason, TensorSpec
 
 Outputs = Mapping[str, Sequence[Scalar]]  # a tensor's name → its values
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
 
-from clients.errors import ProtocolError
-from clients.messages import Turn, messages_json, read_messages
-from ensemble import contract
-from ensemble.contract import TensorSpec
+from deepseek_triton.clients.errors import ProtocolError
+from deepseek_triton.clients.messages import Turn, messages_json, read_messages
+from deepseek_triton.ensemble.protocol import contract
+from deepseek_triton.ensemble.protocol.contract import TensorSpec
 
 Chat = Sequence[Turn]
 

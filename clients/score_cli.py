@@ -11,10 +11,10 @@ import json
 import sys
 from dataclasses import asdict
 
-from clients.base import BaseClient
-from clients.cli import OK, add_connection_arguments, with_client
-from clients.errors import ClientError
-from clients.score import Score, ScoreRequest
+from deepseek_triton.clients.base import BaseClient
+from deepseek_triton.clients.cli import OK, add_connection_arguments, with_client
+from deepseek_triton.clients.errors import ClientError
+from deepseek_triton.clients.score import Score, ScoreRequest
 
 
 def add_score_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 from tritonclient.grpc import service_pb2
 
-from clients.errors import ProtocolError
-from clients.score import Tensor
-from ensemble.contract import DType, TensorSpec
+from deepseek_triton.clients.errors import ProtocolError
+from deepseek_triton.clients.score import Tensor
+from deepseek_triton.ensemble.protocol.contract import DType, TensorSpec
 
 _CODES: dict[DType, str] = {"BOOL": "?", "INT32": "i", "INT64": "q", "UINT64": "Q", "FP32": "f"}
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loadtest.engine import EngineWork
-from loadtest.metrics import ModelWork, mean
-from loadtest.sample import Sample
-from loadtest.validity import TOLERANCE
-from loadtest.verdict import Verdict
+from deepseek_triton.loadtest.engine import EngineWork
+from deepseek_triton.loadtest.metrics import ModelWork, mean
+from deepseek_triton.loadtest.sample import Sample
+from deepseek_triton.loadtest.validity import TOLERANCE
+from deepseek_triton.loadtest.verdict import Verdict
 
 
 def check(samples: Sequence[Sample], engine: EngineWork | None, others: dict[str, ModelWork]) -> list[Verdict]:

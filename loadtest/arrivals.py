@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 
-from loadtest.profile import Profile, Stage
+from deepseek_triton.loadtest.profile import Profile, Stage
 
 
 def all_stages(profile: Profile) -> list[tuple[float, Stage]]:

@@ -1,4 +1,6 @@
-"""`python -m loadtest.basis a.json b.json …`: valid runs of one profile in, the service levels that follow out.
+"""Valid runs of one profile in, the service levels that follow out.
+
+Called as `python -m deepseek_triton.loadtest.basis a.json b.json …`.
 
 What is printed are the tables [levels] and [basis] of the profile. A level is `margin` times the median of the runs:
 far enough from what is usual that chance alone doesn't miss it, and near enough that a service half as good does.
@@ -12,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loadtest.levels import LEVELS
-from loadtest.profile import Basis, Levels, ProfileError
-from loadtest.result import Result, ResultError, load
+from deepseek_triton.loadtest.levels import LEVELS
+from deepseek_triton.loadtest.profile import Basis, Levels, ProfileError
+from deepseek_triton.loadtest.result import Result, ResultError, load
 
 MARGIN = 2.0
 
@@ -22,7 +24,7 @@ MARGIN = 2.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables; 1 for a file that is no result, or runs that are no basis."""
     parser = argparse.ArgumentParser(
-        prog="python -m loadtest.basis", description="Service levels from measured runs of one profile."
+        prog="python -m deepseek_triton.loadtest.basis", description="Service levels from measured runs of one profile."
     )
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json")
     parser.add_argument("--margin", type=float, default=MARGIN, help="times the median (default: %(default)s)")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loadtest.intervals import (
+from deepseek_triton.loadtest.intervals import (
     CONFIDENCE,
     MEASURES,
     MIN_BLOCKS,
@@ -33,10 +33,10 @@ from loadtest.intervals import (
     difference,
     resample,
 )
-from loadtest.measure import counted, percentile
-from loadtest.result import Result, ResultError, load
-from loadtest.sample import Sample
-from loadtest.verdict import amount
+from deepseek_triton.loadtest.measure import counted, percentile
+from deepseek_triton.loadtest.result import Result, ResultError, load
+from deepseek_triton.loadtest.sample import Sample
+from deepseek_triton.loadtest.verdict import amount
 
 BLOCK_S = 5.0  # longer than most answers take to come
 # Requests slower than a percentile. In simulated queues, 60 % and 85 % busy, what calls itself a 95 % interval held the

@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loadtest.histogram import Histogram
-from loadtest.metrics import Reading, gauge_course, nearest
+from deepseek_triton.loadtest.histogram import Histogram
+from deepseek_triton.loadtest.metrics import Reading, gauge_course, nearest
 
 FIRST_TOKEN = "deepseek_time_to_first_token_seconds"
 INTER_TOKEN = "deepseek_inter_token_latency_seconds"

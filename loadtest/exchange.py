@@ -12,10 +12,10 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from clients.api import Chunk, GenerateRequest, Generation
-from clients.errors import ClientError
-from loadtest.profile import ProtocolName
-from loadtest.sample import Sample
+from deepseek_triton.clients.api import Chunk, GenerateRequest, Generation
+from deepseek_triton.clients.errors import ClientError
+from deepseek_triton.loadtest.profile import ProtocolName
+from deepseek_triton.loadtest.sample import Sample
 
 
 class Streams(Protocol):

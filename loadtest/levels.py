@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from loadtest.measure import Summary
-from loadtest.profile import Levels
-from loadtest.verdict import Verdict
+from deepseek_triton.loadtest.measure import Summary
+from deepseek_triton.loadtest.profile import Levels
+from deepseek_triton.loadtest.verdict import Verdict
 
 # Field of Levels → name, unit, the figure, what a miss means.
 LEVELS: dict[str, tuple[str, str, Callable[[Summary], float | None], str]] = {

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loadtest.sample import Sample
+from deepseek_triton.loadtest.sample import Sample
 
 PERCENTILES = (50, 90, 99)
 # Widths of the course's steps, in seconds: the first that gives at most MAX_STEPS.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from loadtest.histogram import Histogram
+from deepseek_triton.loadtest.histogram import Histogram
 
 # Ours → Triton's counters that are added up. Times are in microseconds there.
 COUNTERS: dict[str, tuple[str, ...]] = {

@@ -10,8 +10,8 @@ import math
 import random
 from dataclasses import dataclass
 
-from clients.api import GenerateRequest, Generation
-from loadtest.profile import Length, Profile, ProtocolName, Requests
+from deepseek_triton.clients.api import GenerateRequest, Generation
+from deepseek_triton.loadtest.profile import Length, Profile, ProtocolName, Requests
 
 WHO = ("The old sailor", "My neighbour", "A young painter", "The baker", "Our teacher", "A tired doctor", "The farmer")
 DOES = ("remembers", "asked about", "wrote a letter on", "cannot forget", "would like to see", "spoke of", "paid for")

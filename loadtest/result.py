@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loadtest import agreement, engine, levels, measure, metrics, profile, usage, validity
-from loadtest.engine import EngineCourse, EngineWork
-from loadtest.measure import Backlog, Course, Summary
-from loadtest.metrics import ModelWork
-from loadtest.profile import Profile
-from loadtest.sample import Sample, from_columns, to_columns
-from loadtest.target import Target
-from loadtest.usage import UsageCourse
-from loadtest.validity import Observed
-from loadtest.verdict import Verdict
+from deepseek_triton.loadtest import agreement, engine, levels, measure, metrics, profile, usage, validity
+from deepseek_triton.loadtest.engine import EngineCourse, EngineWork
+from deepseek_triton.loadtest.measure import Backlog, Course, Summary
+from deepseek_triton.loadtest.metrics import ModelWork
+from deepseek_triton.loadtest.profile import Profile
+from deepseek_triton.loadtest.sample import Sample, from_columns, to_columns
+from deepseek_triton.loadtest.target import Target
+from deepseek_triton.loadtest.usage import UsageCourse
+from deepseek_triton.loadtest.validity import Observed
+from deepseek_triton.loadtest.verdict import Verdict
 
 FORMAT = 2
 FAILED = "failed"  # an infinite percentile, in JSON

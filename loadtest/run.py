@@ -1,15 +1,15 @@
-"""`python -m loadtest.run`: a profile and a server in, a result, a report and an exit status out.
+"""`python -m deepseek_triton.loadtest.run`: a profile and a server in, a result, a report and an exit status out.
 
     make loadtest PROFILE=spike                 builds the demo model, serves it, loads it, stops it
     make loadtest PROFILE=spike HOST=10.0.0.7   loads what runs there, and starts nothing
-    python -m loadtest.run spike --page 8089    Locust's own page instead: http://localhost:8089
+    python -m deepseek_triton.loadtest.run spike --page 8089    Locust's own page instead: http://localhost:8089
 
 `loadtest/status.py` has the exit statuses.
 """
 
 from __future__ import annotations
 
-import loadtest.green  # noqa: F401  # isort: skip  # before everything else
+import deepseek_triton.loadtest.gevent_patch  # noqa: F401  # isort: skip  # before everything else
 
 import argparse
 import contextlib
@@ -26,16 +26,16 @@ import gevent
 from locust.env import Environment
 
 from benchmarks.machine import describe
-from ensemble.server import ServerError, TritonServer
-from loadtest import profile
-from loadtest.profile import ProfileError
-from loadtest.report.page import write_report
-from loadtest.report.text import table
-from loadtest.result import Result, assemble
-from loadtest.session import Session
-from loadtest.status import Status, help_text, status_of
-from loadtest.target import Target
-from loadtest.users import ProfileShape, user_classes
+from deepseek_triton.ensemble.server.tritonserver import ServerError, TritonServer
+from deepseek_triton.loadtest import profile
+from deepseek_triton.loadtest.profile import ProfileError
+from deepseek_triton.loadtest.report.page import write_report
+from deepseek_triton.loadtest.report.text import table
+from deepseek_triton.loadtest.result import Result, assemble
+from deepseek_triton.loadtest.session import Session
+from deepseek_triton.loadtest.status import Status, help_text, status_of
+from deepseek_triton.loadtest.target import Target
+from deepseek_triton.loadtest.users import ProfileShape, user_classes
 
 PROGRESS_S = 5.0
 # Beyond a request's timeout: the client tells the server to stop, and waits for it to have done so.
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(
-        prog="python -m loadtest.run",
+        prog="python -m deepseek_triton.loadtest.run",
         description="Load a served model with a profile, and report on it.",
         epilog=help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,7 +1,7 @@
 """One run of a profile while it lasts: the clients, the clock, and what watches the generator and the server.
 
-Runs under gevent (loadtest/green.py); Locust's users call it. It decides when a conversation's next turn is due, and
-neither when conversations begin nor what is made of the samples.
+Runs under gevent (loadtest/gevent_patch.py); Locust's users call it. It decides when a conversation's next turn is due,
+and neither when conversations begin nor what is made of the samples.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 import gevent
 import httpx
 
-from clients.base import BaseClient
-from loadtest.arrivals import poisson
-from loadtest.exchange import Recorder, exchange
-from loadtest.metrics import Reading, parse
-from loadtest.profile import Profile, ProtocolName
-from loadtest.prompts import History, Talk, talk
-from loadtest.target import Target
-from loadtest.usage import Usage, Watch, local_port
-from loadtest.validity import Observed
+from deepseek_triton.clients.base import BaseClient
+from deepseek_triton.loadtest.arrivals import poisson
+from deepseek_triton.loadtest.exchange import Recorder, exchange
+from deepseek_triton.loadtest.metrics import Reading, parse
+from deepseek_triton.loadtest.profile import Profile, ProtocolName
+from deepseek_triton.loadtest.prompts import History, Talk, talk
+from deepseek_triton.loadtest.target import Target
+from deepseek_triton.loadtest.usage import Usage, Watch, local_port
+from deepseek_triton.loadtest.validity import Observed
 
 LAG_POLL_S = 0.1
 READING_S = 1.0

@@ -1,10 +1,10 @@
-"""How a run ends for a script: the exit statuses of `python -m loadtest.run`, and which one a result has."""
+"""Exit statuses of `python -m deepseek_triton.loadtest.run`, and which one a result has."""
 
 from __future__ import annotations
 
 from enum import IntEnum
 
-from loadtest.result import Result
+from deepseek_triton.loadtest.result import Result
 
 
 class Status(IntEnum):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clients.base import BaseClient
-from clients.connect import connect
-from loadtest.profile import ProtocolName
+from deepseek_triton.clients.base import BaseClient
+from deepseek_triton.clients.connect import connect
+from deepseek_triton.loadtest.profile import ProtocolName
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import gevent
 from gevent.pool import Group
 from locust import LoadTestShape, User, task
 
-from loadtest.arrivals import level_at
-from loadtest.profile import Profile, ProtocolName
-from loadtest.session import Session
+from deepseek_triton.loadtest.arrivals import level_at
+from deepseek_triton.loadtest.profile import Profile, ProtocolName
+from deepseek_triton.loadtest.session import Session
 
 SPAWN_RATE = 100.0  # users/s: nearly at once; Locust warns of more
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from loadtest import usage
-from loadtest.measure import counted, percentile
-from loadtest.metrics import Reading, has_restarted, work
-from loadtest.sample import Sample
-from loadtest.usage import Usage
-from loadtest.verdict import Verdict
+from deepseek_triton.loadtest import usage
+from deepseek_triton.loadtest.measure import counted, percentile
+from deepseek_triton.loadtest.metrics import Reading, has_restarted, work
+from deepseek_triton.loadtest.sample import Sample
+from deepseek_triton.loadtest.usage import Usage
+from deepseek_triton.loadtest.verdict import Verdict
 
 TOLERANCE = 0.1  # of a figure: what may be in it that isn't the server's
 # The generator is one thread. One that is busy a share r of the time keeps what comes waiting, on average, for

@@ -7,12 +7,12 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from builders.cli import main as deepseek_triton
-from clients.api import GenerateRequest, Message
-from clients.errors import ClientError
-from clients.grpc import GrpcClient
-from ensemble.manifest import Manifest, ManifestError
-from ensemble.server import ServerError, TritonServer
+from deepseek_triton.builders.cli import main as deepseek_triton
+from deepseek_triton.clients.api import GenerateRequest, Message
+from deepseek_triton.clients.errors import ClientError
+from deepseek_triton.clients.grpc import GrpcClient
+from deepseek_triton.ensemble.artefacts.manifest import Manifest, ManifestError
+from deepseek_triton.ensemble.server.tritonserver import ServerError, TritonServer
 
 NAME = "smollm2"
 REPOSITORY = Path("model_repository")

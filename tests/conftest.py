@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ensemble.server import TritonServer
-from tests.checkpoints import smollm2_path
+from deepseek_triton.ensemble.server.tritonserver import TritonServer
+from tests.support.checkpoints import smollm2_path
 
 NAME = "smollm2"
 MAX_SEQ_LEN = 512
@@ -19,8 +19,8 @@ MAX_SEQ_LEN = 512
 @pytest.fixture(scope="session")
 def smollm2_repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A model repository built from SmolLM2's real weights."""
-    from builders.options import BuildOptions
-    from builders.repository import build
+    from deepseek_triton.builders.repository.build import build
+    from deepseek_triton.builders.repository.options import BuildOptions
 
     repository = tmp_path_factory.mktemp("repository") / "models"
     settings = {"prefill_chunk": 32}

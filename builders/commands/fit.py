@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from builders.check import require_sound
-from builders.fit import (
+from deepseek_triton.builders.repository.check import require_sound
+from deepseek_triton.builders.repository.options import Report
+from deepseek_triton.builders.scoring.fit import (
     CONTENT_FREE,
     Example,
     FitError,
@@ -22,15 +23,14 @@ from builders.fit import (
     read_profile,
     write_calibration,
 )
-from builders.options import Report
-from builders.tune.repository import read_configs
-from clients.base import BaseClient
-from clients.errors import RequestRejected
-from clients.features import Features, read_features
-from clients.grpc import GrpcClient
-from ensemble.scoring.calibration import Calibration, label_scores
-from ensemble.scoring.profile import ScoringProfile
-from ensemble.server import TritonServer
+from deepseek_triton.builders.tune.repository import read_configs
+from deepseek_triton.clients.base import BaseClient
+from deepseek_triton.clients.errors import RequestRejected
+from deepseek_triton.clients.features import Features, read_features
+from deepseek_triton.clients.grpc import GrpcClient
+from deepseek_triton.ensemble.scoring.calibration import Calibration, label_scores
+from deepseek_triton.ensemble.scoring.profile import ScoringProfile
+from deepseek_triton.ensemble.server.tritonserver import TritonServer
 
 CHUNK = 8  # texts in a request, where the engine's batches have room for so many
 

@@ -13,21 +13,30 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from builders.commands.tune_load import Load, asker, measure, read_texts
-from builders.options import Report
-from builders.tune.clock import Clock
-from builders.tune.confirm import NUM_CANDIDATES, Decision, contenders, decide, order
-from builders.tune.journal import Journal
-from builders.tune.measurement import Measured, Measurement
-from builders.tune.options import TuneOptions
-from builders.tune.report import decision_table, plot, search_table
-from builders.tune.repository import finish_pending, newest_version, put_configs, read_configs
-from builders.tune.search import Axis, is_within, search
-from builders.tune.space import Configs, Parameter, Point, TuneError, limits_of, read_point, space_of, with_point
-from builders.tune.subject import configs_digest, subject
-from ensemble.pipelines import ENGINE_SUFFIX, model_name
-from ensemble.server import ServerError, find_tritonserver
-from loadtest.intervals import CONFIDENCE
+from deepseek_triton.builders.commands.tune_load import Load, asker, measure, read_texts
+from deepseek_triton.builders.repository.options import Report
+from deepseek_triton.builders.tune.clock import Clock
+from deepseek_triton.builders.tune.confirm import NUM_CANDIDATES, Decision, contenders, decide, order
+from deepseek_triton.builders.tune.fingerprint import configs_digest, subject
+from deepseek_triton.builders.tune.journal import Journal
+from deepseek_triton.builders.tune.measurement import Measured, Measurement
+from deepseek_triton.builders.tune.options import TuneOptions
+from deepseek_triton.builders.tune.report import decision_table, plot, search_table
+from deepseek_triton.builders.tune.repository import finish_pending, newest_version, put_configs, read_configs
+from deepseek_triton.builders.tune.search import Axis, is_within, search
+from deepseek_triton.builders.tune.space import (
+    Configs,
+    Parameter,
+    Point,
+    TuneError,
+    limits_of,
+    read_point,
+    space_of,
+    with_point,
+)
+from deepseek_triton.ensemble.protocol.pipelines import ENGINE_SUFFIX, model_name
+from deepseek_triton.ensemble.server.tritonserver import ServerError, find_tritonserver
+from deepseek_triton.loadtest.intervals import CONFIDENCE
 
 Tell = Callable[[str], None]
 

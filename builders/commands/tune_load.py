@@ -14,21 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builders.check import CheckError
-from builders.check_scoring import is_scoring
-from builders.tune.measurement import Measurement
-from builders.tune.repository import copied
-from builders.tune.space import Configs, TuneError
-from clients.api import GenerateRequest
-from clients.base import BaseClient
-from clients.errors import ClientError
-from clients.grpc import GrpcClient
-from clients.score import ScoreRequest
-from ensemble.errors import one_line
-from ensemble.pipelines import ENGINE_SUFFIX, model_name
-from ensemble.server import ServerError, TritonServer
+from deepseek_triton.builders.repository.check import CheckError
+from deepseek_triton.builders.repository.check_scoring import is_scoring
+from deepseek_triton.builders.tune.measurement import Measurement
+from deepseek_triton.builders.tune.repository import copied
+from deepseek_triton.builders.tune.space import Configs, TuneError
+from deepseek_triton.clients.api import GenerateRequest
+from deepseek_triton.clients.base import BaseClient
+from deepseek_triton.clients.errors import ClientError
+from deepseek_triton.clients.grpc import GrpcClient
+from deepseek_triton.clients.score import ScoreRequest
+from deepseek_triton.ensemble.protocol.pipelines import ENGINE_SUFFIX, model_name
+from deepseek_triton.ensemble.server.tritonserver import ServerError, TritonServer
+from deepseek_triton.ensemble.text.errors import one_line
 
-DEFAULT_TEXTS = Path(__file__).parents[1] / "data" / "english.txt"
+DEFAULT_TEXTS = Path(__file__).parents[1] / "fp8" / "data" / "english.txt"
 PASSAGE_WORDS = 40
 REQUEST_TIMEOUT_S = 60.0
 DECIMALS = 2  # of a millisecond

@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from builders.errors import CheckpointError
+from deepseek_triton.builders.errors import CheckpointError
 
 ALIGNMENT = 4096  # bytes; a page, so that a runtime can map each tensor
 BLOCK_BYTES = 64 * 2**20  # converted and written at a time

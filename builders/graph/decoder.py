@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from builders.graph.builder import GraphBuilder, Progress
-from builders.graph.float8 import Float8Linear, Float8Nodes
-from builders.graph.rope import rope_tables
-from builders.spec import ModelSpec
+from deepseek_triton.builders.checkpoint.spec import ModelSpec
+from deepseek_triton.builders.graph.builder import GraphBuilder, Progress
+from deepseek_triton.builders.graph.float8 import Float8Linear, Float8Nodes
+from deepseek_triton.builders.graph.rope import rope_tables
 
 PRODUCER = "deepseek-triton"
 DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}

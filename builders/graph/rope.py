@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from builders.spec import RopeSpec
+from deepseek_triton.builders.checkpoint.spec import RopeSpec
 
 Float32 = NDArray[np.float32]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from builders.options import Report
+from deepseek_triton.builders.repository.options import Report
 
 
 class Clock:

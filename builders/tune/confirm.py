@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from builders.tune.measurement import Measured, Measurement
-from builders.tune.search import is_within
-from builders.tune.space import Point
-from loadtest.intervals import (
+from deepseek_triton.builders.tune.measurement import Measured, Measurement
+from deepseek_triton.builders.tune.search import is_within
+from deepseek_triton.builders.tune.space import Point
+from deepseek_triton.loadtest.intervals import (
     CONFIDENCE,
     P99_LATENCY,
     REQUESTS_PER_S,

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from builders.tune.measurement import Measured, Measurement
-from builders.tune.space import TuneError
+from deepseek_triton.builders.tune.measurement import Measured, Measurement
+from deepseek_triton.builders.tune.space import TuneError
 
 FORMAT = 2
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from builders.tune.confirm import MIN_ROUNDS, NUM_CANDIDATES, ROUNDS
-from builders.tune.space import TuneError
+from deepseek_triton.builders.tune.confirm import MIN_ROUNDS, NUM_CANDIDATES, ROUNDS
+from deepseek_triton.builders.tune.space import TuneError
 
 
 @dataclass(frozen=True)

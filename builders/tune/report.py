@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builders.tune.confirm import Confirmed, Decision, Interval
-from builders.tune.measurement import Measured
-from builders.tune.search import is_within
-from builders.tune.space import Point, TuneError
-from loadtest.intervals import CONFIDENCE, Difference
+from deepseek_triton.builders.tune.confirm import Confirmed, Decision, Interval
+from deepseek_triton.builders.tune.measurement import Measured
+from deepseek_triton.builders.tune.search import is_within
+from deepseek_triton.builders.tune.space import Point, TuneError
+from deepseek_triton.loadtest.intervals import CONFIDENCE, Difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from builders.tune.measurement import Measured, Measurement
-from builders.tune.space import Point
+from deepseek_triton.builders.tune.measurement import Measured, Measurement
+from deepseek_triton.builders.tune.space import Point
 
 # A difference below this is likely noise: the search doesn't follow it.
 MIN_GAIN = 0.03

@@ -12,13 +12,13 @@ from pathlib import Path
 from google.protobuf.message import Message
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from builders.check_scoring import is_scoring
-from builders.errors import BuildError
-from builders.pbtxt import TEXT_MAX_BATCH_SIZE
-from builders.scoring_options import TIMER_LATE_US, Batching
-from ensemble.manifest import Manifest, ManifestError
-from ensemble.pipelines import ENGINE_SUFFIX, SCORER_SUFFIX, TOKENIZER_SUFFIX, model_name
-from ensemble.settings import PACKING_TARGETS
+from deepseek_triton.builders.errors import BuildError
+from deepseek_triton.builders.repository.check_scoring import is_scoring
+from deepseek_triton.builders.repository.pbtxt import TEXT_MAX_BATCH_SIZE
+from deepseek_triton.builders.scoring.options import TIMER_LATE_US, Batching
+from deepseek_triton.ensemble.artefacts.manifest import Manifest, ManifestError
+from deepseek_triton.ensemble.protocol.pipelines import ENGINE_SUFFIX, SCORER_SUFFIX, TOKENIZER_SUFFIX, model_name
+from deepseek_triton.ensemble.protocol.settings import PACKING_TARGETS
 
 Configs = Mapping[str, ModelConfig]  # model's name → its configuration
 Point = Mapping[str, int]  # parameter's name → its value

@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble.bad_words import BadWords
-from ensemble.engine.sequence import NEVER, Request, Sequence, Sink
-from ensemble.engine.thinking import Thinking, ThinkingTags
-from ensemble.guided import Guide, GuideCompiler
-from ensemble.progress import Head, PromptInfo
-from ensemble.reasoning import CLOSE_TAG, OPEN_TAG
-from ensemble.sampling import Sampler, SamplingParams
-from ensemble.settings import EngineSettings
-from ensemble.stop_words import StopMatcher
-from ensemble.text import Tokenizer
+from deepseek_triton.ensemble.engine.sequence import NEVER, Request, Sequence, Sink
+from deepseek_triton.ensemble.engine.thinking import Thinking, ThinkingTags
+from deepseek_triton.ensemble.guided import Guide, GuideCompiler
+from deepseek_triton.ensemble.protocol.progress import Head, PromptInfo
+from deepseek_triton.ensemble.protocol.settings import EngineSettings
+from deepseek_triton.ensemble.sampling import Sampler, SamplingParams
+from deepseek_triton.ensemble.text.bad_words import BadWords
+from deepseek_triton.ensemble.text.reasoning import CLOSE_TAG, OPEN_TAG
+from deepseek_triton.ensemble.text.stop_words import StopMatcher
+from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 
 
 class OptionError(ValueError):

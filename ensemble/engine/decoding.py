@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble.engine.runners.base import Draw, Logits
-from ensemble.engine.sequence import Sequence as TokenSequence
-from ensemble.guided import GuideError, fill_masks
-from ensemble.sampling import Sampled, SamplingError, choose
+from deepseek_triton.ensemble.engine.runners.base import Draw, Logits
+from deepseek_triton.ensemble.engine.sequence import Sequence as TokenSequence
+from deepseek_triton.ensemble.guided import GuideError, fill_masks
+from deepseek_triton.ensemble.sampling import Sampled, SamplingError, choose
 
 Outcome = Sampled | Exception
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from ensemble.engine.sequence import Request
+from deepseek_triton.ensemble.engine.sequence import Request
 
 HEARTBEATS = 4  # in the time after which a silent client is given up
 LATENCY_WEIGHT = 0.1  # of the newest acknowledgement in their moving average

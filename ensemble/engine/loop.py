@@ -13,19 +13,19 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-from ensemble.engine.budget import PrefillBudget
-from ensemble.engine.decoding import Outcome
-from ensemble.engine.liveness import Acknowledgements, Liveness
-from ensemble.engine.metrics import EngineMetrics
-from ensemble.engine.pipeline import Call, Failure, Pipeline
-from ensemble.engine.runners.base import OutOfMemoryError, Runner
-from ensemble.engine.runners.one_step import pipelined
-from ensemble.engine.scheduler import Scheduler, Step
-from ensemble.engine.sequence import FailureKind, Request, Sequence
-from ensemble.errors import one_line
-from ensemble.guided import GuideError
-from ensemble.sampling import Sampled, SamplingError
-from ensemble.settings import EngineSettings
+from deepseek_triton.ensemble.engine.budget import PrefillBudget
+from deepseek_triton.ensemble.engine.decoding import Outcome
+from deepseek_triton.ensemble.engine.liveness import Acknowledgements, Liveness
+from deepseek_triton.ensemble.engine.metrics import EngineMetrics
+from deepseek_triton.ensemble.engine.pipeline import Call, Failure, Pipeline
+from deepseek_triton.ensemble.engine.runners.base import OutOfMemoryError, Runner
+from deepseek_triton.ensemble.engine.runners.one_step import pipelined
+from deepseek_triton.ensemble.engine.scheduler import Scheduler, Step
+from deepseek_triton.ensemble.engine.sequence import FailureKind, Request, Sequence
+from deepseek_triton.ensemble.guided import GuideError
+from deepseek_triton.ensemble.protocol.settings import EngineSettings
+from deepseek_triton.ensemble.sampling import Sampled, SamplingError
+from deepseek_triton.ensemble.text.errors import one_line
 
 log = logging.getLogger(__name__)
 

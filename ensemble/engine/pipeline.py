@@ -16,10 +16,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ensemble.engine.decoding import Outcome, choose_all, draw_of, drawn
-from ensemble.engine.runners.base import LAST_TOKEN, Decoded, Draw, PipelinedRunner, PromptChunk
-from ensemble.engine.scheduler import Chunk, Step
-from ensemble.engine.sequence import Sequence as TokenSequence
+from deepseek_triton.ensemble.engine.decoding import Outcome, choose_all, draw_of, drawn
+from deepseek_triton.ensemble.engine.runners.base import LAST_TOKEN, Decoded, Draw, PipelinedRunner, PromptChunk
+from deepseek_triton.ensemble.engine.scheduler import Chunk, Step
+from deepseek_triton.ensemble.engine.sequence import Sequence as TokenSequence
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ensemble.engine.budget import PrefillBudget
-from ensemble.engine.sequence import Sequence
-from ensemble.engine.slots import NO_IDS, Copy, Slots
+from deepseek_triton.ensemble.engine.budget import PrefillBudget
+from deepseek_triton.ensemble.engine.sequence import Sequence
+from deepseek_triton.ensemble.engine.slots import NO_IDS, Copy, Slots
 
 
 @dataclass(frozen=True)

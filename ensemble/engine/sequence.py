@@ -14,13 +14,13 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble.bad_words import BadWords
-from ensemble.contract import FinishReason
-from ensemble.engine.thinking import Thinking
-from ensemble.guided import Guide
-from ensemble.progress import Head, LogProbs, Update
-from ensemble.sampling import Sampled, Sampler, SamplingParams
-from ensemble.stop_words import StopMatcher
+from deepseek_triton.ensemble.engine.thinking import Thinking
+from deepseek_triton.ensemble.guided import Guide
+from deepseek_triton.ensemble.protocol.contract import FinishReason
+from deepseek_triton.ensemble.protocol.progress import Head, LogProbs, Update
+from deepseek_triton.ensemble.sampling import Sampled, Sampler, SamplingParams
+from deepseek_triton.ensemble.text.bad_words import BadWords
+from deepseek_triton.ensemble.text.stop_words import StopMatcher
 
 FailureKind = Literal["invalid", "unavailable", "internal"]
 NEVER = math.inf

@@ -6,9 +6,9 @@ The library behind it is llguidance: it needs no torch, compiles in a millisecon
 xgrammar was measured beside it (benchmarks/results/guided-libraries.md).
 """
 
-from ensemble.guided.compiler import GuideCompiler
-from ensemble.guided.errors import GuideError
-from ensemble.guided.grammar import GUIDE_TYPES, GuideType
-from ensemble.guided.guide import Guide, apply_mask, fill_masks
+from deepseek_triton.ensemble.guided.compiler import GuideCompiler
+from deepseek_triton.ensemble.guided.errors import GuideError
+from deepseek_triton.ensemble.guided.grammar import GUIDE_TYPES, GuideType
+from deepseek_triton.ensemble.guided.guide import Guide, apply_mask, fill_masks
 
 __all__ = ["GUIDE_TYPES", "Guide", "GuideCompiler", "GuideError", "GuideType", "apply_mask", "fill_masks"]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ensemble.guided.errors import GuideError
-from ensemble.guided.grammar import GRAMMARS, normalize
-from ensemble.guided.guide import Guide, fill_masks
-from ensemble.guided.vocabulary import Vocabulary
+from deepseek_triton.ensemble.guided.errors import GuideError
+from deepseek_triton.ensemble.guided.grammar import GRAMMARS, normalize
+from deepseek_triton.ensemble.guided.guide import Guide, fill_masks
+from deepseek_triton.ensemble.guided.vocabulary import Vocabulary
 
 MAX_CACHED_GUIDES = 64
 COMPILE_TIMEOUT_S = 10.0

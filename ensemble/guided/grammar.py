@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from decimal import Decimal
 from typing import Any, Literal, get_args
 
-from ensemble.errors import one_line
-from ensemble.guided.errors import GuideError
+from deepseek_triton.ensemble.guided.errors import GuideError
+from deepseek_triton.ensemble.text.errors import one_line
 
 GuideType = Literal["json", "json_schema", "regex", "grammar", "ebnf_grammar", "choice"]
 GUIDE_TYPES: tuple[GuideType, ...] = get_args(GuideType)

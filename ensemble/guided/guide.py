@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble.guided.errors import GuideError
-from ensemble.guided.vocabulary import Mask, Vocabulary
+from deepseek_triton.ensemble.guided.errors import GuideError
+from deepseek_triton.ensemble.guided.vocabulary import Mask, Vocabulary
 
 if TYPE_CHECKING:
     import llguidance

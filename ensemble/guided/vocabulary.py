@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble.errors import one_line
-from ensemble.guided.errors import GuideError
+from deepseek_triton.ensemble.guided.errors import GuideError
+from deepseek_triton.ensemble.text.errors import one_line
 
 if TYPE_CHECKING:
     import llguidance

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import triton_python_backend_utils as pb_utils
 
-from ensemble import contract
-from ensemble.acknowledge import AcknowledgementSender, pipe_path
-from ensemble.errors import one_line
-from ensemble.models.tensors import array, read_inputs, scalar
-from ensemble.progress import Progress
-from ensemble.siblings import watch
-from ensemble.streams import Outputs, Stream
-from ensemble.text import Tokenizer
+from deepseek_triton.ensemble.models.tensors import array, read_inputs, scalar
+from deepseek_triton.ensemble.processes.acknowledgements import AcknowledgementSender, pipe_path
+from deepseek_triton.ensemble.processes.watchdog import watch
+from deepseek_triton.ensemble.protocol import contract
+from deepseek_triton.ensemble.protocol.progress import Progress
+from deepseek_triton.ensemble.text.errors import one_line
+from deepseek_triton.ensemble.text.streams import Outputs, Stream
+from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -18,19 +18,19 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from ensemble import contract
-from ensemble.acknowledge import AcknowledgementReceiver, pipe_path
-from ensemble.engine.admission import Admission
-from ensemble.engine.loop import EngineLoop, QueueFullError
-from ensemble.engine.runners.load import load_runner
-from ensemble.engine.sequence import FailureKind, Request
-from ensemble.errors import one_line
-from ensemble.models.metrics import MetricsPublisher
-from ensemble.models.options import read_options
-from ensemble.models.tensors import RequestError, array, read_inputs, scalar
-from ensemble.progress import Progress, Update
-from ensemble.settings import EngineSettings
-from ensemble.siblings import watch
+from deepseek_triton.ensemble.engine.admission import Admission
+from deepseek_triton.ensemble.engine.loop import EngineLoop, QueueFullError
+from deepseek_triton.ensemble.engine.runners.load import load_runner
+from deepseek_triton.ensemble.engine.sequence import FailureKind, Request
+from deepseek_triton.ensemble.models.metrics import MetricsPublisher
+from deepseek_triton.ensemble.models.options import read_options
+from deepseek_triton.ensemble.models.tensors import RequestError, array, read_inputs, scalar
+from deepseek_triton.ensemble.processes.acknowledgements import AcknowledgementReceiver, pipe_path
+from deepseek_triton.ensemble.processes.watchdog import watch
+from deepseek_triton.ensemble.protocol import contract
+from deepseek_triton.ensemble.protocol.progress import Progress, Update
+from deepseek_triton.ensemble.protocol.settings import EngineSettings
+from deepseek_triton.ensemble.text.errors import one_line
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from ensemble.engine.metrics import EngineMetrics, Histogram, descriptions
+from deepseek_triton.ensemble.engine.metrics import EngineMetrics, Histogram, descriptions
 
 log = logging.getLogger(__name__)
 PREFIX = "deepseek_"

@@ -10,14 +10,14 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ensemble import contract
-from ensemble.contract import TensorSpec
-from ensemble.engine.admission import RequestOptions
-from ensemble.errors import utf8_text
-from ensemble.models.tensors import RequestError, scalar
-from ensemble.progress import PromptInfo
-from ensemble.sampling import SamplingParams
-from ensemble.sampling.params import MAX_LOG_PROBS
+from deepseek_triton.ensemble.engine.admission import RequestOptions
+from deepseek_triton.ensemble.models.tensors import RequestError, scalar
+from deepseek_triton.ensemble.protocol import contract
+from deepseek_triton.ensemble.protocol.contract import TensorSpec
+from deepseek_triton.ensemble.protocol.progress import PromptInfo
+from deepseek_triton.ensemble.sampling import SamplingParams
+from deepseek_triton.ensemble.sampling.params import MAX_LOG_PROBS
+from deepseek_triton.ensemble.text.errors import utf8_text
 
 PARAMS: dict[str, TensorSpec] = {
     "max_tokens": contract.MAX_TOKENS,

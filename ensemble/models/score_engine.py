@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from ensemble import contract
-from ensemble.engine.runners.scoring import RowScores, load_scoring_runner
-from ensemble.models.tensors import read_inputs
-from ensemble.scoring.rows import RowError, ScoreRow, split_rows
-from ensemble.scoring.settings import ScoringSettings
+from deepseek_triton.ensemble.engine.runners.scoring import RowScores, load_scoring_runner
+from deepseek_triton.ensemble.models.tensors import read_inputs
+from deepseek_triton.ensemble.protocol import contract
+from deepseek_triton.ensemble.scoring.rows import RowError, ScoreRow, split_rows
+from deepseek_triton.ensemble.scoring.settings import ScoringSettings
 
 
 class TritonPythonModel:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from ensemble import contract
-from ensemble.models.tensors import NUMPY_DTYPES, RequestError, read_inputs
-from ensemble.scoring.profile import ScoringProfile
-from ensemble.scoring.prompts import Prompter
-from ensemble.scoring.rows import stack_rows
-from ensemble.text import Tokenizer
+from deepseek_triton.ensemble.models.tensors import NUMPY_DTYPES, RequestError, read_inputs
+from deepseek_triton.ensemble.protocol import contract
+from deepseek_triton.ensemble.scoring.profile import ScoringProfile
+from deepseek_triton.ensemble.scoring.prompts import Prompter
+from deepseek_triton.ensemble.scoring.rows import stack_rows
+from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 
 
 class TritonPythonModel:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from ensemble import contract
-from ensemble.models.tensors import NUMPY_DTYPES, read_inputs
-from ensemble.scoring.calibration import Calibration, label_scores, softmax
-from ensemble.scoring.profile import ScoringProfile
+from deepseek_triton.ensemble.models.tensors import NUMPY_DTYPES, read_inputs
+from deepseek_triton.ensemble.protocol import contract
+from deepseek_triton.ensemble.scoring.calibration import Calibration, label_scores, softmax
+from deepseek_triton.ensemble.scoring.profile import ScoringProfile
 
 
 class TritonPythonModel:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble.contract import DType, TensorSpec
+from deepseek_triton.ensemble.protocol.contract import DType, TensorSpec
 
 NUMPY_DTYPES: dict[DType, Any] = {
     "BOOL": np.bool_,

@@ -1,7 +1,7 @@
 """Triton's adapter for the tokenizer: `text_input` or `messages` → `input_ids`, and what is to be known of them.
 
 A repository's model.py imports it. It translates tensors and errors, nothing else: text is
-`ensemble/text.py`'s business.
+`ensemble/text/tokenizer.py`'s business.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import triton_python_backend_utils as pb_utils
 
-from ensemble import contract
-from ensemble.errors import TextError, one_line
-from ensemble.models.tensors import RequestError, array, read_inputs, scalar
-from ensemble.progress import PromptInfo
-from ensemble.siblings import watch
-from ensemble.text import Ids, Prompt, Tokenizer
+from deepseek_triton.ensemble.models.tensors import RequestError, array, read_inputs, scalar
+from deepseek_triton.ensemble.processes.watchdog import watch
+from deepseek_triton.ensemble.protocol import contract
+from deepseek_triton.ensemble.protocol.progress import PromptInfo
+from deepseek_triton.ensemble.text.errors import TextError, one_line
+from deepseek_triton.ensemble.text.tokenizer import Ids, Prompt, Tokenizer
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")

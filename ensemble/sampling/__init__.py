@@ -5,9 +5,9 @@ It sees one row of logits at a time; it knows nothing of batches, slots or text.
 
 from __future__ import annotations
 
-from ensemble.sampling.errors import SamplingError
-from ensemble.sampling.params import MAX_LOG_PROBS, MAX_RETURN_SEQUENCES, SamplingParams
-from ensemble.sampling.sampler import Sampled, Sampler, TokenRule, choose
+from deepseek_triton.ensemble.sampling.errors import SamplingError
+from deepseek_triton.ensemble.sampling.params import MAX_LOG_PROBS, MAX_RETURN_SEQUENCES, SamplingParams
+from deepseek_triton.ensemble.sampling.sampler import Sampled, Sampler, TokenRule, choose
 
 __all__ = [
     "MAX_LOG_PROBS",

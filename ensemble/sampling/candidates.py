@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble.sampling.params import SamplingParams
+from deepseek_triton.ensemble.sampling.params import SamplingParams
 
 # The likeliest tokens that top_p looks at first; they nearly always hold the mass.
 NUCLEUS_CANDIDATES = 1024

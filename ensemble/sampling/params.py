@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ensemble.sampling.errors import SamplingError
+from deepseek_triton.ensemble.sampling.errors import SamplingError
 
 MIN_TEMPERATURE = 1e-5  # below it float32 would overflow, and only the likeliest token is left anyway
 MAX_LOG_PROBS = 20  # OpenAI's limit

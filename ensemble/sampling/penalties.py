@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble.sampling.params import MAX_FLOAT32, SamplingParams
+from deepseek_triton.ensemble.sampling.params import MAX_FLOAT32, SamplingParams
 
 
 class Penalties:

@@ -13,12 +13,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble.engine.runners.base import Draw, Logits
-from ensemble.sampling.candidates import candidates, draw_index, largest
-from ensemble.sampling.errors import SamplingError
-from ensemble.sampling.params import SamplingParams
-from ensemble.sampling.penalties import Penalties
-from ensemble.sampling.seeds import CounterRandom, sequence_seed
+from deepseek_triton.ensemble.engine.runners.base import Draw, Logits
+from deepseek_triton.ensemble.sampling.candidates import candidates, draw_index, largest
+from deepseek_triton.ensemble.sampling.errors import SamplingError
+from deepseek_triton.ensemble.sampling.params import SamplingParams
+from deepseek_triton.ensemble.sampling.penalties import Penalties
+from deepseek_triton.ensemble.sampling.seeds import CounterRandom, sequence_seed
 
 # Tokens drawn again, one by one, where a rule refuses them; then the likeliest are all looked at, so that a rule that
 # refuses nearly everything can't hold the engine up.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble.scoring.profile import Normalisation
+from deepseek_triton.ensemble.scoring.profile import Normalisation
 
 FILE_NAME = "calibration.json"
 FORMAT = 1

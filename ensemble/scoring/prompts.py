@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ensemble.errors import TextError, utf8_text
-from ensemble.scoring.profile import ProfileError, ScoringProfile, check_labels
-from ensemble.scoring.rows import Ints, ScoreRow, make_row
-from ensemble.text import Tokenizer
+from deepseek_triton.ensemble.scoring.profile import ProfileError, ScoringProfile, check_labels
+from deepseek_triton.ensemble.scoring.rows import Ints, ScoreRow, make_row
+from deepseek_triton.ensemble.text.errors import TextError, utf8_text
+from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 
 CACHED_LABEL_SETS = 256
 # Texts that begin as differently as texts do: a tokenizer may join the template's last characters with their first.

@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble.contract import BRANCH_IDS, LOGIT_POSITIONS, SCORE_IDS, TARGET_IDS, TARGET_LABELS, TARGET_LOGITS
+from deepseek_triton.ensemble.protocol.contract import (
+    BRANCH_IDS,
+    LOGIT_POSITIONS,
+    SCORE_IDS,
+    TARGET_IDS,
+    TARGET_LABELS,
+    TARGET_LOGITS,
+)
 
 Ints = NDArray[np.int32]
 GRAPH_FILE = "scoring.onnx"

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 
-from ensemble.settings import SettingsError
+from deepseek_triton.ensemble.protocol.settings import SettingsError
 
 
 @dataclass(frozen=True)

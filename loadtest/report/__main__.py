@@ -1,12 +1,12 @@
-"""`python -m loadtest.report result.json`: the report again, beside the result."""
+"""`python -m deepseek_triton.loadtest.report result.json`: the report again, beside the result."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from loadtest.report.page import write_report
-from loadtest.result import ResultError, load
+from deepseek_triton.loadtest.report.page import write_report
+from deepseek_triton.loadtest.result import ResultError, load
 
 USAGE = 2
 
@@ -14,7 +14,7 @@ USAGE = 2
 def main(arguments: list[str]) -> int:
     """Write report.html beside the result that is named."""
     if len(arguments) != 1:
-        print("usage: python -m loadtest.report RESULT.json", file=sys.stderr)
+        print("usage: python -m deepseek_triton.loadtest.report RESULT.json", file=sys.stderr)
         return USAGE
     path = Path(arguments[0])
     try:

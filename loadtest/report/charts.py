@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loadtest.engine import is_engine
-from loadtest.report.chart import Bars, Chart, Series
-from loadtest.result import Result
+from deepseek_triton.loadtest.engine import is_engine
+from deepseek_triton.loadtest.report.chart import Bars, Chart, Series
+from deepseek_triton.loadtest.result import Result
 
 COLOURS = ("c1", "c2", "c3", "c4", "c5", "c6")
 

@@ -7,12 +7,12 @@ import json
 import math
 from pathlib import Path
 
-from loadtest.engine import EngineWork, Spread
-from loadtest.measure import Distribution, Summary
-from loadtest.report.charts import bars, charts
-from loadtest.report.text import backlog_sentence, drift_sentence, headline
-from loadtest.result import Result
-from loadtest.verdict import amount
+from deepseek_triton.loadtest.engine import EngineWork, Spread
+from deepseek_triton.loadtest.measure import Distribution, Summary
+from deepseek_triton.loadtest.report.charts import bars, charts
+from deepseek_triton.loadtest.report.text import backlog_sentence, drift_sentence, headline
+from deepseek_triton.loadtest.result import Result
+from deepseek_triton.loadtest.verdict import amount
 
 DIRECTORY = Path(__file__).parent
 # A 99th percentile of fewer requests than this is one of the slowest few.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from loadtest.measure import Backlog, Distribution, counted, percentile
-from loadtest.result import Result
-from loadtest.verdict import amount
+from deepseek_triton.loadtest.measure import Backlog, Distribution, counted, percentile
+from deepseek_triton.loadtest.result import Result
+from deepseek_triton.loadtest.verdict import amount
 
 COLUMNS = ("", "median", "90th", "99th", "longest")
 

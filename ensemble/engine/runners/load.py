@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ensemble.engine.runners.base import Runner, RunnerError
-from ensemble.manifest import Manifest
-from ensemble.settings import EngineSettings, SettingsError
-from ensemble.tensorrt_api import PLAN_FILE, TARGETS, Plan, TensorRTError
+from deepseek_triton.ensemble.artefacts.manifest import Manifest
+from deepseek_triton.ensemble.artefacts.tensorrt_api import PLAN_FILE, TARGETS, Plan, TensorRTError
+from deepseek_triton.ensemble.engine.runners.base import Runner, RunnerError
+from deepseek_triton.ensemble.protocol.settings import EngineSettings, SettingsError
 
 
 def load_runner(directory: Path, settings: EngineSettings) -> tuple[Manifest, Runner]:
@@ -26,13 +26,13 @@ def load_runner(directory: Path, settings: EngineSettings) -> tuple[Manifest, Ru
     except SettingsError as error:
         raise RunnerError(str(error)) from error
     if manifest.target == "onnx":
-        from ensemble.engine.runners.onnx import OnnxRunner
+        from deepseek_triton.ensemble.engine.runners.onnx import OnnxRunner
 
         return manifest, OnnxRunner(
             directory / "model.onnx", num_slots=settings.num_slots, num_threads=settings.num_threads
         )
     if manifest.target in TARGETS:
-        from ensemble.engine.runners.tensorrt import TensorRTRunner
+        from deepseek_triton.ensemble.engine.runners.tensorrt import TensorRTRunner
 
         try:
             plan = Plan.from_dict({name: value for name, value in manifest.engine.items() if name != "census"})
@@ -47,14 +47,14 @@ def load_runner(directory: Path, settings: EngineSettings) -> tuple[Manifest, Ru
 
 
 def _load_cuda(directory: Path, manifest: Manifest, settings: EngineSettings) -> Runner:
-    from ensemble.cuda_layout import WEIGHTS_FILE, DecoderShape, LayoutError
-    from ensemble.tensor_file import TensorFileError
+    from deepseek_triton.ensemble.artefacts.cuda_layout import WEIGHTS_FILE, DecoderShape, LayoutError
+    from deepseek_triton.ensemble.artefacts.tensor_file import TensorFileError
 
     try:
-        from ensemble.engine.runners.cuda.parallel import ParallelRunner
-        from ensemble.engine.runners.cuda.ranks import end_process
-        from ensemble.engine.runners.cuda.runner import CudaRunner
-        from ensemble.engine.runners.cuda.weights import StoredWeights
+        from deepseek_triton.ensemble.engine.runners.cuda.parallel import ParallelRunner
+        from deepseek_triton.ensemble.engine.runners.cuda.ranks import end_process
+        from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
+        from deepseek_triton.ensemble.engine.runners.cuda.weights import StoredWeights
     except ModuleNotFoundError as error:
         raise RunnerError(f"{error.name} is not installed; pip install 'deepseek-triton[cuda]'") from error
     options: dict[str, Any] = {

@@ -9,7 +9,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ensemble.engine.runners.base import Decoded, Draw, DrawingRunner, Ids, PipelinedRunner, PromptChunk, Runner
+from deepseek_triton.ensemble.engine.runners.base import (
+    Decoded,
+    Draw,
+    DrawingRunner,
+    Ids,
+    PipelinedRunner,
+    PromptChunk,
+    Runner,
+)
 
 NO_TOKENS, NO_LOG_PROBS = np.empty(0, np.int64), np.empty(0, np.float32)
 

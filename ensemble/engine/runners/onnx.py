@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ensemble.engine.runners.base import Ids, Logits, RunnerError
+from deepseek_triton.ensemble.engine.runners.base import Ids, Logits, RunnerError
 
 log = logging.getLogger(__name__)
 MIB = 2**20

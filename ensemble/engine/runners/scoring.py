@@ -1,6 +1,6 @@
 """The runner of a stateless engine on a CPU: rows in, their targets' log-probabilities out.
 
-It runs the graph of `builders/engine/stateless.py`, feeding it what Triton's own backends would: every row's values
+It runs the graph of `builders/graph/stateless.py`, feeding it what Triton's own backends would: every row's values
 one behind the other. The beginning that a template gives all its prompts is computed when the model is loaded, and
 never again. It knows nothing of text, labels or Triton.
 """
@@ -17,11 +17,11 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ensemble.contract import HIDDEN_STATE, TOKEN_LOG_PROBS
-from ensemble.engine.runners.base import RunnerError
-from ensemble.manifest import Manifest
-from ensemble.scoring.rows import GRAPH_FILE, OWN, PREFIX, ScoreRow, batch_tensors, group_rows, make_row
-from ensemble.scoring.settings import ScoringSettings
+from deepseek_triton.ensemble.artefacts.manifest import Manifest
+from deepseek_triton.ensemble.engine.runners.base import RunnerError
+from deepseek_triton.ensemble.protocol.contract import HIDDEN_STATE, TOKEN_LOG_PROBS
+from deepseek_triton.ensemble.scoring.rows import GRAPH_FILE, OWN, PREFIX, ScoreRow, batch_tensors, group_rows, make_row
+from deepseek_triton.ensemble.scoring.settings import ScoringSettings
 
 
 @dataclass(frozen=True)

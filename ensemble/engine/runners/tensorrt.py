@@ -20,9 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble.cuda_runtime import Cuda, CudaError, load_cuda
-from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, RunnerError
-from ensemble.tensorrt_api import (
+from deepseek_triton.ensemble.artefacts.tensorrt_api import (
     BEST_ID,
     BEST_LOG_PROB,
     DECODE_PROFILE,
@@ -33,13 +31,15 @@ from ensemble.tensorrt_api import (
     load_tensorrt,
     make_logger,
 )
+from deepseek_triton.ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, RunnerError
+from deepseek_triton.ensemble.engine.runners.cuda_runtime import Cuda, CudaError, load_cuda
 
 log = logging.getLogger(__name__)
 MIB = 2**20
 
 
 class TensorRTRunner:
-    """Runs the plan of `builders/engine/build.py`.
+    """Runs the plan of `builders/tensorrt/build.py`.
 
     Args:
         path: model.plan.

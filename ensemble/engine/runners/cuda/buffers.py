@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ensemble.engine.runners.base import Decoded, Draw, Ids
-from ensemble.engine.runners.cuda.prompts import PackedPrompts
+from deepseek_triton.ensemble.engine.runners.base import Decoded, Draw, Ids
+from deepseek_triton.ensemble.engine.runners.cuda.prompts import PackedPrompts
 
 STEPS_IN_FLIGHT = 2
 NO_TOKEN = -1  # position of a row without a token

@@ -11,20 +11,20 @@ import logging
 import torch
 import triton
 
-from ensemble.cuda_layout import DecoderShape
-from ensemble.engine.runners.cuda.attending import Attention, Caches
-from ensemble.engine.runners.cuda.boxes import MOST_ROWS, Boxes, RowBoxes
-from ensemble.engine.runners.cuda.buffers import Prompts
-from ensemble.engine.runners.cuda.decode_one import DecodeOne, box_bytes, reason_against
-from ensemble.engine.runners.cuda.driver import KernelError
-from ensemble.engine.runners.cuda.group import Group
-from ensemble.engine.runners.cuda.kernels import rows
-from ensemble.engine.runners.cuda.launcher import Launcher
-from ensemble.engine.runners.cuda.layers import Layer, Weights
-from ensemble.engine.runners.cuda.one_row import OneRow
-from ensemble.engine.runners.cuda.plan import Plan
-from ensemble.engine.runners.cuda.products import Parts, Products
-from ensemble.engine.runners.cuda.weights import WeightSource
+from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
+from deepseek_triton.ensemble.engine.runners.cuda.attention import Attention, Caches
+from deepseek_triton.ensemble.engine.runners.cuda.buffers import Prompts
+from deepseek_triton.ensemble.engine.runners.cuda.decode_gemv import OneRow
+from deepseek_triton.ensemble.engine.runners.cuda.driver import KernelError
+from deepseek_triton.ensemble.engine.runners.cuda.group import Group
+from deepseek_triton.ensemble.engine.runners.cuda.kernels import rows
+from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
+from deepseek_triton.ensemble.engine.runners.cuda.layers import Layer, Weights
+from deepseek_triton.ensemble.engine.runners.cuda.linear import Parts, Products
+from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import MOST_ROWS, Boxes, RowBoxes
+from deepseek_triton.ensemble.engine.runners.cuda.persistent_decode import DecodeOne, box_bytes, reason_against
+from deepseek_triton.ensemble.engine.runners.cuda.plan import Plan
+from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightSource
 
 log = logging.getLogger(__name__)
 

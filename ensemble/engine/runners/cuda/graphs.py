@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ensemble.engine.runners.base import PromptChunk
-from ensemble.engine.runners.cuda.attending import PREFILL_TILE
-from ensemble.engine.runners.cuda.prompts import PackedPrompts, pack
+from deepseek_triton.ensemble.engine.runners.base import PromptChunk
+from deepseek_triton.ensemble.engine.runners.cuda.attention import PREFILL_TILE
+from deepseek_triton.ensemble.engine.runners.cuda.prompts import PackedPrompts, pack
 
 FEWEST_TOKENS = 16  # that a captured prefill computes
 EVEN_TOKENS = 128  # as many as a matrix product's tile has rows: sizes closer to each other would save nothing

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ensemble.cuda_split import Split
-from ensemble.engine.runners.cuda.boxes import Boxes, SharedBoxes
-from ensemble.engine.runners.cuda.driver import KernelError
+from deepseek_triton.ensemble.artefacts.cuda_split import Split
+from deepseek_triton.ensemble.engine.runners.cuda.driver import KernelError
+from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import Boxes, SharedBoxes
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ensemble.cuda_layout import GROUPS, DecoderShape
-from ensemble.cuda_split import Split
-from ensemble.engine.runners.cuda.weights import WeightSource
+from deepseek_triton.ensemble.artefacts.cuda_layout import GROUPS, DecoderShape
+from deepseek_triton.ensemble.artefacts.cuda_split import Split
+from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightSource
 
 
 @dataclass(frozen=True)

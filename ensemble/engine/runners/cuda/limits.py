@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ensemble.engine.runners.base import Ids, PromptChunk, RunnerError
+from deepseek_triton.ensemble.engine.runners.base import Ids, PromptChunk, RunnerError
 
 
 @dataclass(frozen=True)

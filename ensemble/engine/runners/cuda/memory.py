@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ensemble.cuda_layout import DecoderShape
-from ensemble.engine.runners.base import RunnerError
-from ensemble.tensor_file import TensorEntry
+from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
+from deepseek_triton.ensemble.artefacts.tensor_file import TensorEntry
+from deepseek_triton.ensemble.engine.runners.base import RunnerError
 
 MIB = 2**20
 RESERVE = 512 * MIB  # the library's workspaces, kernels, and what the allocator can't hand out

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ensemble.engine.runners.cuda.driver import KernelError, call
+from deepseek_triton.ensemble.engine.runners.cuda.driver import KernelError, call
 
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_…
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, PromptChunk
-from ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT
+from deepseek_triton.ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, PromptChunk
+from deepseek_triton.ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT
 
 
 class PackingRunner(ABC):

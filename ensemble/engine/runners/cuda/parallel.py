@@ -12,15 +12,15 @@ from types import TracebackType
 
 import torch
 
-from ensemble.cuda_layout import DecoderShape, LayoutError
-from ensemble.cuda_split import Split
-from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, PromptChunk, RunnerError
-from ensemble.engine.runners.cuda.limits import Limits
-from ensemble.engine.runners.cuda.packing import PackingRunner
-from ensemble.engine.runners.cuda.ranks import END_S, START_S, STEP_S, Ranks
-from ensemble.engine.runners.cuda.weights import WeightSource
-from ensemble.engine.runners.cuda.worker import Job
-from ensemble.leftovers import make_directory, remove_directory
+from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape, LayoutError
+from deepseek_triton.ensemble.artefacts.cuda_split import Split
+from deepseek_triton.ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, PromptChunk, RunnerError
+from deepseek_triton.ensemble.engine.runners.cuda.limits import Limits
+from deepseek_triton.ensemble.engine.runners.cuda.packing import PackingRunner
+from deepseek_triton.ensemble.engine.runners.cuda.ranks import END_S, START_S, STEP_S, Ranks
+from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightSource
+from deepseek_triton.ensemble.engine.runners.cuda.worker import Job
+from deepseek_triton.ensemble.processes.temp_dirs import make_directory, remove_directory
 
 
 class ParallelRunner(PackingRunner):

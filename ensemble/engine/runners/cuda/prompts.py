@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble.engine.runners.base import Ids, PromptChunk
+from deepseek_triton.ensemble.engine.runners.base import Ids, PromptChunk
 
 Array = NDArray[np.int32]
 

@@ -21,11 +21,11 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-from ensemble.engine.runners.base import RunnerError
-from ensemble.errors import one_line
+from deepseek_triton.ensemble.engine.runners.base import RunnerError
+from deepseek_triton.ensemble.text.errors import one_line
 
 log = logging.getLogger(__name__)
-WORKER = "ensemble.engine.runners.cuda.worker"
+WORKER = "deepseek_triton.ensemble.engine.runners.cuda.worker"
 POLL_S = 0.1
 END_S = 5.0  # for a rank to end by itself when it is told to
 STUCK_S = 30.0  # after which this process, loading beside a rank that has failed, is taken to hang

@@ -18,19 +18,39 @@ from functools import partial
 import numpy as np
 import torch
 
-from ensemble.cuda_layout import DecoderShape, LayoutError
-from ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, OutOfMemoryError, PromptChunk, RunnerError
-from ensemble.engine.runners.cuda.attending import Caches
-from ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT, PendingStep, Prompts, StepInputs, StepSlot
-from ensemble.engine.runners.cuda.decoder import Decoder
-from ensemble.engine.runners.cuda.drawing import FirstTokens, Scanned, draw_rows
-from ensemble.engine.runners.cuda.graphs import Captured, Capturer, PromptSizes, captured_size, captured_sizes
-from ensemble.engine.runners.cuda.group import Group
-from ensemble.engine.runners.cuda.limits import Limits
-from ensemble.engine.runners.cuda.memory import MIB, check_fits, weight_bytes
-from ensemble.engine.runners.cuda.packing import PackingRunner
-from ensemble.engine.runners.cuda.plan import FAST, INVARIANT, Plan
-from ensemble.engine.runners.cuda.weights import SplitWeights, WeightSource
+from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape, LayoutError
+from deepseek_triton.ensemble.engine.runners.base import (
+    Decoded,
+    Draw,
+    Ids,
+    Logits,
+    OutOfMemoryError,
+    PromptChunk,
+    RunnerError,
+)
+from deepseek_triton.ensemble.engine.runners.cuda.attention import Caches
+from deepseek_triton.ensemble.engine.runners.cuda.buffers import (
+    STEPS_IN_FLIGHT,
+    PendingStep,
+    Prompts,
+    StepInputs,
+    StepSlot,
+)
+from deepseek_triton.ensemble.engine.runners.cuda.decoder import Decoder
+from deepseek_triton.ensemble.engine.runners.cuda.graphs import (
+    Captured,
+    Capturer,
+    PromptSizes,
+    captured_size,
+    captured_sizes,
+)
+from deepseek_triton.ensemble.engine.runners.cuda.group import Group
+from deepseek_triton.ensemble.engine.runners.cuda.limits import Limits
+from deepseek_triton.ensemble.engine.runners.cuda.memory import MIB, check_fits, weight_bytes
+from deepseek_triton.ensemble.engine.runners.cuda.packing import PackingRunner
+from deepseek_triton.ensemble.engine.runners.cuda.plan import FAST, INVARIANT, Plan
+from deepseek_triton.ensemble.engine.runners.cuda.sampling import FirstTokens, Scanned, draw_rows
+from deepseek_triton.ensemble.engine.runners.cuda.weights import SplitWeights, WeightSource
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +59,7 @@ PDL_CAPABILITY = (9, 0)
 
 
 class CudaRunner(PackingRunner):
-    """Runs the weights that `builders/cuda.py` writes. Implements `DrawingRunner` and `PipelinedRunner`.
+    """Runs what `builders/targets/cuda_weights.py` writes. Implements `DrawingRunner` and `PipelinedRunner`.
 
     Args:
         source: the weights.

@@ -1,7 +1,7 @@
 """Where the runner's weights come from: a built artefact, or random numbers of the same shape.
 
-A source gives tensors by the names of `ensemble/cuda_layout.py`, whole or the part that one of several ranks has; of a
-GPU it knows the device to put them on.
+A source gives tensors by the names of `ensemble/artefacts/cuda_layout.py`, whole or the part that one of several ranks
+has; of a GPU it knows the device to put them on.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Protocol
 
 import torch
 
-from ensemble.cuda_layout import DecoderShape
-from ensemble.cuda_split import WHOLE, Cut, Split
-from ensemble.tensor_file import TensorEntry, TensorFile
+from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
+from deepseek_triton.ensemble.artefacts.cuda_split import WHOLE, Cut, Split
+from deepseek_triton.ensemble.artefacts.tensor_file import TensorEntry, TensorFile
 
 DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 

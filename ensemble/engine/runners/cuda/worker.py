@@ -1,6 +1,6 @@
 """A rank but the first of a model that is split over several GPUs: a process that does what the first one does.
 
-    python -m ensemble.engine.runners.cuda.worker PIPE LIFELINE
+    python -m deepseek_triton.ensemble.engine.runners.cuda.worker PIPE LIFELINE
 
 Started by ranks.py with two file descriptors. Through PIPE come a `Job`, then calls by name; what goes back is
 "loaded", "ready", or "failed" with the reason in one line. LIFELINE says nothing: its end is the end of the first
@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 
-from ensemble.cuda_split import Split
-from ensemble.engine.runners.base import Draw, Ids, PromptChunk, RunnerError
-from ensemble.engine.runners.cuda.group import Group
-from ensemble.engine.runners.cuda.runner import CudaRunner
-from ensemble.engine.runners.cuda.weights import WeightSource
-from ensemble.errors import one_line
+from deepseek_triton.ensemble.artefacts.cuda_split import Split
+from deepseek_triton.ensemble.engine.runners.base import Draw, Ids, PromptChunk, RunnerError
+from deepseek_triton.ensemble.engine.runners.cuda.group import Group
+from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
+from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightSource
+from deepseek_triton.ensemble.text.errors import one_line
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,6 @@ def _end_with(lifeline: int) -> None:
 
 
 if __name__ == "__main__":
-    from ensemble.engine.runners.cuda import worker  # the Job that is unpickled is that module's
+    from deepseek_triton.ensemble.engine.runners.cuda import worker  # the Job that is unpickled is that module's
 
     sys.exit(worker.main(sys.argv[1:]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ensemble.engine.runners.cuda.kernels.common import begin, sum_of_parts, wait
+from deepseek_triton.ensemble.engine.runners.cuda.kernels.common import begin, sum_of_parts, wait
 
 MERGED = tl.constexpr(8)  # parts of a split cache that are on their way at once
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ensemble.engine.runners.cuda.kernels.common import begin, to_codes, token_scale, wait
+from deepseek_triton.ensemble.engine.runners.cuda.kernels.common import begin, to_codes, token_scale, wait
 
 # `columns` is K, but not known to the compiler: ptxas (CUDA 12.8) packs two pairs of equal constants into E4M3 codes
 # wrongly: where it sees that the columns behind K are zeros, their codes become what some register holds, even NaN.

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ensemble.engine.runners.cuda.kernels.common import begin, sum_of_parts, to_codes, token_scale, wait
-from ensemble.engine.runners.cuda.kernels.exchange import over_ranks
+from deepseek_triton.ensemble.engine.runners.cuda.kernels.common import begin, sum_of_parts, to_codes, token_scale, wait
+from deepseek_triton.ensemble.engine.runners.cuda.kernels.exchange import over_ranks
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ensemble.engine.runners.cuda.kernels.common import begin, wait
+from deepseek_triton.ensemble.engine.runners.cuda.kernels.common import begin, wait
 
 MIN_TEMPERATURE = tl.constexpr(1e-5)
 NO_BOUND = tl.constexpr(0x7F800000)  # the bits of +infinity: every z is kept

@@ -1,0 +1,58 @@
+"""The command line's options of a scoring build."""
+
+from __future__ import annotations
+
+import argparse
+
+from deepseek_triton.builders.errors import BuildError
+from deepseek_triton.builders.scoring.options import Batching, ScoringOptions, read_template
+from deepseek_triton.ensemble.scoring.profile import NORMALISATIONS, PLACE
+
+BATCHING = {
+    "max_batch_size": "texts in one batch",
+    "max_queue_delay_us": "microseconds that a request waits for company, at most",
+    "queue_timeout_us": "microseconds in the queue after which a request is rejected; 0: never",
+    "max_queue_size": "requests waiting, beyond which more are rejected; 0: any number",
+    "engine_instances": "batches computed at once, each on a copy of the weights; on a CPU they share its cores",
+}
+
+
+def add_scoring_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add what `read_scoring_options` reads."""
+    group.add_argument("--labels", metavar="A,B,…", help="where a request brings none (default: it must)")
+    group.add_argument("--template", default=PLACE, help=f"prompt with {PLACE}, or a file of it (default: %(default)s)")
+    group.add_argument("--chat", action="store_true", help="the filled template goes through the chat template")
+    group.add_argument("--label-prefix", help="stands before each label (default: a space; with --chat nothing)")
+    group.add_argument("--normalisation", default="mean", choices=NORMALISATIONS, help="default: %(default)s")
+    group.add_argument("--max-pass-tokens", type=int, default=ScoringOptions.max_pass_tokens, help="on a CPU")
+    group.add_argument("--preferred-batch-sizes", metavar="N,M,…", help="batches that go at once (default: full ones)")
+    for name, what in BATCHING.items():
+        default = getattr(Batching, name)
+        group.add_argument("--" + name.replace("_", "-"), type=int, default=default, help=f"{what} (%(default)s)")
+
+
+def read_scoring_options(arguments: argparse.Namespace) -> ScoringOptions:
+    """What was asked for.
+
+    Raises:
+        BuildError: a value is at fault.
+    """
+    try:
+        preferred = tuple(int(size) for size in (arguments.preferred_batch_sizes or "").split(",") if size)
+    except ValueError:
+        text = arguments.preferred_batch_sizes
+        raise BuildError(f"preferred_batch_sizes is {text!r}, must be numbers with commas between them") from None
+    return ScoringOptions(
+        template=read_template(arguments.template),
+        is_chat=arguments.chat,
+        labels=split_labels(arguments.labels),
+        label_prefix=arguments.label_prefix,
+        normalisation=arguments.normalisation,
+        max_pass_tokens=arguments.max_pass_tokens,
+        batching=Batching(preferred_batch_sizes=preferred, **{name: getattr(arguments, name) for name in BATCHING}),
+    )
+
+
+def split_labels(text: str | None) -> tuple[str, ...]:
+    """ "a, b" → ("a", "b"); None → ()."""
+    return () if text is None else tuple(label.strip() for label in text.split(","))

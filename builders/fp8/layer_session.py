@@ -1,0 +1,115 @@
+"""Running a decoder one layer at a time: hidden states in, hidden states and taps out.
+
+Calibration, compensation and evaluation need every layer's inputs but never the whole model at once: each layer is
+built as a graph of its own, run over all windows, and dropped. Peak memory is one layer and the windows' hidden states.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepseek_triton.builders.checkpoint.spec import ModelSpec
+from deepseek_triton.builders.graph.decoder import Quantized, Read, build_layer
+
+Float32 = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+# What feeds the linear layers: a value of the layer's graph → the modules that read it.
+TAPS: dict[str, tuple[str, ...]] = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.attention_flat": ("self_attn.o_proj",),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.product": ("mlp.down_proj",),
+}
+TAP_OF = {module: tap for tap, modules in TAPS.items() for module in modules}
+
+
+def layer_prefix(layer: int) -> str:
+    """`model.layers.N.`, with which the names of everything in a layer begin."""
+    return f"model.layers.{layer}."
+
+
+def in_graph_order(names: Sequence[str]) -> list[str]:
+    """A layer's tensors as the float graph's builder reads them, so that both builds give one digest."""
+    modules = (
+        "input_layernorm", "self_attn.q_proj", "self_attn.q_norm", "self_attn.k_proj", "self_attn.k_norm",
+        "self_attn.v_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj",
+        "mlp.down_proj",
+    )  # fmt: skip
+    return sorted(names, key=lambda name: (modules.index(name.rsplit(".", 1)[0]), name.endswith(".bias")))
+
+
+def runnable_opset() -> int:
+    """The opset whose operators the ONNX Runtime installed here has: 24 from its release 1.24 on, else 23."""
+    import onnxruntime as ort
+
+    major, minor = (int(part) for part in ort.__version__.split(".")[:2])
+    return 24 if (major, minor) >= (1, 24) else 23
+
+
+class LayerSession:
+    """One layer on ONNX Runtime's CPU, float32, each window a whole sequence."""
+
+    def __init__(self, path: Path, spec: ModelSpec, layer: int, max_seq_len: int) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # it warns of every cache that is not updated in place
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # NumPy needs the cores in between
+        self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._prefix = layer_prefix(layer)
+        cache = np.zeros((1, spec.num_kv_heads, max_seq_len, spec.head_dim), np.float32)
+        self._feeds: dict[str, Any] = {"start": np.zeros(1, np.int64)}
+        self._feeds |= {f"past_{kind}_{layer}": cache for kind in ("key", "value")}
+
+    def run(self, hidden: Float32, outputs: Sequence[str] = ()) -> tuple[Float32, ...]:
+        """hidden [seq_len, hidden] of one window → the layer's own output, then `outputs`, each [seq_len, width]."""
+        names = [self._prefix + name for name in ("mlp_residual", *outputs)]
+        values = self._session.run(names, self._feeds | {"hidden": hidden[None]})
+        return tuple(value[0] for value in values)
+
+
+@contextlib.contextmanager
+def layer_session(
+    spec: ModelSpec,
+    layer: int,
+    read: Read,
+    *,
+    max_seq_len: int,
+    quantized: Quantized | None = None,
+    outputs: Sequence[str] = (),
+) -> Iterator[LayerSession]:
+    """A decoder layer ready to run.
+
+    Args:
+        read: gives the layer's float weights by name.
+        max_seq_len: tokens in the longest window.
+        quantized: gives the FP8 layers by module, as for `build_graph`.
+        outputs: values that will be asked for besides the layer's output, without the layer's prefix.
+    """
+    with tempfile.TemporaryDirectory(prefix="deepseek-triton-layer-") as directory:
+        names = [layer_prefix(layer) + name for name in outputs]
+        path = build_layer(
+            spec, layer, read, Path(directory),
+            max_seq_len=max_seq_len, opset=runnable_opset(), quantized=quantized, outputs=names,
+        )  # fmt: skip
+        yield LayerSession(path, spec, layer, max_seq_len)
+
+
+def embed(embedding: NDArray[Any], windows: Sequence[Ids]) -> list[Float32]:
+    """The first layer's input of each window: [seq_len, hidden] float32."""
+    return [np.asarray(embedding[window], np.float32) for window in windows]
+
+
+def final_norm(hidden: Float32, weight: NDArray[Any], eps: float) -> Float32:
+    """RMS norm before the head: [seq_len, hidden]."""
+    mean_square = np.mean(np.square(hidden), axis=-1, keepdims=True, dtype=np.float32)
+    normed: Float32 = hidden / np.sqrt(mean_square + np.float32(eps)) * np.asarray(weight, np.float32)
+    return normed

@@ -1,0 +1,275 @@
+"""Contracts, pipelines and settings → config.pbtxt, through Triton's own ModelConfig protobuf.
+
+A field that Triton doesn't have fails here, at build time. What enters is typed data, what leaves is a
+ModelConfig or its text; it reads and writes no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import json_format, text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from deepseek_triton.builders.errors import BuildError
+from deepseek_triton.builders.scoring.options import TIMER_LATE_US, Batching
+from deepseek_triton.ensemble.artefacts.tensorrt_api import PLAN_FILE
+from deepseek_triton.ensemble.protocol.contract import (
+    DETOKENIZER,
+    ENGINE,
+    HIDDEN_STATE,
+    LOGIT_POSITIONS,
+    SCORE_ENGINE,
+    SCORE_IDS,
+    SCORE_TOKENIZER,
+    SCORER,
+    TARGET_IDS,
+    TOKEN_LOG_PROBS,
+    TOKENIZER,
+    ModelContract,
+    TensorSpec,
+)
+from deepseek_triton.ensemble.protocol.pipelines import (
+    DETOKENIZER_SUFFIX,
+    ENGINE_SUFFIX,
+    SCORER_SUFFIX,
+    TOKENIZER_SUFFIX,
+    Pipeline,
+    model_name,
+)
+from deepseek_triton.ensemble.scoring.rows import LOGIT_COUNTS, LONGEST_ROW, ROW_LENS, TARGET_COUNTS
+
+__all__ = [
+    "ModelConfig",
+    "PbtxtError",
+    "detokenizer_config",
+    "engine_config",
+    "ensemble_config",
+    "parse_text",
+    "score_engine_config",
+    "score_plan_config",
+    "score_tokenizer_config",
+    "scorer_config",
+    "to_text",
+    "tokenizer_config",
+]
+
+TEXT_MAX_BATCH_SIZE = 64  # requests that one call of the tokenizer or detokenizer may take
+MAX_QUEUE_SIZE = 4096  # requests that may wait for the tokenizer; Triton refuses one more
+HEADER = "# Written by `deepseek-triton build`: change the builder, not this file.\n"
+
+
+class PbtxtError(BuildError):
+    """A configuration that Triton couldn't read."""
+
+
+def tokenizer_config(served_name: str, parameters: Mapping[str, str] | None = None) -> ModelConfig:
+    """The configuration of `served_name`'s tokenizer."""
+    config = _text_model(model_name(served_name, TOKENIZER_SUFFIX), TOKENIZER, parameters)
+    config.dynamic_batching.default_queue_policy.max_queue_size = MAX_QUEUE_SIZE
+    return config
+
+
+def detokenizer_config(served_name: str, parameters: Mapping[str, str] | None = None) -> ModelConfig:
+    """The configuration of `served_name`'s detokenizer."""
+    config = _text_model(model_name(served_name, DETOKENIZER_SUFFIX), DETOKENIZER, parameters)
+    config.model_transaction_policy.decoupled = True  # a heartbeat is answered with nothing
+    return config
+
+
+def engine_config(served_name: str, parameters: Mapping[str, str]) -> ModelConfig:
+    """The configuration of `served_name`'s engine; `parameters` are EngineSettings.to_parameters()."""
+    return _model_config(
+        {
+            **_python_model(model_name(served_name, ENGINE_SUFFIX), ENGINE, parameters),
+            # The engine batches by itself, step by step: Triton hands it one sequence at a time.
+            "max_batch_size": 1,
+            "model_transaction_policy": {"decoupled": True},
+        }
+    )
+
+
+def score_tokenizer_config(served_name: str) -> ModelConfig:
+    """The configuration of a scoring model's tokenizer."""
+    return _model_config(_ragged_text_model(model_name(served_name, TOKENIZER_SUFFIX), SCORE_TOKENIZER))
+
+
+def scorer_config(served_name: str, hidden_size: int) -> ModelConfig:
+    """The configuration of a scoring model's last step."""
+    contract = _with_hidden_size(SCORER, hidden_size)
+    return _model_config(_ragged_text_model(model_name(served_name, SCORER_SUFFIX), contract))
+
+
+def score_engine_config(
+    served_name: str, hidden_size: int, batching: Batching, parameters: Mapping[str, str]
+) -> ModelConfig:
+    """The configuration of a stateless engine on a CPU; `parameters` are ScoringSettings.to_parameters()."""
+    contract = _with_hidden_size(SCORE_ENGINE, hidden_size)
+    model = _python_model(model_name(served_name, ENGINE_SUFFIX), contract, parameters)
+    return _model_config(_batched(_ragged(model), batching))
+
+
+def score_plan_config(served_name: str, hidden_size: int, batching: Batching) -> ModelConfig:
+    """The configuration of a stateless engine whose plan Triton's own tensorrt backend runs: the same tensors.
+
+    Triton concatenates ragged requests; what it adds to the batch says where each row ends.
+    """
+    contract = _with_hidden_size(SCORE_ENGINE, hidden_size)
+    batch_inputs = (
+        (ROW_LENS, "BATCH_ITEM_SHAPE", SCORE_IDS),
+        (LOGIT_COUNTS, "BATCH_ITEM_SHAPE", LOGIT_POSITIONS),
+        (TARGET_COUNTS, "BATCH_ITEM_SHAPE", TARGET_IDS),
+        (LONGEST_ROW, "BATCH_MAX_ELEMENT_COUNT_AS_SHAPE", SCORE_IDS),
+    )
+    model = {
+        "name": model_name(served_name, ENGINE_SUFFIX),
+        "platform": "tensorrt_plan",
+        "default_model_filename": PLAN_FILE,
+        **_tensors(contract),
+        "instance_group": [{"count": 1, "kind": "KIND_GPU", "profile": ["0"]}],
+        "batch_input": [
+            {"kind": kind, "target_name": [name], "data_type": "TYPE_INT32", "source_input": [source.name]}
+            for name, kind, source in batch_inputs
+        ],
+        "batch_output": [
+            {
+                "kind": "BATCH_SCATTER_WITH_INPUT_SHAPE",
+                "target_name": [TOKEN_LOG_PROBS.name],
+                "source_input": [TARGET_IDS.name],
+            }
+        ],
+    }
+    return _model_config(_batched(_ragged(model), batching))
+
+
+def ensemble_config(served_name: str, pipeline: Pipeline, max_batch_size: int = 1) -> ModelConfig:
+    """The configuration of the ensemble that clients call; Triton derives itself that it is decoupled."""
+    return _model_config(
+        {
+            "name": served_name,
+            "platform": "ensemble",
+            "max_batch_size": max_batch_size,
+            **_tensors(pipeline.contract),
+            "ensemble_scheduling": {
+                "step": [
+                    {
+                        "model_name": model_name(served_name, step.model_suffix),
+                        "model_version": -1,
+                        "input_map": dict(step.input_map),
+                        "output_map": dict(step.output_map),
+                    }
+                    for step in pipeline.steps
+                ]
+            },
+        }
+    )
+
+
+def to_text(config: ModelConfig) -> str:
+    """The text of a config.pbtxt file."""
+    text = str(text_format.MessageToString(config, as_utf8=True))
+    if delay := config.dynamic_batching.max_queue_delay_microseconds:
+        line = f"  max_queue_delay_microseconds: {delay}\n"
+        text = text.replace(
+            line, f"  # {delay + TIMER_LATE_US} at most: Triton's timer is late by up to {TIMER_LATE_US}.\n" + line
+        )
+    return HEADER + text
+
+
+def parse_text(text: str, path: Path) -> ModelConfig:
+    """Read the text of the config.pbtxt at `path`.
+
+    Raises:
+        PbtxtError: it isn't a ModelConfig; names the file, line and column.
+    """
+    try:
+        return text_format.Parse(text, ModelConfig())
+    except text_format.ParseError as error:
+        reason = str(error).replace(" : ", ": ", 1).rstrip(".")  # "7:3 : Message type … has no field …."
+        raise PbtxtError(f"{path}:{reason}; correct it, or build the repository again") from error
+
+
+def _text_model(name: str, contract: ModelContract, parameters: Mapping[str, str] | None) -> ModelConfig:
+    return _model_config(
+        {
+            **_python_model(name, contract, parameters or {}),
+            "max_batch_size": TEXT_MAX_BATCH_SIZE,
+            # No delay: take what has queued up while the last batch ran, never wait for more.
+            "dynamic_batching": {"max_queue_delay_microseconds": 0},
+        }
+    )
+
+
+def _ragged_text_model(name: str, contract: ModelContract) -> dict[str, Any]:
+    return {
+        **_ragged(_python_model(name, contract, {})),
+        "max_batch_size": TEXT_MAX_BATCH_SIZE,
+        "dynamic_batching": {"max_queue_delay_microseconds": 0},
+    }
+
+
+def _ragged(model: dict[str, Any]) -> dict[str, Any]:
+    """Requests of different lengths may share a batch: Triton would keep them apart."""
+    return {**model, "input": [{**tensor, "allow_ragged_batch": tensor["dims"] == [-1]} for tensor in model["input"]]}
+
+
+def _batched(model: dict[str, Any], batching: Batching) -> dict[str, Any]:
+    policy = {
+        "timeout_action": "REJECT",
+        "default_timeout_microseconds": batching.queue_timeout_us,
+        "allow_timeout_override": True,
+        "max_queue_size": batching.max_queue_size,
+    }
+    return {
+        **model,
+        "max_batch_size": batching.max_batch_size,
+        "instance_group": [{**group, "count": batching.engine_instances} for group in model["instance_group"]],
+        "dynamic_batching": {
+            "preferred_batch_size": batching.preferred,
+            "max_queue_delay_microseconds": batching.timer_us,
+            "default_queue_policy": policy,
+        },
+    }
+
+
+def _with_hidden_size(contract: ModelContract, hidden_size: int) -> ModelContract:
+    """The contract with the one width that depends on the model."""
+
+    def sized(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        return tuple(replace(spec, dims=(hidden_size,)) if spec == HIDDEN_STATE else spec for spec in specs)
+
+    return ModelContract(sized(contract.inputs), sized(contract.outputs))
+
+
+def _python_model(name: str, contract: ModelContract, parameters: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "backend": "python",
+        **_tensors(contract),
+        # KIND_CPU says where Triton places tensors and the instance, not where a runner computes.
+        "instance_group": [{"count": 1, "kind": "KIND_CPU"}],
+        "parameters": {key: {"string_value": value} for key, value in parameters.items()},
+    }
+
+
+def _tensors(contract: ModelContract) -> dict[str, Any]:
+    return {
+        "input": [{**tensor, "optional": spec.optional} for spec, tensor in _described(contract.inputs)],
+        # Only inputs can be optional: a model may always leave an output out.
+        "output": [tensor for _, tensor in _described(contract.outputs)],
+    }
+
+
+def _described(specs: Iterable[TensorSpec]) -> Iterable[tuple[TensorSpec, dict[str, Any]]]:
+    for spec in specs:
+        yield spec, {"name": spec.name, "data_type": f"TYPE_{spec.dtype}", "dims": list(spec.dims)}
+
+
+def _model_config(values: Mapping[str, Any]) -> ModelConfig:
+    try:
+        return json_format.ParseDict(values, ModelConfig())
+    except json_format.ParseError as error:
+        raise PbtxtError(f"the configuration of {values.get('name')!r} is no ModelConfig: {error}") from error

@@ -1,0 +1,166 @@
+"""Checkpoint → the `cuda` target's weights: fused matrices in E4M3 or bfloat16.
+
+`ensemble/artefacts/cuda_layout.py` has the file's layout. What enters answers the two questions that the graph's
+builder asks, a weight and an FP8 layer by name; what leaves is one file. A matrix is FP8 if all its modules are: those
+that read one input are multiplied at once. One decoder layer is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from deepseek_triton.builders.checkpoint.spec import ModelSpec
+from deepseek_triton.builders.errors import BuildError, CheckpointError
+from deepseek_triton.builders.fp8.layer_session import in_graph_order, layer_prefix
+from deepseek_triton.builders.fp8.recipe import Recipe
+from deepseek_triton.builders.graph.builder import Progress
+from deepseek_triton.builders.graph.decoder import Quantized, Read
+from deepseek_triton.builders.graph.rope import rope_tables
+from deepseek_triton.ensemble.artefacts.cuda_layout import GROUPS, WEIGHTS_FILE, DecoderShape
+from deepseek_triton.ensemble.artefacts.tensor_file import TensorEntry, write_tensors
+
+Array = NDArray[Any]
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def decoder_shape(spec: ModelSpec, max_seq_len: int) -> DecoderShape:
+    """The dimensions that the runner needs."""
+    return DecoderShape(
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_layers=spec.num_layers,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        rms_norm_eps=spec.rms_norm_eps,
+        max_seq_len=max_seq_len,
+        tie_word_embeddings=spec.tie_word_embeddings,
+        qk_norm=spec.qk_norm,
+    )
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Can the kernels carry out `recipe`?
+
+    Raises:
+        BuildError: it has static activation scales.
+    """
+    if recipe.activations != "dynamic":
+        raise BuildError(
+            f"recipe: activations are {recipe.activations!r}; target cuda scales each token; use default or mixed"
+        )
+
+
+def write_weights(
+    spec: ModelSpec,
+    read: Read,
+    directory: Path,
+    *,
+    max_seq_len: int,
+    recipe: Recipe | None = None,
+    quantized: Quantized | None = None,
+    progress: Progress | None = None,
+) -> tuple[Path, dict[str, TensorEntry]]:
+    """Write the weights into `directory`; without a `recipe` all of them in bfloat16.
+
+    Args:
+        read: gives a weight by its Hugging Face name; called once for each, in the graph's order.
+        quantized: gives a module in FP8, or None.
+        progress: called with the number of bytes just written.
+
+    Returns:
+        The file's path and what it holds.
+
+    Raises:
+        BuildError: as `check_recipe`. CheckpointError: a weight isn't finite.
+    """
+    if recipe is not None:
+        check_recipe(recipe)
+    shape = decoder_shape(spec, max_seq_len)
+    fp8, biased = _stored_as(spec, recipe)
+    entries = shape.entries(fp8, biased)
+
+    def arrays() -> Iterator[tuple[str, Array]]:
+        cos, sin = rope_tables(spec.rope, spec.head_dim, max_seq_len)
+        tables = {"rope.cos": cos, "rope.sin": sin}
+        yield "embedding", _bfloat16("model.embed_tokens.weight", read("model.embed_tokens.weight"))
+        for layer in range(spec.num_layers):
+            yield from _layer(spec, layer, read, quantized or (lambda module: None), fp8, biased)
+        yield "norm", _bfloat16("model.norm.weight", read("model.norm.weight"))
+        if not spec.tie_word_embeddings:
+            yield "head", _bfloat16("lm_head.weight", read("lm_head.weight"))
+        yield from tables.items()
+
+    def counted() -> Iterator[tuple[str, Array]]:
+        for name, array in arrays():
+            yield name, array
+            if progress:
+                progress(array.nbytes)
+
+    path = directory / WEIGHTS_FILE
+    write_tensors(path, entries, counted())
+    return path, entries
+
+
+def _stored_as(spec: ModelSpec, recipe: Recipe | None) -> tuple[frozenset[str], frozenset[str]]:
+    """The fused matrices in FP8, and those with a bias."""
+    fp8, biased = set(), set()
+    shapes = spec.tensor_shapes()
+    for layer in range(spec.num_layers):
+        for group, modules in GROUPS.items():
+            names = [layer_prefix(layer) + module for module in modules]
+            is_fp8 = recipe is not None and all(recipe.precision_of(name) == "fp8" for name in names)
+            if is_fp8:
+                fp8.add(f"layers.{layer}.{group}")
+            is_corrected = is_fp8 and recipe is not None and recipe.bias_correction
+            if is_corrected or any(f"{name}.bias" in shapes for name in names):
+                biased.add(f"layers.{layer}.{group}")
+    return frozenset(fp8), frozenset(biased)
+
+
+def _layer(
+    spec: ModelSpec, layer: int, read: Read, quantized: Quantized, fp8: frozenset[str], biased: frozenset[str]
+) -> Iterator[tuple[str, Array]]:
+    prefix, stored = layer_prefix(layer), f"layers.{layer}."
+    names = [name.removeprefix(prefix) for name in spec.tensor_shapes() if name.startswith(prefix)]
+    weights = {name: read(prefix + name) for name in in_graph_order(names)}
+    norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    if spec.qk_norm:
+        norms |= {f"{name}_norm": f"self_attn.{name}_norm" for name in "qk"}
+    for name, module in norms.items():
+        yield stored + name, _bfloat16(f"{prefix}{module}.weight", weights[f"{module}.weight"])
+    for group, modules in GROUPS.items():
+        name = stored + group
+        if name in fp8:
+            linears = {module: quantized(prefix + module) for module in modules}
+            codes, scales = [], []
+            for module, linear in linears.items():
+                if linear is None or linear.input_scale is not None:
+                    raise BuildError(f"{prefix}{module} was not quantised as the recipe says; build again")
+                codes.append(linear.weight)
+                scales.append(np.broadcast_to(np.asarray(linear.scale, np.float32), len(linear.weight)))
+            yield f"{name}.weight", np.concatenate(codes)
+            yield f"{name}.scale", np.concatenate(scales)
+            found = {module: linear.bias for module, linear in linears.items() if linear is not None}
+        else:
+            rows = [_bfloat16(f"{prefix}{module}.weight", weights[f"{module}.weight"]) for module in modules]
+            yield f"{name}.weight", np.concatenate(rows)
+            found = {module: weights.get(f"{module}.bias") for module in modules}
+        if name in biased:
+            sizes = {module: len(weights[f"{module}.weight"]) for module in modules}
+            parts = [np.zeros(sizes[m], np.float32) if (b := found[m]) is None else b for m in modules]
+            yield f"{name}.bias", np.concatenate([np.asarray(part, np.float32) for part in parts])
+
+
+def _bfloat16(name: str, array: Array) -> Array:
+    rounded: Array = np.asarray(array, np.float32).astype(BF16)
+    if not np.isfinite(rounded.astype(np.float32)).all():
+        raise CheckpointError(f"{name} holds numbers that are not finite as bfloat16; the checkpoint is corrupt")
+    return rounded

@@ -1,0 +1,4 @@
+"""DeepSeek-family checkpoints served by NVIDIA Triton: builders, what runs inside Triton, clients, load tests.
+
+The folders are links to those at the top of the repository.
+"""

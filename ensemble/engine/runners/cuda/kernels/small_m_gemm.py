@@ -1,0 +1,61 @@
+"""A few tokens times a matrix on the tensor cores, where reading the weights still costs most.
+
+The weights' rows are the long side of each product (64 at least, as Hopper wants it), the tokens the short one. The
+inner dimension is split over `NUM_PARTS` programs, so that every multiprocessor has work; the next kernel adds the
+parts in order: no atomics, the same numbers every time. One token's sums don't depend on how many others there are.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from deepseek_triton.ensemble.engine.runners.cuda.kernels.common import begin, wait
+
+
+@triton.jit
+def skinny_gemm(
+    x,  # [M, K] codes, or the network's dtype
+    x_scale,  # [M] float32
+    weight,  # [N, K]
+    weight_scale,  # [N] float32
+    out,  # [NUM_PARTS, M, N]
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    FP8: tl.constexpr,
+    PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out[s] = x @ weight.T over the s-th part of K."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)  # first, so that neighbours read the same weights
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    part = tl.program_id(2)
+    k = tl.arange(0, BK)
+    STEPS: tl.constexpr = (K + BK - 1) // BK
+    first, last = part * STEPS // NUM_PARTS, (part + 1) * STEPS // NUM_PARTS
+    begin(PDL)
+    wait(PDL)
+    # Rows that don't exist read the last one's: its products are not stored.
+    w_pointers = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
+    x_pointers = x + tl.minimum(m, M - 1).to(tl.int64)[None, :] * K + k[:, None]
+    acc = tl.zeros([BN, BM], tl.float32)
+    for step in range(first, last):
+        if K % BK:
+            inside = step * BK + k < K
+            w = tl.load(w_pointers + step * BK, mask=inside[None, :], other=0.0)
+            v = tl.load(x_pointers + step * BK, mask=inside[:, None], other=0.0)
+        else:
+            w = tl.load(w_pointers + step * BK)
+            v = tl.load(x_pointers + step * BK)
+        # E4M3 products are summed in few bits; those of one step at a time keep float32's.
+        acc = tl.dot(w, v, acc, max_num_imprecise_acc=BK, input_precision=PRECISION)
+    if FP8:
+        acc *= tl.load(weight_scale + n, mask=n < N, other=0.0)[:, None]
+        acc *= tl.load(x_scale + m, mask=m < M, other=0.0)[None, :]
+    pointers = out + (part * M + m.to(tl.int64))[:, None] * N + n[None, :]
+    tl.store(pointers, tl.trans(acc).to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])

@@ -1,0 +1,96 @@
+"""Tokens drawn where their logits are: of a decode's rows, and the first tokens of prompts. Launches only.
+
+It knows neither the model nor who owns a slot.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from deepseek_triton.ensemble.engine.runners.base import Draw, Ids
+from deepseek_triton.ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT, PendingStep, StepInputs, StepSlot
+from deepseek_triton.ensemble.engine.runners.cuda.kernels import sampling
+from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
+
+SCAN_CHUNK = 4096  # logits that one program looks through
+DRAW_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What looking through logits finds, each [≥ rows, chunks of the vocabulary]."""
+
+    best: torch.Tensor
+    where: torch.Tensor
+    total: torch.Tensor
+
+    @classmethod
+    def empty(cls, launch: Launcher, num_rows: int, vocab_size: int) -> Scanned:
+        """Memory for `num_rows`."""
+        chunks = int(triton.cdiv(vocab_size, SCAN_CHUNK))
+        best, total = launch.empty(num_rows, chunks), launch.empty(num_rows, chunks)
+        return cls(best, launch.empty(num_rows, chunks, dtype=torch.int32), total)
+
+
+def draw_rows(
+    launch: Launcher,
+    logits: torch.Tensor,
+    inputs: Mapping[str, torch.Tensor],
+    scanned: Scanned,
+    tokens: torch.Tensor,
+    log_probs: torch.Tensor,
+) -> None:
+    """Draw a token for each row of `logits` [n, vocab_size] as `inputs` say, into `tokens` and `log_probs` [≥ n]."""
+    size, vocab_size = logits.shape
+    chunks = scanned.best.shape[1]
+    best, where, total = scanned.best, scanned.where, scanned.total
+    launch(
+        sampling.scan_logits, (chunks, size), logits, best, where, total,
+        V=vocab_size, CHUNK=SCAN_CHUNK, CHUNKS=chunks, num_warps=4,
+    )  # fmt: skip
+    launch(
+        sampling.draw_tokens, (size,), logits, best, where, total,
+        inputs["temperatures"], inputs["top_ks"], inputs["top_ps"], inputs["min_ps"], inputs["seeds"],
+        inputs["steps"], tokens, log_probs,
+        V=vocab_size, CHUNKS=chunks, BLOCK_CHUNKS=triton.next_power_of_2(chunks), BLOCK=DRAW_BLOCK, num_warps=16,
+    )  # fmt: skip
+
+
+class FirstTokens:
+    """Draws the tokens that follow prompts; its memory is its own, for a prefill may be in flight beside decodes."""
+
+    def __init__(self, launch: Launcher, num_slots: int, vocab_size: int, device: torch.device) -> None:
+        self._launch = launch
+        self._scanned = Scanned.empty(launch, num_slots, vocab_size)
+        self._inputs = StepInputs(num_slots, device)
+        self._tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._log_probs = torch.zeros(num_slots, dtype=torch.float32, device=device)
+        is_pinned = device.type == "cuda"
+        self._slots = deque(StepSlot.make(num_slots, is_pinned=is_pinned) for _ in range(STEPS_IN_FLIGHT))
+
+    def start(
+        self,
+        logits: torch.Tensor,
+        slots: Ids,
+        draws: Sequence[Draw | None],
+        logits_rows: Sequence[int],
+        last_tokens: torch.Tensor,
+    ) -> PendingStep:
+        """Begin to draw from rows 0 … n - 1 of `logits` for `slots` [n].
+
+        Args:
+            last_tokens: [num_slots], where the slots' entries become what is drawn; nonsense where nothing is.
+        """
+        n = len(slots)
+        step = self._slots[0]
+        self._slots.rotate(-1)
+        step.fill(slots, slots, draws, n)
+        self._inputs.block.copy_(step.inputs.block, non_blocking=True)
+        draw_rows(self._launch, logits[:n], self._inputs.tensors, self._scanned, self._tokens, self._log_probs)
+        last_tokens.index_copy_(0, self._inputs.tensors["ids"][:n], self._tokens[:n])
+        return PendingStep.fetch(step, self._tokens[:n], self._log_probs[:n], logits, logits_rows)

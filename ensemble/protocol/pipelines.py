@@ -1,0 +1,114 @@
+"""The ensembles' step graphs, as data.
+
+A pipeline says which models run in which order and which tensor of the ensemble each of their tensors is.
+Builders turn it into an ensemble's config.pbtxt. It knows tensors and names, nothing about Triton's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from deepseek_triton.ensemble.protocol.contract import (
+    ANSWER_INPUTS,
+    DETOKENIZER,
+    ENGINE,
+    GENERATE,
+    HIDDEN_STATE,
+    INPUT_IDS,
+    LABELS,
+    MESSAGES,
+    NUM_INPUT_TOKENS,
+    OUTPUT_IDS,
+    PROGRESS,
+    PROMPT_INFO,
+    PROMPT_INPUTS,
+    SCORE,
+    SCORE_ENGINE,
+    SCORE_RESULTS,
+    SCORE_ROW,
+    SCORE_TOKENIZER,
+    SCORED_LABELS,
+    SCORER,
+    TARGET_LABELS,
+    TEXT_INPUT,
+    TOKEN_LOG_PROBS,
+    TOKENIZER,
+    ModelContract,
+    TensorSpec,
+)
+
+TOKENIZER_SUFFIX = "tokenizer"
+ENGINE_SUFFIX = "engine"
+DETOKENIZER_SUFFIX = "detokenizer"
+SCORER_SUFFIX = "scorer"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One model of a pipeline; the maps go from the model's tensor name to the ensemble's."""
+
+    model_suffix: str
+    contract: ModelContract
+    input_map: Mapping[str, str]
+    output_map: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What an ensemble takes, gives, and runs in between."""
+
+    name: str
+    contract: ModelContract
+    steps: tuple[Step, ...]
+
+
+def model_name(served_name: str, suffix: str) -> str:
+    """The name of a served model's part: ("smollm2", "engine") → "smollm2-engine"."""
+    return f"{served_name}-{suffix}"
+
+
+def _public(*tensors: TensorSpec) -> dict[str, str]:
+    """Tensors that a client sends or receives: the same name on both sides."""
+    return {tensor.name: tensor.name for tensor in tensors}
+
+
+def _private(*tensors: TensorSpec) -> dict[str, str]:
+    """Tensors that only cross from step to step: the underscore keeps them apart from the public ones."""
+    return {tensor.name: f"_{tensor.name}" for tensor in tensors}
+
+
+# Everything the detokenizer takes comes from the engine: Triton (server issue 7275) refuses an ensemble in
+# which a step after a decoupled one also takes a tensor from before it.
+_TOKENIZED = _private(INPUT_IDS, PROMPT_INFO)
+_GENERATED = _private(OUTPUT_IDS, PROGRESS)
+
+GENERATE_PIPELINE = Pipeline(
+    "generate",
+    GENERATE,
+    (
+        Step(TOKENIZER_SUFFIX, TOKENIZER, _public(*PROMPT_INPUTS), _TOKENIZED),
+        Step(ENGINE_SUFFIX, ENGINE, {**_TOKENIZED, **_public(*ANSWER_INPUTS)}, _GENERATED),
+        Step(DETOKENIZER_SUFFIX, DETOKENIZER, _GENERATED, _public(*DETOKENIZER.outputs)),
+    ),
+)
+
+_ROWS = _private(*SCORE_ROW, TARGET_LABELS)
+_SCORED = _private(TOKEN_LOG_PROBS, HIDDEN_STATE)
+_LABELS = _public(SCORED_LABELS)
+
+# Nothing here is decoupled: what the tokenizer gives may feed the scorer, past the engine.
+SCORE_PIPELINE = Pipeline(
+    "score",
+    SCORE,
+    (
+        Step(
+            TOKENIZER_SUFFIX,
+            SCORE_TOKENIZER,
+            _public(TEXT_INPUT, MESSAGES, LABELS),
+            {**_ROWS, **_LABELS, **_public(NUM_INPUT_TOKENS)},
+        ),
+        Step(ENGINE_SUFFIX, SCORE_ENGINE, _private(*SCORE_ROW), _SCORED),
+        Step(SCORER_SUFFIX, SCORER, {**_SCORED, **_private(TARGET_LABELS), **_LABELS}, _public(*SCORE_RESULTS)),
+    ),
+)

@@ -1,0 +1,155 @@
+"""What travels beside the ids from model to model, as JSON: facts about the prompt, and how far each sequence is.
+
+The tokenizer writes a PromptInfo for the engine, the engine a Progress for the detokenizer, which is where a client's
+outputs are made. One text tensor instead of a dozen small ones: each tensor costs every response some 10 µs in each
+model. It knows nothing of Triton, of engines or of text.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from deepseek_triton.ensemble.protocol.contract import FinishReason
+
+
+@dataclass(frozen=True)
+class PromptInfo:
+    """How the answer to a prompt is to be read.
+
+    is_reasoning_open: whether the prompt ends inside an open `<think>`; None: the model knows no reasoning.
+    has_tools: whether the prompt offered tools, so that calls are looked for.
+    separates_reasoning: whether the client wants it apart from the text.
+    """
+
+    is_reasoning_open: bool | None = None
+    has_tools: bool = False
+    separates_reasoning: bool = True
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps([self.is_reasoning_open, self.has_tools, self.separates_reasoning])
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> PromptInfo:
+        """What `to_json` wrote.
+
+        Raises:
+            ValueError: it is something else, from a client that calls the engine directly.
+        """
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError):
+            values = None
+        if (
+            not isinstance(values, list)
+            or len(values) != 3
+            or not all(v is None or v is True or v is False for v in values)
+        ):
+            raise ValueError(f"prompt_info is {text[:40]!r}, must be what the tokenizer gives; leave it out")
+        return cls(values[0], bool(values[1]), bool(values[2]))
+
+
+@dataclass(frozen=True)
+class Head:
+    """A stream's first response says how the stream is to be read; echo: prompt ids that the text begins with."""
+
+    info: PromptInfo
+    echo: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """Natural logarithms: of each new token, their sum over the sequence so far, and each token's likeliest others."""
+
+    tokens: tuple[float, ...]
+    total: float
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is new of one sequence; `ids` travel in the tensor `output_ids`.
+
+    num_cut_chars: characters that the end of the whole text loses, for they belong to a stop word.
+    times_ns: arrival, first scheduled, first token, last token, on the server's monotonic clock.
+    """
+
+    index: int
+    ids: tuple[int, ...]
+    num_output_tokens: int
+    finish_reason: FinishReason | None = None
+    num_cut_chars: int = 0
+    log_probs: LogProbs | None = None
+    times_ns: tuple[int, int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One response of the engine. Without updates it is a heartbeat, which no client sees.
+
+    num_input_tokens and shows_output_tokens: None and False where the client doesn't want the numbers.
+    shows_index: the request has several sequences.
+    is_last: nothing follows, of any of its sequences.
+    """
+
+    stream_id: int
+    updates: tuple[Update, ...] = ()
+    head: Head | None = None
+    num_input_tokens: int | None = None
+    shows_output_tokens: bool = True
+    shows_index: bool = False
+    is_last: bool = False
+
+    @property
+    def ids(self) -> list[int]:
+        """Every update's ids, one behind the other."""
+        return [token for update in self.updates for token in update.ids]
+
+    def to_json(self) -> str:
+        """One line of JSON, without the ids."""
+        values: list[Any] = [self.stream_id, self.num_input_tokens, self.shows_output_tokens]
+        values += [self.shows_index, self.is_last]
+        values.append(None if self.head is None else [self.head.info.to_json(), self.head.echo])
+        for update in self.updates:
+            log_probs = update.log_probs
+            values.append([
+                update.index, len(update.ids), update.num_output_tokens, update.finish_reason, update.num_cut_chars,
+                None if log_probs is None else [log_probs.tokens, log_probs.total, log_probs.top], update.times_ns,
+            ])  # fmt: skip
+        return json.dumps(values, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes, ids: list[int]) -> Progress:
+        """What `to_json` wrote, with the ids of the tensor beside it."""
+        stream_id, num_input_tokens, shows_output_tokens, shows_index, is_last, head, *rows = json.loads(text)
+        updates, start = [], 0
+        for index, count, num_output_tokens, finish_reason, num_cut_chars, log_probs, times in rows:
+            updates.append(
+                Update(
+                    index,
+                    tuple(ids[start : start + count]),
+                    num_output_tokens,
+                    finish_reason,
+                    num_cut_chars,
+                    None if log_probs is None else _log_probs(*log_probs),
+                    None if times is None else tuple(times),
+                )
+            )
+            start += count
+        return cls(
+            stream_id,
+            tuple(updates),
+            None if head is None else Head(PromptInfo.from_json(head[0]), tuple(head[1])),
+            num_input_tokens,
+            shows_output_tokens,
+            shows_index,
+            is_last,
+        )
+
+
+def _log_probs(tokens: list[float], total: float, top: list[list[list[Any]]]) -> LogProbs:
+    return LogProbs(
+        tuple(tokens), total, tuple(tuple((int(token), float(value)) for token, value in row) for row in top)
+    )

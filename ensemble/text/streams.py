@@ -1,0 +1,105 @@
+"""One stream's updates from the engine → a client's outputs.
+
+Ids become text as soon as it is certain, stop words are cut off, reasoning and tool calls are told apart. What is left
+over from one response to the next is kept here, for each of the stream's sequences. It knows nothing of Triton.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from deepseek_triton.ensemble.protocol import contract
+from deepseek_triton.ensemble.protocol.contract import TensorSpec
+from deepseek_triton.ensemble.protocol.progress import Head, LogProbs, Progress, PromptInfo, Update
+from deepseek_triton.ensemble.text.channels import Channels, ChannelSplitter
+from deepseek_triton.ensemble.text.tokenizer import IncrementalDetokenizer, Tokenizer
+
+Outputs = dict[TensorSpec, list[Any]]  # a tensor's values
+
+
+class Stream:
+    """The outputs of one request.
+
+    Args:
+        head: what the first response said of the prompt; None for a stream whose first response was not seen.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, head: Head | None) -> None:
+        self._tokenizer = tokenizer
+        self._head = head or Head(PromptInfo())
+        self._sequences: dict[int, _Sequence] = {}
+
+    def push(self, progress: Progress) -> Outputs:
+        """The tensors of one response, a value for each of `progress.updates`."""
+        outputs: Outputs = {contract.TEXT_OUTPUT: [], contract.FINISH_REASON: []}
+        for update in progress.updates:
+            self._push(update, outputs)
+        _add_counts(progress, outputs)
+        return outputs
+
+    def _push(self, update: Update, outputs: Outputs) -> None:
+        sequence = self._sequences.get(update.index)
+        if sequence is None:
+            sequence = self._sequences[update.index] = _Sequence(self._tokenizer, self._head)
+        is_final = update.finish_reason is not None
+        if is_final:
+            del self._sequences[update.index]
+        text, channels = sequence.push(update)
+        outputs[contract.TEXT_OUTPUT].append((text + channels.text).encode())
+        outputs[contract.FINISH_REASON].append((update.finish_reason or "").encode())
+        if sequence.has_reasoning:
+            outputs.setdefault(contract.REASONING_OUTPUT, []).append(channels.reasoning.encode())
+        if sequence.has_tools:
+            calls = [delta.as_openai() for delta in channels.tool_calls]
+            outputs.setdefault(contract.TOOL_CALLS, []).append(json.dumps(calls, ensure_ascii=False).encode())
+        if update.log_probs is not None:
+            _add_log_probs(self._tokenizer, update.log_probs, outputs)
+        for spec, time_ns in zip(contract.TIME_OUTPUTS, update.times_ns or (), strict=False):
+            outputs.setdefault(spec, []).append(time_ns)
+
+
+class _Sequence:
+    """One sequence's text so far."""
+
+    def __init__(self, tokenizer: Tokenizer, head: Head) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._echo = self._detokenizer.push(head.echo) if head.echo else ""
+        tool_format = tokenizer.tool_format if head.info.has_tools else None
+        self.has_tools = tool_format is not None
+        is_reasoning_open = head.info.is_reasoning_open if head.info.separates_reasoning else None
+        self.has_reasoning = is_reasoning_open is not None
+        self._channels = ChannelSplitter(is_reasoning_open, tool_format)
+
+    def push(self, update: Update) -> tuple[str, Channels]:
+        """The prompt's text, once, where it is wanted; and what the update adds to each channel."""
+        is_final = update.finish_reason is not None
+        text = self._detokenizer.push(update.ids, final=is_final)
+        if update.num_cut_chars:
+            text = text[: -update.num_cut_chars]
+        echo, self._echo = self._echo, ""
+        return echo, self._channels.push(text, final=is_final)
+
+
+def _add_counts(progress: Progress, outputs: Outputs) -> None:
+    updates = progress.updates
+    if progress.num_input_tokens is not None:
+        outputs[contract.NUM_INPUT_TOKENS] = [progress.num_input_tokens] * len(updates)
+    if progress.shows_output_tokens:
+        outputs[contract.NUM_OUTPUT_TOKENS] = [update.num_output_tokens for update in updates]
+    if progress.shows_index:
+        outputs[contract.SEQUENCE_INDEX] = [update.index for update in updates]
+
+
+def _add_log_probs(tokenizer: Tokenizer, log_probs: LogProbs, outputs: Outputs) -> None:
+    """Log probabilities of a response with several sequences lie one behind the other, as their texts' tokens do."""
+    outputs.setdefault(contract.OUTPUT_LOG_PROBS, []).extend(log_probs.tokens)
+    outputs.setdefault(contract.CUM_LOG_PROBS, []).append(log_probs.total)
+    if log_probs.top:
+        rows = [
+            [{"id": token, "token": tokenizer.token_text(token), "log_prob": value} for token, value in row]
+            for row in log_probs.top
+        ]
+        outputs.setdefault(contract.TOP_LOG_PROBS, []).extend(
+            json.dumps(row, ensure_ascii=False).encode() for row in rows
+        )

@@ -1,0 +1,143 @@
+"""Tool calls in the messages that a client sends back, and the form in which a chat template wants them.
+
+What enters: messages in OpenAI's form, where a call's arguments are a JSON string (an object is taken too). What
+leaves: messages that the checkpoint's template renders. It knows nothing of tokens.
+
+Templates disagree: DeepSeek's join the arguments to the prompt as a string, Qwen 2.5's and Llama's write an object
+as JSON (and a string as a quoted string), Qwen 3's take both, Qwen3-Coder's walk through an object; R1's writes
+calls only where the content is null. So each template is tried once, with a call whose text is known.
+A string is preferred: the prompt then repeats the model's own characters, and a cached prefix stays valid.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from deepseek_triton.ensemble.text.errors import TextError
+
+Message = dict[str, Any]
+Render = Callable[[Sequence[Message]], str]
+
+
+def check_tool_calls(message: Message, where: str) -> None:
+    """The tool fields of one message.
+
+    Raises:
+        TextError: a field is not in OpenAI's form; `where` and the field's path name it.
+    """
+    _check(message.get("tool_call_id"), str, f"{where}.tool_call_id must be a string")
+    calls = message.get("tool_calls")
+    if calls is None:
+        return
+    _check(calls, list, f"{where}.tool_calls must be a list")
+    for index, call in enumerate(calls):
+        path = f"{where}.tool_calls[{index}]"
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise TextError(f'{path} must be {{"type": "function", "function": {{"name": "...", "arguments": "..."}}}}')
+        _check(call.get("id"), str, f"{path}.id must be a string")
+        _check(
+            function.get("arguments"), str | dict, f"{path}.function.arguments must be a string of JSON or an object"
+        )
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """How a template wants an assistant's calls."""
+
+    is_object: bool  # the arguments
+    empty_content: str | None  # beside calls without text
+    is_apart: bool = False  # text beside calls goes into a message of its own, else the calls would vanish
+
+    def shape(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages in this form; where a tool's answer lacks the tool's name, the call's is filled in."""
+        calls = [call for message in messages for call in _calls(message)]
+        names = {call["id"]: call["function"]["name"] for call in calls if call.get("id")}
+        return [shaped for message in messages for shaped in self._shape(message, names)]
+
+    def _shape(self, message: Message, names: dict[str, str]) -> Iterator[Message]:
+        if message["role"] == "tool" and "name" not in message and message.get("tool_call_id") in names:
+            message = {**message, "name": names[message["tool_call_id"]]}
+        if not (calls := _calls(message)):
+            yield message
+            return
+        content = message.get("content") or self.empty_content
+        if self.is_apart and content:
+            yield {key: value for key, value in message.items() if key != "tool_calls"}
+            content = self.empty_content
+        yield {**message, "content": content, "tool_calls": [self._shape_call(call) for call in calls]}
+
+    def _shape_call(self, call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        arguments = function.get("arguments") or {}
+        if self.is_object and isinstance(arguments, str):
+            arguments = _as_object(arguments)
+        elif not self.is_object and isinstance(arguments, dict):
+            arguments = _as_string(arguments)
+        return {"type": "function", **call, "function": {**function, "arguments": arguments}}
+
+
+def find_form(render: Render) -> CallForm:
+    """The form in which `render`, a template, shows a call; the most usual one where it shows none."""
+    rendered = [(form, _try(render, form, "")) for form in _FORMS]
+    for sign in (_is_whole, _is_named):
+        for form, text in rendered:
+            if sign(text):
+                is_apart = not sign(_try(render, form, "text"))
+                return CallForm(form.is_object, form.empty_content, is_apart)
+    return _FORMS[0]
+
+
+def has_tool_messages(messages: Sequence[Message]) -> bool:
+    """Is there anything here for a `CallForm` to shape?"""
+    return any(message["role"] == "tool" or _calls(message) for message in messages)
+
+
+_FORMS: Final = tuple(CallForm(is_object, content) for content in (None, "") for is_object in (False, True))
+_NAME, _ARGUMENTS = "a_tool", '{"an_argument": 1}'
+
+
+def _try(render: Render, form: CallForm, content: str) -> str:
+    call = {"id": "call_0", "function": {"name": _NAME, "arguments": _ARGUMENTS}}
+    question = {"role": "user", "content": "Hi"}
+    try:
+        return render(form.shape([question, {"role": "assistant", "content": content, "tool_calls": [call]}]))
+    except TextError:
+        return ""
+
+
+def _is_whole(text: str) -> bool:
+    return _NAME in text and "".join(_ARGUMENTS.split()) in "".join(text.split())
+
+
+def _is_named(text: str) -> bool:
+    return _NAME in text
+
+
+def _calls(message: Message) -> list[dict[str, Any]]:
+    calls: list[dict[str, Any]] = message.get("tool_calls") or []
+    return calls
+
+
+def _check(value: Any, kind: Any, error: str) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise TextError(error)
+
+
+def _as_string(arguments: dict[str, Any]) -> str:
+    try:
+        return json.dumps(arguments, ensure_ascii=False)
+    except RecursionError as error:
+        raise TextError("a tool call's arguments are nested too deeply: send them as a string of JSON") from error
+
+
+def _as_object(arguments: str) -> Any:
+    # What a model wrote wrongly and its client sends back stays the string it is: the chat goes on.
+    try:
+        parsed = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return parsed if isinstance(parsed, dict) else arguments

@@ -1,0 +1,335 @@
+"""The commands against a fake server, and against a real terminal where that is the point."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deepseek_triton.clients import cli
+from tests.clients.test_fakes import MODEL, Fail, FakeGrpcServer, Received, Reply, reply, rows, say, wait_until
+
+COMMAND = """
+import argparse, fcntl, sys, termios
+from deepseek_triton.clients import cli
+if sys.stdin.isatty():
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches this process
+parser = argparse.ArgumentParser()
+name = sys.argv[1]
+getattr(cli, f"add_{name}_arguments")(parser)
+sys.exit(getattr(cli, f"run_{name}")(parser.parse_args(sys.argv[2:])))
+"""
+
+
+@pytest.fixture
+def server() -> Iterator[FakeGrpcServer]:
+    with FakeGrpcServer(say("Par", "is 🗼")) as server:
+        yield server
+
+
+def run(command: str, *arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    add, run_command = {
+        "generate": (cli.add_generate_arguments, cli.run_generate),
+        "chat": (cli.add_chat_arguments, cli.run_chat),
+    }[command]
+    add(parser)
+    return run_command(parser.parse_args(arguments))
+
+
+def sent_messages(server: FakeGrpcServer) -> list[list[tuple[str, str]]]:
+    return [
+        [(turn["role"], turn["content"]) for turn in json.loads(received.inputs["messages"])["messages"]]
+        for received in server.generated
+    ]
+
+
+@pytest.mark.parametrize("options", [(), ("--no-stream",)])
+def test_generate_prints_the_text_and_a_newline(
+    server: FakeGrpcServer, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
+) -> None:
+    assert run("generate", MODEL, " Hello ", "--url", server.url, *options) == 0
+    assert capsys.readouterr() == ("Paris 🗼\n", "")
+    assert server.generated[0].inputs == {"text_input": " Hello ", "stream": not options}
+
+
+def test_generate_sends_its_options(server: FakeGrpcServer) -> None:
+    options = (
+        "--max-tokens=7", "--temperature=0.5", "--top-k=40", "--top-p=0.25", "--seed=9", "--min-p=0.125",
+        "--repetition-penalty=1.5", "--presence-penalty=-1", "--frequency-penalty=2", "--stop=one", "--stop=two",
+        "--thinking-budget=5", "--choice=yes", "--choice=no", "--log-probs=3",
+    )  # fmt: skip
+    assert run("generate", MODEL, "x", "--url", server.url, *options) == 0
+    assert server.generated[0].inputs == {
+        "text_input": "x",
+        "stream": True,
+        "max_tokens": 7,
+        "temperature": 0.5,
+        "top_k": 40,
+        "top_p": 0.25,
+        "seed": 9,
+        "min_p": 0.125,
+        "repetition_penalty": 1.5,
+        "presence_penalty": -1.0,
+        "frequency_penalty": 2.0,
+        "stop_words": ["one", "two"],
+        "thinking_token_budget": 5,
+        "guided_decoding_guide_type": "choice",
+        "guided_decoding_guide": '["yes", "no"]',
+        "num_top_log_probs": 3,
+    }
+
+
+def test_a_schema_comes_from_its_file(
+    server: FakeGrpcServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "schema.json"
+    arguments = ("generate", MODEL, "x", "--url", server.url, "--json-schema", str(path))
+    assert run(*arguments) == 1
+    assert capsys.readouterr().err == (
+        f"error: json-schema must name a file that can be read, got '{path}': No such file or directory\n"
+    )
+    path.write_text('{"type": "object"}')
+    assert run(*arguments) == 0
+    inputs = server.generated[0].inputs
+    assert (inputs["guided_decoding_guide_type"], inputs["guided_decoding_guide"]) == (
+        "json_schema",
+        '{"type": "object"}',
+    )
+
+
+def test_two_guides_are_one_too_many(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("generate", MODEL, "x", "--regex", "a", "--choice", "b")
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_several_answers_come_one_after_another(server: FakeGrpcServer, capsys: pytest.CaptureFixture[str]) -> None:
+    def script(received: Received) -> Iterator[Reply]:
+        assert received.inputs["num_return_sequences"] == 2 and not received.inputs["stream"]
+        yield rows(reply("Paris", "stop", sequence_index=0), reply("Rome", "error", sequence_index=1))
+
+    server.script = script
+    assert run("generate", MODEL, "x", "--url", server.url, "--n=2", "--verbose") == 1
+    out, err = capsys.readouterr()
+    assert out == "Paris\nRome\n"
+    lines = err.splitlines()
+    assert lines[:2] == ["answer 1 of 2:", "answer 2 of 2:"]
+    assert lines[2].startswith("3 tokens in, 2 out") and lines[2].endswith("finish_reason stop, error")
+    assert lines[3].startswith("error: 1 of 2 answers broke off with an error; ")
+
+
+@pytest.mark.parametrize("options", [(), ("--no-stream",)])
+def test_reasoning_stays_out_of_standard_output(
+    server: FakeGrpcServer, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
+) -> None:
+    def script(received: Received) -> Iterator[Reply]:
+        if received.inputs["stream"]:
+            yield reply("", reasoning_output="Let me ")
+            yield reply("", reasoning_output="see.")
+            yield reply("Paris", "stop", reasoning_output="")
+        else:
+            yield reply("Paris", "stop", reasoning_output="Let me see.")
+
+    server.script = script
+    assert run("generate", MODEL, "x", "--url", server.url, *options) == 0
+    assert capsys.readouterr() == ("Paris\n", "Let me see.\n")
+
+
+def test_log_probs_go_to_standard_error(server: FakeGrpcServer, capsys: pytest.CaptureFixture[str]) -> None:
+    top = '[{"id": 1, "token": "ĠParis", "log_prob": -0.25}, {"id": 2, "token": "ĠRome", "log_prob": -3}]'
+    server.script = lambda received: iter(
+        [reply(" Paris", "stop", 2, output_log_probs=[-0.25, -1], top_log_probs=[top, "[]"])]
+    )
+    assert run("generate", MODEL, "x", "--url", server.url, "--log-probs=2") == 0
+    assert capsys.readouterr() == (
+        " Paris\n",
+        "token 1: -0.2500 of 'ĠParis' -0.2500, 'ĠRome' -3.0000\ntoken 2: -1.0000\n",
+    )
+
+
+def test_chat_begins_with_the_systems_message(server: FakeGrpcServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
+    assert run("chat", MODEL, "--url", server.url, "--system", "Be brief", "--no-thinking") == 0
+    assert sent_messages(server) == [[("system", "Be brief"), ("user", "one")]]
+    assert server.generated[0].inputs["enable_thinking"] is False
+
+
+def test_generate_reads_a_prompt_as_it_is(server: FakeGrpcServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines\n"))
+    assert run("generate", MODEL, "-", "--url", server.url) == 0
+    assert server.generated[0].inputs["text_input"] == "two\nlines\n"
+
+
+def test_verbose_prints_figures_to_stderr(server: FakeGrpcServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", MODEL, "x", "--url", server.url, "--verbose") == 0
+    out, err = capsys.readouterr()
+    assert out == "Paris 🗼\n"
+    assert err.startswith("3 tokens in, 2 out in ")
+    assert "tokens/s" in err and "time to first token" in err and err.endswith("finish_reason stop\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--max-tokens", "0"), "error: max_tokens must be an integer from 1 to 2147483647, got 0\n"),
+        (("--timeout", "0"), "error: timeout_s must be finite and above 0, got 0.0\n"),
+        (("--url", "http://x"), "error: url must be host:port for gRPC, got 'http://x'\n"),
+        (("--protocol", "http", "--url", "x:1"), "error: url must start with http:// or https://"),
+        (("--url", "127.0.0.1:1"), "error: no server at 127.0.0.1:1"),
+    ],
+)
+def test_an_error_is_one_line(arguments: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", MODEL, "x", *arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(expected)
+    assert err.count("\n") == 1
+
+
+def test_an_error_of_the_server_says_what_to_do(server: FakeGrpcServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.script = lambda received: iter([reply("Par"), Fail("out of\n  slots")])
+    assert run("generate", MODEL, "x", "--url", server.url) == 1
+    out, err = capsys.readouterr()
+    assert out == "Par"
+    assert err == "error: out of slots; check the model's name and the options, or the server's log\n"
+
+
+def test_a_timeout_says_what_to_do(server: FakeGrpcServer, capsys: pytest.CaptureFixture[str]) -> None:
+    def hang(received: Received) -> Iterator[Reply]:
+        server.hang.wait(10)
+        yield reply("late", "stop")
+
+    server.script = hang
+    assert run("generate", MODEL, "x", "--url", server.url, "--timeout", "0.2") == 1
+    assert "--timeout" in capsys.readouterr().err
+    assert len(server.stopped) == 1
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "deepseek_triton.clients.http", raising=False)
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    assert run("generate", MODEL, "x", "--protocol", "http") == 1
+    assert capsys.readouterr().err == "error: httpx is missing: pip install 'deepseek-triton[client]'\n"
+
+
+def test_chat_keeps_the_history(
+    server: FakeGrpcServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\n  \ntwo"))
+    assert run("chat", MODEL, "--url", server.url) == 0
+    assert capsys.readouterr() == ("Paris 🗼\nParis 🗼\n", "")
+    first = [("user", "one")]
+    assert sent_messages(server) == [first, [*first, ("assistant", "Paris 🗼"), ("user", "two")]]
+
+
+def test_chat_ends_at_an_error_without_a_terminal(
+    server: FakeGrpcServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.script = lambda received: iter([Fail("out of slots")])
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    assert run("chat", MODEL, "--url", server.url) == 1
+    assert len(server.generated) == 1
+    assert capsys.readouterr().err.startswith("error: out of slots")
+
+
+def test_chat_with_a_model_that_is_not_there(server: FakeGrpcServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("chat", "another", "--url", server.url) == 1
+    assert capsys.readouterr().err.startswith(f"error: model 'another' isn't ready at {server.url}: start")
+
+
+def endless(received: Received) -> Iterator[Reply]:
+    for _ in range(1000):
+        yield reply("word ")
+        time.sleep(0.01)
+
+
+def think(received: Received) -> Iterator[Reply]:
+    yield reply("", reasoning_output="hm, ")
+    yield reply("", reasoning_output="hm")
+    yield reply("Paris", "stop", reasoning_output="")
+
+
+def popen(*arguments: str, **options: object) -> subprocess.Popen[bytes]:
+    repository = Path(__file__).parent.parent
+    return subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], cwd=repository, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def test_sigint_stops_generate_with_130(server: FakeGrpcServer) -> None:
+    server.script = endless
+    with popen("generate", MODEL, "x", "--url", server.url, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(4) == b"word"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (130, b"")
+    assert server.stopped == [server.generated[0].request_id]
+
+
+def test_a_reader_that_leaves_stops_generate(server: FakeGrpcServer) -> None:
+    server.script = endless
+    with popen("generate", MODEL, "x", "--url", server.url, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(4) == b"word"
+        process.stdout.close()
+        assert process.wait(10) == 1
+        assert process.stderr.read() == b""
+    assert server.stopped == [server.generated[0].request_id]
+
+
+def test_chat_on_a_terminal(server: FakeGrpcServer) -> None:
+    """Ctrl-C in an answer gives the prompt back, an error too; Ctrl-C at the prompt quits."""
+
+    def script(received: Received) -> Iterator[Reply]:
+        turn = json.loads(received.inputs["messages"])["messages"][-1]["content"]
+        yield from {"long": endless, "bad": lambda _: iter([Fail("no")]), "short": think}[turn](received)
+
+    server.script = script
+    screen = b""
+    ours, theirs = pty.openpty()
+    os.set_blocking(ours, False)
+
+    def shows(text: bytes, count: int = 1) -> bool:
+        nonlocal screen
+        with contextlib.suppress(BlockingIOError):
+            screen += os.read(ours, 65536)
+        return screen.count(text) >= count
+
+    with popen(
+        "chat", MODEL, "--url", server.url, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    ) as process:
+        try:
+            wait_until(lambda: shows(b"> "))
+            os.write(ours, b"long\n")
+            wait_until(lambda: shows(b"word word"))
+            os.write(ours, b"\x03")
+            wait_until(lambda: shows(b"> ", 2))
+            assert server.stopped == [server.generated[0].request_id]
+            os.write(ours, b"bad\n")
+            wait_until(lambda: shows(b"> ", 3))
+            assert b"error: no; " in screen
+            os.write(ours, b"short\n")
+            wait_until(lambda: shows(b"> ", 4))
+            assert b"\x1b[2mhm, hm\x1b[0m\r\nParis\r\n" in screen and b"tokens/s" in screen
+            os.write(ours, b"\x03")
+            assert process.wait(10) == 130
+        finally:
+            process.kill()
+            os.close(ours)
+            os.close(theirs)
+    long, bad, short = sent_messages(server)
+    assert [role for role, _ in bad] == ["user", "assistant", "user"]  # what was read of the answer is kept
+    assert bad[1][1].startswith("word word") and bad[:2] == short[:2]
+    assert short[2:] == [("user", "short")]  # the turn that failed never happened
+    assert long == [("user", "long")]

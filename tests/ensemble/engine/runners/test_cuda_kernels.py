@@ -1,0 +1,374 @@
+"""Each kernel against float64 on fresh random inputs: on a GPU where there is one, else interpreted."""
+
+# without triton the file is skipped before it imports what needs it
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tests.support.cuda_device import DEVICE, DTYPE, HAS_GPU  # isort: skip  # before triton
+
+from benchmarks.cuda_reference import rms_norm, rotate, round_rows
+from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
+from deepseek_triton.ensemble.engine.runners.base import Draw, PromptChunk
+from deepseek_triton.ensemble.engine.runners.cuda.attention import Caches
+from deepseek_triton.ensemble.engine.runners.cuda.buffers import Prompts
+from deepseek_triton.ensemble.engine.runners.cuda.decoder import Decoder
+from deepseek_triton.ensemble.engine.runners.cuda.kernels import sampling
+from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
+from deepseek_triton.ensemble.engine.runners.cuda.layers import Linear
+from deepseek_triton.ensemble.engine.runners.cuda.linear import Parts, Products, Rows
+from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import Boxes, RowBoxes
+from deepseek_triton.ensemble.engine.runners.cuda.plan import FAST, INVARIANT, Gemv
+from deepseek_triton.ensemble.engine.runners.cuda.prompts import pack
+from deepseek_triton.ensemble.engine.runners.cuda.weights import RandomWeights
+
+# The interpreter computes masked lanes too, and makes numbers of arrays.
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("RuntimeWarning", "DeprecationWarning")]
+
+SHAPE = DecoderShape(
+    vocab_size=300, hidden_size=80, intermediate_size=112, num_layers=1, num_heads=6, num_kv_heads=2, head_dim=24,
+    rms_norm_eps=1e-5, max_seq_len=300, qk_norm=True,
+)  # fmt: skip
+TOLERANCE = 2e-2 if torch.bfloat16 == DTYPE else 1e-5
+
+
+def random(*size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def decoder(*, is_fp8: bool = True, shape: DecoderShape = SHAPE) -> Decoder:
+    source = RandomWeights(shape, is_fp8=is_fp8, has_qkv_bias=True)
+    return Decoder(shape, source, FAST, DEVICE, dtype=DTYPE, pdl=HAS_GPU)
+
+
+def linear(name: str, n: int, k: int, *, is_fp8: bool, has_bias: bool) -> Linear:
+    weight, bias = random(n, k, seed=1), random(n, seed=2) if has_bias else None
+    if not is_fp8:
+        return Linear(name, weight.to(DTYPE), None, bias)
+    return Linear(name, (weight * 100).to(torch.float8_e4m3fn), random(n, seed=3).abs() / 100, bias)
+
+
+def matrix(linear: Linear) -> torch.Tensor:
+    weight = linear.weight.double()
+    return weight if linear.scale is None else weight * linear.scale.double()[:, None]
+
+
+def rounded(x: torch.Tensor, linear: Linear) -> torch.Tensor:
+    return round_rows(x.double()) if linear.is_fp8 else x.double()
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    assert torch.isfinite(found).all()
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+FORMS = list(itertools.product([True, False], [True, False]))
+
+
+@pytest.mark.parametrize(("is_fp8", "has_bias"), FORMS)
+@pytest.mark.parametrize("k", [64, 80, 3584])
+def test_a_normed_token_times_a_matrix(k: int, is_fp8: bool, has_bias: bool) -> None:
+    d, weights = decoder(), linear("qkv", 50, k, is_fp8=is_fp8, has_bias=has_bias)
+    hidden, norm = random(1, k), random(k, seed=5)
+    out, zero = torch.full((1, 50), torch.nan, device=DEVICE), torch.ones(1, device=DEVICE)
+    d.one_row.norm_gemv(hidden, norm, weights, out, zero)
+    wanted = rounded(rms_norm(hidden.double(), norm.double(), 1e-5), weights) @ matrix(weights).T
+    wanted = wanted + (0 if weights.bias is None else weights.bias.double())
+    assert error(out, wanted) < 3e-3  # one code of E4M3 may fall to the other side
+    assert zero == 0
+
+
+@pytest.mark.parametrize(("is_fp8", "has_bias"), FORMS)
+@pytest.mark.parametrize("tile", [Gemv(bn=4, num_warps=4), Gemv(bn=4, num_warps=4, programs=1, stages=3)])
+def test_a_normed_token_times_gate_and_up(tile: Gemv, is_fp8: bool, has_bias: bool) -> None:
+    d, weights = decoder(), linear("gate_up", 2 * 112, 80, is_fp8=is_fp8, has_bias=has_bias)
+    d.one_row.plan, d.launch.processors = replace(FAST, gemv=FAST.gemv | {"gate_up": tile}), 4
+    hidden, norm = random(1, 80), random(80, seed=5)
+    out = torch.full((1, 112), torch.nan, device=DEVICE)
+    d.one_row.attention_amax.fill_(7.0)
+    d.one_row.norm_gemv_silu(hidden, norm, weights, out)
+    both = rounded(rms_norm(hidden.double(), norm.double(), 1e-5), weights) @ matrix(weights).T
+    gate, up = (both + (0 if weights.bias is None else weights.bias.double())).chunk(2, dim=-1)
+    assert error(out, torch.nn.functional.silu(gate) * up) < 3e-3
+    assert d.one_row.mlp_amax == out.abs().max()
+    assert d.one_row.attention_amax == 0
+
+
+@pytest.mark.parametrize(("is_fp8", "has_bias"), FORMS)
+@pytest.mark.parametrize(("k", "bk"), [(64, 128), (200, 128), (3584, 4096)])  # read whole, in parts, and with a gap
+def test_a_token_times_a_matrix_is_added_to_the_residual(k: int, bk: int, is_fp8: bool, has_bias: bool) -> None:
+    d, weights = decoder(), linear("o", 50, k, is_fp8=is_fp8, has_bias=has_bias)
+    d.one_row.plan = replace(FAST, gemv=FAST.gemv | {"o": Gemv(bn=4, num_warps=4, bk=bk)})
+    x, hidden = random(1, k), random(1, 50, seed=6)
+    wanted = hidden.double() + rounded(x, weights) @ matrix(weights).T
+    wanted = wanted + (0 if weights.bias is None else weights.bias.double())
+    d.one_row.residual_gemv(x, x.abs().max().reshape(1), weights, hidden)
+    assert error(hidden, wanted) < 3e-3
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17, 70])
+@pytest.mark.parametrize("is_fp8", [True, False])
+@pytest.mark.parametrize("name", ["o", "down"])
+def test_rows_times_a_matrix_in_parts(name: str, is_fp8: bool, rows: int) -> None:
+    d, weights = decoder(), linear(name, 100, 560, is_fp8=is_fp8, has_bias=False)
+    d.products.plan = INVARIANT
+    x = random(rows, 560)
+    values = Rows((x * 50).to(torch.float8_e4m3fn), random(rows, seed=7).abs()) if is_fp8 else Rows(x.to(DTYPE), None)
+    found = d.products.multiply(values, weights).tensor
+    exact = values.values.double() * (1 if values.scale is None else values.scale.double()[:, None])
+    assert found.shape == (INVARIANT.skinny[name].num_parts, rows, 100)
+    assert error(found.sum(0), exact @ matrix(weights).T) < 1e-3
+    if rows > 1:  # one row's sums don't depend on its neighbours
+        alone = d.products.multiply(
+            Rows(values.values[:1], None if values.scale is None else values.scale[:1]), weights
+        )
+        assert torch.equal(alone.tensor[:, 0], found[:, 0])
+
+
+@pytest.mark.parametrize("is_fp8", [True, False])
+def test_the_residual_takes_in_the_parts_and_is_normed(is_fp8: bool) -> None:
+    d = decoder()
+    hidden, parts, bias, norm = random(5, 80), random(3, 5, 80, seed=1), random(80, seed=2), random(80, seed=3)
+    wanted = hidden.double() + parts.double().sum(0) + bias.double()
+    normed = d.products.norm(hidden, Parts(parts), bias, norm, is_fp8)
+    assert error(hidden, wanted) < 1e-6
+    exact = rms_norm(wanted, norm.double(), 1e-5)
+    if normed.scale is None:
+        assert error(normed.values, exact) < TOLERANCE
+    else:
+        assert error(normed.values.double() * normed.scale.double()[:, None], round_rows(exact)) < 3e-3
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU")
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_residual_takes_in_the_parts_of_all_ranks(size: int) -> None:
+    """All on one GPU, each on its stream; again and again, with other numbers of rows."""
+    width = 3584
+    boxes = [torch.zeros(RowBoxes.num_bytes(size, width) // 8, dtype=torch.int64, device=DEVICE) for _ in range(size)]
+    addresses = torch.tensor([box.data_ptr() for box in boxes], device=DEVICE)
+    given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+    streams: list[Any] = [torch.cuda.Stream() for _ in range(size)]  # type: ignore[no-untyped-call]
+    ranks = [Products(Launcher(DEVICE, DTYPE, pdl=False), FAST, 1e-5) for _ in range(size)]
+    for rank, products in enumerate(ranks):
+        products.row_boxes = RowBoxes.of(Boxes(rank, size, addresses, given_up), 0)
+    bias, norm = random(width, seed=2), random(width, seed=3)
+    given_up[0] = 1  # a kernel may not be loaded while another waits for it
+    for products in ranks:
+        products.norm(random(1, width), Parts(random(2, 1, width), is_of_rank=True), bias, norm, True)
+    torch.cuda.synchronize()
+    given_up[0] = 0
+    for products in ranks:
+        products.row_boxes.counts[:] = 2**31 - 3  # as after some thirty hours
+    for step, count in enumerate((1, 64, 5, 64, 64, 2, 30)):
+        hidden = [random(count, width, seed=step) for _ in range(size)]
+        parts = [random(2, count, width, seed=10 * step + rank) for rank in range(size)]
+        wanted = hidden[0].double() + sum(part.double().sum(0) for part in parts) + bias.double()
+        torch.cuda.synchronize()
+        found = []
+        for rank, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                found.append(ranks[rank].norm(hidden[rank], Parts(parts[rank], is_of_rank=True), bias, norm, True))
+        deadline = time.monotonic() + 10
+        while not all(stream.query() for stream in streams):
+            if time.monotonic() > deadline:
+                given_up[0] = 1
+                pytest.fail("the ranks wait for each other")
+        for rank in range(size):
+            assert error(hidden[rank], wanted) < 1e-6
+            assert torch.equal(hidden[rank], hidden[0]), "the same bits everywhere"
+            assert torch.equal(found[rank].values.view(torch.uint8), found[0].values.view(torch.uint8))
+
+
+@pytest.mark.parametrize("is_fp8", [True, False])
+def test_silu_of_the_parts(is_fp8: bool) -> None:
+    d = decoder(is_fp8=is_fp8)
+    parts = random(2, 5, 224)
+    out = d.products.silu(Parts(parts), d.weights.layers[0])
+    gate, up = parts.double().sum(0).chunk(2, dim=-1)
+    exact = torch.nn.functional.silu(gate) * up
+    found = out.values.double() * (1 if out.scale is None else out.scale.double()[:, None])
+    assert error(found, round_rows(exact) if is_fp8 else exact) < max(3e-3, TOLERANCE if not is_fp8 else 0)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """q [heads, d] over k, v [kv_heads, n, d], float64."""
+    shared = len(q) // len(k)
+    k, v = k.double().repeat_interleave(shared, 0), v.double().repeat_interleave(shared, 0)
+    scores = torch.einsum("hd,hnd->hn", q.double(), k) * q.shape[-1] ** -0.5
+    return torch.einsum("hn,hnd->hd", scores.softmax(-1), v)
+
+
+def split_heads(row: torch.Tensor, d: Decoder, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A projection's row [width] → q, k rotated and normed, and v: [heads, d] each."""
+    shape, layer = d.shape, d.weights.layers[0]
+    q, k, v = torch.split(row.double().reshape(-1, shape.head_dim), [shape.num_heads, *[shape.num_kv_heads] * 2])
+    if layer.qk_norms is not None:
+        q, k = (rms_norm(x, layer.qk_norms[i].double(), shape.rms_norm_eps) for i, x in enumerate((q, k)))
+    cos, sin = d.weights.cos[position][None].double(), d.weights.sin[position][None].double()
+    return rotate(q[None], cos, sin)[0], rotate(k[None], cos, sin)[0], v
+
+
+def caches(shape: DecoderShape, slots: int) -> Caches:
+    size = (1, slots, shape.num_kv_heads, shape.max_seq_len, shape.head_dim)
+    return Caches(random(*size, seed=8).to(DTYPE), random(*size, seed=9).to(DTYPE))
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_decode_attention_at_every_kind_of_length(qk_norm: bool, splits: int) -> None:
+    shape = replace(SHAPE, qk_norm=qk_norm)
+    d = decoder(shape=shape)
+    d.attention.plan = replace(FAST, splits=splits)
+    positions = [0, 1, 63, 64, -1, 65, 127, 200, shape.max_seq_len - 1]
+    cache, arrived = caches(shape, len(positions)), torch.zeros(len(positions), 2, dtype=torch.int32, device=DEVICE)
+    before = Caches(cache.keys.clone(), cache.values.clone())
+    qkv, bias = random(2, len(positions), 10 * 24, seed=4), random(240, seed=3)
+    out = torch.full((len(positions), shape.q_size), torch.nan, device=DEVICE)
+    d.attention.decode(
+        Parts(qkv), bias, d.weights.layers[0], torch.tensor(positions, device=DEVICE), cache.keys[0], cache.values[0],
+        arrived, out, d.one_row.attention_amax,
+    )  # fmt: skip
+    for slot, position in enumerate(positions):
+        if position < 0:
+            assert torch.equal(cache.keys[0, slot], before.keys[0, slot]), "a row without a token writes nothing"
+            continue
+        q, k, v = split_heads(qkv.double().sum(0)[slot] + bias.double(), d, position)
+        keys, values = before.keys[0, slot].double(), before.values[0, slot].double()
+        keys[:, position], values[:, position] = k, v
+        wanted = attention(q, keys[:, : position + 1], values[:, : position + 1])
+        assert error(out[slot].view(shape.num_heads, -1), wanted) < TOLERANCE, position
+        assert error(cache.keys[0, slot], keys) < TOLERANCE
+        assert error(cache.values[0, slot], values) < TOLERANCE
+    assert not arrived.any()
+
+
+def test_prefill_attention_over_several_slots_chunks() -> None:
+    shape = SHAPE
+    d, cache = decoder(), caches(SHAPE, 4)
+    lengths = {2: (0, 130), 0: (70, 140), 3: (299, 1), 1: (5, 3)}  # slot → start and tokens
+    before = Caches(cache.keys.clone(), cache.values.clone())
+    chunks = [PromptChunk(slot, np.zeros(count, np.int64), start) for slot, (start, count) in lengths.items()]
+    prompts = Prompts.of(pack(chunks, tile=128, num_tokens=288, num_tiles=9), DEVICE)
+    qkv = random(1, 288, 240, seed=4)
+    q = torch.zeros(288, shape.q_size, dtype=DTYPE, device=DEVICE)
+    out = torch.full_like(q, torch.nan)
+    layer = d.weights.layers[0]
+    d.attention.rope(Parts(qkv), layer, prompts.slots, prompts.positions, q, cache.keys[0], cache.values[0])
+    d.attention.prefill(q, cache.keys[0], cache.values[0], prompts.tiles, out)
+    row, bias = 0, layer.qkv.bias
+    assert bias is not None
+    for slot, (start, count) in lengths.items():
+        keys, values = before.keys[0, slot].double(), before.values[0, slot].double()
+        heads = [split_heads(qkv[0, row + i].double() + bias.double(), d, start + i) for i in range(count)]
+        for i, (_, k, v) in enumerate(heads):
+            keys[:, start + i], values[:, start + i] = k, v
+        for i, (queries, _, _) in enumerate(heads):
+            end = start + i + 1
+            wanted = attention(queries, keys[:, :end], values[:, :end])
+            assert error(out[row + i].view(shape.num_heads, -1), wanted) < TOLERANCE, (slot, i)
+        assert error(cache.keys[0, slot], keys) < TOLERANCE
+        row += count
+
+
+# ---- sampling
+
+
+def draw(d: Decoder, logits: torch.Tensor, draws: list[Draw]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    m, v = logits.shape
+    chunks = -(-v // 256)
+    maxima, sums = (torch.empty(m, chunks, device=DEVICE) for _ in range(2))
+    best = torch.empty(m, chunks, dtype=torch.int32, device=DEVICE)
+    d.launch(sampling.scan_logits, (chunks, m), logits, maxima, best, sums, V=v, CHUNK=256, CHUNKS=chunks)
+    columns = [
+        torch.tensor([getattr(one, name) for one in draws], dtype=dtype, device=DEVICE)
+        for name, dtype in (
+            ("temperature", torch.float32), ("top_k", torch.int32), ("top_p", torch.float32), ("min_p", torch.float32),
+            ("seed", torch.int64), ("step", torch.int64),
+        )
+    ]  # fmt: skip
+    tokens = torch.full((m,), -1, dtype=torch.int64, device=DEVICE)
+    log_probs = torch.full((m,), torch.nan, device=DEVICE)
+    d.launch(
+        sampling.draw_tokens, (m,), logits, maxima, best, sums, *columns, tokens, log_probs,
+        V=v, CHUNKS=chunks, BLOCK_CHUNKS=4, BLOCK=256,
+    )  # fmt: skip
+    return tokens.cpu().numpy(), log_probs.cpu().numpy()
+
+
+def kept_tokens(logits: torch.Tensor, one: Draw) -> set[int]:
+    """What top-k, then top-p, then min-p leave."""
+    p = (logits.double() / one.temperature).softmax(-1)
+    order = torch.argsort(p, descending=True)
+    order = order[: one.top_k or len(order)]
+    mass = p[order].cumsum(0) / p[order].sum()
+    order = order[: int((mass < one.top_p - 1e-7).sum()) + 1]
+    return {int(token) for token in order if p[token] >= one.min_p * p.max()}
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        Draw(1.0, 0, 1.0, 0.0, 0, 0),
+        Draw(0.7, 5, 1.0, 0.0, 0, 0),
+        Draw(1.3, 0, 0.6, 0.0, 0, 0),
+        Draw(0.9, 0, 1.0, 0.2, 0, 0),
+        Draw(1.1, 20, 0.8, 0.05, 0, 0),
+    ],
+)
+def test_tokens_are_drawn_from_what_is_kept_and_by_their_probabilities(one: Draw) -> None:
+    d, logits = decoder(), random(1, 300, seed=11) * 2
+    n = 2000 if HAS_GPU else 60
+    tokens, log_probs = draw(d, logits.expand(n, -1).contiguous(), [replace(one, seed=s) for s in range(n)])
+    kept = sorted(kept_tokens(logits[0].cpu(), one))
+    assert set(tokens.tolist()) <= set(kept)
+    p = (logits[0].cpu().double() / one.temperature).softmax(-1)[kept].numpy()
+    expected_counts, counts = n * p / p.sum(), np.array([(tokens == token).sum() for token in kept])
+    often = expected_counts >= 5  # the others count as one
+    expected_counts = np.append(expected_counts[often], expected_counts[~often].sum() + 1e-9)
+    counts = np.append(counts[often], counts[~often].sum())
+    chi_squared, freedom = float((np.square(counts - expected_counts) / expected_counts).sum()), len(counts) - 1
+    assert chi_squared < freedom + 5 * np.sqrt(2 * freedom) + 5
+    expected = logits[0].cpu().double().log_softmax(-1)[tokens]
+    np.testing.assert_allclose(log_probs, expected, atol=1e-4)
+
+
+def test_a_draw_depends_on_seed_and_step_and_on_no_neighbour() -> None:
+    d, logits = decoder(), random(6, 300, seed=12)
+    draws = [
+        Draw(1.0, 0, 1.0, 0.0, seed, step) for seed, step in ((1, 0), (1, 1), (2, 0), (-5, 3), (2**40, 2**33), (1, 0))
+    ]
+    tokens, log_probs = draw(d, logits, draws)
+    for row, one in enumerate(draws):
+        alone, alone_probs = draw(d, logits[row : row + 1].contiguous(), [one])
+        assert (alone[0], alone_probs[0]) == (tokens[row], log_probs[row])
+    same = logits[:1].expand(64, -1).contiguous()
+    steps, _ = draw(d, same, [Draw(1.0, 0, 1.0, 0.0, 7, step) for step in range(64)])
+    assert len(set(steps.tolist())) > 10
+
+
+def test_greedy_rows_take_the_first_of_the_likeliest() -> None:
+    d, logits = decoder(), random(3, 300, seed=13)
+    logits[0, [17, 290]] = 9.0
+    tokens, log_probs = draw(
+        d, logits, [Draw(0.0, 0, 1.0, 0.0, 0, 0), Draw(0.0, 5, 0.5, 0.0, 0, 0), Draw(2.0, 1, 1.0, 0.0, 0, 0)]
+    )
+    assert tokens.tolist() == [17, *logits[1:].argmax(-1).tolist()]
+    wanted = logits.double().log_softmax(-1).cpu()[range(3), tokens]
+    np.testing.assert_allclose(log_probs, wanted, atol=1e-4)
+
+
+def test_logits_that_are_not_numbers_are_told_by_the_log_probability() -> None:
+    logits = random(1, 300)
+    logits[0, 5] = torch.nan
+    _, log_probs = draw(decoder(), logits, [Draw(0.0, 0, 1.0, 0.0, 0, 0)])
+    assert not np.isfinite(log_probs[0])

@@ -1,0 +1,319 @@
+"""The load generator as a whole: a process of its own, since Locust patches the one that it is in.
+
+Against a fake with known times for its clock and its judgement; against the real server for the whole way.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deepseek_triton.clients.api import GenerateRequest
+from deepseek_triton.clients.grpc import GrpcClient
+from deepseek_triton.ensemble.server.tritonserver import TritonServer
+from deepseek_triton.loadtest.result import Result, load
+from deepseek_triton.loadtest.status import Status, help_text, status_of
+from tests.conftest import NAME
+from tests.support.fake_triton import MODEL, Behaviour, Ports, fake_triton
+from tests.support.loadtests import missed_but_for_time
+
+ROOT = Path(__file__).parents[2]
+
+PROFILE = """
+description = "A test"
+arrivals = "{arrivals}"
+seed = 1
+warmup_s = 0.5
+timeout_s = {timeout_s}
+{think}
+
+[[stages]]
+seconds = {seconds}
+start = {level}
+end = {level}
+
+[requests]
+form = "text"
+prompt_words = {{ median = 5, sigma = 0, least = 5, most = 5 }}
+answer_tokens = {{ median = 5, sigma = 0, least = 5, most = 5 }}
+
+[protocols]
+{protocols}
+
+[levels]
+{levels}
+"""
+ALL_PROTOCOLS = "grpc-stream = 1\ngrpc = 1\nhttp-stream = 1\nhttp = 1"
+
+
+def write_profile(
+    directory: Path,
+    *,
+    arrivals: str = "open",
+    think: str = "",
+    timeout_s: float = 10,
+    seconds: float = 4,
+    level: float = 10,
+    protocols: str = ALL_PROTOCOLS,
+    levels: str = "max_error_ratio = 0",
+) -> Path:
+    path = directory / "test.toml"
+    path.write_text(
+        PROFILE.format(
+            arrivals=arrivals,
+            think=think,
+            timeout_s=timeout_s,
+            seconds=seconds,
+            level=level,
+            protocols=protocols,
+            levels=levels,
+        )
+    )
+    return path
+
+
+def run(
+    *arguments: str, timeout_s: float = 60, module: str = "deepseek_triton.loadtest.run"
+) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", *module.split(), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
+
+
+def fake_options(ports: Ports) -> list[str]:
+    # Whatever else the tests' machine does: it isn't what they are about.
+    options = ["--http-port", str(ports.http), "--grpc-port", str(ports.grpc), "--metrics-port", str(ports.http)]
+    return ["--model", MODEL, "--host", "127.0.0.1", *options, "--shared-machine"]
+
+
+def run_on_fake(
+    ports: Ports, profile: Path, module: str = "deepseek_triton.loadtest.run"
+) -> tuple[subprocess.CompletedProcess[str], Result]:
+    output = profile.parent / "output"
+    done = run(str(profile), *fake_options(ports), "--output", str(output), module=module)
+    assert (output / "result.json").is_file(), done.stderr
+    return done, load(output / "result.json")
+
+
+def met(result: Result, name: str) -> bool:
+    (verdict,) = [each for each in (*result.levels, *result.checks) if each.name == name]
+    return verdict.is_met
+
+
+def test_known_times_are_measured_over_every_protocol(tmp_path: Path) -> None:
+    with fake_triton(Behaviour(first_s=0.1, gap_s=0.01, num_tokens=6)) as ports:
+        done, result = run_on_fake(ports, write_profile(tmp_path))
+    # The tests' machine may be too busy for a tenth of 0.1 s: whatever the result says, the status says it too.
+    assert done.returncode == status_of(result) != Status.MISSED, done.stderr
+    assert result.errors == {}
+    assert set(result.protocols) == {"grpc-stream", "grpc", "http-stream", "http"}
+    assert all(part.num_complete == part.num_requests > 2 for part in result.protocols.values())
+    for name, part in result.protocols.items():
+        assert part.latency_s.p50 is not None and 0.149 < part.latency_s.p50 < 0.19, name
+        if name.endswith("-stream"):
+            assert part.first_token_s.p50 is not None and 0.099 < part.first_token_s.p50 < 0.125, name
+            assert part.inter_token_s.p50 == pytest.approx(0.01, abs=0.002), name
+        else:
+            assert part.first_token_s.count == 0, "what isn't streamed has no first token"
+    assert result.summary.output_tokens.mean == 6
+    assert result.summary.input_tokens.mean == 3
+    assert all(sample.due_s < 0 for sample in result.samples[:1]), "the warm-up's requests are kept, and not counted"
+    assert result.summary.num_requests == sum(sample.due_s >= 0 for sample in result.samples) < len(result.samples)
+    assert met(result, "scheduled requests not sent, or sent twice")
+    assert met(result, "requests of others")
+
+
+def test_time_to_first_token_under_gevent_is_a_plain_clients(tmp_path: Path) -> None:
+    with fake_triton(Behaviour(first_s=0.1, num_tokens=2)) as ports:
+        _, result = run_on_fake(ports, write_profile(tmp_path, protocols="grpc-stream = 1", level=5))
+        plain = []
+        with GrpcClient(f"127.0.0.1:{ports.grpc}", MODEL, 10) as client:
+            for _ in range(20):
+                start = time.perf_counter()
+                chunks = client.stream(GenerateRequest(prompt="a", max_tokens=2))
+                next(chunks)
+                plain.append(time.perf_counter() - start)
+                list(chunks)
+    assert result.summary.first_token_s.p50 == pytest.approx(statistics.median(plain), abs=0.015)
+
+
+def test_closed_users_wait_for_their_answer(tmp_path: Path) -> None:
+    profile = write_profile(
+        tmp_path, arrivals="closed", think="think_s = 0.1", level=4, protocols="grpc-stream = 1\nhttp = 1"
+    )
+    with fake_triton(Behaviour(first_s=0.1, gap_s=0, num_tokens=2)) as ports:
+        _, result = run_on_fake(ports, profile)
+    # Four users, each 0.1 s answer and 0.1 s thought: twenty requests a second, at most.
+    assert result.summary.backlog.peak <= 4
+    assert 40 < result.summary.num_requests <= 81
+    assert {sample.protocol for sample in result.samples} == {"grpc-stream", "http"}
+
+
+def test_a_missed_level_is_named_with_its_value_and_limit(tmp_path: Path) -> None:
+    profile = write_profile(tmp_path, levels="p99_latency_s = 0.05\nmax_error_ratio = 0", level=4)
+    with fake_triton(Behaviour(first_s=1.0)) as ports:
+        done, result = run_on_fake(ports, profile)
+    assert done.returncode == Status.MISSED, done.stdout
+    assert result.is_valid and [level.name for level in result.missed] == ["latency, 99th percentile"]
+    assert met(result, "requests without a complete answer")
+    assert done.stdout.splitlines()[1].startswith("MISSED: latency, 99th percentile: 1")
+    assert "limit 50 ms" in done.stdout.splitlines()[1]
+
+
+def test_levels_that_hold_and_a_client_with_headroom_make_a_run_that_counts(tmp_path: Path) -> None:
+    profile = write_profile(tmp_path, levels="p99_latency_s = 5\nmax_error_ratio = 0", level=10)
+    with fake_triton(Behaviour(first_s=1.0)) as ports:
+        done, result = run_on_fake(ports, profile)
+    assert done.returncode == Status.OK, done.stdout
+    assert all(check.is_met for check in result.checks)
+    share = next(
+        check.value for check in result.checks if check.name == "load generator's CPU, of one core, busiest 5 s"
+    )
+    assert share is not None and 0 < share < 50
+
+
+@pytest.mark.parametrize(
+    ("slowness", "level", "caught"),
+    [
+        # Stands still for 0.2 s in each 0.3 s without computing: only its lateness tells.
+        ("stall 0.2 0.1", 4, {"event loop's lag, 99th percentile", "requests sent late, 99th percentile"}),
+        # Computes for 3 ms in each 4 ms: never late by much, and without a reserve.
+        ("burn 0.003 0.001", 4, {"load generator's CPU, of one core, busiest 5 s"}),
+        # Stands still once in a while: the median is right, the tail isn't.
+        ("stall 0.4 2.0", 20, {"event loop's lag, 99th percentile", "requests sent late, 99th percentile"}),
+    ],
+)
+def test_a_client_that_is_too_slow_is_found_out(tmp_path: Path, slowness: str, level: float, caught: set[str]) -> None:
+    profile = write_profile(tmp_path, protocols="grpc-stream = 1", level=level, seconds=6, levels="p99_latency_s = 5")
+    with fake_triton(Behaviour(first_s=1.0)) as ports:
+        done, result = run_on_fake(ports, profile, module=f"tests.support.slow_generator {slowness}")
+    missed = {check.name for check in result.checks if not check.is_met}
+    assert caught <= missed, done.stdout
+    assert done.returncode == Status.INVALID
+    assert done.stdout.splitlines()[1].startswith("INVALID: ")
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        ("refuse", "RequestRejected: the fake refuses"),
+        ("breaks", "ProtocolError: the responses ended without a finish_reason"),
+    ],
+)
+def test_errors_are_counted_and_told(tmp_path: Path, behaviour: str, message: str) -> None:
+    profile = write_profile(tmp_path, protocols="grpc-stream = 1\nhttp-stream = 1", seconds=2)
+    with fake_triton(Behaviour(behaviour=behaviour)) as ports:
+        done, result = run_on_fake(ports, profile)
+    assert result.errors == {message: result.summary.num_requests}
+    assert result.summary.error_ratio == 1
+    assert not met(result, "requests without a complete answer")
+    assert not met(result, "requests counted are missing"), "a run without one answer measures nothing"
+    assert done.returncode == Status.INVALID
+    assert message in done.stdout
+
+
+def test_a_stalled_server_ends_the_run_with_errors(tmp_path: Path) -> None:
+    profile = write_profile(tmp_path, timeout_s=1.5, seconds=2, level=4)
+    start = time.monotonic()
+    with fake_triton(Behaviour(behaviour="stall")) as ports:
+        done, result = run_on_fake(ports, profile)
+    assert time.monotonic() - start < 30
+    assert done.returncode == Status.INVALID
+    assert result.summary.num_complete == 0
+    assert result.summary.num_errors == result.summary.num_requests > 0
+    assert all(error.startswith("RequestTimeout: no complete answer") for error in result.errors)
+    assert met(result, "requests begun without a result"), "each request has its end, and it is an error"
+
+
+def test_the_help_tells_every_status() -> None:
+    done = run("--help")
+    assert done.returncode == Status.OK
+    assert done.stdout.endswith(f"{help_text()}\n")
+    assert run().returncode == Status.USAGE
+
+
+def test_an_interrupted_run_says_so(tmp_path: Path) -> None:
+    profile = write_profile(tmp_path, seconds=60)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with fake_triton(Behaviour()) as ports:
+        command = [
+            sys.executable,
+            "-m",
+            "deepseek_triton.loadtest.run",
+            str(profile),
+            *fake_options(ports),
+            "--output",
+            str(tmp_path),
+        ]
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            assert "under way" in process.stderr.readline(), "the first line of progress"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == Status.INTERRUPTED
+
+
+def test_no_server_is_one_line(tmp_path: Path) -> None:
+    ports = ["--http-port", "9", "--grpc-port", "9"]
+    done = run("smoke", "--host", "127.0.0.1", *ports, "--output", str(tmp_path))
+    assert done.returncode == Status.ERROR
+    assert done.stderr == "error: no ready model 'smollm2' at http://127.0.0.1:9 and 127.0.0.1:9\n"
+
+
+def test_an_unknown_profile_is_one_line() -> None:
+    done = run("spke")
+    assert done.returncode == Status.ERROR
+    assert done.stderr.startswith("error: no profile 'spke'; there are chat, ramp, smoke, soak, spike, steady")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.server
+def test_the_smoke_profile_on_the_real_server(server: TritonServer, tmp_path: Path) -> None:
+    ports = {"http": server.http_port, "grpc": server.grpc_port, "metrics": server.metrics_port}
+    options = [each for name, port in ports.items() for each in (f"--{name}-port", str(port))]
+    options = ["--host", "127.0.0.1", "--model", NAME, "--shared-machine", *options, "--output", str(tmp_path)]
+    smoke = (ROOT / "loadtest" / "profiles" / "smoke.toml").read_text().split("[levels]")[0]
+    patient = tmp_path / "patient.toml"
+    patient.write_text(f"{smoke}[levels]\np99_latency_s = 60\nmax_error_ratio = 0\n")
+    done = run(str(patient), *options, timeout_s=180)
+    result = load(tmp_path / "result.json")
+    assert done.returncode == status_of(result), done.stdout + done.stderr
+    assert missed_but_for_time(result) == []
+    assert result.errors == {}
+    assert result.summary.num_complete == result.summary.num_requests > 10
+    assert set(result.protocols) == {"grpc-stream", "grpc", "http-stream", "http"}
+    assert result.summary.first_token_s.p50 is not None
+    assert 0 < result.summary.first_token_s.p50 < (result.summary.latency_s.max or 0)
+    # Triton's own counters tell the same story.
+    for part in (NAME, f"{NAME}-tokenizer", f"{NAME}-engine"):
+        assert abs(result.server[part].requests - result.summary.num_requests) <= 3, "the warm-up's last may end in it"
+    assert result.server[f"{NAME}-tokenizer"].compute_ms is not None
+    assert met(result, "requests of others")
+    # And so does the engine itself.
+    assert result.engine is not None and result.engine_course is not None
+    assert met(result, "tokens, generated less received")
+    assert abs(result.engine.outcomes["accepted"] - result.summary.num_requests) <= 3
+    assert result.engine.slots == 8 and 1 <= result.engine.max_slots_used <= 8
+    assert result.engine.first_token_s.mean is not None and result.engine.decode_s is not None
+    assert 0 < result.engine.first_token_s.mean < (result.summary.latency_s.mean or 0)
+    assert any(result.engine_course.slots_used)
+    assert any(share for share in result.usage_course.server_percent), "its processes were found by its port"
+    report = (tmp_path / "report.html").read_text()
+    assert "<svg" in report and "Client and engine" in report
+
+    # The same load with a level that nothing keeps.
+    strict = tmp_path / "strict.toml"
+    strict.write_text(f"{smoke}[levels]\np99_latency_s = 0.001\n".replace("seconds = 20", "seconds = 4"))
+    done = run(str(strict), *options)
+    result = load(tmp_path / "result.json")
+    assert [level.name for level in result.missed] == ["latency, 99th percentile"]
+    assert done.returncode == status_of(result) != Status.OK, done.stdout
+    assert missed_but_for_time(result) == []
+    assert "MISSED service level: latency, 99th percentile: " in done.stdout
+    assert "limit 1 ms" in done.stdout

@@ -1,0 +1,352 @@
+"""The Dockerfile, without a Docker engine: read, its packages installed as it says, its commands run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from deepseek_triton.ensemble.server.tritonserver import ADMIN_HEADER, RESTRICTED_APIS, ServerError, find_tritonserver
+from tests.conftest import NAME
+from tests.support.checkpoints import smollm2_path
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = "/opt/deepseek-triton"
+OLDEST_TAG = (26, 7)
+KEY = "only-for-this-test"
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    base: str
+    instructions: tuple[tuple[str, str], ...]  # those of the stages that it stands on included
+
+    def all(self, instruction: str) -> list[str]:
+        return [value for name, value in self.instructions if name == instruction]
+
+    def last(self, instruction: str) -> str:
+        return self.all(instruction)[-1]
+
+
+def instructions(text: str) -> Iterator[tuple[str, str]]:
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    for line in "\n".join(lines).replace("\\\n", " ").splitlines():
+        name, _, value = line.partition(" ")
+        yield name, value.strip()
+
+
+def read_stages(text: str) -> dict[str, Stage]:
+    stages: dict[str, Stage] = {}
+    for name, value in instructions(text):
+        if name == "FROM":
+            base, as_, stage = value.split()
+            assert as_ == "AS"
+            inherited = stages[base].instructions if base in stages else ()
+            stages[stage] = Stage(stage, base, inherited)
+        elif stages:
+            last = stages.popitem()[1]
+            stages[last.name] = Stage(last.name, last.base, (*last.instructions, (name, value)))
+        else:
+            assert name == "ARG", f"{name} before the first FROM"
+    return stages
+
+
+TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+STAGES = read_stages(TEXT)
+ROLES = ("builder", "serve")
+
+
+def pattern(glob: str) -> str:
+    """.dockerignore's wildcards as a regular expression."""
+    parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return "".join(parts.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*\*|\*|\?)", glob.strip("/")))
+
+
+def is_ignored(path: Path, ignore: str) -> bool:
+    """Whether Docker leaves `path` out: the last line that fits it, or a directory that it is in, decides."""
+    names = [str(path), *(str(parent) for parent in path.parents)]
+    ignored = False
+    for line in ignore.splitlines():
+        glob = line.strip()
+        if glob and not glob.startswith("#") and any(re.fullmatch(pattern(glob.lstrip("!")), name) for name in names):
+            ignored = not glob.startswith("!")
+    return ignored
+
+
+IGNORE = (ROOT / ".dockerignore").read_text(encoding="utf-8")
+
+
+def context_files(source: str) -> list[Path]:
+    """What a COPY of `source` would take, relative to the checkout."""
+    path = ROOT / source
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file.relative_to(ROOT) for file in found if file.is_file()]
+    return [file for file in files if not is_ignored(file, IGNORE)]
+
+
+@pytest.mark.parametrize(
+    ("path", "ignored"),
+    [
+        ("ensemble/text/tokenizer.py", False),
+        ("ensemble/__pycache__/text.cpython-312.pyc", True),
+        ("builders/graph/__pycache__/rope.cpython-312.pyc", True),
+        ("pyproject.toml", False),
+        (".git/config", True),
+        ("tests/conftest.py", True),
+        ("model_repository/r1-engine/1/model.onnx.data", True),
+        (".venv/bin/python", True),
+    ],
+)
+def test_the_engine_is_sent_only_what_is_copied(path: str, ignored: bool) -> None:
+    assert is_ignored(Path(path), IGNORE) == ignored
+
+
+def test_both_stages_stand_on_a_triton_without_known_holes() -> None:
+    (tag,) = (value for name, value in instructions(TEXT) if name == "ARG")
+    match = re.fullmatch(r"TRITON_TAG=(\d\d)\.(\d\d)-py3", tag)
+    assert match is not None, tag
+    assert (int(match[1]), int(match[2])) >= OLDEST_TAG
+    assert [stage.name for stage in STAGES.values()] == ["triton", *ROLES], "serve is last: it is the default"
+    assert STAGES["triton"].base == "nvcr.io/nvidia/tritonserver:${TRITON_TAG}"
+    assert all(STAGES[role].base == "triton" for role in ROLES)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_stage_runs_as_an_ordinary_user(role: str) -> None:
+    stage = STAGES[role]
+    assert stage.last("USER") == "1000:1000"
+    names = [name for name, _ in stage.instructions]
+    assert not {"RUN", "COPY"} & set(names[names.index("USER") :]), "what runs must not be able to change itself"
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_source_of_a_copy_exists(role: str) -> None:
+    for value in STAGES[role].all("COPY"):
+        assert not value.startswith(("-", "[")), f"COPY {value}: not understood here"
+        for source in value.split()[:-1]:
+            assert (ROOT / source).exists(), source
+            assert context_files(source), f"{source} is kept out by .dockerignore"
+
+
+def test_serve_gets_only_what_the_models_import() -> None:
+    copied = {source for value in STAGES["serve"].all("COPY") for source in value.split()[:-1]}
+    assert copied == {"pyproject.toml", "README.md", "deepseek_triton", "ensemble"}
+
+
+def test_serve_says_where_it_listens_and_where_the_models_are() -> None:
+    stage = STAGES["serve"]
+    assert stage.last("EXPOSE").split() == ["8000", "8001", "8002"]
+    assert stage.last("VOLUME") == "/models"
+    assert "--model-repository=/models " in stage.last("CMD")
+
+
+@dataclass(frozen=True)
+class Image:
+    """What a stage's COPY and pip lines make, below `root` instead of /."""
+
+    root: Path
+    environment: dict[str, str]
+
+    def run(self, *command: str) -> str:
+        done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+
+def make_image(stage: Stage, root: Path) -> Image:
+    python = root / "python"
+    venv.create(python, symlinks=True, with_pip=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment["PATH"] = f"{python / 'bin'}{os.pathsep}{environment['PATH']}"
+    directory = root
+    for name, value in stage.instructions:
+        if name == "ENV":
+            variable, _, setting = value.partition("=")
+            setting = setting.replace(f"${variable}", environment.get(variable, ""))
+            environment[variable] = setting.replace(PACKAGES, f"{root}{PACKAGES}")
+        elif name == "WORKDIR":
+            directory = root / value.lstrip("/")
+            directory.mkdir(parents=True, exist_ok=True)
+        elif name == "COPY":
+            *sources, target = value.split()
+            for source in sources:
+                for file in context_files(source):
+                    copy = directory / target / (file.relative_to(source) if (ROOT / source).is_dir() else file)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(ROOT / file, copy)
+        elif name == "RUN" and "pip" in value:
+            done = subprocess.run(["sh", "-ec", value], cwd=directory, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"{value}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    return Image(root, environment)
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
+    root = tmp_path_factory.mktemp("builder")
+    yield make_image(STAGES["builder"], root)
+    shutil.rmtree(root)  # hundreds of MB
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
+    root = tmp_path_factory.mktemp("serve")
+    yield make_image(STAGES["serve"], root)
+    shutil.rmtree(root)  # hundreds of MB
+
+
+def test_the_builder_builds(builder: Image) -> None:
+    assert "--max-seq-len" in builder.run("python", "-m", "deepseek_triton.builders.cli", "build", "--help")
+    # The entrypoint itself, on real weights: every import that a build makes is made.
+    entrypoint = json.loads(STAGES["builder"].last("ENTRYPOINT"))
+    assert entrypoint == ["deepseek-triton", "build"]
+    command = f"{builder.root}{PACKAGES}/bin/{entrypoint[0]}"
+    try:
+        builder.run(command, *entrypoint[1:], str(smollm2_path()), "--name", "m", "--max-seq-len", "64")
+        assert builder.run(command, "check").strip() == "model_repository: sound"
+    finally:
+        shutil.rmtree(builder.root / "model_repository", ignore_errors=True)
+
+
+IMPORT_EVERYTHING = """
+import importlib, importlib.util, pkgutil, sys, types
+sys.modules["triton_python_backend_utils"] = types.ModuleType("triton_python_backend_utils")
+import deepseek_triton.ensemble
+for module in pkgutil.walk_packages(deepseek_triton.ensemble.__path__, "deepseek_triton.ensemble."):
+    # it needs torch, which this image leaves out
+    if not module.name.startswith("deepseek_triton.ensemble.engine.runners.cuda."):
+        importlib.import_module(module.name)
+        print(module.name)
+for absent in sys.argv[1:]:
+    assert importlib.util.find_spec(absent) is None, f"{absent} is installed"
+"""
+
+ANSWER = """
+import sys
+from pathlib import Path
+import numpy as np
+from deepseek_triton.ensemble.engine.runners.load import load_runner
+from deepseek_triton.ensemble.protocol.settings import EngineSettings
+from deepseek_triton.ensemble.text.tokenizer import Tokenizer
+engine = Path(sys.argv[1])
+tokenizer = Tokenizer.from_directory(Path(sys.argv[2]))
+manifest, runner = load_runner(engine, EngineSettings(num_slots=1))
+logits = runner.prefill(0, np.asarray(tokenizer.encode("The capital of France is"), np.int64), 0)
+print(np.__version__, tokenizer.decode([int(logits.argmax())]))
+"""
+
+
+def test_serve_imports_every_module_of_the_models_and_has_nothing_else(serve: Image) -> None:
+    absent = (
+        "torch",
+        "onnx",
+        "tritonclient",
+        "gguf",
+        "transformers",
+        "deepseek_triton.builders",
+        "deepseek_triton.clients",
+    )
+    imported = serve.run("python", "-c", IMPORT_EVERYTHING, *absent).split()
+    sources = ("deepseek_triton" / path.relative_to(ROOT).with_suffix("") for path in (ROOT / "ensemble").rglob("*.py"))
+    modules = {".".join(path.parts).removesuffix(".__init__") for path in sources}
+    with_torch = {name for name in modules if name.startswith("deepseek_triton.ensemble.engine.runners.cuda.")}
+    assert with_torch and set(imported) == modules - with_torch - {"deepseek_triton.ensemble"}
+
+
+def test_serve_runs_the_model_with_the_numpy_that_it_gets(serve: Image, smollm2_repository: Path) -> None:
+    engine, tokenizer = (smollm2_repository / f"{NAME}-{part}" / "1" for part in ("engine", "tokenizer"))
+    numpy, answer = serve.run("python", "-c", ANSWER, str(engine), str(tokenizer)).split()
+    assert int(numpy.split(".")[0]) >= 2, "the image's stubs are newer than the demo's"
+    assert answer == "Paris"
+
+
+def free_ports(count: int) -> list[int]:
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports
+
+
+def write_script(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def test_without_a_key_nobody_has_one(tmp_path: Path) -> None:
+    write_script(tmp_path / "tritonserver", 'printf "%s\\n" "$@"')
+    command = ["sh", "-c", STAGES["serve"].last("CMD")]
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+
+    def options(**key: str) -> list[str]:
+        return subprocess.check_output(command, env={**environment, **key}, text=True).splitlines()
+
+    first, second, empty = options(), options(), options(TRITON_ADMIN_KEY="")
+    assert len({option for option in first + second + empty if "restricted" in option}) == 6
+    assert options(TRITON_ADMIN_KEY=KEY)[-2:] == [
+        f"--http-restricted-api={RESTRICTED_APIS}:{ADMIN_HEADER}={KEY}",
+        f"--grpc-restricted-protocol={RESTRICTED_APIS}:{ADMIN_HEADER}={KEY}",
+    ]
+
+
+@pytest.mark.server
+def test_a_real_server_runs_with_the_command_and_keeps_strangers_out(smollm2_repository: Path, tmp_path: Path) -> None:
+    try:
+        installation = find_tritonserver()
+    except ServerError as error:
+        pytest.skip(str(error))
+    http_port, grpc_port, metrics_port = free_ports(3)
+    here = [f"--{name}-address=127.0.0.1" for name in ("http", "grpc", "metrics")]
+    here += [f"--http-port={http_port}", f"--grpc-port={grpc_port}", f"--metrics-port={metrics_port}"]
+    here += ["--model-control-mode=explicit", f"--load-model={NAME}-tokenizer"]
+    options = " ".join([*installation.make_backends(tmp_path), *here])
+    write_script(tmp_path / "tritonserver", f'exec {installation.binary} "$@" {options}')
+    environment = {**installation.environment(), "TRITON_ADMIN_KEY": KEY}
+    environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
+    command = STAGES["serve"].last("CMD").replace("/models", str(smollm2_repository))
+    health = json.loads(STAGES["serve"].last("HEALTHCHECK").partition(" CMD ")[2].replace("8000", str(http_port)))
+    health[0] = sys.executable
+
+    def is_healthy() -> bool:
+        return subprocess.run(health, capture_output=True).returncode == 0
+
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(["sh", "-c", command], env=environment, stdout=log, stderr=log)
+    try:
+        while not is_healthy():
+            assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.2)
+        statistics = f"http://127.0.0.1:{http_port}/v2/models/stats"
+        assert httpx.get(statistics).status_code == 403
+        assert httpx.get(statistics, headers={ADMIN_HEADER: "guessed"}).status_code == 403
+        assert httpx.get(statistics, headers={ADMIN_HEADER: KEY}).status_code == 200
+        request = service_pb2.ModelConfigRequest(name=f"{NAME}-tokenizer")
+        with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            with pytest.raises(grpc.RpcError, match="restricted"):
+                stub.ModelConfig(request)
+            header = (f"triton-grpc-protocol-{ADMIN_HEADER}", KEY)
+            assert stub.ModelConfig(request, metadata=[header]).config.name == request.name
+        # The shell has become the server: Docker's SIGTERM reaches it.
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+        assert not is_healthy()
+    finally:
+        server.kill()
+        server.wait()

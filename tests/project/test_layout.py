@@ -1,0 +1,255 @@
+"""The direction of the imports, and what a checkout holds. Sources are read, not imported."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PRODUCT = ("builders", "ensemble", "clients")
+# A repository's model.py imports one of them.
+ADAPTERS = tuple(
+    f"ensemble.models.{name}"
+    for name in ("tokenizer", "engine", "detokenizer", "score_tokenizer", "score_engine", "scorer")
+)
+HEAVY = ("gguf", "jinja2", "onnx", "onnxruntime", "tokenizers", "torch", "tqdm", "transformers", "tritonclient")
+# tritonclient itself needs numpy and ml_dtypes.
+NOT_FOR_CLIENTS = ("builders", "gguf", "jinja2", "onnx", "onnxruntime", "tokenizers", "torch", "tqdm")
+TOP_LEVEL = (
+    "builders", "clients", "Dockerfile", "ensemble", "loadtest", "model_repository", "pyproject.toml", "tests",
+)  # fmt: skip
+
+
+# Importing them patches the standard library: nothing else may, or the tests' own threads would change under them.
+LOCUST_RUNS = tuple(f"loadtest.{name}" for name in ("gevent_patch", "run", "session", "users"))
+
+
+@dataclass(frozen=True)
+class Arrow:
+    """Modules in `sources`, those in `excepted` aside, must not import what is in `forbidden`.
+
+    A name stands for itself and everything below it.
+    """
+
+    sources: tuple[str, ...]
+    forbidden: tuple[str, ...]
+    excepted: tuple[str, ...] = ()
+    allowed: tuple[str, ...] = ()  # below a forbidden name
+
+
+ARROWS = {
+    "clients know of the rest only the contract": Arrow(
+        ("clients",), ("builders", "ensemble"), allowed=("ensemble.protocol.contract",)
+    ),
+    "builders don't know the runners": Arrow(("builders",), ("ensemble.engine.runners",)),
+    "what runs inside Triton knows neither builders nor clients": Arrow(("ensemble",), ("builders", "clients")),
+    "the contract is a leaf": Arrow(("ensemble.protocol.contract",), PRODUCT),
+    "only the command line starts clients and servers": Arrow(
+        ("builders",),
+        ("clients", "loadtest", "ensemble.server.tritonserver"),
+        excepted=("builders.cli", "builders.commands"),
+        allowed=("loadtest.intervals",),  # figures alone
+    ),
+    "load tests know the rest as a user does: clients, and a server to start": Arrow(
+        ("loadtest",), ("builders", "ensemble"), allowed=("ensemble.server.tritonserver",)
+    ),
+    "nothing that serves or calls knows the load tests": Arrow(("ensemble", "clients"), ("loadtest",)),
+    "only what Locust runs may import what gevent patches": Arrow(
+        ("loadtest",), ("gevent", "locust"), excepted=LOCUST_RUNS
+    ),
+    "what computes a load test's figures starts nothing": Arrow(
+        ("loadtest",), (*LOCUST_RUNS, "ensemble.server.tritonserver"), excepted=LOCUST_RUNS
+    ),
+    "nothing in Triton or in a client starts a server": Arrow(
+        ("ensemble", "clients"),
+        ("ensemble.server.tritonserver",),
+        excepted=("ensemble.server.tritonserver", "ensemble.server.supervisor"),
+    ),
+    "only the adapters know Triton's Python backend": Arrow(
+        (*PRODUCT, "scripts", "benchmarks", "loadtest", "gateway"),
+        ("triton_python_backend_utils",),
+        excepted=ADAPTERS,
+    ),
+    "torch is for the cuda runner, tests and benchmarks": Arrow(
+        (*PRODUCT, "scripts", "loadtest", "gateway"),
+        ("torch", "triton"),
+        excepted=("ensemble.engine.runners.cuda",),
+    ),
+    "transformers is for tests and benchmarks": Arrow((*PRODUCT, "scripts", "loadtest", "gateway"), ("transformers",)),
+    "nothing depends on the tests": Arrow((*PRODUCT, "scripts", "benchmarks", "loadtest", "gateway"), ("tests",)),
+}
+
+
+def is_in(module: str, names: tuple[str, ...]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in names)
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(source: str, module: str) -> Iterator[str]:
+    """Every module that `source` names in an import, those inside functions and strings of import_module included."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            # `from ensemble import server` imports ensemble.server.tritonserver
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
+            yield from (str(argument.value) for argument in node.args[:1] if isinstance(argument, ast.Constant))
+
+
+def imports() -> dict[str, set[str]]:
+    """Module → what it imports, for every source below the top-level directories."""
+    directories = {name for arrow in ARROWS.values() for source in arrow.sources for name in [source.split(".")[0]]}
+    paths = (path for name in directories for path in (ROOT / name).rglob("*.py"))
+    return {
+        module_name(path): set(imported_modules(path.read_text(encoding="utf-8"), module_name(path))) for path in paths
+    }
+
+
+IMPORTS = imports()
+
+
+def violations(arrow: Arrow, imports: dict[str, set[str]]) -> list[str]:
+    return [
+        f"{module} imports {imported}"
+        for module, names in sorted(imports.items())
+        if is_in(module, arrow.sources) and not is_in(module, arrow.excepted)
+        for imported in sorted(names)
+        if is_in(imported, arrow.forbidden) and not is_in(imported, arrow.allowed)
+    ]
+
+
+@pytest.mark.parametrize("arrow", ARROWS.values(), ids=ARROWS)
+def test_imports_point_one_way(arrow: Arrow) -> None:
+    for source in arrow.excepted:
+        assert source in IMPORTS, f"{source} has gone: its exception must go too"
+    assert violations(arrow, IMPORTS) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "rule"),
+    [
+        ("clients.http", "from ensemble import server", "clients know of the rest only the contract"),
+        ("clients.http", "def f():\n    import builders", "clients know of the rest only the contract"),
+        (
+            "builders.checkpoint.spec",
+            "import ensemble.engine.runners.onnx as o",
+            "builders don't know the runners",
+        ),
+        (
+            "builders.checkpoint.spec",
+            "from ensemble.engine import runners",
+            "builders don't know the runners",
+        ),
+        (
+            "builders.repository.check",
+            "from clients import cli",
+            "only the command line starts clients and servers",
+        ),
+        (
+            "ensemble.text.tokenizer",
+            "importlib.import_module('torch.nn')",
+            "torch is for the cuda runner, tests and benchmarks",
+        ),
+        (
+            "ensemble.models.tensors",
+            "import triton_python_backend_utils",
+            "only the adapters know Triton's Python backend",
+        ),
+        (
+            "ensemble.protocol.contract",
+            "from ensemble.text.tokenizer import Tokenizer",
+            "the contract is a leaf",
+        ),
+        ("loadtest.compare", "import locust", "only what Locust runs may import what gevent patches"),
+    ],
+)
+def test_an_import_the_wrong_way_is_seen(module: str, source: str, rule: str) -> None:
+    assert len(violations(ARROWS[rule], {module: set(imported_modules(source, module))})) == 1
+
+
+def run_python(code: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_command_line_starts_without_the_heavy_packages() -> None:
+    code = """
+import contextlib, sys
+from builders.cli import main
+with contextlib.suppress(SystemExit):
+    main(["--help"])
+print("loaded:", *(name for name in sys.argv[1:] if name in sys.modules))
+"""
+    output = run_python(code, *HEAVY)
+    assert "generate" in output, "the help must have been made"
+    assert output.splitlines()[-1].strip() == "loaded:"
+
+
+def test_clients_need_only_their_own_extra() -> None:
+    code = """
+import importlib, pkgutil, sys
+sys.modules.update(dict.fromkeys(sys.argv[1:]))  # None: importing it fails
+import clients
+for module in pkgutil.walk_packages(clients.__path__, "clients."):
+    importlib.import_module(module.name)
+    print(module.name)
+"""
+    assert "clients.grpc" in run_python(code, *NOT_FOR_CLIENTS).split()
+
+
+def checkout() -> list[Path]:
+    """What a commit of everything here would hold."""
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return [Path(name) for name in names.split("\0") if name and (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("name", TOP_LEVEL)
+def test_a_fresh_clone_has_what_the_design_names(name: str) -> None:
+    assert any(path.parts[0] == name for path in checkout()), f"{name} is missing, or holds nothing that git keeps"
+
+
+def test_the_repository_holds_configurations_and_no_artefacts() -> None:
+    kept = {path.name for path in checkout() if path.parts[0] == "model_repository"}
+    assert kept <= {"config.pbtxt", "README.md", ".gitkeep"}
+
+
+# The brackets keep the expression from finding itself.
+PRIVATE = re.compile(
+    r"""(?<![\w.$}*/-])/(?:(?:work|home|root|Users)/\w|tmp/[v]env)  # a directory of somebody's machine
+    |index[-_]url|INDEX[_]URL|trusted[-_]host  # where packages come from is the user's business
+    |https?://(?!localhost|127\.)[^\s/"']*(?:pypi|pythonhosted|artifactory|nexus|download\.pytorch)
+    """,
+    re.VERBOSE,
+)
+
+
+def private_words(text: str) -> list[str]:
+    return [match[0] for match in PRIVATE.finditer(text)]
+
+
+def test_no_file_speaks_of_a_private_machine() -> None:
+    texts = {path: (ROOT / path).read_bytes().decode("utf-8", errors="ignore") for path in checkout()}
+    assert {path: words for path, text in texts.items() if (words := private_words(text))} == {}
+
+
+@pytest.mark.parametrize("template", ["see {}work/x", "'{}home/me/x'", "({}root/x)", "PATH={}tmp/venv/bin"])
+def test_a_private_path_is_seen(template: str) -> None:
+    assert private_words(template.format("/"))
+    assert not private_words(template.format("example/"))
