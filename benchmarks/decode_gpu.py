@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.machine import describe
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
-from deepseek_triton.ensemble.engine.runners.base import LAST_TOKEN, Draw, PromptChunk
+from deepseek_triton.ensemble.engine.runners.base import LAST_TOKEN, DeviceSampling, PromptChunk
 from deepseek_triton.ensemble.engine.runners.cuda.parallel import ParallelRunner
 from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
 from deepseek_triton.ensemble.engine.runners.cuda.weights import RandomWeights
@@ -37,7 +37,7 @@ SHAPE = DecoderShape(
     vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_layers=28, num_heads=28, num_kv_heads=4,
     head_dim=128, rms_norm_eps=1e-6, max_seq_len=4096,
 )  # fmt: skip
-GREEDY = Draw(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, step=0)
+GREEDY = DeviceSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, step=0)
 # vLLM 0.24.0 on one H100, quantization="fp8", measured on the same shape beforehand: for the plot where it isn't here.
 VLLM = {
     "time_between_tokens_ms": 4.14,

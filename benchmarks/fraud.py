@@ -26,7 +26,7 @@ from benchmarks.weights import smollm2
 from deepseek_triton.builders.commands.fit import measure
 from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.options import BuildOptions
-from deepseek_triton.builders.scoring.fit import Measured, Method, expected_calibration_error, fit
+from deepseek_triton.builders.scoring.fit import Method, ScoredTexts, expected_calibration_error, fit
 from deepseek_triton.builders.scoring.options import ScoringOptions
 from deepseek_triton.clients.grpc import GrpcClient
 from deepseek_triton.ensemble.scoring.calibration import softmax
@@ -81,7 +81,7 @@ def baselines(train: Sequence[Payment], test: Sequence[Payment]) -> dict[str, Pr
     }
 
 
-def through_triton(template: str, train: Sequence[Payment], test: Sequence[Payment]) -> tuple[Measured, Measured]:
+def through_triton(template: str, train: Sequence[Payment], test: Sequence[Payment]) -> tuple[ScoredTexts, ScoredTexts]:
     """What the model says of both sets, asked through a server of its own."""
     with tempfile.TemporaryDirectory() as directory:
         repository = Path(directory) / "models"

@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.machine import describe
 from benchmarks.paced_runner import PacedRunner
 from deepseek_triton.ensemble.engine.loop import EngineLoop
-from deepseek_triton.ensemble.engine.runners.base import LAST_TOKEN, Draw, PromptChunk
+from deepseek_triton.ensemble.engine.runners.base import LAST_TOKEN, DeviceSampling, PromptChunk
 from deepseek_triton.ensemble.engine.sequence import FailureKind, Request
 from deepseek_triton.ensemble.engine.sequence import Sequence as TokenSequence
 from deepseek_triton.ensemble.protocol.progress import Update
@@ -39,7 +39,7 @@ PROMPT_TOKEN_S = 13e-6
 SEND_S = 1e-4  # of the loop's thread, for each response
 MAX_BETWEEN_TOKENS = 1.05  # of the runner's own, one stream
 MIN_TOKENS_PER_S = 0.9  # of the runner's own, 64 and 128 streams
-GREEDY = Draw(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, step=0)
+GREEDY = DeviceSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, step=0)
 ROUNDS = 3
 
 

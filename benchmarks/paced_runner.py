@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deepseek_triton.ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, PromptChunk
+from deepseek_triton.ensemble.engine.runners.base import Decoded, DeviceSampling, Ids, Logits, PromptChunk
 
 
 class PacedRunner:
@@ -46,11 +46,13 @@ class PacedRunner:
         """Not used."""
         raise NotImplementedError
 
-    def can_draw(self, draw: Draw) -> bool:
+    def can_draw(self, draw: DeviceSampling) -> bool:
         """See PipelinedRunner."""
         return True
 
-    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
+    def start_decode(
+        self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+    ) -> None:
         """See PipelinedRunner."""
         self._decodes.append((self._end(self._step_s), len(ids)))
 
@@ -59,7 +61,7 @@ class PacedRunner:
         return self._wait(*self._decodes.popleft())
 
     def start_prefill(
-        self, chunks: Sequence[PromptChunk], draws: Sequence[Draw | None], logits_rows: Sequence[int]
+        self, chunks: Sequence[PromptChunk], draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
         """See PipelinedRunner."""
         num_tokens = sum(len(chunk.ids) for chunk in chunks)

@@ -243,7 +243,7 @@ def measure(workload: Workload, found: Found, rounds: int, seconds: float, *, is
                 for name, server in servers.items():
                     engine = Engine(server)
                     before = engine.read()
-                    load = tune_load.Load(texts, CLIENTS, seconds if number else seconds / 2, ask)
+                    load = tune_load.TuneLoad(texts, CLIENTS, seconds if number else seconds / 2, ask)
                     result = tune_load.run(load, server.grpc_url, NAME)
                     counted = engine.during(before)
                     if result.failure:

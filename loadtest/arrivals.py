@@ -11,10 +11,10 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 
-from deepseek_triton.loadtest.profile import Profile, Stage
+from deepseek_triton.loadtest.profile import LoadProfile, Stage
 
 
-def all_stages(profile: Profile) -> list[tuple[float, Stage]]:
+def all_stages(profile: LoadProfile) -> list[tuple[float, Stage]]:
     """Each stage with its start, the warm-up first."""
     first = profile.stages[0].start
     stages = [Stage(profile.warmup_s, first, first)] if profile.warmup_s else []
@@ -25,12 +25,12 @@ def all_stages(profile: Profile) -> list[tuple[float, Stage]]:
     return starts
 
 
-def poisson(profile: Profile) -> list[float]:
+def poisson(profile: LoadProfile) -> list[float]:
     """When each request is due, in order."""
     return list(_at_integrals(all_stages(profile), _unit_poisson(random.Random(f"arrivals {profile.seed}"))))
 
 
-def level_at(profile: Profile, time_s: float) -> float:
+def level_at(profile: LoadProfile, time_s: float) -> float:
     """Requests/s or users at a time; 0 outside the stages."""
     for start, stage in all_stages(profile):
         if start <= time_s < start + stage.seconds:

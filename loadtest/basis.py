@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_triton.loadtest.levels import LEVELS
-from deepseek_triton.loadtest.profile import Basis, Levels, ProfileError
-from deepseek_triton.loadtest.result import Result, ResultError, load
+from deepseek_triton.loadtest.profile import Basis, Levels, LoadProfileError
+from deepseek_triton.loadtest.result import LoadTestResult, ResultError, load
 
 MARGIN = 2.0
 
@@ -31,20 +31,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         print(tables(*measure([load(path) for path in arguments.results], arguments.margin)))
-    except (ProfileError, ResultError) as error:
+    except (LoadProfileError, ResultError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def measure(results: Sequence[Result], margin: float) -> tuple[Levels, Basis]:
+def measure(results: Sequence[LoadTestResult], margin: float) -> tuple[Levels, Basis]:
     """The levels that the runs' profile has, with their new limits. Raises `ProfileError`."""
     first = results[0]
     for result in results:
         if not result.is_valid:
-            raise ProfileError(f"the run of {result.started} is invalid, and no basis for a service level")
+            raise LoadProfileError(f"the run of {result.started} is invalid, and no basis for a service level")
         if result.profile.load != first.profile.load:
-            raise ProfileError(f"the runs of {first.started} and {result.started} are of different profiles")
+            raise LoadProfileError(f"the runs of {first.started} and {result.started} are of different profiles")
     runs: dict[str, tuple[float, ...]] = {}
     for name, (_, _, figure, _) in LEVELS.items():
         if name not in Basis.WITHOUT_MARGIN and getattr(first.profile.levels, name) is not None:
@@ -73,9 +73,9 @@ def tables(levels: Levels, basis: Basis) -> str:
     )
 
 
-def _present(value: float | None, name: str, result: Result) -> float:
+def _present(value: float | None, name: str, result: LoadTestResult) -> float:
     if value is None:
-        raise ProfileError(f"the run of {result.started} has no figure for {name}")
+        raise LoadProfileError(f"the run of {result.started} has no figure for {name}")
     return float(f"{value:.4g}")  # as it is written down: the level must follow from what is read
 
 

@@ -25,16 +25,16 @@ from deepseek_triton.loadtest.intervals import (
     MIN_BLOCKS,
     NUM_RESAMPLES,
     Difference,
-    Draw,
     Figures,
     Floats,
     Measure,
+    Resample,
     Run,
     difference,
     resample,
 )
 from deepseek_triton.loadtest.measure import counted, percentile
-from deepseek_triton.loadtest.result import Result, ResultError, load
+from deepseek_triton.loadtest.result import LoadTestResult, ResultError, load
 from deepseek_triton.loadtest.sample import Sample
 from deepseek_triton.loadtest.verdict import amount
 
@@ -59,7 +59,7 @@ class Comparison:
         return self.num_blocks >= MIN_BLOCKS
 
 
-def compare(a: Result, b: Result, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Comparison:
+def compare(a: LoadTestResult, b: LoadTestResult, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Comparison:
     """Every figure of b less that of a. Requests are counted by when they were due."""
     is_paired = a.profile.load == b.profile.load and a.profile.arrivals == "open"
     num_blocks = _num_blocks(a, b)
@@ -69,14 +69,14 @@ def compare(a: Result, b: Result, *, num_resamples: int = NUM_RESAMPLES, seed: i
     return Comparison(differences, num_blocks, a.profile.duration_s / num_blocks, is_paired)
 
 
-def _difference(measure: Measure, runs: tuple[Run, Run], draws: Sequence[Draw], num_blocks: int) -> Difference:
+def _difference(measure: Measure, runs: tuple[Run, Run], draws: Sequence[Resample], num_blocks: int) -> Difference:
     """Without an interval where one would be far too narrow: of few blocks, or of a percentile that few exceed."""
     found = difference(measure, runs, draws, num_blocks)
     is_thin = measure.num_beyond is not None and any(measure.num_beyond(run.figures) < MIN_BEYOND for run in runs)
     return dataclasses.replace(found, low=None, high=None) if num_blocks < MIN_BLOCKS or is_thin else found
 
 
-def _num_blocks(a: Result, b: Result) -> int:
+def _num_blocks(a: LoadTestResult, b: LoadTestResult) -> int:
     """As many as leave each longer than nine in ten answers take: then one has little to do with the next."""
     seconds = min(a.profile.duration_s, b.profile.duration_s)
     num_blocks = max(MIN_BLOCKS, round(seconds / BLOCK_S))
@@ -86,7 +86,7 @@ def _num_blocks(a: Result, b: Result) -> int:
     return max(num_blocks, 1)
 
 
-def _run(result: Result, num_blocks: int) -> Run:
+def _run(result: LoadTestResult, num_blocks: int) -> Run:
     seconds = result.profile.duration_s
     return Run(figures_of(result.samples, seconds, num_blocks), seconds)
 
@@ -130,7 +130,7 @@ def run(first: Path, second: Path) -> int:
     return 0
 
 
-def table(a: Result, b: Result, comparison: Comparison) -> str:
+def table(a: LoadTestResult, b: LoadTestResult, comparison: Comparison) -> str:
     """The differences as text, after whatever speaks against the comparison."""
     lines = [f"{name}: {run.profile.name}, {run.target.model}, {run.started}" for name, run in (("a", a), ("b", b))]
     lines += [f"beware: {warning}" for warning in warnings(a, b)]
@@ -157,7 +157,7 @@ def table(a: Result, b: Result, comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def warnings(a: Result, b: Result) -> list[str]:
+def warnings(a: LoadTestResult, b: LoadTestResult) -> list[str]:
     """What makes two runs no fair comparison."""
     found = [f"run {name} is invalid" for name, result in (("a", a), ("b", b)) if not result.is_valid]
     if a.profile.load != b.profile.load:

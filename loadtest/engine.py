@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deepseek_triton.loadtest.histogram import Histogram
+from deepseek_triton.loadtest.histogram import HistogramSnapshot
 from deepseek_triton.loadtest.metrics import Reading, gauge_course, nearest
 
 FIRST_TOKEN = "deepseek_time_to_first_token_seconds"
@@ -27,7 +27,7 @@ OUTCOMES = {
     "refused": "deepseek_requests_refused",
     "expired": "deepseek_requests_expired",
 }
-NOTHING = Histogram((math.inf,), (0.0,), 0.0)
+NOTHING = HistogramSnapshot((math.inf,), (0.0,), 0.0)
 
 
 def is_engine(part: str, model: str) -> bool:
@@ -45,7 +45,7 @@ class Spread:
     p99: tuple[float, float] | None
 
     @classmethod
-    def of(cls, histogram: Histogram) -> Spread:
+    def of(cls, histogram: HistogramSnapshot) -> Spread:
         """Read one."""
         return cls(histogram.count, histogram.mean, histogram.bucket(50), histogram.bucket(99))
 
@@ -128,12 +128,12 @@ def course(readings: Sequence[Reading], model: str, edges: Sequence[float]) -> E
     )
 
 
-def _prefill(first: Histogram, queue: Histogram) -> float | None:
+def _prefill(first: HistogramSnapshot, queue: HistogramSnapshot) -> float | None:
     """The two means' difference; in a short step they may be of different requests, and the difference nothing."""
     return max(first.mean - queue.mean, 0.0) if first.mean is not None and queue.mean is not None else None
 
 
-def _between(before: Reading, after: Reading, model: str, name: str) -> Histogram:
+def _between(before: Reading, after: Reading, model: str, name: str) -> HistogramSnapshot:
     return after.histograms.get(model, {}).get(name, NOTHING).since(before.histograms.get(model, {}).get(name))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Histogram:
+class HistogramSnapshot:
     """Observations so far, or in a stretch of time."""
 
     bounds: tuple[float, ...]  # growing; the last is infinite
@@ -23,12 +23,12 @@ class Histogram:
         if list(self.bounds) != sorted(self.bounds):
             raise ValueError(f"a histogram's bounds must grow, got {self.bounds}")
 
-    def since(self, earlier: Histogram | None) -> Histogram:
+    def since(self, earlier: HistogramSnapshot | None) -> HistogramSnapshot:
         """What has come since an earlier reading; all of it where there is none, or the server began anew since."""
         if earlier is None or earlier.bounds != self.bounds or any(map(operator.gt, earlier.counts, self.counts)):
             return self
         counts = tuple(a - b for a, b in zip(self.counts, earlier.counts, strict=True))
-        return Histogram(self.bounds, counts, self.total - earlier.total)
+        return HistogramSnapshot(self.bounds, counts, self.total - earlier.total)
 
     @property
     def count(self) -> float:

@@ -131,7 +131,7 @@ MEASURES = (
     ),
 )
 
-Draw = tuple[float | None, ...]  # one value for each run
+Resample = tuple[float | None, ...]  # one value for each run
 
 
 def resample(
@@ -142,10 +142,10 @@ def resample(
     is_paired: bool,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
-) -> list[list[Draw]]:
+) -> list[list[Resample]]:
     """Each measure's values of each run, over and over, every time from other blocks; [measure][draw][run]."""
     random = np.random.default_rng(seed)
-    resampled: list[list[Draw]] = [[] for _ in measures]
+    resampled: list[list[Resample]] = [[] for _ in measures]
     members = [[np.flatnonzero(run.figures.block == i) for i in range(num_blocks)] for run in runs]
     for _ in range(num_resamples):
         first = random.integers(num_blocks, size=num_blocks)
@@ -172,7 +172,7 @@ def interval(
 
 
 def difference(
-    measure: Measure, runs: tuple[Run, Run], draws: Sequence[Draw], num_blocks: int, confidence: float = CONFIDENCE
+    measure: Measure, runs: tuple[Run, Run], draws: Sequence[Resample], num_blocks: int, confidence: float = CONFIDENCE
 ) -> Difference:
     """One figure of two runs; `draws` are of the same two."""
     changes = [None if one is None or other is None else other - one for one, other in draws]

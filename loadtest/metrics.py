@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from deepseek_triton.loadtest.histogram import Histogram
+from deepseek_triton.loadtest.histogram import HistogramSnapshot
 
 # Ours → Triton's counters that are added up. Times are in microseconds there.
 COUNTERS: dict[str, tuple[str, ...]] = {
@@ -45,7 +45,7 @@ class Reading:
     counters: Values  # Triton's, by our names
     own_counters: Values = field(default_factory=dict)  # of the models' own, without the ending _total
     gauges: Values = field(default_factory=dict)  # of the models' own
-    histograms: Mapping[str, Mapping[str, Histogram]] = field(default_factory=dict)  # of the models' own
+    histograms: Mapping[str, Mapping[str, HistogramSnapshot]] = field(default_factory=dict)  # of the models' own
 
 
 def parse(text: str, at_s: float) -> Reading:
@@ -84,14 +84,16 @@ def parse(text: str, at_s: float) -> Reading:
 
 def _histograms(
     buckets: Mapping[tuple[str, str], Mapping[float, float]], counters: Values
-) -> dict[str, dict[str, Histogram]]:
+) -> dict[str, dict[str, HistogramSnapshot]]:
     """Whole ones; a set of buckets without its sum or without the infinite one is none."""
-    result: dict[str, dict[str, Histogram]] = {}
+    result: dict[str, dict[str, HistogramSnapshot]] = {}
     for (model, name), series in buckets.items():
         total = counters.get(model, {}).get(f"{name}_sum")
         if total is not None and math.inf in series:
             bounds = tuple(sorted(series))
-            result.setdefault(model, {})[name] = Histogram(bounds, tuple(series[bound] for bound in bounds), total)
+            result.setdefault(model, {})[name] = HistogramSnapshot(
+                bounds, tuple(series[bound] for bound in bounds), total
+            )
     return result
 
 

@@ -29,7 +29,7 @@ PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
 Form = Literal["text", "chat"]
 
 
-class ProfileError(ValueError):
+class LoadProfileError(ValueError):
     """A profile that can't be run: the message names the field, its value and what is allowed."""
 
 
@@ -96,7 +96,7 @@ class Requests:
         _check("answer_tokens.least", self.answer_tokens.least, 1, 1e6)
         _check("temperature", self.temperature, 0, 100)
         if self.conversation and self.form != "chat":
-            raise ProfileError(f"conversation needs form chat, got {self.form!r}")
+            raise LoadProfileError(f"conversation needs form chat, got {self.form!r}")
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,11 @@ class Basis:
         _check("margin", self.margin, 1, 100)
         levels = [each.name for each in dataclasses.fields(Levels) if each.name not in self.WITHOUT_MARGIN]
         if not isinstance(self.runs, Mapping):
-            raise ProfileError(f"runs must be a table, got {self.runs!r}")
+            raise LoadProfileError(f"runs must be a table, got {self.runs!r}")
         for name, values in self.runs.items():
             _check_one_of("runs", name, tuple(levels))
             if not isinstance(values, list | tuple) or not values:
-                raise ProfileError(f"runs.{name} must be an array with one number at least, got {values!r}")
+                raise LoadProfileError(f"runs.{name} must be an array with one number at least, got {values!r}")
             for value in values:
                 _check(f"runs.{name}", value, 0, 1e6)
 
@@ -151,7 +151,7 @@ class Basis:
 
 
 @dataclass(frozen=True)
-class Profile:
+class LoadProfile:
     """One load, whole. Times are seconds."""
 
     name: str
@@ -174,14 +174,14 @@ class Profile:
         _check("timeout_s", self.timeout_s, 0.1, 86400)
         _check("think_s", self.think_s, 0, 86400)
         if not self.stages or not any(stage.start or stage.end for stage in self.stages):
-            raise ProfileError(f"stages must hold one with a level above 0, got {self.stages!r}")
+            raise LoadProfileError(f"stages must hold one with a level above 0, got {self.stages!r}")
         if not isinstance(self.protocols, Mapping) or not self.protocols:
-            raise ProfileError(f"protocols must be a table with one at least, got {self.protocols!r}")
+            raise LoadProfileError(f"protocols must be a table with one at least, got {self.protocols!r}")
         for name, share in self.protocols.items():
             _check_one_of("protocols", name, PROTOCOLS)
             _check(f"protocols.{name}", share, 1e-6, 1e6)
         if self.arrivals == "open" and self.think_s:
-            raise ProfileError(f"think_s is of closed users, got {self.think_s!r} with open arrivals")
+            raise LoadProfileError(f"think_s is of closed users, got {self.think_s!r} with open arrivals")
 
     @property
     def duration_s(self) -> float:
@@ -189,11 +189,11 @@ class Profile:
         return sum(stage.seconds for stage in self.stages)
 
     @property
-    def load(self) -> Profile:
+    def load(self) -> LoadProfile:
         """What is sent, without what is promised: two runs with equal loads can be compared."""
         return dataclasses.replace(self, levels=Levels(), basis=None)
 
-    def scaled(self, factor: float) -> Profile:
+    def scaled(self, factor: float) -> LoadProfile:
         """The same profile at `factor` times the level, for a machine that does more; users are rounded up later."""
         _check("scale", factor, 1e-6, 1e6)
         stages = tuple(Stage(s.seconds, s.start * factor, s.end * factor) for s in self.stages)
@@ -205,24 +205,24 @@ def names() -> list[str]:
     return sorted(path.stem for path in DIRECTORY.glob("*.toml"))
 
 
-def load(name: str) -> Profile:
+def load(name: str) -> LoadProfile:
     """Read a profile by its name or by its file's path. Raises `ProfileError`."""
     path = Path(name) if name.endswith(".toml") else DIRECTORY / f"{name}.toml"
     if not path.is_file():
-        raise ProfileError(f"no profile {name!r}; there are {', '.join(names())}, or give a .toml file")
+        raise LoadProfileError(f"no profile {name!r}; there are {', '.join(names())}, or give a .toml file")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ProfileError(f"{path} is not TOML: {error}") from error
+        raise LoadProfileError(f"{path} is not TOML: {error}") from error
     try:
         return from_dict({"name": path.stem} | table)
-    except ProfileError as error:
-        raise ProfileError(f"{path}: {error}") from error
+    except LoadProfileError as error:
+        raise LoadProfileError(f"{path}: {error}") from error
 
 
-def from_dict(table: Mapping[str, Any]) -> Profile:
+def from_dict(table: Mapping[str, Any]) -> LoadProfile:
     """Read what `load` has parsed, or what `dataclasses.asdict` gave. Raises `ProfileError`."""
-    return _read(Profile, table, "")
+    return _read(LoadProfile, table, "")
 
 
 T = TypeVar("T")
@@ -230,29 +230,29 @@ T = TypeVar("T")
 
 def _read(kind: type[T], table: Any, where: str) -> T:
     if not isinstance(table, Mapping):
-        raise ProfileError(f"{where or 'the profile'} must be a table, got {table!r}")
+        raise LoadProfileError(f"{where or 'the profile'} must be a table, got {table!r}")
     prefix = f"{where}." if where else ""
     fields = {each.name: each for each in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in table:
         if name not in fields:
-            raise ProfileError(f"unknown field {prefix}{name}; there are {', '.join(fields)}")
+            raise LoadProfileError(f"unknown field {prefix}{name}; there are {', '.join(fields)}")
     hints = get_type_hints(kind)
     values: dict[str, Any] = {}
     for name, each in fields.items():
         if name in table:
             values[name] = _value(name, hints[name], table[name], prefix + name)
         elif each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
-            raise ProfileError(f"{prefix}{name} is missing")
+            raise LoadProfileError(f"{prefix}{name} is missing")
     try:
         return kind(**values)
-    except ProfileError as error:
-        raise ProfileError(f"{prefix}{error}" if where else str(error)) from None
+    except LoadProfileError as error:
+        raise LoadProfileError(f"{prefix}{error}" if where else str(error)) from None
 
 
 def _value(name: str, hint: Any, value: Any, where: str) -> Any:
     if name == "stages":
         if not isinstance(value, list | tuple):
-            raise ProfileError(f"{where} must be an array of tables, got {value!r}")
+            raise LoadProfileError(f"{where} must be an array of tables, got {value!r}")
         return tuple(_read(Stage, stage, f"{where}[{i}]") for i, stage in enumerate(value))
     tables = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
     if tables:
@@ -260,7 +260,7 @@ def _value(name: str, hint: Any, value: Any, where: str) -> Any:
         return None if value is None and hint is not tables[0] else _read(tables[0], value, where)
     allowed = _SCALARS.get(str(hint))
     if allowed and (not isinstance(value, allowed) or isinstance(value, bool)):
-        raise ProfileError(f"{where} must be {' or '.join(kind.__name__ for kind in allowed)}, got {value!r}")
+        raise LoadProfileError(f"{where} must be {' or '.join(kind.__name__ for kind in allowed)}, got {value!r}")
     return value
 
 
@@ -275,9 +275,9 @@ _SCALARS: dict[str, tuple[type, ...]] = {
 
 def _check(name: str, value: float, lowest: float, highest: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
-        raise ProfileError(f"{name} must be a number from {lowest:g} to {highest:g}, got {value!r}")
+        raise LoadProfileError(f"{name} must be a number from {lowest:g} to {highest:g}, got {value!r}")
 
 
 def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ProfileError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        raise LoadProfileError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass
 
 from deepseek_triton.clients.api import GenerateRequest, Generation
-from deepseek_triton.loadtest.profile import Length, Profile, ProtocolName, Requests
+from deepseek_triton.loadtest.profile import Length, LoadProfile, ProtocolName, Requests
 
 WHO = ("The old sailor", "My neighbour", "A young painter", "The baker", "Our teacher", "A tired doctor", "The farmer")
 DOES = ("remembers", "asked about", "wrote a letter on", "cannot forget", "would like to see", "spoke of", "paid for")
@@ -26,7 +26,7 @@ TEMPLATE_TOKENS = 16  # that a chat template puts around a turn, about
 
 
 @dataclass(frozen=True)
-class Turn:
+class ConversationTurn:
     """One question: its text, the longest answer and the pause before it is sent."""
 
     text: str
@@ -40,10 +40,10 @@ class Talk:
 
     number: int
     protocol: ProtocolName
-    turns: tuple[Turn, ...]
+    turns: tuple[ConversationTurn, ...]
 
 
-def talk(profile: Profile, number: int) -> Talk:
+def talk(profile: LoadProfile, number: int) -> Talk:
     """Conversation `number` of a profile."""
     source = random.Random(f"talk {profile.seed} {number}")
     requests = profile.requests
@@ -54,7 +54,7 @@ def talk(profile: Profile, number: int) -> Talk:
         text = _text(source, round(draw(requests.prompt_words, source)))
         max_tokens = round(draw(requests.answer_tokens, source))
         pause = draw(requests.conversation.think_s, source) if requests.conversation and i else 0.0
-        turns.append(Turn(text, max_tokens, pause))
+        turns.append(ConversationTurn(text, max_tokens, pause))
     return Talk(number, protocol, tuple(turns))  # type: ignore[arg-type]
 
 
@@ -72,7 +72,7 @@ class History:
         self._messages: list[dict[str, str]] = []
         self._num_tokens = 0
 
-    def request(self, turn: Turn) -> GenerateRequest | None:
+    def request(self, turn: ConversationTurn) -> GenerateRequest | None:
         """What to send for a turn; None: the context would overflow, and the talk is over."""
         conversation = self._requests.conversation
         if conversation:

@@ -14,9 +14,9 @@ from deepseek_triton.loadtest import agreement, engine, levels, measure, metrics
 from deepseek_triton.loadtest.engine import EngineCourse, EngineWork
 from deepseek_triton.loadtest.measure import Backlog, Course, Summary
 from deepseek_triton.loadtest.metrics import ModelWork
-from deepseek_triton.loadtest.profile import Profile
+from deepseek_triton.loadtest.profile import LoadProfile
 from deepseek_triton.loadtest.sample import Sample, from_columns, to_columns
-from deepseek_triton.loadtest.target import Target
+from deepseek_triton.loadtest.target import ServerUnderTest
 from deepseek_triton.loadtest.usage import UsageCourse
 from deepseek_triton.loadtest.validity import Observed
 from deepseek_triton.loadtest.verdict import Verdict
@@ -30,11 +30,11 @@ class ResultError(ValueError):
 
 
 @dataclass(frozen=True)
-class Result:
+class LoadTestResult:
     """One run."""
 
-    profile: Profile
-    target: Target
+    profile: LoadProfile
+    target: ServerUnderTest
     started: str  # ISO 8601
     machine: dict[str, Any]
     checks: list[Verdict]  # whether the run may be believed
@@ -68,7 +68,9 @@ class Result:
         path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
-def assemble(run: Profile, target: Target, started: str, machine: dict[str, Any], observed: Observed) -> Result:
+def assemble(
+    run: LoadProfile, target: ServerUnderTest, started: str, machine: dict[str, Any], observed: Observed
+) -> LoadTestResult:
     """Make every figure of a run."""
     counted = measure.counted(observed.samples)
     last = max([run.duration_s, *(sample.end_s for sample in observed.samples)])
@@ -83,7 +85,7 @@ def assemble(run: Profile, target: Target, started: str, machine: dict[str, Any]
         for part, work in whole.items()
         if part.startswith(f"{target.model}-") and not engine.is_engine(part, target.model)
     }
-    return Result(
+    return LoadTestResult(
         profile=run,
         target=target,
         started=started,
@@ -107,7 +109,7 @@ def assemble(run: Profile, target: Target, started: str, machine: dict[str, Any]
     )
 
 
-def load(path: Path) -> Result:
+def load(path: Path) -> LoadTestResult:
     """Read a file of `Result.save`. Raises `ResultError`."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
@@ -119,9 +121,9 @@ def load(path: Path) -> Result:
         found = table.get("format") if isinstance(table, dict) else table
         raise ResultError(f"{path} must be a load test's result of format {FORMAT}, got {found!r:.80}")
     try:
-        return Result(
+        return LoadTestResult(
             profile=profile.from_dict(table["profile"]),
-            target=Target(**table["target"]),
+            target=ServerUnderTest(**table["target"]),
             started=table["started"],
             machine=table["machine"],
             checks=[Verdict(**_infinite(check)) for check in table["checks"]],

@@ -28,13 +28,13 @@ from locust.env import Environment
 from benchmarks.machine import describe
 from deepseek_triton.ensemble.server.tritonserver import ServerError, TritonServer
 from deepseek_triton.loadtest import profile
-from deepseek_triton.loadtest.profile import ProfileError
+from deepseek_triton.loadtest.profile import LoadProfileError
 from deepseek_triton.loadtest.report.page import write_report
 from deepseek_triton.loadtest.report.text import table
-from deepseek_triton.loadtest.result import Result, assemble
+from deepseek_triton.loadtest.result import LoadTestResult, assemble
 from deepseek_triton.loadtest.session import Session
 from deepseek_triton.loadtest.status import Status, help_text, status_of
-from deepseek_triton.loadtest.target import Target
+from deepseek_triton.loadtest.target import ServerUnderTest
 from deepseek_triton.loadtest.users import ProfileShape, user_classes
 
 PROGRESS_S = 5.0
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run.page(arguments.page)
                 return Status.OK
             result = run.headless()
-    except (ProfileError, ServerError) as error:
+    except (LoadProfileError, ServerError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return Status.INTERRUPTED
@@ -97,16 +97,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 @contextlib.contextmanager
-def serve(arguments: argparse.Namespace) -> Iterator[Target]:
+def serve(arguments: argparse.Namespace) -> Iterator[ServerUnderTest]:
     """The running server that is named, or one for the time of the run."""
     if arguments.host:
         ports = arguments.http_port, arguments.grpc_port, arguments.metrics_port
-        yield Target.at(arguments.model, arguments.host, *ports)
+        yield ServerUnderTest.at(arguments.model, arguments.host, *ports)
         return
     _say(f"starting tritonserver on {arguments.repository}")
     models = [arguments.model]
     with TritonServer(arguments.repository, http_port=0, grpc_port=0, metrics_port=0, models=models) as server:
-        yield Target(arguments.model, server.http_url, server.grpc_url, server.metrics_url)
+        yield ServerUnderTest(arguments.model, server.http_url, server.grpc_url, server.metrics_url)
         if server.exit_status is not None:
             _say(f"tritonserver ended by itself during the run, with status {server.exit_status}")
 
@@ -116,7 +116,7 @@ class Run:
 
     def __init__(self, session: Session, output: Path) -> None:
         self._session, self._output = session, output
-        self._result: Result | None = None
+        self._result: LoadTestResult | None = None
         self._started = ""
         self._machine = describe()
         self._shape = ProfileShape(session)
@@ -134,7 +134,7 @@ class Run:
         events.user_error.add_listener(self._on_user_error)
         self._runner: Any = self._environment.create_local_runner()
 
-    def headless(self) -> Result:
+    def headless(self) -> LoadTestResult:
         """Run the profile once, with a line of progress now and then."""
         ticker = gevent.spawn(self._show_progress)
         try:

@@ -19,9 +19,9 @@ from deepseek_triton.clients.base import BaseClient
 from deepseek_triton.loadtest.arrivals import poisson
 from deepseek_triton.loadtest.exchange import Recorder, exchange
 from deepseek_triton.loadtest.metrics import Reading, parse
-from deepseek_triton.loadtest.profile import Profile, ProtocolName
+from deepseek_triton.loadtest.profile import LoadProfile, ProtocolName
 from deepseek_triton.loadtest.prompts import History, Talk, talk
-from deepseek_triton.loadtest.target import Target
+from deepseek_triton.loadtest.target import ServerUnderTest
 from deepseek_triton.loadtest.usage import Usage, Watch, local_port
 from deepseek_triton.loadtest.validity import Observed
 
@@ -40,7 +40,7 @@ _logger = logging.getLogger(__name__)
 class Session:
     """The state of one run. `start` and `finish` frame it; everything else is called in between."""
 
-    def __init__(self, profile: Profile, target: Target, *, may_be_shared: bool = False) -> None:
+    def __init__(self, profile: LoadProfile, target: ServerUnderTest, *, may_be_shared: bool = False) -> None:
         self.profile, self.target, self._may_be_shared = profile, target, may_be_shared
         self._port = local_port(target.grpc_url)
         # One client for each way in, shared by all users: as many connections as a gateway would hold.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from deepseek_triton.loadtest.result import Result
+from deepseek_triton.loadtest.result import LoadTestResult
 
 
 class Status(IntEnum):
@@ -28,7 +28,7 @@ MEANINGS: dict[Status, str] = {
 }
 
 
-def status_of(result: Result) -> Status:
+def status_of(result: LoadTestResult) -> Status:
     """The status of a finished run; an invalid one says nothing about levels."""
     if not result.is_valid:
         return Status.INVALID

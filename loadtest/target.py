@@ -10,7 +10,7 @@ from deepseek_triton.loadtest.profile import ProtocolName
 
 
 @dataclass(frozen=True)
-class Target:
+class ServerUnderTest:
     """One served model."""
 
     model: str
@@ -21,7 +21,7 @@ class Target:
     @classmethod
     def at(
         cls, model: str, host: str, http_port: int = 8000, grpc_port: int = 8001, metrics_port: int = 8002
-    ) -> Target:
+    ) -> ServerUnderTest:
         """The addresses of a tritonserver on `host`."""
         return cls(model, f"http://{host}:{http_port}", f"{host}:{grpc_port}", f"http://{host}:{metrics_port}/metrics")
 

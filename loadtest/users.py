@@ -13,7 +13,7 @@ from gevent.pool import Group
 from locust import LoadTestShape, User, task
 
 from deepseek_triton.loadtest.arrivals import level_at
-from deepseek_triton.loadtest.profile import Profile, ProtocolName
+from deepseek_triton.loadtest.profile import LoadProfile, ProtocolName
 from deepseek_triton.loadtest.session import Session
 
 SPAWN_RATE = 100.0  # users/s: nearly at once; Locust warns of more
@@ -109,7 +109,7 @@ class ProfileShape(LoadTestShape):
         return num_users(session.profile, now), SPAWN_RATE
 
 
-def num_users(profile: Profile, now_s: float) -> int:
+def num_users(profile: LoadProfile, now_s: float) -> int:
     """Closed users at a moment, one at least; an open profile has the one that keeps its schedule."""
     if profile.arrivals == "open":
         return 1

@@ -16,8 +16,8 @@ from deepseek_triton.builders.scoring.fit import (
     CONTENT_FREE,
     Example,
     FitError,
-    Measured,
     Method,
+    ScoredTexts,
     fit,
     read_examples,
     read_profile,
@@ -28,14 +28,14 @@ from deepseek_triton.clients.base import BaseClient
 from deepseek_triton.clients.errors import RequestRejected
 from deepseek_triton.clients.features import Features, read_features
 from deepseek_triton.clients.grpc import GrpcClient
-from deepseek_triton.ensemble.scoring.calibration import Calibration, label_scores
+from deepseek_triton.ensemble.scoring.calibration import ProbabilityCalibration, label_scores
 from deepseek_triton.ensemble.scoring.profile import ScoringProfile
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
 
 CHUNK = 8  # texts in a request, where the engine's batches have room for so many
 
 
-def run_fit(arguments: argparse.Namespace, report: Report) -> tuple[Calibration, Path]:
+def run_fit(arguments: argparse.Namespace, report: Report) -> tuple[ProbabilityCalibration, Path]:
     """Fit and write; gives the calibration and where it lies.
 
     Raises:
@@ -64,7 +64,7 @@ def fit_on(
     report: Report = lambda what, done, total: None,
     *,
     chunk: int = CHUNK,
-) -> Calibration:
+) -> ProbabilityCalibration:
     """Ask the server behind `client` about every example, and fit."""
     prior = measure(client, profile, list(CONTENT_FREE), chunk=chunk).scores if method == "contextual" else None
     measured = measure(client, profile, [example.text for example in examples], report, chunk=chunk)
@@ -79,7 +79,7 @@ def measure(
     report: Report = lambda what, done, total: None,
     *,
     chunk: int = CHUNK,
-) -> Measured:
+) -> ScoredTexts:
     """Scores and hidden states of `texts`, `chunk` in a request.
 
     Raises:
@@ -100,10 +100,10 @@ def measure(
         ]
         for own in features
     ]
-    return Measured(np.stack(scores), np.array([own.hidden for own in features]))
+    return ScoredTexts(np.stack(scores), np.array([own.hidden for own in features]))
 
 
-def told(calibration: Calibration) -> str:
+def told(calibration: ProbabilityCalibration) -> str:
     """The report for a terminal."""
     report = calibration.report
     lines = [f"{calibration.method}, fitted on {report['examples']:g} examples, judged on those held out:"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from deepseek_triton.builders.commands.tune_load import Load, asker, measure, read_texts
+from deepseek_triton.builders.commands.tune_load import TuneLoad, asker, measure, read_texts
 from deepseek_triton.builders.repository.options import Report
 from deepseek_triton.builders.tune.clock import Clock
 from deepseek_triton.builders.tune.confirm import NUM_CANDIDATES, Decision, contenders, decide, order
@@ -75,7 +75,7 @@ def tune(
     space = space_of(configs, options.name, limits_of(_engine_version(options)))
     start = read_point(space, configs, options.name)
     texts = read_texts(options.texts)
-    load = Load(
+    load = TuneLoad(
         texts,
         options.clients,
         options.seconds,
@@ -122,7 +122,7 @@ class _Bench:
         options: TuneOptions,
         space: list[Parameter],
         configs: Configs,
-        load: Load,
+        load: TuneLoad,
         journal: Journal,
         clock: Clock,
         tell: Tell,
@@ -207,7 +207,7 @@ def _confirm(bench: _Bench, points: Sequence[Point]) -> list[list[Measurement]]:
     return rounds
 
 
-def _tell_plan(options: TuneOptions, load: Load, space: list[Parameter], tell: Tell) -> None:
+def _tell_plan(options: TuneOptions, load: TuneLoad, space: list[Parameter], tell: Tell) -> None:
     one = load.seconds_in_all
     least = options.num_confirming * one
     if least + one > options.budget_s:

@@ -1,6 +1,6 @@
 """One measurement for `deepseek-triton tune`: a server of its own for a point, clients that ask it, their latencies.
 
-Load is closed-loop: a client asks again when it has its answer.
+TuneLoad is closed-loop: a client asks again when it has its answer.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Ask = Callable[[BaseClient, str], Any]
 
 
 @dataclass(frozen=True)
-class Load:
+class TuneLoad:
     """How one point is loaded: by so many clients at once, measured for `seconds` after a warm-up."""
 
     texts: Sequence[str]
@@ -89,7 +89,7 @@ def asker(name: str, configs: Configs, labels: tuple[str, ...], max_tokens: int)
     return lambda client, text: client.generate(GenerateRequest(prompt=text, max_tokens=max_tokens))
 
 
-def measure(repository: Path, name: str, configs: Configs, load: Load) -> Measurement:
+def measure(repository: Path, name: str, configs: Configs, load: TuneLoad) -> Measurement:
     """Serve model `name` with these configurations and load it; what can't be served is a result too.
 
     Raises:
@@ -107,7 +107,7 @@ def measure(repository: Path, name: str, configs: Configs, load: Load) -> Measur
         raise TuneError(f"{error.filename or 'temporary files'}: {error.strerror}; mend it, then go on") from error
 
 
-def run(load: Load, url: str, model: str) -> Measurement:
+def run(load: TuneLoad, url: str, model: str) -> Measurement:
     """Let the clients ask, and take the latencies of the answers that come after the warm-up."""
     start = time.perf_counter()
     counted_from, end = start + load.seconds_in_all - load.seconds, start + load.seconds_in_all

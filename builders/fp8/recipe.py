@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from deepseek_triton.builders.errors import BuildError
 
 Precision = Literal["fp8", "network"]
-Weights = Literal["per_channel", "per_tensor"]
+WeightScaling = Literal["per_channel", "per_tensor"]
 Activations = Literal["static", "dynamic"]
 Rounding = Literal["nearest", "compensated"]
 Scales = Literal["max", "least_error"]
@@ -41,7 +41,7 @@ class Recipe:
     extra_bytes: how much larger the artefact may become, as a fraction, by keeping the most sensitive layers.
     """
 
-    weights: Weights = "per_channel"
+    weights: WeightScaling = "per_channel"
     activations: Activations = "dynamic"
     rounding: Rounding = "compensated"
     scales: Scales = "least_error"
@@ -52,7 +52,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         choices = (
-            ("weights", Weights),
+            ("weights", WeightScaling),
             ("activations", Activations),
             ("rounding", Rounding),
             ("scales", Scales),

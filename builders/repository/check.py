@@ -17,7 +17,7 @@ from deepseek_triton.builders.repository.check_scoring import check_scoring, is_
 from deepseek_triton.builders.repository.pbtxt import PbtxtError, parse_text
 from deepseek_triton.builders.repository.wiring import Problem, check_wiring
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape, LayoutError
-from deepseek_triton.ensemble.artefacts.cuda_split import Split
+from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
 from deepseek_triton.ensemble.artefacts.manifest import FILE_NAME as MANIFEST
 from deepseek_triton.ensemble.artefacts.manifest import Manifest, ManifestError
 from deepseek_triton.ensemble.protocol.pipelines import ENGINE_SUFFIX
@@ -168,7 +168,7 @@ def _check_plan(directory: Path, version_dir: Path, config: ModelConfig) -> Iter
 
 def _check_split(where: str, manifest: Manifest, settings: EngineSettings) -> Iterator[Problem]:
     try:
-        Split(DecoderShape.from_dict(manifest.engine), 0, settings.tensor_parallel_size)
+        ShardedDecoder(DecoderShape.from_dict(manifest.engine), 0, settings.tensor_parallel_size)
     except LayoutError as error:
         yield Problem(where, f"parameters: {error}")
 

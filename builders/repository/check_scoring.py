@@ -13,9 +13,9 @@ from deepseek_triton.ensemble.artefacts.manifest import Manifest, ManifestError
 from deepseek_triton.ensemble.protocol.contract import BRANCH_IDS, LABELS, TARGET_LABELS
 from deepseek_triton.ensemble.protocol.settings import SettingsError
 from deepseek_triton.ensemble.scoring.calibration import FILE_NAME as CALIBRATION_FILE
-from deepseek_triton.ensemble.scoring.calibration import Calibration, CalibrationError
+from deepseek_triton.ensemble.scoring.calibration import ProbabilityCalibration, ProbabilityCalibrationError
 from deepseek_triton.ensemble.scoring.profile import FILE_NAME as PROFILE_FILE
-from deepseek_triton.ensemble.scoring.profile import ProfileError, ScoringProfile
+from deepseek_triton.ensemble.scoring.profile import ScoringProfile, ScoringProfileError
 from deepseek_triton.ensemble.scoring.settings import ScoringSettings
 
 _MARKS = {LABELS.name, BRANCH_IDS.name, TARGET_LABELS.name}  # each part's own input
@@ -35,12 +35,12 @@ def check_scoring(directory: Path, version_dir: Path, config: ModelConfig) -> It
     profile = None
     try:
         profile = ScoringProfile.load(version_dir)
-    except ProfileError as error:
+    except ScoringProfileError as error:
         yield _problem(version_dir / PROFILE_FILE, error)
     if TARGET_LABELS.name in names:
         try:
-            calibration = Calibration.load(version_dir)
-        except CalibrationError as error:
+            calibration = ProbabilityCalibration.load(version_dir)
+        except ProbabilityCalibrationError as error:
             yield _problem(version_dir / CALIBRATION_FILE, error)
             return
         if profile and calibration and calibration.normalisation != profile.normalisation:

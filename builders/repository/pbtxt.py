@@ -37,7 +37,7 @@ from deepseek_triton.ensemble.protocol.pipelines import (
     ENGINE_SUFFIX,
     SCORER_SUFFIX,
     TOKENIZER_SUFFIX,
-    Pipeline,
+    EnsemblePipeline,
     model_name,
 )
 from deepseek_triton.ensemble.scoring.rows import LOGIT_COUNTS, LONGEST_ROW, ROW_LENS, TARGET_COUNTS
@@ -145,7 +145,7 @@ def score_plan_config(served_name: str, hidden_size: int, batching: Batching) ->
     return _model_config(_batched(_ragged(model), batching))
 
 
-def ensemble_config(served_name: str, pipeline: Pipeline, max_batch_size: int = 1) -> ModelConfig:
+def ensemble_config(served_name: str, pipeline: EnsemblePipeline, max_batch_size: int = 1) -> ModelConfig:
     """The configuration of the ensemble that clients call; Triton derives itself that it is decoupled."""
     return _model_config(
         {

@@ -1,7 +1,9 @@
-"""Labelled examples → a Calibration: what turns a scoring model's scores into probabilities that can be believed.
+"""Labelled examples → a ProbabilityCalibration: what turns a scoring model's scores into probabilities that can be
+believed.
 
-What enters are scores and hidden states that somebody measured, what leaves is a Calibration with a report of what it
-changed. Figures "after" are cross-fitted: each example is judged by a fit that hasn't seen it. It starts no server.
+What enters are scores and hidden states that somebody measured, what leaves is a ProbabilityCalibration with a report
+of what it changed. Figures "after" are cross-fitted: each example is judged by a fit that hasn't seen it. It starts no
+server.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.ensemble.artefacts.atomic_files import write_atomically
 from deepseek_triton.ensemble.protocol.pipelines import SCORER_SUFFIX, model_name
-from deepseek_triton.ensemble.scoring.calibration import FILE_NAME, Calibration, Floats, Head, softmax
+from deepseek_triton.ensemble.scoring.calibration import FILE_NAME, Floats, LinearHead, ProbabilityCalibration, softmax
 from deepseek_triton.ensemble.scoring.profile import Normalisation, ScoringProfile
 
 # temperature: how sure, alone. bias: and one bias for each label. contextual: biases measured on texts without content,
@@ -44,14 +46,14 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ScoredTexts:
     """What the model says of some texts: scores [n, labels], normalised; hidden [n, hidden]."""
 
     scores: Floats
     hidden: NDArray[Any]
 
-    def __getitem__(self, rows: NDArray[Any]) -> Measured:
-        return Measured(self.scores[rows], self.hidden[rows])
+    def __getitem__(self, rows: NDArray[Any]) -> ScoredTexts:
+        return ScoredTexts(self.scores[rows], self.hidden[rows])
 
 
 def read_examples(path: Path, labels: Sequence[str]) -> list[Example]:
@@ -93,10 +95,10 @@ def fit(
     method: Method,
     labels: tuple[str, ...],
     normalisation: Normalisation,
-    measured: Measured,
+    measured: ScoredTexts,
     truth: NDArray[Any],
     content_free: Floats | None = None,
-) -> Calibration:
+) -> ProbabilityCalibration:
     """Fit, and report.
 
     Args:
@@ -107,10 +109,10 @@ def fit(
     if method == "contextual" and prior is None:
         raise FitError("method contextual needs scores of texts without content")
 
-    def fitted(rows: NDArray[Any]) -> Calibration:
+    def fitted(rows: NDArray[Any]) -> ProbabilityCalibration:
         own, known = measured[rows], truth[rows]
         parts = FITTERS[method](own, known, prior)
-        return Calibration(labels, method=method, normalisation=normalisation, report={}, **parts)
+        return ProbabilityCalibration(labels, method=method, normalisation=normalisation, report={}, **parts)
 
     before, after = softmax(measured.scores), np.zeros_like(measured.scores)
     for fold in _folds(truth):
@@ -123,7 +125,7 @@ def fit(
         report[f"negative_log_likelihood_{name}"] = round(negative_log_likelihood(probabilities, truth), 4)
         report[f"accuracy_{name}"] = round(float((probabilities.argmax(axis=1) == truth).mean()), 4)
     parts = FITTERS[method](measured, truth, prior)
-    return Calibration(labels, method=method, normalisation=normalisation, report=report, **parts)
+    return ProbabilityCalibration(labels, method=method, normalisation=normalisation, report=report, **parts)
 
 
 def _folds(truth: NDArray[Any]) -> list[NDArray[Any]]:
@@ -146,7 +148,7 @@ def negative_log_likelihood(probabilities: Floats, truth: NDArray[Any]) -> float
     return float(-np.log(np.maximum(probabilities[np.arange(len(truth)), truth], 1e-300)).mean())
 
 
-def write_calibration(repository: Path, name: str, calibration: Calibration) -> Path:
+def write_calibration(repository: Path, name: str, calibration: ProbabilityCalibration) -> Path:
     """Put calibration.json beside the newest version of the model's scorer; returns its path.
 
     Raises:
@@ -194,17 +196,17 @@ def _temperature(scores: Floats, truth: NDArray[Any], biases: Floats) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(-4.0, 6.0), method="bounded").x))
 
 
-def _fit_temperature(own: Measured, truth: NDArray[Any], prior: Floats | None) -> dict[str, Any]:
+def _fit_temperature(own: ScoredTexts, truth: NDArray[Any], prior: Floats | None) -> dict[str, Any]:
     zeros = np.zeros(own.scores.shape[1])
     return {"temperature": _temperature(own.scores, truth, zeros), "biases": tuple(zeros.tolist())}
 
 
-def _fit_contextual(own: Measured, truth: NDArray[Any], prior: Floats | None) -> dict[str, Any]:
+def _fit_contextual(own: ScoredTexts, truth: NDArray[Any], prior: Floats | None) -> dict[str, Any]:
     assert prior is not None
     return {"temperature": _temperature(own.scores, truth, prior), "biases": tuple(prior.tolist())}
 
 
-def _fit_bias(own: Measured, truth: NDArray[Any], prior: Floats | None) -> dict[str, Any]:
+def _fit_bias(own: ScoredTexts, truth: NDArray[Any], prior: Floats | None) -> dict[str, Any]:
     from scipy.optimize import minimize
 
     def loss(values: Floats) -> float:
@@ -219,7 +221,7 @@ def _fit_bias(own: Measured, truth: NDArray[Any], prior: Floats | None) -> dict[
     return {"temperature": temperature, "biases": (0.0, *(float(bias) * temperature for bias in found[1:]))}
 
 
-def _fit_head(own: Measured, truth: NDArray[Any], prior: Floats | None) -> dict[str, Any]:
+def _fit_head(own: ScoredTexts, truth: NDArray[Any], prior: Floats | None) -> dict[str, Any]:
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
@@ -233,11 +235,11 @@ def _fit_head(own: Measured, truth: NDArray[Any], prior: Floats | None) -> dict[
         weights, biases = np.stack([0 * weights[0], weights[0]]), np.array([0.0, biases[0]])
     weights = weights / scaler.scale_
     biases = biases - weights @ scaler.mean_
-    head = Head(tuple(map(tuple, weights.tolist())), tuple(biases.tolist()))
+    head = LinearHead(tuple(map(tuple, weights.tolist())), tuple(biases.tolist()))
     return {"temperature": 1.0, "biases": (0.0,) * own.scores.shape[1], "head": head}
 
 
-FITTERS: dict[Method, Callable[[Measured, NDArray[Any], Floats | None], dict[str, Any]]] = {
+FITTERS: dict[Method, Callable[[ScoredTexts, NDArray[Any], Floats | None], dict[str, Any]]] = {
     "temperature": _fit_temperature,
     "bias": _fit_bias,
     "contextual": _fit_contextual,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from deepseek_triton.builders.errors import BuildError
-from deepseek_triton.ensemble.scoring.profile import PLACE, Normalisation, ProfileError, ScoringProfile
+from deepseek_triton.ensemble.scoring.profile import PLACE, Normalisation, ScoringProfile, ScoringProfileError
 
 # Triton's timer rings late: by 97 to 121 us at the median of delays from 0.5 to 10 ms, by 130 to 232 us in the worst
 # of a hundred on a quiet machine, however long the delay. config.pbtxt asks for so much less than was promised.
@@ -87,7 +87,7 @@ class ScoringOptions:
                 # Triton tells a plan how many tokens a request has, not how many each of its rows: it pads to that.
                 max_request_tokens=max_seq_len if is_plan else 0,
             )
-        except ProfileError as error:
+        except ScoringProfileError as error:
             raise BuildError(str(error)) from error
 
     def command_words(self) -> list[str]:

@@ -13,7 +13,7 @@ from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.builders.targets.cuda_weights import decoder_shape
 from deepseek_triton.ensemble.artefacts.cuda_layout import LayoutError
-from deepseek_triton.ensemble.artefacts.cuda_split import Split
+from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
 from deepseek_triton.ensemble.protocol.settings import EngineSettings, SettingsError
 
 CUDA_SLOTS = 64
@@ -45,9 +45,9 @@ def engine_settings(options: BuildOptions, spec: ModelSpec, max_seq_len: int) ->
     return settings
 
 
-def _split(options: BuildOptions, spec: ModelSpec, max_seq_len: int) -> Split:
+def _split(options: BuildOptions, spec: ModelSpec, max_seq_len: int) -> ShardedDecoder:
     size = EngineSettings(**options.settings).tensor_parallel_size
     try:
-        return Split(decoder_shape(spec, max_seq_len), 0, size)
+        return ShardedDecoder(decoder_shape(spec, max_seq_len), 0, size)
     except LayoutError as error:
         raise BuildError(str(error)) from error

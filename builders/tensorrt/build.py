@@ -14,14 +14,14 @@ from pathlib import Path
 import onnx
 
 from deepseek_triton.builders.tensorrt.census import Census
-from deepseek_triton.builders.tensorrt.compile import Job, compile_graph, read_graph
+from deepseek_triton.builders.tensorrt.compile import CompileJob, compile_graph, read_graph
 from deepseek_triton.builders.tensorrt.compiler import resolve_target
 from deepseek_triton.builders.tensorrt.errors import EngineError
 from deepseek_triton.builders.tensorrt.inspector import EngineLayer, inspect_plan
 from deepseek_triton.builders.tensorrt.network import ATTENTION_FORMS, decoder_profiles, has_causal_mask
-from deepseek_triton.builders.tensorrt.progress import Progress
+from deepseek_triton.builders.tensorrt.progress import CompileProgress
 from deepseek_triton.ensemble.artefacts.atomic_files import write_atomically
-from deepseek_triton.ensemble.artefacts.tensorrt_api import Plan
+from deepseek_triton.ensemble.artefacts.tensorrt_api import PlanInfo
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class EngineReport:
     """
 
     path: Path
-    plan: Plan
+    plan: PlanInfo
     census: Census
     plan_bytes: int
     seconds: float
@@ -53,7 +53,7 @@ def build_engine(
     compute_capability: str | None = None,
     fp8_modules: Sequence[str] = (),
     timing_cache: Path | None = None,
-    progress: Progress | None = None,
+    progress: CompileProgress | None = None,
 ) -> EngineReport:
     """Compile the decoder graph at `onnx_path` into a plan at `output_path`.
 
@@ -85,13 +85,13 @@ def build_engine(
         forms = tuple(form for form in forms if form.name == "mask")
     started = time.monotonic()
     compiled = compile_graph(
-        Job(
+        CompileJob(
             settled, model, onnx_path, precision, decoder_profiles(num_slots, prefill_chunk), forms,
             gives_best_token=True, fp8_modules=fp8_modules, timing_cache=timing_cache, progress=progress,
         )
     )  # fmt: skip
     write_atomically(output_path, compiled.plan, EngineError)
-    plan = Plan(
+    plan = PlanInfo(
         settled.name, settled.version, settled.compute_capability, compiled.form.name, compiled.form.is_fused,
         num_slots, prefill_chunk, max_seq_len,
     )  # fmt: skip

@@ -15,17 +15,23 @@ from typing import Any
 import onnx
 
 from deepseek_triton.builders.tensorrt.census import Census, take_census
-from deepseek_triton.builders.tensorrt.compiler import Target
+from deepseek_triton.builders.tensorrt.compiler import CompileTarget
 from deepseek_triton.builders.tensorrt.errors import EngineError, GraphError
-from deepseek_triton.builders.tensorrt.network import AttentionForm, Network, Profile, RaggedProfile, without_mask
-from deepseek_triton.builders.tensorrt.progress import Progress, ProgressTracker, make_monitor, run_cancellable
+from deepseek_triton.builders.tensorrt.network import (
+    AttentionForm,
+    Network,
+    OptimizationProfile,
+    RaggedProfile,
+    without_mask,
+)
+from deepseek_triton.builders.tensorrt.progress import CompileProgress, ProgressTracker, make_monitor, run_cancellable
 from deepseek_triton.ensemble.artefacts.atomic_files import write_atomically
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Job:
+class CompileJob:
     """What to compile.
 
     model: the graph without its weights, which lie beside `path`. precision: what the graph is in. forms: of
@@ -34,16 +40,16 @@ class Job:
     build.
     """
 
-    target: Target
+    target: CompileTarget
     model: onnx.ModelProto
     path: Path
     precision: str
-    profiles: tuple[Profile | RaggedProfile, ...]
+    profiles: tuple[OptimizationProfile | RaggedProfile, ...]
     forms: tuple[AttentionForm, ...]
     gives_best_token: bool = False
     fp8_modules: Sequence[str] = field(default=())
     timing_cache: Path | None = None
-    progress: Progress | None = None
+    progress: CompileProgress | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Compiled:
     census: Census
 
 
-def compile_graph(job: Job) -> Compiled:
+def compile_graph(job: CompileJob) -> Compiled:
     """Compile with the first form of attention that TensorRT takes.
 
     Raises:
@@ -71,7 +77,7 @@ def compile_graph(job: Job) -> Compiled:
     return _compile(job, job.forms[-1])
 
 
-def _compile(job: Job, form: AttentionForm) -> Compiled:
+def _compile(job: CompileJob, form: AttentionForm) -> Compiled:
     api = job.target.api
     network = Network(job.target)
     network.parse(without_mask(job.model) if form.name == "lengths" else job.model, job.path)
@@ -118,7 +124,7 @@ def read_graph(path: Path) -> onnx.ModelProto:
         raise EngineError(f"{path} is not an ONNX graph: {error}") from error
 
 
-def _load_timing_cache(config: Any, job: Job) -> Any:
+def _load_timing_cache(config: Any, job: CompileJob) -> Any:
     """The job's timing cache; an empty one where there is none or another TensorRT wrote it; None: not wanted."""
     path = job.timing_cache
     if path is None or job.target.cross_compiles:

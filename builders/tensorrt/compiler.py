@@ -18,7 +18,7 @@ FP8_COMPUTE_CAPABILITY = "8.9"  # Ada; the first with FP8 matrix multiplication
 
 
 @dataclass(frozen=True)
-class Target:
+class CompileTarget:
     """A TensorRT and the GPU that it builds for. compute_capability: as "8.9"."""
 
     name: str
@@ -36,7 +36,7 @@ class Target:
         return hasattr(self.api, "ComputeCapability")
 
 
-def resolve_target(name: str, precision: str, compute_capability: str | None = None) -> Target:
+def resolve_target(name: str, precision: str, compute_capability: str | None = None) -> CompileTarget:
     """Settle what to build with and for; without a `compute_capability`, for this machine's GPU.
 
     Raises:
@@ -68,7 +68,7 @@ def resolve_target(name: str, precision: str, compute_capability: str | None = N
             f"target {name} builds for the GPU that is here ({device or 'none'}), not for {chosen}; "
             "build on the machine that will serve"
         )
-    return Target(name, api, chosen)
+    return CompileTarget(name, api, chosen)
 
 
 def parse_compute_capability(text: str) -> tuple[int, int]:

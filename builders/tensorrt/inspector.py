@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepseek_triton.builders.tensorrt.compiler import Target
+from deepseek_triton.builders.tensorrt.compiler import CompileTarget
 from deepseek_triton.ensemble.artefacts.tensorrt_api import Messages, make_logger
 from deepseek_triton.ensemble.engine.runners.cuda_runtime import device_compute_capability
 
@@ -26,7 +26,7 @@ class EngineLayer:
     outputs: tuple[str, ...]
 
 
-def inspect_plan(target: Target, path: Path) -> tuple[EngineLayer, ...] | None:
+def inspect_plan(target: CompileTarget, path: Path) -> tuple[EngineLayer, ...] | None:
     """The layer table of the plan at `path`; None where no GPU that it was built for is here."""
     if device_compute_capability() != target.compute_capability:
         return None

@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 
-from deepseek_triton.builders.tensorrt.compiler import Target
+from deepseek_triton.builders.tensorrt.compiler import CompileTarget
 from deepseek_triton.builders.tensorrt.errors import EngineError, GraphError
 from deepseek_triton.ensemble.artefacts.tensorrt_api import BEST_ID, BEST_LOG_PROB, Messages, make_logger
 
@@ -46,7 +46,7 @@ STATELESS_FORMS: dict[str, tuple[AttentionForm, ...]] = {
 
 
 @dataclass(frozen=True)
-class Profile:
+class OptimizationProfile:
     """An optimisation profile: lowest, best and highest batch size and sequence length."""
 
     name: str
@@ -70,19 +70,19 @@ class RaggedProfile:
         return [(size, *shape[1:]) for size in self.sizes[name]]
 
 
-def decoder_profiles(num_slots: int, prefill_chunk: int) -> tuple[Profile, Profile]:
+def decoder_profiles(num_slots: int, prefill_chunk: int) -> tuple[OptimizationProfile, OptimizationProfile]:
     """Prefill: one slot, up to a chunk; decode: one token for up to all slots. In the order of their numbers."""
     return (
-        Profile("prefill", (1, 1, 1), (1, prefill_chunk, prefill_chunk)),
+        OptimizationProfile("prefill", (1, 1, 1), (1, prefill_chunk, prefill_chunk)),
         # A sequence length that can only be 1 makes TensorRT take its decode kernel.
-        Profile("decode", (1, num_slots, num_slots), (1, 1, 1)),
+        OptimizationProfile("decode", (1, num_slots, num_slots), (1, 1, 1)),
     )
 
 
 class Network:
     """TensorRT's builder, network and parser: they must live as long as each other."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: CompileTarget) -> None:
         self.messages = Messages()
         self.api = target.api
         self._logger = make_logger(self.api, self.messages)
@@ -176,7 +176,7 @@ class Network:
             output.name = name
             self.network.mark_output(output)
 
-    def add_profiles(self, config: Any, profiles: Sequence[Profile | RaggedProfile]) -> None:
+    def add_profiles(self, config: Any, profiles: Sequence[OptimizationProfile | RaggedProfile]) -> None:
         """Set every dynamic dimension of every input."""
         for wanted in profiles:
             profile = self.builder.create_optimization_profile()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 # As builders/repository/build.py has it: what is done now, its progress and total.
-Progress = Callable[[str, int, int], None]
+CompileProgress = Callable[[str, int, int], None]
 TOTAL = 1000
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ class Phase:
 class ProgressTracker:
     """Takes TensorRT's calls, gives `report` the fraction done; `cancel` ends the build at its next step."""
 
-    def __init__(self, report: Progress | None = None, what: str = "engine") -> None:
+    def __init__(self, report: CompileProgress | None = None, what: str = "engine") -> None:
         self._report, self._what = report, what
         self._phases: dict[str, Phase] = {}
         self._lock = threading.Lock()

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from deepseek_triton.builders.graph.stateless import stateless_widths
 from deepseek_triton.builders.tensorrt.census import Census
-from deepseek_triton.builders.tensorrt.compile import Job, compile_graph, read_graph
+from deepseek_triton.builders.tensorrt.compile import CompileJob, compile_graph, read_graph
 from deepseek_triton.builders.tensorrt.compiler import resolve_target
 from deepseek_triton.builders.tensorrt.errors import EngineError
 from deepseek_triton.builders.tensorrt.network import STATELESS_FORMS, RaggedProfile
-from deepseek_triton.builders.tensorrt.progress import Progress
+from deepseek_triton.builders.tensorrt.progress import CompileProgress
 from deepseek_triton.ensemble.artefacts.atomic_files import write_atomically
 from deepseek_triton.ensemble.protocol.contract import LOGIT_POSITIONS, SCORE_ROW, TARGET_IDS, TARGET_LOGITS
 from deepseek_triton.ensemble.scoring.rows import LOGIT_COUNTS, LONGEST_ROW, ROW_LENS, TARGET_COUNTS
@@ -69,7 +69,7 @@ def build_scoring_engine(
     compute_capability: str | None = None,
     fp8_modules: Sequence[str] = (),
     timing_cache: Path | None = None,
-    progress: Progress | None = None,
+    progress: CompileProgress | None = None,
 ) -> ScoringReport:
     """Compile `write_stateless`'s graph; the arguments are build_engine's.
 
@@ -82,7 +82,7 @@ def build_scoring_engine(
     if limits.max_seq_len > positions:
         raise EngineError(f"max_seq_len is {limits.max_seq_len}, the graph has {positions} positions")
     compiled = compile_graph(
-        Job(
+        CompileJob(
             settled, model, stateless_path, precision, (limits.profile(),), STATELESS_FORMS[precision],
             fp8_modules=fp8_modules, timing_cache=timing_cache, progress=progress,
         )

@@ -40,7 +40,7 @@ MEASURES = (REQUESTS_PER_S, P99_LATENCY)
 
 
 @dataclass(frozen=True)
-class Interval:
+class ConfidenceInterval:
     """A figure of all rounds together, and what chance may have done to it."""
 
     value: float
@@ -57,8 +57,8 @@ class Confirmed:
     """
 
     point: dict[str, int]
-    requests_per_s: Interval | None = None
-    p99_s: Interval | None = None
+    requests_per_s: ConfidenceInterval | None = None
+    p99_s: ConfidenceInterval | None = None
     gain: Difference | None = None
     delay: Difference | None = None
     failure: str = ""
@@ -125,11 +125,11 @@ def _confirm(points: Sequence[Point], rounds: Sequence[Sequence[Measurement]]) -
         pairs = [(draw[0], draw[place[i]]) for draw in drawn[measure]]
         return difference(measure, (runs[0], runs[i]), pairs, len(rounds), confidence)
 
-    def figure(measure: Measure, i: int) -> Interval:
+    def figure(measure: Measure, i: int) -> ConfidenceInterval:
         value = measure.of(runs[i].figures, runs[i].seconds)
         low, high = interval([draw[place[i]] for draw in drawn[measure]], len(rounds))
         assert value is not None and low is not None and high is not None, "every round has answers"
-        return Interval(value, low, high)
+        return ConfidenceInterval(value, low, high)
 
     return [
         Confirmed(dict(point), failure=failures[i])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deepseek_triton.builders.tune.confirm import Confirmed, Decision, Interval
+from deepseek_triton.builders.tune.confirm import ConfidenceInterval, Confirmed, Decision
 from deepseek_triton.builders.tune.measurement import Measured
 from deepseek_triton.builders.tune.search import is_within
 from deepseek_triton.builders.tune.space import Point, TuneError
@@ -109,7 +109,7 @@ def _values(names: Sequence[str], point: Point) -> str:
     return "".join(f"{point[name]:>{len(name) + 2}}" for name in names)
 
 
-def _told(figure: Interval | None, factor: float, digits: int) -> str:
+def _told(figure: ConfidenceInterval | None, factor: float, digits: int) -> str:
     if figure is None:
         return f"{'':26}"
     value, low, high = (f"{each * factor:.{digits}f}" for each in (figure.value, figure.low, figure.high))

@@ -34,7 +34,7 @@ WHOLE = Cut()
 
 
 @dataclass(frozen=True)
-class Split:
+class ShardedDecoder:
     """Rank `rank` of `size` of the decoder `whole`.
 
     Raises:

@@ -41,7 +41,7 @@ class TensorRTError(Exception):
 
 
 @dataclass(frozen=True)
-class Distribution:
+class TensorRTDistribution:
     """One of the two packages: what to import, the lowest version that has what is used here, how to install it."""
 
     module: str
@@ -49,16 +49,16 @@ class Distribution:
     install: str
 
 
-TARGETS: dict[str, Distribution] = {
-    "tensorrt": Distribution(
+TARGETS: dict[str, TensorRTDistribution] = {
+    "tensorrt": TensorRTDistribution(
         "tensorrt", (10, 15), "pip install 'tensorrt>=10.15', or build in NVIDIA's Triton container"
     ),
-    "tensorrt-rtx": Distribution("tensorrt_rtx", (1, 7), "pip install 'tensorrt-rtx>=1.7'"),
+    "tensorrt-rtx": TensorRTDistribution("tensorrt_rtx", (1, 7), "pip install 'tensorrt-rtx>=1.7'"),
 }
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlanInfo:
     """What a decoder's plan was built with and for; kept in the manifest, checked before the plan is loaded.
 
     version: TensorRT's, exactly; a plan loads in no other. compute_capability: the GPU's, as "8.9".
@@ -81,7 +81,7 @@ class Plan:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+    def from_dict(cls, values: Mapping[str, Any]) -> PlanInfo:
         """Read `to_dict`'s values back.
 
         Raises:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from deepseek_triton.ensemble.engine.sequence import NEVER, Request, Sequence, Sink
 from deepseek_triton.ensemble.engine.thinking import Thinking, ThinkingTags
 from deepseek_triton.ensemble.guided import Guide, GuideCompiler
-from deepseek_triton.ensemble.protocol.progress import Head, PromptInfo
+from deepseek_triton.ensemble.protocol.progress import PromptInfo, StreamHead
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from deepseek_triton.ensemble.sampling import Sampler, SamplingParams
 from deepseek_triton.ensemble.text.bad_words import BadWords
@@ -104,7 +104,7 @@ class Admission:
             raise OptionError("min_tokens can't be given with guided decoding: the guide says where the text ends")
         head = None
         if info is not None:
-            head = Head(info, tuple(prompt_ids.tolist()) if options.echoes_prompt else ())
+            head = StreamHead(info, tuple(prompt_ids.tolist()) if options.echoes_prompt else ())
         request = Request(
             stream_id=stream_id,
             request_id=request_id,

@@ -1,4 +1,4 @@
-"""Who chooses a sequence's next token: the runner, by a Draw, or the host, from logits.
+"""Who chooses a sequence's next token: the runner, by a DeviceSampling, or the host, from logits.
 
 A sequence that needs nothing else is drawn where its logits are; one with a guide, bad words, penalties or a forced
 token is not. It knows neither slots nor clients.
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek_triton.ensemble.engine.runners.base import Draw, Logits
+from deepseek_triton.ensemble.engine.runners.base import DeviceSampling, Logits
 from deepseek_triton.ensemble.engine.sequence import Sequence as TokenSequence
 from deepseek_triton.ensemble.guided import GuideError, fill_masks
 from deepseek_triton.ensemble.sampling import Sampled, SamplingError, choose
@@ -20,7 +20,7 @@ from deepseek_triton.ensemble.sampling import Sampled, SamplingError, choose
 Outcome = Sampled | Exception
 
 
-def draw_of(sequence: TokenSequence) -> Draw | None:
+def draw_of(sequence: TokenSequence) -> DeviceSampling | None:
     """How a runner may choose the token behind those that the sequence awaits, whatever these are; None: it may not."""
     num_awaited = sequence.num_awaited
     if sequence.bad_words is not None or (sequence.guide is not None and (num_awaited or sequence.is_guided)):

@@ -17,10 +17,10 @@ from deepseek_triton.ensemble.engine.budget import PrefillBudget
 from deepseek_triton.ensemble.engine.decoding import Outcome
 from deepseek_triton.ensemble.engine.liveness import Acknowledgements, Liveness
 from deepseek_triton.ensemble.engine.metrics import EngineMetrics
-from deepseek_triton.ensemble.engine.pipeline import Call, Failure, Pipeline
+from deepseek_triton.ensemble.engine.pipeline import Call, Failure, StepPipeline
 from deepseek_triton.ensemble.engine.runners.base import OutOfMemoryError, Runner
 from deepseek_triton.ensemble.engine.runners.one_step import pipelined
-from deepseek_triton.ensemble.engine.scheduler import Scheduler, Step
+from deepseek_triton.ensemble.engine.scheduler import EngineStep, Scheduler
 from deepseek_triton.ensemble.engine.sequence import FailureKind, Request, Sequence
 from deepseek_triton.ensemble.guided import GuideError
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
@@ -62,7 +62,7 @@ class EngineLoop:
         self.metrics = EngineMetrics(slots=runner.num_slots)
         self.clock = clock
         self._runner = runner
-        self._pipeline = Pipeline(pipelined(runner), clock)
+        self._pipeline = StepPipeline(pipelined(runner), clock)
         self._max_queue_size = settings.max_queue_size
         self._budget = PrefillBudget(settings.prefill_chunk, settings.max_prefill_stall)
         self._scheduler = Scheduler(
@@ -158,7 +158,7 @@ class EngineLoop:
         self.metrics.slots_used = self._scheduler.num_running
         self.metrics.sequences_waiting = self._scheduler.num_waiting
 
-    def _prepare(self, step: Step) -> None:
+    def _prepare(self, step: EngineStep) -> None:
         now = self.clock()
         try:
             for copy in step.copies:

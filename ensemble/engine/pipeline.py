@@ -17,8 +17,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from deepseek_triton.ensemble.engine.decoding import Outcome, choose_all, draw_of, drawn
-from deepseek_triton.ensemble.engine.runners.base import LAST_TOKEN, Decoded, Draw, PipelinedRunner, PromptChunk
-from deepseek_triton.ensemble.engine.scheduler import Chunk, Step
+from deepseek_triton.ensemble.engine.runners.base import (
+    LAST_TOKEN,
+    Decoded,
+    DeviceSampling,
+    PipelinedRunner,
+    PromptChunk,
+)
+from deepseek_triton.ensemble.engine.scheduler import EngineStep, PrefillChunk
 from deepseek_triton.ensemble.engine.sequence import Sequence as TokenSequence
 
 log = logging.getLogger(__name__)
@@ -39,7 +45,7 @@ class Part(NamedTuple):
     num_tokens: int
     row: int
     gives_token: bool
-    draw: Draw | None
+    draw: DeviceSampling | None
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Result:
+class StepResult:
     """What a call gave to the sequences that still run, and how long the runner was busy with it.
 
     is_late: it was over before it was waited for, and took less than `seconds`.
@@ -82,7 +88,7 @@ class Failure:
     error: Exception
 
 
-class Pipeline:
+class StepPipeline:
     """Begins and finishes steps."""
 
     def __init__(self, runner: PipelinedRunner, clock: Callable[[], float]) -> None:
@@ -102,7 +108,7 @@ class Pipeline:
         """When the runner began with what it computes now; `now` if that is nothing."""
         return max(self._steps[0][0].begun_at, self._finished_at) if self._steps else now
 
-    def begin(self, step: Step, positions: Mapping[int, int]) -> list[Failure]:
+    def begin(self, step: EngineStep, positions: Mapping[int, int]) -> list[Failure]:
         """Begin what of `step` can be, and tell what failed; `positions` has one for every slot (Scheduler)."""
         now = self._clock()
         groups = [step.prefill] if self._runner.packs_prompts else [(chunk,) for chunk in step.prefill]
@@ -128,7 +134,7 @@ class Pipeline:
             self._steps.append(begun)
         return failures
 
-    def finish(self) -> Iterator[Result | Failure]:
+    def finish(self) -> Iterator[StepResult | Failure]:
         """Wait for the earliest step, call by call; not if another may be begun before, and there was one to begin."""
         if not self._steps or (self._is_step_begun and len(self._steps) < self._runner.steps_in_flight):
             return
@@ -147,7 +153,7 @@ class Pipeline:
                 part.sequence.num_in_flight -= part.num_tokens
                 part.sequence.num_awaited -= part.gives_token
             seconds, self._finished_at = now - max(call.begun_at, self._finished_at), now
-            yield Result(call, outcomes, seconds, is_late=now - waited_at < LATE_SHARE * seconds)
+            yield StepResult(call, outcomes, seconds, is_late=now - waited_at < LATE_SHARE * seconds)
         self._steps.popleft()
 
     def discard(self) -> None:
@@ -174,13 +180,13 @@ class Pipeline:
             parts.append(Part(sequence, 1, sequence.slot, True, draw))
         return [] if num_left_out > MAX_SHARE_LEFT_OUT * (num_left_out + len(parts)) else parts
 
-    def _prefill_part(self, chunk: Chunk, row: int) -> Part:
+    def _prefill_part(self, chunk: PrefillChunk, row: int) -> Part:
         sequence = chunk.sequence
         gives_token = sequence.num_begun + chunk.num_tokens >= len(sequence.request.prompt_ids)
         draw = self._draw(sequence) if gives_token and self._runner.packs_prompts else None
         return Part(sequence, chunk.num_tokens, row, gives_token, draw)
 
-    def _draw(self, sequence: TokenSequence) -> Draw | None:
+    def _draw(self, sequence: TokenSequence) -> DeviceSampling | None:
         draw = draw_of(sequence)
         return draw if draw is not None and self._runner.can_draw(draw) else None
 
@@ -192,7 +198,7 @@ class Pipeline:
             return
         num_rows = 1 + max(part.row for part in call.parts)
         ids = [0] * num_rows
-        draws: list[Draw | None] = [None] * num_rows
+        draws: list[DeviceSampling | None] = [None] * num_rows
         for sequence, _, row, _, draw in call.parts:
             ids[row] = LAST_TOKEN if sequence.num_awaited else sequence.output_ids[-1]
             draws[row] = draw

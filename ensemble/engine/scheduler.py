@@ -20,7 +20,7 @@ from deepseek_triton.ensemble.engine.slots import NO_IDS, Copy, Slots
 
 
 @dataclass(frozen=True)
-class Chunk:
+class PrefillChunk:
     """The next `num_tokens` of a sequence's prompt."""
 
     sequence: Sequence
@@ -28,7 +28,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Step:
+class EngineStep:
     """What to begin now: `copies` first and in order, then one token for each of `decode`, then chunks of prompts.
 
     A sequence of `decode` may still await its last token, and perhaps ends with it.
@@ -36,7 +36,7 @@ class Step:
 
     admitted: tuple[Sequence, ...]
     copies: tuple[Copy, ...]
-    prefill: tuple[Chunk, ...]
+    prefill: tuple[PrefillChunk, ...]
     decode: tuple[Sequence, ...]
 
     def __bool__(self) -> bool:
@@ -101,7 +101,7 @@ class Scheduler:
         self._slots.give_back(sequence.slot)
         sequence.slot = None
 
-    def schedule(self) -> Step:
+    def schedule(self) -> EngineStep:
         """Admit what fits and plan the next step; an empty step means that there is nothing to do."""
         admitted: list[Sequence] = []
         copies: list[Copy] = []
@@ -116,7 +116,7 @@ class Scheduler:
             admitted.append(sequence)
             copies += placement.copies
         decode = tuple(s for s in self._running.values() if s.num_begun >= len(s.request.prompt_ids))
-        return Step(tuple(admitted), tuple(copies), self._chunks(bool(decode)), decode)
+        return EngineStep(tuple(admitted), tuple(copies), self._chunks(bool(decode)), decode)
 
     def forget_copies(self, admitted: Iterable[Sequence]) -> None:
         """The copies of the step that admitted these have failed: they begin at the beginning, and nothing that a free
@@ -137,12 +137,12 @@ class Scheduler:
         free = dict.fromkeys(range(self._num_slots), self._last_position)
         return free | {slot: sequence.num_begun for slot, sequence in self._running.items()}
 
-    def _chunks(self, is_decoding: bool) -> tuple[Chunk, ...]:
+    def _chunks(self, is_decoding: bool) -> tuple[PrefillChunk, ...]:
         chunks, left = [], self._budget.tokens(is_decoding=is_decoding)
         for sequence in self._running.values():
             num_tokens = min(left, len(sequence.request.prompt_ids) - sequence.num_begun)
             if num_tokens > 0:
-                chunks.append(Chunk(sequence, num_tokens))
+                chunks.append(PrefillChunk(sequence, num_tokens))
                 left -= num_tokens
         return tuple(chunks)
 

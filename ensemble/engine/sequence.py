@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from deepseek_triton.ensemble.engine.thinking import Thinking
 from deepseek_triton.ensemble.guided import Guide
 from deepseek_triton.ensemble.protocol.contract import FinishReason
-from deepseek_triton.ensemble.protocol.progress import Head, LogProbs, Update
+from deepseek_triton.ensemble.protocol.progress import LogProbs, StreamHead, Update
 from deepseek_triton.ensemble.sampling import Sampled, Sampler, SamplingParams
 from deepseek_triton.ensemble.text.bad_words import BadWords
 from deepseek_triton.ensemble.text.stop_words import StopMatcher
@@ -175,7 +175,7 @@ class Request:
     sink: Sink
     is_streamed: bool = False
     expects_acknowledgement: bool = False
-    head: Head | None = None
+    head: StreamHead | None = None
     priority: int = 1
     arrived_at: float = 0.0
     queue_deadline: float = NEVER

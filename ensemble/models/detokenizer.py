@@ -21,7 +21,7 @@ from deepseek_triton.ensemble.processes.watchdog import watch
 from deepseek_triton.ensemble.protocol import contract
 from deepseek_triton.ensemble.protocol.progress import Progress
 from deepseek_triton.ensemble.text.errors import one_line
-from deepseek_triton.ensemble.text.streams import Outputs, Stream
+from deepseek_triton.ensemble.text.streams import Stream, StreamOutputs
 from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ MAX_STREAMS = 16384
 SENDERS = 4
 
 
-class Answer(NamedTuple):
+class PendingResponse(NamedTuple):
     """What a request of this model gets. response: None where the client gets nothing. stream_id: None: at fault."""
 
     sender: Any
@@ -66,7 +66,7 @@ class TritonPythonModel:
         self._senders.shutdown()
         self._acknowledgements.close()
 
-    def _answer(self, request: Any) -> Answer:
+    def _answer(self, request: Any) -> PendingResponse:
         """Anybody may call this model directly and send anything: it must not cost the batch's others their answers."""
         sender = request.get_response_sender()
         try:
@@ -76,19 +76,19 @@ class TritonPythonModel:
             log.error("a response of the engine can't be read", exc_info=error)
             message = f"output_ids and progress must be what the engine gives: {one_line(error)}"
             invalid = pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG)
-            return Answer(sender, pb_utils.InferenceResponse(error=invalid), None)
-        return Answer(sender, response, progress.stream_id)
+            return PendingResponse(sender, pb_utils.InferenceResponse(error=invalid), None)
+        return PendingResponse(sender, response, progress.stream_id)
 
-    def _send(self, answers: list[Answer]) -> list[int]:
+    def _send(self, answers: list[PendingResponse]) -> list[int]:
         """Send every answer, a stream's own in order: the streams that have theirs."""
-        shares: dict[int, list[Answer]] = {}
+        shares: dict[int, list[PendingResponse]] = {}
         for answer in answers:
             shares.setdefault((answer.stream_id or 0) % SENDERS, []).append(answer)
         if len(answers) == 1:
             return _send_share(answers)
         return [stream_id for sent in self._senders.map(_send_share, shares.values()) for stream_id in sent]
 
-    def _outputs(self, progress: Progress) -> Outputs:
+    def _outputs(self, progress: Progress) -> StreamOutputs:
         stream = self._streams.pop(progress.stream_id, None) or Stream(self._tokenizer, progress.head)
         outputs = stream.push(progress)
         if not progress.is_last:
@@ -98,7 +98,7 @@ class TritonPythonModel:
         return outputs
 
 
-def _send_share(answers: list[Answer]) -> list[int]:
+def _send_share(answers: list[PendingResponse]) -> list[int]:
     sent = []
     for sender, response, stream_id in answers:
         responses = () if response is None else (response,)
@@ -121,6 +121,6 @@ def _read(request: Any) -> Progress:
     return progress
 
 
-def _response(outputs: Outputs) -> Any:
+def _response(outputs: StreamOutputs) -> Any:
     tensors = [pb_utils.Tensor(spec.name, array(spec, values)) for spec, values in outputs.items()]
     return pb_utils.InferenceResponse(tensors)

@@ -14,7 +14,7 @@ import triton_python_backend_utils as pb_utils
 
 from deepseek_triton.ensemble.models.tensors import NUMPY_DTYPES, read_inputs
 from deepseek_triton.ensemble.protocol import contract
-from deepseek_triton.ensemble.scoring.calibration import Calibration, label_scores, softmax
+from deepseek_triton.ensemble.scoring.calibration import ProbabilityCalibration, label_scores, softmax
 from deepseek_triton.ensemble.scoring.profile import ScoringProfile
 
 
@@ -25,7 +25,7 @@ class TritonPythonModel:
         """Load the profile and, where there is one, the calibration that lie beside this file."""
         directory = Path(args["model_repository"]) / args["model_version"]
         self._normalisation = ScoringProfile.load(directory).normalisation
-        self._calibration = Calibration.load(directory)
+        self._calibration = ProbabilityCalibration.load(directory)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Score every request."""

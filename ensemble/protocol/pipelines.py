@@ -45,7 +45,7 @@ SCORER_SUFFIX = "scorer"
 
 
 @dataclass(frozen=True)
-class Step:
+class EnsembleStep:
     """One model of a pipeline; the maps go from the model's tensor name to the ensemble's."""
 
     model_suffix: str
@@ -55,12 +55,12 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class EnsemblePipeline:
     """What an ensemble takes, gives, and runs in between."""
 
     name: str
     contract: ModelContract
-    steps: tuple[Step, ...]
+    steps: tuple[EnsembleStep, ...]
 
 
 def model_name(served_name: str, suffix: str) -> str:
@@ -83,13 +83,13 @@ def _private(*tensors: TensorSpec) -> dict[str, str]:
 _TOKENIZED = _private(INPUT_IDS, PROMPT_INFO)
 _GENERATED = _private(OUTPUT_IDS, PROGRESS)
 
-GENERATE_PIPELINE = Pipeline(
+GENERATE_PIPELINE = EnsemblePipeline(
     "generate",
     GENERATE,
     (
-        Step(TOKENIZER_SUFFIX, TOKENIZER, _public(*PROMPT_INPUTS), _TOKENIZED),
-        Step(ENGINE_SUFFIX, ENGINE, {**_TOKENIZED, **_public(*ANSWER_INPUTS)}, _GENERATED),
-        Step(DETOKENIZER_SUFFIX, DETOKENIZER, _GENERATED, _public(*DETOKENIZER.outputs)),
+        EnsembleStep(TOKENIZER_SUFFIX, TOKENIZER, _public(*PROMPT_INPUTS), _TOKENIZED),
+        EnsembleStep(ENGINE_SUFFIX, ENGINE, {**_TOKENIZED, **_public(*ANSWER_INPUTS)}, _GENERATED),
+        EnsembleStep(DETOKENIZER_SUFFIX, DETOKENIZER, _GENERATED, _public(*DETOKENIZER.outputs)),
     ),
 )
 
@@ -98,17 +98,17 @@ _SCORED = _private(TOKEN_LOG_PROBS, HIDDEN_STATE)
 _LABELS = _public(SCORED_LABELS)
 
 # Nothing here is decoupled: what the tokenizer gives may feed the scorer, past the engine.
-SCORE_PIPELINE = Pipeline(
+SCORE_PIPELINE = EnsemblePipeline(
     "score",
     SCORE,
     (
-        Step(
+        EnsembleStep(
             TOKENIZER_SUFFIX,
             SCORE_TOKENIZER,
             _public(TEXT_INPUT, MESSAGES, LABELS),
             {**_ROWS, **_LABELS, **_public(NUM_INPUT_TOKENS)},
         ),
-        Step(ENGINE_SUFFIX, SCORE_ENGINE, _private(*SCORE_ROW), _SCORED),
-        Step(SCORER_SUFFIX, SCORER, {**_SCORED, **_private(TARGET_LABELS), **_LABELS}, _public(*SCORE_RESULTS)),
+        EnsembleStep(ENGINE_SUFFIX, SCORE_ENGINE, _private(*SCORE_ROW), _SCORED),
+        EnsembleStep(SCORER_SUFFIX, SCORER, {**_SCORED, **_private(TARGET_LABELS), **_LABELS}, _public(*SCORE_RESULTS)),
     ),
 )

@@ -52,7 +52,7 @@ class PromptInfo:
 
 
 @dataclass(frozen=True)
-class Head:
+class StreamHead:
     """A stream's first response says how the stream is to be read; echo: prompt ids that the text begins with."""
 
     info: PromptInfo
@@ -96,7 +96,7 @@ class Progress:
 
     stream_id: int
     updates: tuple[Update, ...] = ()
-    head: Head | None = None
+    head: StreamHead | None = None
     num_input_tokens: int | None = None
     shows_output_tokens: bool = True
     shows_index: bool = False
@@ -141,7 +141,7 @@ class Progress:
         return cls(
             stream_id,
             tuple(updates),
-            None if head is None else Head(PromptInfo.from_json(head[0]), tuple(head[1])),
+            None if head is None else StreamHead(PromptInfo.from_json(head[0]), tuple(head[1])),
             num_input_tokens,
             shows_output_tokens,
             shows_index,

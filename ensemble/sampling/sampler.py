@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek_triton.ensemble.engine.runners.base import Draw, Logits
+from deepseek_triton.ensemble.engine.runners.base import DeviceSampling, Logits
 from deepseek_triton.ensemble.sampling.candidates import candidates, draw_index, largest
 from deepseek_triton.ensemble.sampling.errors import SamplingError
 from deepseek_triton.ensemble.sampling.params import SamplingParams
@@ -109,8 +109,8 @@ class Sampler:
         if self._penalties is not None:
             self._penalties.push(token)
 
-    def draw(self, num_awaited: int = 0) -> Draw | None:
-        """How a runner can choose the next token itself; None where it takes more than a Draw can say.
+    def draw(self, num_awaited: int = 0) -> DeviceSampling | None:
+        """How a runner can choose the next token itself; None where it takes more than a DeviceSampling can say.
 
         The runner then gives the chosen token's log probability, but no others', and the token must be pushed. The
         next token is that behind the `num_awaited` that aren't pushed yet.
@@ -119,7 +119,7 @@ class Sampler:
         if self._penalties is not None or self._bans_end(step) or self._params.num_log_probs:
             return None
         params = self._params
-        return Draw(
+        return DeviceSampling(
             temperature=params.effective_temperature,
             top_k=params.top_k,
             top_p=params.top_p,

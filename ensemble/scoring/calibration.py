@@ -24,12 +24,12 @@ FORMAT = 1
 Floats = NDArray[np.float64]
 
 
-class CalibrationError(ValueError):
+class ProbabilityCalibrationError(ValueError):
     """calibration.json is unreadable or doesn't fit the model; one line."""
 
 
 @dataclass(frozen=True)
-class Head:
+class LinearHead:
     """A linear head on the hidden state: weights [labels, hidden], biases [labels]."""
 
     weights: tuple[tuple[float, ...], ...]
@@ -42,7 +42,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class ProbabilityCalibration:
     """How the scores of `labels` become probabilities.
 
     biases: one for each label, in nats. method: how it was fitted. normalisation: of the scores that it was fitted on.
@@ -56,22 +56,24 @@ class Calibration:
     method: str
     normalisation: Normalisation
     report: dict[str, float]
-    head: Head | None = None
+    head: LinearHead | None = None
     format: int = FORMAT
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise CalibrationError(f"temperature is {self.temperature!r}, must be finite and above 0")
+            raise ProbabilityCalibrationError(f"temperature is {self.temperature!r}, must be finite and above 0")
         if len(self.biases) != len(self.labels) or not all(map(math.isfinite, self.biases)):
-            raise CalibrationError(f"biases is {self.biases!r}, must be one finite number for each of {self.labels!r}")
+            raise ProbabilityCalibrationError(
+                f"biases is {self.biases!r}, must be one finite number for each of {self.labels!r}"
+            )
         if self.head is not None and len(self.head.weights) != len(self.labels):
-            raise CalibrationError(f"head has {len(self.head.weights)} rows for {len(self.labels)} labels")
+            raise ProbabilityCalibrationError(f"head has {len(self.head.weights)} rows for {len(self.labels)} labels")
 
     def probabilities(self, scores: NDArray[Any], hidden: NDArray[Any] | None = None) -> Floats:
         """scores [n, labels], hidden [n, hidden] → probabilities [n, labels]."""
         if self.head is not None:
             if hidden is None:
-                raise CalibrationError("a calibration with a head needs the hidden state")
+                raise ProbabilityCalibrationError("a calibration with a head needs the hidden state")
             scores = self.head.scores(hidden)
         return softmax((np.asarray(scores, np.float64) + np.array(self.biases)) / self.temperature)
 
@@ -80,11 +82,11 @@ class Calibration:
         return json.dumps(asdict(self), ensure_ascii=False, indent=None if self.head else 2) + "\n"
 
     @classmethod
-    def load(cls, directory: Path) -> Calibration | None:
+    def load(cls, directory: Path) -> ProbabilityCalibration | None:
         """Read `directory`'s calibration.json; None where there is none.
 
         Raises:
-            CalibrationError: it is damaged.
+            ProbabilityCalibrationError: it is damaged.
         """
         path = directory / FILE_NAME
         try:
@@ -92,17 +94,19 @@ class Calibration:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise CalibrationError(f"{path} can't be read: {error}; remove it, or fit it again") from error
+            raise ProbabilityCalibrationError(f"{path} can't be read: {error}; remove it, or fit it again") from error
         names = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or set(values) != names or values["format"] != FORMAT:
-            raise CalibrationError(f"{path} is not a calibration of format {FORMAT}; remove it, or fit it again")
+            raise ProbabilityCalibrationError(
+                f"{path} is not a calibration of format {FORMAT}; remove it, or fit it again"
+            )
         try:
             stored = values["head"]
-            head = stored and Head(tuple(map(tuple, stored["weights"])), tuple(stored["biases"]))
+            head = stored and LinearHead(tuple(map(tuple, stored["weights"])), tuple(stored["biases"]))
             tuples = {"labels": tuple(values["labels"]), "biases": tuple(map(float, values["biases"])), "head": head}
             return cls(**{**values, **tuples})
         except (KeyError, TypeError, ValueError) as error:
-            raise CalibrationError(f"{path} is damaged: {error}; remove it, or fit it again") from error
+            raise ProbabilityCalibrationError(f"{path} is damaged: {error}; remove it, or fit it again") from error
 
 
 def label_scores(

@@ -21,7 +21,7 @@ Normalisation = Literal["mean", "sum"]
 NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)
 
 
-class ProfileError(ValueError):
+class ScoringProfileError(ValueError):
     """A scoring profile, or a request's labels, that can't be used; one line."""
 
 
@@ -48,9 +48,11 @@ class ScoringProfile:
 
     def __post_init__(self) -> None:
         if self.template.count(PLACE) != 1:
-            raise ProfileError(f"template is {self.template!r}, must hold {PLACE} once, where the text goes")
+            raise ScoringProfileError(f"template is {self.template!r}, must hold {PLACE} once, where the text goes")
         if self.normalisation not in NORMALISATIONS:
-            raise ProfileError(f"normalisation is {self.normalisation!r}, must be one of {', '.join(NORMALISATIONS)}")
+            raise ScoringProfileError(
+                f"normalisation is {self.normalisation!r}, must be one of {', '.join(NORMALISATIONS)}"
+            )
         if self.labels:
             check_labels(self.labels, self.max_labels)
 
@@ -73,25 +75,27 @@ class ScoringProfile:
         """Read `directory`'s scoring.json.
 
         Raises:
-            ProfileError: it is missing, unreadable, or not of this version.
+            ScoringProfileError: it is missing, unreadable, or not of this version.
         """
         path = directory / FILE_NAME
         try:
             values: Any = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ProfileError(f"{path}: {error.strerror}; build the model again") from error
+            raise ScoringProfileError(f"{path}: {error.strerror}; build the model again") from error
         except ValueError as error:
-            raise ProfileError(f"{path} is not valid JSON; build the model again") from error
+            raise ScoringProfileError(f"{path} is not valid JSON; build the model again") from error
         names = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or set(values) != names:
             odd = sorted(names ^ set(values)) if isinstance(values, dict) else []
-            raise ProfileError(f"{path} has missing or unknown fields {odd}; build the model again")
+            raise ScoringProfileError(f"{path} has missing or unknown fields {odd}; build the model again")
         if values["format"] != FORMAT:
-            raise ProfileError(f"{path} has format {values['format']}, this version reads {FORMAT}; build it again")
+            raise ScoringProfileError(
+                f"{path} has format {values['format']}, this version reads {FORMAT}; build it again"
+            )
         for name, default in ((field.name, field.default) for field in fields(cls)):
             kind = list if name == "labels" else type(default)
             if type(values[name]) is not kind:
-                raise ProfileError(f"{path}: {name} is {values[name]!r}, must be a {kind.__name__}")
+                raise ScoringProfileError(f"{path}: {name} is {values[name]!r}, must be a {kind.__name__}")
         return cls(**{**values, "labels": tuple(values["labels"])})
 
 
@@ -99,16 +103,18 @@ def check_labels(labels: Sequence[str], max_labels: int) -> None:
     """Can these be told apart, and is there a choice among them?
 
     Raises:
-        ProfileError: names the first fault.
+        ScoringProfileError: names the first fault.
     """
     if len(labels) < 2:
-        raise ProfileError(f"labels holds {len(labels)} label, must hold at least 2: of one there is nothing to choose")
+        raise ScoringProfileError(
+            f"labels holds {len(labels)} label, must hold at least 2: of one there is nothing to choose"
+        )
     if len(labels) > max_labels:
-        raise ProfileError(f"labels holds {len(labels)} labels, must hold at most {max_labels}")
+        raise ScoringProfileError(f"labels holds {len(labels)} labels, must hold at most {max_labels}")
     seen: set[str] = set()
     for index, label in enumerate(labels):
         if not isinstance(label, str) or not label.strip():
-            raise ProfileError(f"labels[{index}] is {label!r}, must be text")
+            raise ScoringProfileError(f"labels[{index}] is {label!r}, must be text")
         if label in seen:
-            raise ProfileError(f"labels[{index}] is {label!r}, which is there twice")
+            raise ScoringProfileError(f"labels[{index}] is {label!r}, which is there twice")
         seen.add(label)

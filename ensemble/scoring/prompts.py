@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deepseek_triton.ensemble.scoring.profile import ProfileError, ScoringProfile, check_labels
+from deepseek_triton.ensemble.scoring.profile import ScoringProfile, ScoringProfileError, check_labels
 from deepseek_triton.ensemble.scoring.rows import Ints, ScoreRow, make_row
 from deepseek_triton.ensemble.text.errors import TextError, utf8_text
 from deepseek_triton.ensemble.text.tokenizer import Tokenizer
@@ -51,11 +51,11 @@ class Prompter:
         """A request's labels, or the profile's own.
 
         Raises:
-            ProfileError, TextError: there are none, or they can't be used.
+            ScoringProfileError, TextError: there are none, or they can't be used.
         """
         if labels is None:
             if not self.profile.labels:
-                raise ProfileError("labels is missing, and the model was built without: send at least 2")
+                raise ScoringProfileError("labels is missing, and the model was built without: send at least 2")
             return self.profile.labels
         own = tuple(utf8_text(label, f"labels[{index}]") for index, label in enumerate(labels))
         check_labels(own, self.profile.max_labels)
@@ -67,7 +67,7 @@ class Prompter:
         """One text's row, the label of each of its targets, and how many tokens its prompt has.
 
         Raises:
-            ProfileError, TextError: text or labels are at fault, or too long.
+            ScoringProfileError, TextError: text or labels are at fault, or too long.
         """
         prompt = self._prompt(text, messages)
         # A chat template ends where the answer begins; only a prompt of our own wants the prefix.
@@ -109,10 +109,10 @@ class Prompter:
             spellings: dict[bytes, str] = {}
             for label, own in zip(labels, ids, strict=True):
                 if not len(own):
-                    raise ProfileError(f"label {label!r} has no tokens: choose another")
+                    raise ScoringProfileError(f"label {label!r} has no tokens: choose another")
                 # Two texts that the tokenizer makes one of would share their probability by chance.
                 if (other := spellings.setdefault(np.asarray(own).tobytes(), label)) != label:
-                    raise ProfileError(f"labels {other!r} and {label!r} are the same tokens: drop one")
+                    raise ScoringProfileError(f"labels {other!r} and {label!r} are the same tokens: drop one")
             while len(self._label_ids) >= CACHED_LABEL_SETS:
                 del self._label_ids[next(iter(self._label_ids))]
             self._label_ids[key] = ids

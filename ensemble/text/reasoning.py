@@ -17,7 +17,7 @@ OPEN_TAG = "<think>"
 CLOSE_TAG = "</think>"
 
 
-class Split(NamedTuple):
+class ReasoningSplit(NamedTuple):
     """What one piece of text added to the reasoning and to the answer."""
 
     reasoning: str
@@ -53,7 +53,7 @@ class ReasoningSplitter:
         self._held = ""
         self._is_final = False
 
-    def push(self, text: str, final: bool = False) -> Split:
+    def push(self, text: str, final: bool = False) -> ReasoningSplit:
         """The parts that `text` completes; with `final`, all that is left. Nothing may follow a final push."""
         if self._is_final:
             raise RuntimeError("push after the final push: make a new ReasoningSplitter for each sequence")
@@ -64,17 +64,17 @@ class ReasoningSplitter:
             stripped = text.lstrip()
             if not final and len(stripped) < len(self._open_tag) and self._open_tag.startswith(stripped):
                 self._held = text
-                return Split("", "")
+                return ReasoningSplit("", "")
             self._is_start = False
             if stripped.startswith(self._open_tag):
                 self._is_reasoning = True
                 text = stripped[len(self._open_tag) :]
         if not self._is_reasoning:
-            return Split("", text)
+            return ReasoningSplit("", text)
         reasoning, tag, answer = text.partition(self._close_tag)
         if tag:
             self._is_reasoning = False
-            return Split(reasoning, answer)
+            return ReasoningSplit(reasoning, answer)
         ready = len(text) - (0 if final else partial_len(text, (self._close_tag,)))
         self._held = text[ready:]
-        return Split(text[:ready], "")
+        return ReasoningSplit(text[:ready], "")

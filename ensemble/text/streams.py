@@ -11,11 +11,11 @@ from typing import Any
 
 from deepseek_triton.ensemble.protocol import contract
 from deepseek_triton.ensemble.protocol.contract import TensorSpec
-from deepseek_triton.ensemble.protocol.progress import Head, LogProbs, Progress, PromptInfo, Update
+from deepseek_triton.ensemble.protocol.progress import LogProbs, Progress, PromptInfo, StreamHead, Update
 from deepseek_triton.ensemble.text.channels import Channels, ChannelSplitter
 from deepseek_triton.ensemble.text.tokenizer import IncrementalDetokenizer, Tokenizer
 
-Outputs = dict[TensorSpec, list[Any]]  # a tensor's values
+StreamOutputs = dict[TensorSpec, list[Any]]  # a tensor's values
 
 
 class Stream:
@@ -25,20 +25,20 @@ class Stream:
         head: what the first response said of the prompt; None for a stream whose first response was not seen.
     """
 
-    def __init__(self, tokenizer: Tokenizer, head: Head | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, head: StreamHead | None) -> None:
         self._tokenizer = tokenizer
-        self._head = head or Head(PromptInfo())
+        self._head = head or StreamHead(PromptInfo())
         self._sequences: dict[int, _Sequence] = {}
 
-    def push(self, progress: Progress) -> Outputs:
+    def push(self, progress: Progress) -> StreamOutputs:
         """The tensors of one response, a value for each of `progress.updates`."""
-        outputs: Outputs = {contract.TEXT_OUTPUT: [], contract.FINISH_REASON: []}
+        outputs: StreamOutputs = {contract.TEXT_OUTPUT: [], contract.FINISH_REASON: []}
         for update in progress.updates:
             self._push(update, outputs)
         _add_counts(progress, outputs)
         return outputs
 
-    def _push(self, update: Update, outputs: Outputs) -> None:
+    def _push(self, update: Update, outputs: StreamOutputs) -> None:
         sequence = self._sequences.get(update.index)
         if sequence is None:
             sequence = self._sequences[update.index] = _Sequence(self._tokenizer, self._head)
@@ -62,7 +62,7 @@ class Stream:
 class _Sequence:
     """One sequence's text so far."""
 
-    def __init__(self, tokenizer: Tokenizer, head: Head) -> None:
+    def __init__(self, tokenizer: Tokenizer, head: StreamHead) -> None:
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._echo = self._detokenizer.push(head.echo) if head.echo else ""
         tool_format = tokenizer.tool_format if head.info.has_tools else None
@@ -81,7 +81,7 @@ class _Sequence:
         return echo, self._channels.push(text, final=is_final)
 
 
-def _add_counts(progress: Progress, outputs: Outputs) -> None:
+def _add_counts(progress: Progress, outputs: StreamOutputs) -> None:
     updates = progress.updates
     if progress.num_input_tokens is not None:
         outputs[contract.NUM_INPUT_TOKENS] = [progress.num_input_tokens] * len(updates)
@@ -91,7 +91,7 @@ def _add_counts(progress: Progress, outputs: Outputs) -> None:
         outputs[contract.SEQUENCE_INDEX] = [update.index for update in updates]
 
 
-def _add_log_probs(tokenizer: Tokenizer, log_probs: LogProbs, outputs: Outputs) -> None:
+def _add_log_probs(tokenizer: Tokenizer, log_probs: LogProbs, outputs: StreamOutputs) -> None:
     """Log probabilities of a response with several sequences lie one behind the other, as their texts' tokens do."""
     outputs.setdefault(contract.OUTPUT_LOG_PROBS, []).extend(log_probs.tokens)
     outputs.setdefault(contract.CUM_LOG_PROBS, []).append(log_probs.total)

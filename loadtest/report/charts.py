@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from deepseek_triton.loadtest.engine import is_engine
 from deepseek_triton.loadtest.report.chart import Bars, Chart, Series
-from deepseek_triton.loadtest.result import Result
+from deepseek_triton.loadtest.result import LoadTestResult
 
 COLOURS = ("c1", "c2", "c3", "c4", "c5", "c6")
 
@@ -17,13 +17,13 @@ Values = Sequence[float | None]
 Line = tuple[str, Values]
 
 
-def charts(result: Result) -> list[Chart]:
+def charts(result: LoadTestResult) -> list[Chart]:
     """Those that have something to show."""
     all_charts = [*_seen_by_clients(result), *_inside_triton(result), *_machine(result)]
     return [chart for chart in all_charts if not chart.is_empty]
 
 
-def bars(result: Result) -> Bars:
+def bars(result: LoadTestResult) -> Bars:
     """What a request waits for and is computed, in each part of the server."""
     engine = result.engine
     rows: list[tuple[str, tuple[float, ...]]] = []
@@ -37,19 +37,19 @@ def bars(result: Result) -> Bars:
     return Bars("ms", rows, (("queue", "c2"), ("compute", "c1"), ("prefill", "c4"), ("decode", "c5")))
 
 
-def short(model: str, result: Result) -> str:
+def short(model: str, result: LoadTestResult) -> str:
     """A part's name without the ensemble's."""
     return model.removeprefix(f"{result.target.model}-")
 
 
-def is_computing(model: str, result: Result) -> bool:
+def is_computing(model: str, result: LoadTestResult) -> bool:
     """Whether Triton's times are a model's work: an ensemble's are its parts' sums, a decoupled engine only queues."""
     if model == result.target.model:
         return len(result.server) == 1 and result.engine is None
     return result.engine is None or not is_engine(model, result.target.model)
 
 
-def _seen_by_clients(result: Result) -> list[Chart]:
+def _seen_by_clients(result: LoadTestResult) -> list[Chart]:
     course, engine, levels = result.course, result.engine_course, result.profile.levels
 
     def chart(title: str, unit: str, lines: list[Series], limit: float | None = None, note: str = "") -> Chart:
@@ -108,7 +108,7 @@ def _seen_by_clients(result: Result) -> list[Chart]:
     ]
 
 
-def _inside_triton(result: Result) -> list[Chart]:
+def _inside_triton(result: LoadTestResult) -> list[Chart]:
     edges, engine = result.course.edges, result.engine_course
 
     def lines(figure: str) -> list[Series]:
@@ -130,7 +130,7 @@ def _inside_triton(result: Result) -> list[Chart]:
     ]
 
 
-def _machine(result: Result) -> list[Chart]:
+def _machine(result: LoadTestResult) -> list[Chart]:
     edges, usage = result.course.edges, result.usage_course
     processors = _lines(
         ("server", usage.server_percent),

@@ -11,7 +11,7 @@ from deepseek_triton.loadtest.engine import EngineWork, Spread
 from deepseek_triton.loadtest.measure import Distribution, Summary
 from deepseek_triton.loadtest.report.charts import bars, charts
 from deepseek_triton.loadtest.report.text import backlog_sentence, drift_sentence, headline
-from deepseek_triton.loadtest.result import Result
+from deepseek_triton.loadtest.result import LoadTestResult
 from deepseek_triton.loadtest.verdict import amount
 
 DIRECTORY = Path(__file__).parent
@@ -19,12 +19,12 @@ DIRECTORY = Path(__file__).parent
 MANY_REQUESTS = 100
 
 
-def write_report(result: Result, path: Path) -> None:
+def write_report(result: LoadTestResult, path: Path) -> None:
     """Write the page."""
     path.write_text(render(result), encoding="utf-8")
 
 
-def render(result: Result) -> str:
+def render(result: LoadTestResult) -> str:
     """The page's HTML."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from deepseek_triton.loadtest.measure import Backlog, Distribution, counted, percentile
-from deepseek_triton.loadtest.result import Result
+from deepseek_triton.loadtest.result import LoadTestResult
 from deepseek_triton.loadtest.verdict import amount
 
 COLUMNS = ("", "median", "90th", "99th", "longest")
 
 
-def table(result: Result) -> str:
+def table(result: LoadTestResult) -> str:
     """The whole text."""
     summary = result.summary
     rows = [
@@ -36,7 +36,7 @@ def table(result: Result) -> str:
     return "\n".join(lines)
 
 
-def headline(result: Result) -> str:
+def headline(result: LoadTestResult) -> str:
     """One sentence that a person can act on."""
     if not result.is_valid:
         wrong = [check for check in result.checks if not check.is_met]
@@ -58,7 +58,7 @@ def backlog_sentence(backlog: Backlog) -> str:
     )
 
 
-def drift_sentence(result: Result) -> str:
+def drift_sentence(result: LoadTestResult) -> str:
     """What became of latency and memory in the course of the run: a leak or a creep shows here first."""
     quarter = result.profile.duration_s / 4
     complete = [sample for sample in counted(result.samples) if sample.is_complete]

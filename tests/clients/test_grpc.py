@@ -10,9 +10,9 @@ import grpc
 import pytest
 from tritonclient.grpc import service_pb2
 
+import deepseek_triton.clients.grpc as clients_grpc
 from deepseek_triton.clients.api import GenerateRequest
 from deepseek_triton.clients.errors import ProtocolError
-import deepseek_triton.clients.grpc as clients_grpc
 from deepseek_triton.clients.grpc import GrpcClient
 from deepseek_triton.ensemble.protocol import contract
 from tests.clients.test_fakes import MODEL, FakeGrpcServer, reply, say, wait_until

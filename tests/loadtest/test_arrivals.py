@@ -13,7 +13,7 @@ import pytest
 from deepseek_triton.clients.api import Generation, Message
 from deepseek_triton.loadtest.arrivals import _at_integrals, all_stages, level_at, poisson
 from deepseek_triton.loadtest.profile import Length, Stage
-from deepseek_triton.loadtest.prompts import History, Talk, Turn, draw, talk
+from deepseek_triton.loadtest.prompts import ConversationTurn, History, Talk, draw, talk
 from tests.support.loadtests import PROFILE, make_profile
 
 
@@ -95,7 +95,7 @@ def test_a_talk_is_decided_by_seed_and_number() -> None:
 
 def test_each_turn_carries_all_before_it_until_the_context_is_full() -> None:
     profile = make_profile(requests=CHAT)
-    turns = tuple(Turn(f"question {i}", 20, 0.0) for i in range(3))
+    turns = tuple(ConversationTurn(f"question {i}", 20, 0.0) for i in range(3))
     history = History(Talk(0, "grpc-stream", turns), profile.requests, profile.seed)
     first = history.request(turns[0])
     assert first is not None and first.messages == (Message("user", "question 0"),)

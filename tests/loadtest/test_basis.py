@@ -10,14 +10,14 @@ import pytest
 
 from deepseek_triton.loadtest import profile
 from deepseek_triton.loadtest.basis import main
-from deepseek_triton.loadtest.profile import Basis, ProfileError
-from deepseek_triton.loadtest.result import Result
+from deepseek_triton.loadtest.profile import Basis, LoadProfileError
+from deepseek_triton.loadtest.result import LoadTestResult
 from tests.support.loadtests import failed, make_profile, make_result, sample
 
 LEVELS = {"p99_latency_s": 9, "max_backlog": 9, "max_error_ratio": 0}
 
 
-def run(latency_s: float, **changes: Any) -> Result:
+def run(latency_s: float, **changes: Any) -> LoadTestResult:
     samples = [sample(float(i), latency_s=latency_s, first_s=0.2) for i in range(30)]
     return make_result(samples, make_profile(levels=LEVELS), **changes)
 
@@ -68,7 +68,7 @@ def test_the_tables_are_read_back_as_what_was_measured(tmp_path: Path, capsys: p
     ],
 )
 def test_what_is_no_basis_is_told_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: Result, message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: LoadTestResult, message: str
 ) -> None:
     for name, result in (("a", run(1.0)), ("b", other)):
         result.save(tmp_path / f"{name}.json")
@@ -91,7 +91,7 @@ def test_what_is_no_basis_is_told_in_one_line(
 )
 def test_a_basis_is_checked(basis: dict[str, Any], message: str) -> None:
     whole = {"margin": 2.0, "machine": "a machine", "runs": {"max_backlog": [1]}} | basis
-    with pytest.raises(ProfileError) as error:
+    with pytest.raises(LoadProfileError) as error:
         make_profile(basis=whole)
     assert str(error.value).startswith(message)
 

@@ -13,7 +13,7 @@ import pytest
 from deepseek_triton.builders.cli import main
 from deepseek_triton.loadtest.compare import Comparison, compare, figures_of, table
 from deepseek_triton.loadtest.intervals import Difference
-from deepseek_triton.loadtest.result import Result, ResultError, load
+from deepseek_triton.loadtest.result import LoadTestResult, ResultError, load
 from deepseek_triton.loadtest.sample import Sample
 from tests.support.loadtests import failed, make_profile, make_result, sample
 
@@ -75,7 +75,7 @@ def test_blocks_see_that_neighbours_are_slow_together() -> None:
 
 def test_one_long_wait_is_one_event() -> None:
     # One burst: who comes while it is worked off waits, and two runs differ by chance in all of them together.
-    def burst(faster_s: float) -> Result:
+    def burst(faster_s: float) -> LoadTestResult:
         waits = [max(20.0 - i / 4, 1.0) - faster_s for i in range(160)]
         return make_result([sample(i / 4, latency_s=wait, first_s=0.1) for i, wait in enumerate(waits)])
 
@@ -160,7 +160,7 @@ def test_what_is_no_result_is_told_in_one_line(
 
 def test_the_command_prints_each_figure_with_its_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
-    runs: list[Result] = [make_result(samples()), make_result(samples(0.1), num_bugs=1)]
+    runs: list[LoadTestResult] = [make_result(samples()), make_result(samples(0.1), num_bugs=1)]
     for run, path in zip(runs, paths, strict=True):
         run.save(path)
     assert main(["compare", *map(str, paths)]) == 0

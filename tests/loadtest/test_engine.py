@@ -14,7 +14,7 @@ from deepseek_triton.ensemble.engine.metrics import descriptions
 from deepseek_triton.ensemble.models.metrics import PREFIX
 from deepseek_triton.loadtest import agreement, engine
 from deepseek_triton.loadtest.engine import EngineWork
-from deepseek_triton.loadtest.histogram import Histogram
+from deepseek_triton.loadtest.histogram import HistogramSnapshot
 from deepseek_triton.loadtest.measure import percentile
 from deepseek_triton.loadtest.metrics import ModelWork
 from deepseek_triton.loadtest.result import load
@@ -37,9 +37,11 @@ def test_a_percentile_lies_in_its_bucket_and_so_does_its_estimate(values: list[f
 
 def test_an_estimate_lies_where_even_observations_would_have_it() -> None:
     # Ten up to 0.1, ten more up to 0.5: the 15th of 20 is half way.
-    assert Histogram((0.1, 0.5, math.inf), (10, 20, 20), 0.0).estimate(75) == pytest.approx(0.3)
-    assert Histogram((0.1, 0.5, math.inf), (0, 0, 4), 0.0).estimate(50) == 0.5, "all that is known of what is above"
-    assert Histogram((0.1, math.inf), (0, 0), 0.0).estimate(50) is None
+    assert HistogramSnapshot((0.1, 0.5, math.inf), (10, 20, 20), 0.0).estimate(75) == pytest.approx(0.3)
+    assert HistogramSnapshot((0.1, 0.5, math.inf), (0, 0, 4), 0.0).estimate(50) == 0.5, (
+        "all that is known of what is above"
+    )
+    assert HistogramSnapshot((0.1, math.inf), (0, 0), 0.0).estimate(50) is None
 
 
 def test_what_came_since_an_earlier_reading() -> None:
@@ -53,7 +55,7 @@ def test_what_came_since_an_earlier_reading() -> None:
 @pytest.mark.parametrize("bounds", [(), (1.0,), (2.0, 1.0, math.inf)])
 def test_what_is_no_histogram_is_refused(bounds: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="histogram"):
-        Histogram(bounds, tuple(0.0 for _ in bounds), 0.0)
+        HistogramSnapshot(bounds, tuple(0.0 for _ in bounds), 0.0)
 
 
 def test_work_is_what_came_between_the_first_reading_and_the_last() -> None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from deepseek_triton.loadtest.histogram import Histogram
+from deepseek_triton.loadtest.histogram import HistogramSnapshot
 from deepseek_triton.loadtest.metrics import Reading, course, gauge_course, has_restarted, parse, work
 from tests.support.loadtests import reading
 
@@ -67,7 +67,9 @@ def test_counters_are_added_up_by_model() -> None:
     assert read.counters["other"] == {"successes": 7}
     assert read.gauges == {"m": {"slots_used": 6}}
     assert read.own_counters["m"]["tokens"] == 20
-    assert read.histograms == {"m": {"wait_seconds": Histogram((0.5, math.inf), (3, 4), 2.5)}}, "half a one is none"
+    assert read.histograms == {"m": {"wait_seconds": HistogramSnapshot((0.5, math.inf), (3, 4), 2.5)}}, (
+        "half a one is none"
+    )
 
 
 def test_what_is_no_metrics_text_is_an_error() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from deepseek_triton.loadtest import profile
-from deepseek_triton.loadtest.profile import ProfileError, Stage
+from deepseek_triton.loadtest.profile import LoadProfileError, Stage
 from tests.support.loadtests import PROFILE, make_profile
 
 
@@ -74,7 +74,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     ],
 )
 def test_what_is_wrong_is_named_with_its_value(path: str, value: Any, message: str) -> None:
-    with pytest.raises(ProfileError) as error:
+    with pytest.raises(LoadProfileError) as error:
         profile.from_dict(changed(path, value))
     assert str(error.value).startswith(message)
 
@@ -82,19 +82,19 @@ def test_what_is_wrong_is_named_with_its_value(path: str, value: Any, message: s
 def test_a_conversation_needs_the_models_template() -> None:
     turns = {"median": 2, "sigma": 0, "least": 1, "most": 3}
     conversation = {"turns": turns, "think_s": turns, "context_tokens": 100}
-    with pytest.raises(ProfileError, match=r"requests\.conversation needs form chat, got 'text'"):
+    with pytest.raises(LoadProfileError, match=r"requests\.conversation needs form chat, got 'text'"):
         make_profile(requests=PROFILE["requests"] | {"conversation": conversation})
 
 
 def test_a_file_is_named_in_its_errors(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text("seed = ")
-    with pytest.raises(ProfileError, match=r"mine\.toml is not TOML"):
+    with pytest.raises(LoadProfileError, match=r"mine\.toml is not TOML"):
         profile.load(str(path))
     path.write_text("seed = 1")
-    with pytest.raises(ProfileError, match=r"mine\.toml: description is missing"):
+    with pytest.raises(LoadProfileError, match=r"mine\.toml: description is missing"):
         profile.load(str(path))
-    with pytest.raises(ProfileError, match="no profile 'other'; there are chat, ramp"):
+    with pytest.raises(LoadProfileError, match="no profile 'other'; there are chat, ramp"):
         profile.load("other")
 
 

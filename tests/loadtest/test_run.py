@@ -18,7 +18,7 @@ import pytest
 from deepseek_triton.clients.api import GenerateRequest
 from deepseek_triton.clients.grpc import GrpcClient
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
-from deepseek_triton.loadtest.result import Result, load
+from deepseek_triton.loadtest.result import LoadTestResult, load
 from deepseek_triton.loadtest.status import Status, help_text, status_of
 from tests.conftest import NAME
 from tests.support.fake_triton import MODEL, Behaviour, Ports, fake_triton
@@ -95,14 +95,14 @@ def fake_options(ports: Ports) -> list[str]:
 
 def run_on_fake(
     ports: Ports, profile: Path, module: str = "deepseek_triton.loadtest.run"
-) -> tuple[subprocess.CompletedProcess[str], Result]:
+) -> tuple[subprocess.CompletedProcess[str], LoadTestResult]:
     output = profile.parent / "output"
     done = run(str(profile), *fake_options(ports), "--output", str(output), module=module)
     assert (output / "result.json").is_file(), done.stderr
     return done, load(output / "result.json")
 
 
-def met(result: Result, name: str) -> bool:
+def met(result: LoadTestResult, name: str) -> bool:
     (verdict,) = [each for each in (*result.levels, *result.checks) if each.name == name]
     return verdict.is_met
 

@@ -22,15 +22,15 @@ from typing import Any
 
 import pytest
 
+from deepseek_triton.ensemble.server import installation
+from deepseek_triton.ensemble.server import tritonserver as server
 from deepseek_triton.ensemble.server.log import failure, loaded_models
 from deepseek_triton.ensemble.server.tritonserver import (
     Installation,
     ServerError,
     TritonServer,
     find_tritonserver,
-    installation,
 )
-from deepseek_triton.ensemble.server import tritonserver as server
 
 try:
     find_tritonserver()

@@ -7,7 +7,7 @@ from zlib import crc32
 
 import numpy as np
 
-from deepseek_triton.ensemble.engine.runners.base import LAST_TOKEN, Decoded, Draw, Logits, PromptChunk
+from deepseek_triton.ensemble.engine.runners.base import LAST_TOKEN, Decoded, DeviceSampling, Logits, PromptChunk
 from deepseek_triton.ensemble.engine.runners.base import Ids as IdArray
 from deepseek_triton.ensemble.engine.sequence import FailureKind, Request
 from deepseek_triton.ensemble.protocol.progress import Update
@@ -62,12 +62,14 @@ class DrawingFakeRunner(FakeRunner):
     def __init__(self, num_slots: int = 4, max_seq_len: int = 64, vocab_size: int = 100) -> None:
         super().__init__(num_slots, max_seq_len, vocab_size)
         self.num_drawn = self.num_logits_rows = 0
-        self._started: tuple[IdArray, IdArray, list[Draw | None], list[int]] | None = None
+        self._started: tuple[IdArray, IdArray, list[DeviceSampling | None], list[int]] | None = None
 
-    def can_draw(self, draw: Draw) -> bool:
+    def can_draw(self, draw: DeviceSampling) -> bool:
         return draw.temperature == 0
 
-    def start_decode(self, ids: IdArray, positions: IdArray, draws: Ids[Draw | None], logits_rows: Ids[int]) -> None:
+    def start_decode(
+        self, ids: IdArray, positions: IdArray, draws: Ids[DeviceSampling | None], logits_rows: Ids[int]
+    ) -> None:
         assert self._started is None, "one step at a time"
         self._started = ids.copy(), positions.copy(), list(draws), list(logits_rows)
 
@@ -100,10 +102,10 @@ class PipelinedFakeRunner(FakeRunner):
         self._ends: list[int | None] = [None] * num_slots  # where a slot's next position is; None: unknown
         self._in_flight: dict[str, list[Decoded]] = {"decode": [], "prefill": []}
 
-    def can_draw(self, draw: Draw) -> bool:
+    def can_draw(self, draw: DeviceSampling) -> bool:
         return draw.top_k == 0
 
-    def start_prefill(self, chunks: Ids[PromptChunk], draws: Ids[Draw | None], logits_rows: Ids[int]) -> None:
+    def start_prefill(self, chunks: Ids[PromptChunk], draws: Ids[DeviceSampling | None], logits_rows: Ids[int]) -> None:
         slots = [chunk.slot for chunk in chunks]
         assert len(set(slots)) == len(chunks) == len(draws)
         logits = []
@@ -115,7 +117,9 @@ class PipelinedFakeRunner(FakeRunner):
         for chunk in chunks:
             self._ends[chunk.slot] = chunk.start + len(chunk.ids)
 
-    def start_decode(self, ids: IdArray, positions: IdArray, draws: Ids[Draw | None], logits_rows: Ids[int]) -> None:
+    def start_decode(
+        self, ids: IdArray, positions: IdArray, draws: Ids[DeviceSampling | None], logits_rows: Ids[int]
+    ) -> None:
         self.calls.append(("decode", len(ids)))
         logits = []
         for slot, (token, position) in enumerate(zip(ids.tolist(), positions.tolist(), strict=True)):
@@ -146,7 +150,7 @@ class PipelinedFakeRunner(FakeRunner):
         self._last_tokens = [None] * self.num_slots
 
     def _begin(
-        self, kind: str, logits: Logits, slots: Ids[int], draws: Ids[Draw | None], logits_rows: Ids[int]
+        self, kind: str, logits: Logits, slots: Ids[int], draws: Ids[DeviceSampling | None], logits_rows: Ids[int]
     ) -> None:
         assert len(self._in_flight[kind]) < self.steps_in_flight
         assert all(draws[row] is None for row in logits_rows)
@@ -168,8 +172,11 @@ class PipelinedFakeRunner(FakeRunner):
         return decoded
 
 
-def drawn_token(logits: Logits, draw: Draw | None) -> int:
-    """What PipelinedFakeRunner draws: the likeliest, or a function of it, seed and step; nonsense without a Draw."""
+def drawn_token(logits: Logits, draw: DeviceSampling | None) -> int:
+    """What PipelinedFakeRunner draws: the likeliest, or a function of it, seed and step.
+
+    Nonsense without a DeviceSampling.
+    """
     if draw is None:
         return -7
     best = int(logits.argmax())

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from deepseek_triton.loadtest import engine, profile
-from deepseek_triton.loadtest.histogram import Histogram
+from deepseek_triton.loadtest.histogram import HistogramSnapshot
 from deepseek_triton.loadtest.metrics import Reading
-from deepseek_triton.loadtest.profile import Profile
-from deepseek_triton.loadtest.result import Result, assemble
+from deepseek_triton.loadtest.profile import LoadProfile
+from deepseek_triton.loadtest.result import LoadTestResult, assemble
 from deepseek_triton.loadtest.sample import Sample
-from deepseek_triton.loadtest.target import Target
+from deepseek_triton.loadtest.target import ServerUnderTest
 from deepseek_triton.loadtest.usage import Usage
 from deepseek_triton.loadtest.validity import Observed
 
-TARGET = Target.at("smollm2", "localhost")
+TARGET = ServerUnderTest.at("smollm2", "localhost")
 PROFILE: dict[str, Any] = {
     "name": "test",
     "description": "A test",
@@ -35,7 +35,7 @@ PROFILE: dict[str, Any] = {
 }
 
 
-def make_profile(**changes: Any) -> Profile:
+def make_profile(**changes: Any) -> LoadProfile:
     return profile.from_dict(PROFILE | changes)
 
 
@@ -90,10 +90,12 @@ def usage(at_s: float, generator_s: float = 0.0, server_s: float | None = 0.0, o
     return Usage(at_s, busy_s, generator_s, server_s, None if server_s is None else 400 * 2**20)
 
 
-def histogram(values: Sequence[float]) -> Histogram:
+def histogram(values: Sequence[float]) -> HistogramSnapshot:
     """Observations in buckets of 0.1, 0.5, 1 and more."""
     bounds = (0.1, 0.5, 1.0, math.inf)
-    return Histogram(bounds, tuple(float(sum(v <= bound for v in values)) for bound in bounds), float(sum(values)))
+    return HistogramSnapshot(
+        bounds, tuple(float(sum(v <= bound for v in values)) for bound in bounds), float(sum(values))
+    )
 
 
 def engine_reading(at_s: float, waits: Sequence[float], tokens: int = 5, gap_s: float = 0.2) -> Reading:
@@ -127,12 +129,12 @@ def reading(at_s: float, count: float, **gauges: float) -> Reading:
     return Reading(at_s, {"smollm2": counters}, gauges={"smollm2": gauges} if gauges else {})
 
 
-def missed_but_for_time(result: Result) -> list[str]:
+def missed_but_for_time(result: LoadTestResult) -> list[str]:
     """The checks that a run misses, without those of the generator's own times: a busy machine may spoil these."""
     of_time = ("event loop's lag, ", "requests sent late, ")
     return [check.name for check in result.checks if not check.is_met and not check.name.startswith(of_time)]
 
 
-def make_result(samples: Sequence[Sample], run: Profile | None = None, **changes: Any) -> Result:
+def make_result(samples: Sequence[Sample], run: LoadProfile | None = None, **changes: Any) -> LoadTestResult:
     machine = {"processor": "a processor", "cores": 2, "memory_gib": 24.0}
     return assemble(run or make_profile(), TARGET, "2026-11-24T05:00:00+00:00", machine, observed(samples, **changes))

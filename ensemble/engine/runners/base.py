@@ -62,7 +62,7 @@ class PromptChunk:
 
 
 @dataclass(frozen=True)
-class Draw:
+class DeviceSampling:
     """How a runner chooses one row's token where its logits are; fields as in SamplingParams, temperature 0 is greedy.
 
     The random number is a function of `seed` and `step`, the count of tokens that the sequence has generated, and of
@@ -79,8 +79,10 @@ class Draw:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a step gave: tokens [n] and their log probabilities [n] where a Draw was given (elsewhere neither means
-    anything), and logits [k, vocab_size] of the k rows that were asked for. Valid until the next call.
+    """What a step gave. Valid until the next call.
+
+    tokens [n] and their log probabilities [n]: meaningful where a DeviceSampling was given. logits [k, vocab_size]: of
+    the k rows that were asked for.
     """
 
     tokens: Ids
@@ -89,13 +91,15 @@ class Decoded:
 
 
 @runtime_checkable
-class DrawingRunner(Runner, Protocol):
+class SamplingRunner(Runner, Protocol):
     """A runner that chooses tokens itself and computes while the caller does something else."""
 
-    def can_draw(self, draw: Draw) -> bool:
+    def can_draw(self, draw: DeviceSampling) -> bool:
         """Whether this runner can choose a token that way; where it can't, ask for the row's logits."""
 
-    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
+    def start_decode(
+        self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+    ) -> None:
         """Begin a `decode` and return without waiting; draws[i] is row i's, None for a row that draws nothing."""
 
     def finish_decode(self) -> Decoded:
@@ -116,18 +120,23 @@ class PipelinedRunner(Protocol):
     steps_in_flight: int
     packs_prompts: bool
 
-    def can_draw(self, draw: Draw) -> bool:
-        """See DrawingRunner."""
+    def can_draw(self, draw: DeviceSampling) -> bool:
+        """See SamplingRunner."""
 
-    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
-        """See DrawingRunner. An id may be LAST_TOKEN where the decode begun before this one draws a token for the slot,
-        or a prefill begun since."""
+    def start_decode(
+        self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+    ) -> None:
+        """See SamplingRunner.
+
+        An id may be LAST_TOKEN where the decode begun before this one draws a token for the slot, or a prefill begun
+        since.
+        """
 
     def finish_decode(self) -> Decoded:
-        """See DrawingRunner: the decode that was begun first."""
+        """See SamplingRunner: the decode that was begun first."""
 
     def start_prefill(
-        self, chunks: Sequence[PromptChunk], draws: Sequence[Draw | None], logits_rows: Sequence[int]
+        self, chunks: Sequence[PromptChunk], draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
         """Begin a `prefill` of different slots' chunks; draws[i] and the rows are those of the chunks' last tokens.
 

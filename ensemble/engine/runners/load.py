@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
-from deepseek_triton.ensemble.artefacts.tensorrt_api import PLAN_FILE, TARGETS, Plan, TensorRTError
+from deepseek_triton.ensemble.artefacts.tensorrt_api import PLAN_FILE, TARGETS, PlanInfo, TensorRTError
 from deepseek_triton.ensemble.engine.runners.base import Runner, RunnerError
 from deepseek_triton.ensemble.protocol.settings import EngineSettings, SettingsError
 
@@ -35,7 +35,7 @@ def load_runner(directory: Path, settings: EngineSettings) -> tuple[Manifest, Ru
         from deepseek_triton.ensemble.engine.runners.tensorrt import TensorRTRunner
 
         try:
-            plan = Plan.from_dict({name: value for name, value in manifest.engine.items() if name != "census"})
+            plan = PlanInfo.from_dict({name: value for name, value in manifest.engine.items() if name != "census"})
         except TensorRTError as error:
             raise RunnerError(f"{directory}: {error}; {manifest.command}") from error
         return manifest, TensorRTRunner(

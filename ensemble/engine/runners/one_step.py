@@ -11,12 +11,12 @@ import numpy as np
 
 from deepseek_triton.ensemble.engine.runners.base import (
     Decoded,
-    Draw,
-    DrawingRunner,
+    DeviceSampling,
     Ids,
     PipelinedRunner,
     PromptChunk,
     Runner,
+    SamplingRunner,
 )
 
 NO_TOKENS, NO_LOG_PROBS = np.empty(0, np.int64), np.empty(0, np.float32)
@@ -30,22 +30,24 @@ class OneStep:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._drawing = runner if isinstance(runner, DrawingRunner) else None
+        self._drawing = runner if isinstance(runner, SamplingRunner) else None
         self._decode: tuple[Ids, Ids, Sequence[int]] | None = None
         self._prefills: list[PromptChunk] = []
 
-    def can_draw(self, draw: Draw) -> bool:
-        """See DrawingRunner."""
+    def can_draw(self, draw: DeviceSampling) -> bool:
+        """See SamplingRunner."""
         return self._drawing is not None and self._drawing.can_draw(draw)
 
-    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
-        """See DrawingRunner."""
+    def start_decode(
+        self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+    ) -> None:
+        """See SamplingRunner."""
         if self._drawing is not None:
             self._drawing.start_decode(ids, positions, draws, logits_rows)
         self._decode = ids, positions, logits_rows
 
     def finish_decode(self) -> Decoded:
-        """See DrawingRunner."""
+        """See SamplingRunner."""
         assert self._decode is not None, "no decode was begun"
         (ids, positions, rows), self._decode = self._decode, None
         if self._drawing is not None:
@@ -54,7 +56,7 @@ class OneStep:
         return Decoded(NO_TOKENS, NO_LOG_PROBS, logits[list(rows)])
 
     def start_prefill(
-        self, chunks: Sequence[PromptChunk], draws: Sequence[Draw | None], logits_rows: Sequence[int]
+        self, chunks: Sequence[PromptChunk], draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
         """See PipelinedRunner."""
         self._prefills += chunks

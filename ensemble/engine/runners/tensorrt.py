@@ -26,12 +26,12 @@ from deepseek_triton.ensemble.artefacts.tensorrt_api import (
     DECODE_PROFILE,
     PREFILL_PROFILE,
     Messages,
-    Plan,
+    PlanInfo,
     TensorRTError,
     load_tensorrt,
     make_logger,
 )
-from deepseek_triton.ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, RunnerError
+from deepseek_triton.ensemble.engine.runners.base import Decoded, DeviceSampling, Ids, Logits, RunnerError
 from deepseek_triton.ensemble.engine.runners.cuda_runtime import Cuda, CudaError, load_cuda
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class TensorRTRunner:
         memory.
     """
 
-    def __init__(self, path: Path, plan: Plan, *, num_slots: int, prefill_chunk: int) -> None:
+    def __init__(self, path: Path, plan: PlanInfo, *, num_slots: int, prefill_chunk: int) -> None:
         self._graphs: dict[int, Any] = {}
         self._contexts: dict[int, Any] = {}
         self._device: dict[str, int] = {}
@@ -106,11 +106,13 @@ class TensorRTRunner:
         self._decode(ids, positions)
         return self._download("logits", len(ids))
 
-    def can_draw(self, draw: Draw) -> bool:
+    def can_draw(self, draw: DeviceSampling) -> bool:
         """The likeliest token alone: the plan chooses it."""
         return draw.temperature == 0
 
-    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
+    def start_decode(
+        self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+    ) -> None:
         """See DrawingRunner. Eight bytes a slot are copied to the host, and all logits only if some are asked for."""
         self._num_rows, self._logits_rows = len(ids), logits_rows
         self._decode(ids, positions)
@@ -258,7 +260,7 @@ def captured_size(n: int, num_slots: int) -> int:
     return min(1 << (n - 1).bit_length(), num_slots)
 
 
-def _check_fits(plan: Plan, api: Any, cuda: Cuda) -> None:
+def _check_fits(plan: PlanInfo, api: Any, cuda: Cuda) -> None:
     if api.__version__ != plan.version:
         raise RunnerError(
             f"the plan was built with {plan.target} {plan.version}, here is {api.__version__}; build again"

@@ -15,14 +15,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from deepseek_triton.ensemble.text.tool_calls.match import JSON_NAME, NAME, SPACE, Maybe, Step
+from deepseek_triton.ensemble.text.tool_calls.match import JSON_NAME, NAME, SPACE, MatchStep, Maybe
 
 
 @dataclass(frozen=True)
 class Opening:
     """What precedes a call's arguments, its `{` included; or, without arguments, the whole call."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[MatchStep, ...]
     has_arguments: bool = True
 
 
@@ -36,7 +36,7 @@ class ToolFormat:
     closing: tuple[str, ...]  # follows the arguments, in this order, with white space between; none must be there
     stops: tuple[str, ...]  # end arguments that were never closed, outside of their strings
     section_end: str | None = None  # after the last call
-    whole: tuple[Step, ...] = ()  # a call as one JSON object begins so, in whatever order its members come
+    whole: tuple[MatchStep, ...] = ()  # a call as one JSON object begins so, in whatever order its members come
 
     def __post_init__(self) -> None:
         if not self.starts or not self.openings:
@@ -55,12 +55,12 @@ class ToolFormat:
 
 _CALLS, _CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _CALL, _CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
-_BEGIN: tuple[Step, ...] = (Maybe(_CALLS), SPACE, _CALL, SPACE)
-_SEPARATOR: tuple[Step, ...] = (SPACE, "<｜tool▁sep｜>", SPACE)
-_V31_HEAD: tuple[Step, ...] = (*_BEGIN, NAME, *_SEPARATOR)
-_V3_HEAD: tuple[Step, ...] = (*_BEGIN, "function", *_SEPARATOR, NAME, SPACE)
-_FENCE: tuple[Step, ...] = (Maybe("```json"), SPACE)
-_NO_ARGUMENTS: tuple[Step, ...] = (*_FENCE, Maybe("```"), SPACE, _CALL_END)
+_BEGIN: tuple[MatchStep, ...] = (Maybe(_CALLS), SPACE, _CALL, SPACE)
+_SEPARATOR: tuple[MatchStep, ...] = (SPACE, "<｜tool▁sep｜>", SPACE)
+_V31_HEAD: tuple[MatchStep, ...] = (*_BEGIN, NAME, *_SEPARATOR)
+_V3_HEAD: tuple[MatchStep, ...] = (*_BEGIN, "function", *_SEPARATOR, NAME, SPACE)
+_FENCE: tuple[MatchStep, ...] = (Maybe("```json"), SPACE)
+_NO_ARGUMENTS: tuple[MatchStep, ...] = (*_FENCE, Maybe("```"), SPACE, _CALL_END)
 DEEPSEEK: Final = ToolFormat(
     name="deepseek",
     starts=(_CALLS, _CALL),
@@ -75,7 +75,7 @@ DEEPSEEK: Final = ToolFormat(
     section_end=_CALLS_END,
 )
 
-_NAME_MEMBER: tuple[Step, ...] = ('"name"', SPACE, ":", SPACE, JSON_NAME, SPACE, ",", SPACE)
+_NAME_MEMBER: tuple[MatchStep, ...] = ('"name"', SPACE, ":", SPACE, JSON_NAME, SPACE, ",", SPACE)
 HERMES: Final = ToolFormat(
     name="hermes",
     starts=("<tool_call>",),

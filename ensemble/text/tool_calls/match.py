@@ -24,20 +24,20 @@ class Maybe:
 
 
 @dataclass(frozen=True)
-class Run:
+class TextRun:
     """As many characters as `pattern` takes, also none; the pattern must match every beginning of its matches."""
 
     pattern: re.Pattern[str]
 
 
 @dataclass(frozen=True)
-class Name(Run):
+class Name(TextRun):
     """A run that `read` makes the call's name of; None, and the text is no call."""
 
     read: Callable[[str], str | None]
 
 
-Step = str | Maybe | Run
+MatchStep = str | Maybe | TextRun
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,19 @@ def _json_string(text: str) -> str | None:
     return value if is_name(value) else None
 
 
-SPACE = Run(re.compile(r"\s{0,64}"))
+SPACE = TextRun(re.compile(r"\s{0,64}"))
 NAME = Name(re.compile(rf"[^\s<>{{}}\[\]\"`,]{{0,{MAX_NAME_LEN}}}"), lambda text: text or None)
 JSON_NAME = Name(re.compile(rf'"(?:[^"\\\n]|\\.?){{0,{MAX_NAME_LEN}}}"?'), _json_string)
 
 
-def match(steps: Sequence[Step], text: str, start: int, final: bool) -> Match | NoMatch:
+def match(steps: Sequence[MatchStep], text: str, start: int, final: bool) -> Match | NoMatch:
     """Follow `steps` through `text` from `start`; with `final` nothing comes after `text`.
 
     An answer other than UNKNOWN stays the same whatever is appended to a text that isn't final.
     """
     position, name = start, ""
     for step in steps:
-        if isinstance(step, Run):
+        if isinstance(step, TextRun):
             found = step.pattern.match(text, position)
             end = found.end() if found else position
             if end == len(text) and not final:

@@ -18,11 +18,11 @@ from typing import Any, Final
 
 from deepseek_triton.ensemble.text.errors import TextError
 
-Message = dict[str, Any]
-Render = Callable[[Sequence[Message]], str]
+ChatMessage = dict[str, Any]
+Render = Callable[[Sequence[ChatMessage]], str]
 
 
-def check_tool_calls(message: Message, where: str) -> None:
+def check_tool_calls(message: ChatMessage, where: str) -> None:
     """The tool fields of one message.
 
     Raises:
@@ -52,13 +52,13 @@ class CallForm:
     empty_content: str | None  # beside calls without text
     is_apart: bool = False  # text beside calls goes into a message of its own, else the calls would vanish
 
-    def shape(self, messages: Sequence[Message]) -> list[Message]:
+    def shape(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         """The messages in this form; where a tool's answer lacks the tool's name, the call's is filled in."""
         calls = [call for message in messages for call in _calls(message)]
         names = {call["id"]: call["function"]["name"] for call in calls if call.get("id")}
         return [shaped for message in messages for shaped in self._shape(message, names)]
 
-    def _shape(self, message: Message, names: dict[str, str]) -> Iterator[Message]:
+    def _shape(self, message: ChatMessage, names: dict[str, str]) -> Iterator[ChatMessage]:
         if message["role"] == "tool" and "name" not in message and message.get("tool_call_id") in names:
             message = {**message, "name": names[message["tool_call_id"]]}
         if not (calls := _calls(message)):
@@ -91,7 +91,7 @@ def find_form(render: Render) -> CallForm:
     return _FORMS[0]
 
 
-def has_tool_messages(messages: Sequence[Message]) -> bool:
+def has_tool_messages(messages: Sequence[ChatMessage]) -> bool:
     """Is there anything here for a `CallForm` to shape?"""
     return any(message["role"] == "tool" or _calls(message) for message in messages)
 
@@ -117,7 +117,7 @@ def _is_named(text: str) -> bool:
     return _NAME in text
 
 
-def _calls(message: Message) -> list[dict[str, Any]]:
+def _calls(message: ChatMessage) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = message.get("tool_calls") or []
     return calls
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from deepseek_triton.builders import cli
-from deepseek_triton.builders.repository.build import build, check
-from deepseek_triton.builders.repository.build import build as repository
+from deepseek_triton.builders.repository import build as repository
+from deepseek_triton.builders.repository import check
 from deepseek_triton.builders.repository.options import ENGINE_OPTIONS, BuildOptions
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
-from deepseek_triton.ensemble.server.installation import Installation, ServerError
 from deepseek_triton.ensemble.server import tritonserver as server
+from deepseek_triton.ensemble.server.installation import Installation, ServerError
 from tests.support.checkpoints import make_tokenizer, write_tiny
 
 SMALL_ENGINE = ("--max-seq-len", "32", "--prefill-chunk", "8", "--num-slots", "2")

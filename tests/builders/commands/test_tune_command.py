@@ -18,7 +18,7 @@ from deepseek_triton.builders import cli
 from deepseek_triton.builders.commands import tune as command
 from deepseek_triton.builders.commands import tune_load
 from deepseek_triton.builders.commands.tune import tune
-from deepseek_triton.builders.commands.tune_load import Load, measure, read_texts, run
+from deepseek_triton.builders.commands.tune_load import TuneLoad, measure, read_texts, run
 from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.builders.scoring.options import Batching, ScoringOptions
@@ -43,7 +43,7 @@ def measured_points(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
     """Points as they are measured; the fastest has a batch of 16 and 2 tokenizers."""
     points: list[dict[str, int]] = []
 
-    def fake(repository: Path, name: str, configs: Any, load: Load) -> Measurement:
+    def fake(repository: Path, name: str, configs: Any, load: TuneLoad) -> Measurement:
         point = read_point(space_of(configs, name, {}), configs, name)
         points.append(point)
         return found(50 - abs(point["max_batch_size"] - 16) + 5 * point["tokenizer_instances"], 40)
@@ -111,7 +111,7 @@ def test_a_lucky_search_changes_nothing(repository: Path, monkeypatch: pytest.Mo
     """Every configuration does the same, but for the luck of its first measurement."""
     seen: dict[str, int] = {}
 
-    def lucky(repository: Path, name: str, configs: Any, load: Load) -> Measurement:
+    def lucky(repository: Path, name: str, configs: Any, load: TuneLoad) -> Measurement:
         digest = tuned_fingerprint.configs_digest(configs)
         seen[digest] = seen.get(digest, -1) + 1
         return found(50 + (20 if seen[digest] == 0 and len(seen) == 4 else seen[digest] % 3), 40)
@@ -127,7 +127,7 @@ def test_a_lucky_search_changes_nothing(repository: Path, monkeypatch: pytest.Mo
 def test_what_breaks_the_limit_when_repeated_does_not_win(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: dict[str, int] = {}
 
-    def measure(repository: Path, name: str, configs: Any, load: Load) -> Measurement:
+    def measure(repository: Path, name: str, configs: Any, load: TuneLoad) -> Measurement:
         point = read_point(space_of(configs, name, {}), configs, name)
         digest = tuned_fingerprint.configs_digest(configs)
         counts[digest] = counts.get(digest, 0) + 1
@@ -272,7 +272,7 @@ def test_a_journal_of_another_build_machine_or_code_is_refused(
         assert "machine is {" in rerun_error(repository, texts=tmp_path / "texts")
     with monkeypatch.context() as patched:
         shutil.copytree(tuned_fingerprint.CODE / "scoring", tmp_path / "code")
-        patched.setattr(tuned_subject, "CODE", tmp_path / "code")
+        patched.setattr(tuned_fingerprint, "CODE", tmp_path / "code")
         assert "code is" in rerun_error(repository, texts=tmp_path / "texts")
     assert tune(options(repository, is_dry=True, texts=tmp_path / "texts")).is_complete
     scoring = ScoringOptions(labels=("a", "b"), batching=Batching(max_batch_size=8, preferred_batch_sizes=(4,)))
@@ -409,7 +409,7 @@ def test_an_interrupt_tells_how_to_go_on(
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command goes on from the journal"
 
 
-# Load
+# TuneLoad
 
 
 class FakeClient:
@@ -421,8 +421,8 @@ class FakeClient:
     def __exit__(self, *_: object) -> None: ...
 
 
-def a_load(ask: Any, clients: int, seconds: float) -> Load:
-    return Load(["a"], clients, seconds, ask)
+def a_load(ask: Any, clients: int, seconds: float) -> TuneLoad:
+    return TuneLoad(["a"], clients, seconds, ask)
 
 
 def test_load_counts_what_is_answered_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:

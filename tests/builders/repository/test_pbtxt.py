@@ -12,7 +12,7 @@ from google.protobuf.json_format import MessageToDict, MessageToJson
 from deepseek_triton.builders.repository import pbtxt
 from deepseek_triton.builders.repository.options import ENGINE_OPTIONS
 from deepseek_triton.ensemble.protocol import contract
-from deepseek_triton.ensemble.protocol.pipelines import GENERATE_PIPELINE, Pipeline, model_name
+from deepseek_triton.ensemble.protocol.pipelines import GENERATE_PIPELINE, EnsemblePipeline, model_name
 from deepseek_triton.ensemble.protocol.settings import EngineSettings, SettingsError
 
 PATH = Path("models/m/config.pbtxt")
@@ -84,7 +84,7 @@ def test_the_pipeline_is_whole() -> None:
 
 def test_a_field_that_triton_does_not_have_fails_at_build() -> None:
     spec = contract.TensorSpec("x", "FP8")  # type: ignore[arg-type]
-    pipeline = Pipeline("p", replace(contract.GENERATE, inputs=(spec,)), GENERATE_PIPELINE.steps)
+    pipeline = EnsemblePipeline("p", replace(contract.GENERATE, inputs=(spec,)), GENERATE_PIPELINE.steps)
     with pytest.raises(pbtxt.PbtxtError, match=r"'m' is no ModelConfig.*TYPE_FP8"):
         pbtxt.ensemble_config("m", pipeline)
 

@@ -16,8 +16,9 @@ import pytest
 from deepseek_triton.builders.checkpoint.reader import open_checkpoint
 from deepseek_triton.builders.errors import BuildError, CheckpointError
 from deepseek_triton.builders.graph.builder import GraphBuilder
-from deepseek_triton.builders.repository.build import DEFAULT_MAX_SEQ_LEN, build, pbtxt
-from deepseek_triton.builders.repository.build import build as repository
+from deepseek_triton.builders.repository import build as repository
+from deepseek_triton.builders.repository import pbtxt
+from deepseek_triton.builders.repository.build import DEFAULT_MAX_SEQ_LEN, build
 from deepseek_triton.builders.repository.check import check_repository
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.ensemble.artefacts.manifest import Manifest

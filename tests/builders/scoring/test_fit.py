@@ -15,7 +15,7 @@ from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.builders.scoring.fit import (
     METHODS,
     FitError,
-    Measured,
+    ScoredTexts,
     expected_calibration_error,
     fit,
     negative_log_likelihood,
@@ -26,21 +26,21 @@ from deepseek_triton.builders.scoring.fit import (
 from deepseek_triton.builders.scoring.options import ScoringOptions
 from deepseek_triton.clients.base import BaseClient
 from deepseek_triton.clients.errors import RequestRejected
-from deepseek_triton.ensemble.scoring.calibration import Calibration, softmax
+from deepseek_triton.ensemble.scoring.calibration import ProbabilityCalibration, softmax
 from deepseek_triton.ensemble.scoring.profile import ScoringProfile
 from tests.support.checkpoints import make_tokenizer, write_tiny
 
 LABELS = ("a", "b", "c")
 
 
-def drawn(count: int, temperature: float, biases: tuple[float, ...], seed: int = 0) -> tuple[Measured, Any]:
+def drawn(count: int, temperature: float, biases: tuple[float, ...], seed: int = 0) -> tuple[ScoredTexts, Any]:
     """Scores whose true probabilities are softmax((score + bias) / temperature), and labels drawn from them."""
     random = np.random.default_rng(seed)
     scores = random.normal(0, 4, (count, len(biases)))
     probabilities = softmax((scores + np.array(biases)) / temperature)
     truth = np.array([random.choice(len(biases), p=row) for row in probabilities])
     hidden = np.concatenate([scores + np.array(biases), random.normal(size=(count, 5))], axis=1)
-    return Measured(scores, hidden), truth
+    return ScoredTexts(scores, hidden), truth
 
 
 def test_a_temperature_is_found_again() -> None:
@@ -72,19 +72,19 @@ def test_a_prior_is_taken_from_texts_without_content() -> None:
 def test_a_head_reads_the_hidden_state(num_labels: int) -> None:
     biases = (0.0, 1.0, -1.0)[:num_labels]
     measured, truth = drawn(600, 1.0, biases)
-    useless = Measured(np.zeros_like(measured.scores), measured.hidden)
+    useless = ScoredTexts(np.zeros_like(measured.scores), measured.hidden)
     fitted = fit("head", LABELS[:num_labels], "mean", useless, truth)
     assert fitted.head is not None and len(fitted.head.weights) == num_labels
     assert fitted.report["accuracy_after"] > 0.8 > fitted.report["accuracy_before"]
     found = fitted.probabilities(useless.scores, useless.hidden)
     assert negative_log_likelihood(found, truth) < 0.5
-    assert Calibration(**{**fitted.__dict__}) == fitted
+    assert ProbabilityCalibration(**{**fitted.__dict__}) == fitted
 
 
 def test_what_is_judged_was_not_fitted_on() -> None:
     """Labels that nothing can predict: a head that judged its own examples would look good."""
     random = np.random.default_rng(0)
-    measured = Measured(np.zeros((60, 2)), random.normal(size=(60, 200)))
+    measured = ScoredTexts(np.zeros((60, 2)), random.normal(size=(60, 200)))
     fitted = fit("head", LABELS[:2], "mean", measured, random.integers(0, 2, 60))
     assert fitted.report["accuracy_after"] < 0.7
 
@@ -130,10 +130,10 @@ def test_a_calibration_goes_beside_the_newest_scorer(tmp_path: Path) -> None:
         read_profile(options.repository, "s")
     build(BuildOptions(**{**options.__dict__, "scoring": ScoringOptions(labels=("a", "b"))}))
     assert read_profile(options.repository, "s").labels == ("a", "b")
-    fitted = Calibration(("a", "b"), 2.0, (0.0, 1.0), "bias", "mean", {})
+    fitted = ProbabilityCalibration(("a", "b"), 2.0, (0.0, 1.0), "bias", "mean", {})
     path = write_calibration(options.repository, "s", fitted)
     assert path == options.repository / "s-scorer" / "2" / "calibration.json"
-    assert Calibration.load(path.parent) == fitted
+    assert ProbabilityCalibration.load(path.parent) == fitted
     with pytest.raises(FitError, match="nobody-scorer has no version: build the model with --task score first"):
         read_profile(options.repository, "nobody")
 

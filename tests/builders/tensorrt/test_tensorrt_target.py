@@ -12,8 +12,8 @@ import onnx
 import pytest
 
 import deepseek_triton.builders.tensorrt.compiler as target_module
-from deepseek_triton.builders.tensorrt.compile import Job, _load_timing_cache
-from deepseek_triton.builders.tensorrt.compiler import Target, resolve_target
+from deepseek_triton.builders.tensorrt.compile import CompileJob, _load_timing_cache
+from deepseek_triton.builders.tensorrt.compiler import CompileTarget, resolve_target
 from deepseek_triton.builders.tensorrt.errors import EngineError, UnsupportedGpuError
 from deepseek_triton.builders.tensorrt.inspector import EngineLayer, parse_layers
 from deepseek_triton.builders.tensorrt.progress import ProgressTracker
@@ -150,7 +150,9 @@ def test_a_timing_cache_is_kept_and_one_of_another_gpu_is_not_used(
     path, config = tmp_path / "timing.cache", FakeConfig()
     if stored is not None:
         path.write_bytes(stored)
-    job = Job(Target("tensorrt", DATACENTER, "9.0"), onnx.ModelProto(), Path("x"), "fp16", (), (), timing_cache=path)
+    job = CompileJob(
+        CompileTarget("tensorrt", DATACENTER, "9.0"), onnx.ModelProto(), Path("x"), "fp16", (), (), timing_cache=path
+    )
     assert _load_timing_cache(config, job) == config.used == used
 
 

@@ -12,7 +12,7 @@ import tokenizers
 from deepseek_triton.ensemble.engine.admission import Admission, RequestOptions
 from deepseek_triton.ensemble.engine.sequence import NEVER, Request
 from deepseek_triton.ensemble.guided import GuideError
-from deepseek_triton.ensemble.protocol.progress import Head, PromptInfo
+from deepseek_triton.ensemble.protocol.progress import PromptInfo, StreamHead
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from deepseek_triton.ensemble.sampling import SamplingParams
 from tests.support.checkpoints import make_tokenizer
@@ -63,8 +63,8 @@ def test_a_direct_call_has_no_head_and_is_not_acknowledged(plain: Path) -> None:
     assert direct.head is None and not direct.expects_acknowledgement
     info = PromptInfo(False, True)
     told, echoed = make(plain, prompt_info=info), make(plain, prompt_info=info, echoes_prompt=True)
-    assert told.expects_acknowledgement and told.head == Head(info)
-    assert echoed.head == Head(info, tuple(PROMPT))
+    assert told.expects_acknowledgement and told.head == StreamHead(info)
+    assert echoed.head == StreamHead(info, tuple(PROMPT))
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import pytest
 
 from deepseek_triton.ensemble.engine import decoding
 from deepseek_triton.ensemble.engine.decoding import Outcome
-from deepseek_triton.ensemble.engine.pipeline import Pipeline, Result
+from deepseek_triton.ensemble.engine.pipeline import StepPipeline, StepResult
 from deepseek_triton.ensemble.engine.runners.base import Logits
 from deepseek_triton.ensemble.engine.runners.one_step import pipelined
-from deepseek_triton.ensemble.engine.scheduler import Step
+from deepseek_triton.ensemble.engine.scheduler import EngineStep
 from deepseek_triton.ensemble.engine.sequence import Request, Sequence
 from deepseek_triton.ensemble.engine.thinking import Thinking, ThinkingTags
 from deepseek_triton.ensemble.guided import Guide, GuideCompiler, GuideError, fill_masks
@@ -47,7 +47,7 @@ class Batch:
     """Sequences in slots 0 … n - 1, each with a prompt and a first token in the runner's cache or about to be."""
 
     def __init__(self, runner: FakeRunner) -> None:
-        self.runner, self.pipeline = runner, Pipeline(pipelined(runner), lambda: 0.0)
+        self.runner, self.pipeline = runner, StepPipeline(pipelined(runner), lambda: 0.0)
         self.sequences: list[Sequence] = []
 
     def add(self, *, slot: int | None = None, temperature: float = 0.0, **more: Any) -> Sequence:
@@ -69,9 +69,9 @@ class Batch:
         """The outcomes, in the order of `sequences`."""
         positions = dict.fromkeys(range(self.runner.num_slots), self.runner.max_seq_len - 1)
         positions |= {s.slot: s.num_computed for s in self.sequences if s.slot is not None}
-        assert self.pipeline.begin(Step((), (), (), tuple(self.sequences)), positions) == []
+        assert self.pipeline.begin(EngineStep((), (), (), tuple(self.sequences)), positions) == []
         (result,) = self.pipeline.finish()
-        assert isinstance(result, Result)
+        assert isinstance(result, StepResult)
         outcomes = {id(sequence): outcome for sequence, outcome in result.outcomes}
         assert len(outcomes) == len(self.sequences)
         return [outcomes[id(sequence)] for sequence in self.sequences]

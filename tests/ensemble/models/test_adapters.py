@@ -23,7 +23,7 @@ from deepseek_triton.ensemble.processes.acknowledgements import (
 )
 from deepseek_triton.ensemble.protocol import contract
 from deepseek_triton.ensemble.protocol.contract import TensorSpec
-from deepseek_triton.ensemble.protocol.progress import Head, Progress, PromptInfo, Update
+from deepseek_triton.ensemble.protocol.progress import Progress, PromptInfo, StreamHead, Update
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from tests.support.checkpoints import make_tokenizer
 from tests.support.fakes import FakeMetricFamilies, FakeRunner, expected_tokens, next_token
@@ -361,7 +361,7 @@ def test_detokenizer_forgets_a_stream_that_ended(detokenizer: Any, directory: Pa
 
 
 def test_detokenizer_remembers_a_stream_until_its_last_sequence_has_ended(detokenizer: Any, directory: Path) -> None:
-    echo = Head(PromptInfo(), tuple(ids_of(directory, "> ")))
+    echo = StreamHead(PromptInfo(), tuple(ids_of(directory, "> ")))
     first = Progress(1, (Update(0, tuple(ids_of(directory, "a")), 1, "stop"),), echo, num_input_tokens=5)
     assert texts(detokenizer, from_engine(first)) == ["> a"]
     second = Progress(1, (Update(1, tuple(ids_of(directory, "b")), 1, "stop"),), num_input_tokens=5, is_last=True)
@@ -507,7 +507,7 @@ def test_the_first_response_says_how_the_stream_is_to_be_read(engine: Any) -> No
     echoed = request({**values, contract.PROMPT_INFO: info.to_json().encode(), contract.EXCLUDE_INPUT_IN_OUTPUT: False})
     engine.execute([direct, told, echoed])
     heads = [[progress.head for progress in progresses(one.sender)] for one in (direct, told, echoed)]
-    assert [head[0] for head in heads] == [None, Head(info), Head(info, tuple(PROMPT))]
+    assert [head[0] for head in heads] == [None, StreamHead(info), StreamHead(info, tuple(PROMPT))]
     assert all(later is None for head in heads for later in head[1:])
 
 

@@ -13,7 +13,7 @@ import pytest
 from deepseek_triton.ensemble.engine.runners.scoring import RowScores
 from deepseek_triton.ensemble.models.tensors import NUMPY_DTYPES
 from deepseek_triton.ensemble.protocol import contract
-from deepseek_triton.ensemble.scoring.calibration import Calibration
+from deepseek_triton.ensemble.scoring.calibration import ProbabilityCalibration
 from deepseek_triton.ensemble.scoring.profile import ScoringProfile
 from deepseek_triton.ensemble.scoring.rows import ScoreRow
 from tests.ensemble.models.test_adapters import Request, Response, Tensor, adapter  # noqa: F401  # a fixture
@@ -104,7 +104,7 @@ def test_ragged_requests_are_one_batch_and_each_gets_its_own_answer(parts: Any) 
 
 def test_a_calibration_is_used_for_its_own_labels_in_their_order_alone(parts: Any, tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
-    fitted = Calibration(LABELS, 1.0, (100.0, 0.0), "bias", "mean", {})
+    fitted = ProbabilityCalibration(LABELS, 1.0, (100.0, 0.0), "bias", "mean", {})
     (tmp_path / "1" / "calibration.json").write_text(fitted.to_json())
     made = parts()
     own, other = run_all(

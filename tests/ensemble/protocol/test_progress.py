@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_triton.ensemble.protocol.contract import FINISH_REASONS
-from deepseek_triton.ensemble.protocol.progress import Head, LogProbs, Progress, PromptInfo, Update
+from deepseek_triton.ensemble.protocol.progress import LogProbs, Progress, PromptInfo, StreamHead, Update
 
 INT32 = st.integers(0, 2**31 - 1)
 IDS = st.lists(INT32, max_size=6).map(tuple)
@@ -33,7 +33,7 @@ PROGRESS = st.builds(
     Progress,
     stream_id=st.integers(0, 2**64 - 1),
     updates=st.lists(UPDATES, max_size=4).map(tuple),
-    head=st.none() | st.builds(Head, INFO, IDS),
+    head=st.none() | st.builds(StreamHead, INFO, IDS),
     num_input_tokens=st.none() | INT32,
     shows_output_tokens=st.booleans(),
     shows_index=st.booleans(),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deepseek_triton.ensemble.engine.runners.base import Draw
+from deepseek_triton.ensemble.engine.runners.base import DeviceSampling
 from deepseek_triton.ensemble.sampling import Sampler, SamplingError, SamplingParams
 from deepseek_triton.ensemble.sampling.candidates import NUCLEUS_CANDIDATES
 from deepseek_triton.ensemble.sampling.sampler import MAX_LOOKED_AT
@@ -349,10 +349,10 @@ def test_log_probabilities_of_greedy_far_apart_and_few() -> None:
 
 def test_a_draw_says_all_or_there_is_none() -> None:
     sampler = Sampler(SamplingParams(top_k=4, top_p=0.8, min_p=0.1, seed=9))
-    assert sampler.draw() == Draw(temperature=1.0, top_k=4, top_p=0.8, min_p=0.1, seed=9, step=0)
+    assert sampler.draw() == DeviceSampling(temperature=1.0, top_k=4, top_p=0.8, min_p=0.1, seed=9, step=0)
     sampler.push(3)
     sampler.sample(LOGITS)
-    assert sampler.draw() == Draw(temperature=1.0, top_k=4, top_p=0.8, min_p=0.1, seed=9, step=2)
+    assert sampler.draw() == DeviceSampling(temperature=1.0, top_k=4, top_p=0.8, min_p=0.1, seed=9, step=2)
     greedy = Sampler(SamplingParams(temperature=1e-9, top_p=0.5, seed=9)).draw()
     assert greedy is not None and greedy.temperature == 0
     assert Sampler(SamplingParams(num_log_probs=0, max_tokens=3)).draw() is not None

@@ -14,8 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_triton.ensemble.protocol.settings import SettingsError
-from deepseek_triton.ensemble.scoring.calibration import Calibration, CalibrationError, Head, label_scores, softmax
-from deepseek_triton.ensemble.scoring.profile import ProfileError, ScoringProfile, check_labels
+from deepseek_triton.ensemble.scoring.calibration import (
+    LinearHead,
+    ProbabilityCalibration,
+    ProbabilityCalibrationError,
+    label_scores,
+    softmax,
+)
+from deepseek_triton.ensemble.scoring.profile import ScoringProfile, ScoringProfileError, check_labels
 from deepseek_triton.ensemble.scoring.prompts import Prompter
 from deepseek_triton.ensemble.scoring.rows import (
     LONGEST_ROW,
@@ -151,7 +157,7 @@ def test_a_profile_reads_back_from_its_file(tmp_path: Path) -> None:
     ],
 )
 def test_a_profile_at_fault(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ProfileError, match=message):
+    with pytest.raises(ScoringProfileError, match=message):
         ScoringProfile(**fields)
 
 
@@ -166,23 +172,23 @@ def test_a_profile_at_fault(fields: dict[str, Any], message: str) -> None:
     ],
 )
 def test_labels_at_fault(labels: list[str], message: str) -> None:
-    with pytest.raises(ProfileError, match=message):
+    with pytest.raises(ScoringProfileError, match=message):
         check_labels(labels, 256)
 
 
 def test_a_damaged_profile_names_its_file(tmp_path: Path) -> None:
-    with pytest.raises(ProfileError, match=r"scoring.json: No such file"):
+    with pytest.raises(ScoringProfileError, match=r"scoring.json: No such file"):
         ScoringProfile.load(tmp_path)
     path = tmp_path / "scoring.json"
     for text, message in (("{", "not valid JSON"), ("{}", "missing or unknown fields"), ("[]", "missing or unknown")):
         path.write_text(text)
-        with pytest.raises(ProfileError, match=message):
+        with pytest.raises(ScoringProfileError, match=message):
             ScoringProfile.load(tmp_path)
     ScoringProfile().save(tmp_path)
     values = json.loads(path.read_text())
     for change, message in (({"format": 2}, "has format 2"), ({"max_labels": "x"}, "max_labels is 'x', must be a int")):
         path.write_text(json.dumps({**values, **change}))
-        with pytest.raises(ProfileError, match=message):
+        with pytest.raises(ScoringProfileError, match=message):
             ScoringProfile.load(tmp_path)
 
 
@@ -245,7 +251,7 @@ def test_prompts_at_fault(tokenizer: Tokenizer) -> None:
         with pytest.raises(TextError, match=message):
             prompter.row(arguments[0], arguments[1], labels)
     assert len(prompter.row("12345", None, labels)[0]) == 10
-    with pytest.raises(ProfileError, match="labels is missing, and the model was built without"):
+    with pytest.raises(ScoringProfileError, match="labels is missing, and the model was built without"):
         prompter.labels_of(None)
     with pytest.raises(TextError, match=r"labels\[1\] is not UTF-8"):
         prompter.labels_of([b"a", b"\xff"])
@@ -274,7 +280,7 @@ def test_a_row_begins_with_a_prefix_only_where_something_of_its_prompt_is_left()
 def test_labels_that_are_the_same_tokens_are_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     prompter = Prompter(ScoringProfile(), tokenizer)
     monkeypatch.setattr(tokenizer, "encode_continuation", lambda text: ints(*text.lower().encode()))
-    with pytest.raises(ProfileError, match="labels 'Yes' and 'yes' are the same tokens: drop one"):
+    with pytest.raises(ScoringProfileError, match="labels 'Yes' and 'yes' are the same tokens: drop one"):
         prompter.row("x", None, ("Yes", "yes"))
 
 
@@ -295,9 +301,9 @@ def test_a_label_that_begins_another_wins_by_its_sum_always_and_by_its_mean_only
     assert label_scores(log_probs, targets, 2, "mean")[1].argmax() == 1
 
 
-def calibration(**changes: Any) -> Calibration:
+def calibration(**changes: Any) -> ProbabilityCalibration:
     values: dict[str, Any] = {"labels": ("a", "b"), "temperature": 2.0, "biases": (0.0, 1.0), "method": "bias"}
-    return Calibration(**{**values, "normalisation": "mean", "report": {"examples": 20}, **changes})
+    return ProbabilityCalibration(**{**values, "normalisation": "mean", "report": {"examples": 20}, **changes})
 
 
 def test_bias_comes_before_temperature() -> None:
@@ -307,19 +313,19 @@ def test_bias_comes_before_temperature() -> None:
 
 
 def test_a_head_takes_the_scores_place() -> None:
-    fitted = calibration(head=Head(((1.0, 0.0), (0.0, 1.0)), (0.0, 0.5)), temperature=1.0, biases=(0.0, 0.0))
+    fitted = calibration(head=LinearHead(((1.0, 0.0), (0.0, 1.0)), (0.0, 0.5)), temperature=1.0, biases=(0.0, 0.0))
     found = fitted.probabilities(np.array([[9.0, -9.0]]), np.array([[1.0, 2.0]]))
     np.testing.assert_allclose(found, softmax(np.array([[1.0, 2.5]])))
-    with pytest.raises(CalibrationError, match="needs the hidden state"):
+    with pytest.raises(ProbabilityCalibrationError, match="needs the hidden state"):
         fitted.probabilities(np.array([[9.0, -9.0]]))
 
 
-@pytest.mark.parametrize("head", [None, Head(((1.0, 0.5), (0.0, 1.0)), (0.0, 0.5))])
-def test_a_calibration_reads_back(head: Head | None, tmp_path: Path) -> None:
-    assert Calibration.load(tmp_path) is None
+@pytest.mark.parametrize("head", [None, LinearHead(((1.0, 0.5), (0.0, 1.0)), (0.0, 0.5))])
+def test_a_calibration_reads_back(head: LinearHead | None, tmp_path: Path) -> None:
+    assert ProbabilityCalibration.load(tmp_path) is None
     fitted = calibration(head=head)
     (tmp_path / "calibration.json").write_text(fitted.to_json())
-    assert Calibration.load(tmp_path) == fitted
+    assert ProbabilityCalibration.load(tmp_path) == fitted
 
 
 @pytest.mark.parametrize(
@@ -336,12 +342,12 @@ def test_a_calibration_reads_back(head: Head | None, tmp_path: Path) -> None:
 def test_a_damaged_calibration_names_its_file(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     path.write_text(json.dumps({**json.loads(calibration().to_json()), **change}))
-    with pytest.raises(CalibrationError, match=message) as caught:
-        Calibration.load(tmp_path)
+    with pytest.raises(ProbabilityCalibrationError, match=message) as caught:
+        ProbabilityCalibration.load(tmp_path)
     assert str(path) in str(caught.value)
     path.write_text("{")
-    with pytest.raises(CalibrationError, match="can't be read"):
-        Calibration.load(tmp_path)
+    with pytest.raises(ProbabilityCalibrationError, match="can't be read"):
+        ProbabilityCalibration.load(tmp_path)
 
 
 def test_a_row_is_what_its_fields_say() -> None:

@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_triton.ensemble.text.partial_match import find_first, partial_len
-from deepseek_triton.ensemble.text.reasoning import CLOSE_TAG, OPEN_TAG, ReasoningSplitter, Split, opens_reasoning
+from deepseek_triton.ensemble.text.reasoning import (
+    CLOSE_TAG,
+    OPEN_TAG,
+    ReasoningSplit,
+    ReasoningSplitter,
+    opens_reasoning,
+)
 from tests.support.cuts import cuttings, pieces
 
 # What can go wrong: tags, parts of tags, what almost is a tag, white space.
@@ -19,19 +25,19 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-def split(text: str, is_open: bool, cuts: list[int] | None = None) -> Split:
+def split(text: str, is_open: bool, cuts: list[int] | None = None) -> ReasoningSplit:
     splitter = ReasoningSplitter(is_open)
     parts = [splitter.push(piece) for piece in pieces(text, cuts or [])] + [splitter.push("", final=True)]
-    return Split("".join(part.reasoning for part in parts), "".join(part.text for part in parts))
+    return ReasoningSplit("".join(part.reasoning for part in parts), "".join(part.text for part in parts))
 
 
-def reference(text: str, is_open: bool) -> Split:
+def reference(text: str, is_open: bool) -> ReasoningSplit:
     """The convention once more, for a whole text."""
     found = re.fullmatch(r"(?s)(?P<tag>\s*<think>)?(?P<reasoning>.*?)(</think>(?P<text>.*))?", text)
     assert found is not None
     if not is_open and found["tag"] is None:
-        return Split("", text)
-    return Split(found["reasoning"], found["text"] or "")
+        return ReasoningSplit("", text)
+    return ReasoningSplit(found["reasoning"], found["text"] or "")
 
 
 @pytest.mark.parametrize(
@@ -58,8 +64,8 @@ def reference(text: str, is_open: bool) -> Split:
     ],
 )
 def test_split(is_open: bool, text: str, reasoning: str, answer: str) -> None:
-    assert split(text, is_open) == Split(reasoning, answer)
-    assert split(text, is_open, list(range(len(text)))) == Split(reasoning, answer)
+    assert split(text, is_open) == ReasoningSplit(reasoning, answer)
+    assert split(text, is_open, list(range(len(text)))) == ReasoningSplit(reasoning, answer)
 
 
 @given(text=TEXTS, is_open=st.booleans(), cuts=cuttings(60))
@@ -93,7 +99,7 @@ def test_text_is_given_out_at_once() -> None:
 
 def test_other_tags() -> None:
     splitter = ReasoningSplitter(False, "[THINK]", "[/THINK]")
-    assert splitter.push("[THINK]a</think>[/THINK]b", final=True) == Split("a</think>", "b")
+    assert splitter.push("[THINK]a</think>[/THINK]b", final=True) == ReasoningSplit("a</think>", "b")
     with pytest.raises(ValueError, match="must not be empty, got '' and 'x'"):
         ReasoningSplitter(False, "", "x")
 

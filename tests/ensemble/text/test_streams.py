@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from deepseek_triton.ensemble.protocol import contract
 from deepseek_triton.ensemble.protocol.contract import FinishReason
-from deepseek_triton.ensemble.protocol.progress import Head, LogProbs, Progress, PromptInfo, Update
+from deepseek_triton.ensemble.protocol.progress import LogProbs, Progress, PromptInfo, StreamHead, Update
 from deepseek_triton.ensemble.text.stop_words import StopMatcher
-from deepseek_triton.ensemble.text.streams import Outputs, Stream
+from deepseek_triton.ensemble.text.streams import Stream, StreamOutputs
 from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 from tests.support.checkpoints import make_tokenizer
 
@@ -31,11 +31,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_directory(directory)
 
 
-def push(stream: Stream, *updates: Update, **more: Any) -> Outputs:
+def push(stream: Stream, *updates: Update, **more: Any) -> StreamOutputs:
     return stream.push(Progress(1, updates, **more))
 
 
-def texts(outputs: Outputs, spec: contract.TensorSpec = contract.TEXT_OUTPUT) -> list[str]:
+def texts(outputs: StreamOutputs, spec: contract.TensorSpec = contract.TEXT_OUTPUT) -> list[str]:
     return [value.decode() for value in outputs[spec]]
 
 
@@ -52,7 +52,7 @@ def update(
 
 
 def test_text_is_given_as_soon_as_it_is_certain(tokenizer: Tokenizer) -> None:
-    stream = Stream(tokenizer, Head(PromptInfo()))
+    stream = Stream(tokenizer, StreamHead(PromptInfo()))
     a, first, second = ids_of(tokenizer, "aé")
     assert texts(push(stream, update(tokenizer, [a, first]))) == ["a"]
     outputs = push(stream, update(tokenizer, [second, first], "length"))
@@ -67,7 +67,7 @@ def test_text_is_given_as_soon_as_it_is_certain(tokenizer: Tokenizer) -> None:
     ],
 )
 def test_the_prompt_comes_back_once(tokenizer: Tokenizer, echo: str, answers: list[str], expected: list[str]) -> None:
-    stream = Stream(tokenizer, Head(PromptInfo(), tuple(ids_of(tokenizer, echo))))
+    stream = Stream(tokenizer, StreamHead(PromptInfo(), tuple(ids_of(tokenizer, echo))))
     found = [texts(push(stream, update(tokenizer, answer))) for answer in answers[:-1]]
     found.append(texts(push(stream, update(tokenizer, answers[-1], "stop"))))
     assert found == [[text] for text in expected]
@@ -75,13 +75,13 @@ def test_the_prompt_comes_back_once(tokenizer: Tokenizer, echo: str, answers: li
 
 def test_a_character_may_begin_in_the_prompt_and_end_in_the_answer(tokenizer: Tokenizer) -> None:
     first, second = ids_of(tokenizer, "é")
-    stream = Stream(tokenizer, Head(PromptInfo(), (first,)))
+    stream = Stream(tokenizer, StreamHead(PromptInfo(), (first,)))
     assert texts(push(stream, update(tokenizer, [second], "stop"))) == ["é"]
 
 
 def test_the_prompt_is_neither_reasoning_nor_a_tool_call(tokenizer: Tokenizer) -> None:
     prompt = f"{TOOL_CALL}<think>"
-    stream = Stream(tokenizer, Head(PromptInfo(True, True), tuple(ids_of(tokenizer, prompt))))
+    stream = Stream(tokenizer, StreamHead(PromptInfo(True, True), tuple(ids_of(tokenizer, prompt))))
     outputs = push(stream, update(tokenizer, "hm</think>ok", "stop"))
     assert texts(outputs) == [f"{prompt}ok"]
     assert texts(outputs, contract.REASONING_OUTPUT) == ["hm"] and texts(outputs, contract.TOOL_CALLS) == ["[]"]
@@ -90,7 +90,7 @@ def test_the_prompt_is_neither_reasoning_nor_a_tool_call(tokenizer: Tokenizer) -
 @given(st.text("aé日", max_size=12), st.lists(st.text("aé日", min_size=1, max_size=4), min_size=1, max_size=2))
 def test_a_stop_word_is_cut_off_exactly(tokenizer: Tokenizer, text: str, words: list[str]) -> None:
     """As the engine does: safe tokens go out as they are, at a stop all of them and how much to cut."""
-    stream, matcher = Stream(tokenizer, Head(PromptInfo())), StopMatcher(tokenizer, words)
+    stream, matcher = Stream(tokenizer, StreamHead(PromptInfo())), StopMatcher(tokenizer, words)
     ids = ids_of(tokenizer, text)
     sent, found = 0, ""
     for count, token in enumerate(ids, 1):
@@ -116,7 +116,7 @@ def test_reasoning_is_told_apart_where_it_is_asked_for(tokenizer: Tokenizer) -> 
         None: ("<think>no</think>yes", None),
     }
     for is_open, (text, reasoning) in expected.items():
-        stream = Stream(tokenizer, Head(PromptInfo(is_open)))
+        stream = Stream(tokenizer, StreamHead(PromptInfo(is_open)))
         outputs = [push(stream, update(tokenizer, part)) for part in ("<th", "ink>no</thi")]
         outputs.append(push(stream, update(tokenizer, "nk>yes", "stop")))
         assert "".join(texts(o)[0] for o in outputs) == text
@@ -127,7 +127,7 @@ def test_reasoning_is_told_apart_where_it_is_asked_for(tokenizer: Tokenizer) -> 
 
 
 def test_tool_calls_are_looked_for_where_the_prompt_offers_tools(tokenizer: Tokenizer) -> None:
-    stream = Stream(tokenizer, Head(PromptInfo(None, has_tools=True)))
+    stream = Stream(tokenizer, StreamHead(PromptInfo(None, has_tools=True)))
     outputs = [
         push(stream, update(tokenizer, f"So: {TOOL_CALL[:30]}")),
         push(stream, update(tokenizer, TOOL_CALL[30:], "stop")),
@@ -136,12 +136,12 @@ def test_tool_calls_are_looked_for_where_the_prompt_offers_tools(tokenizer: Toke
     deltas = [delta for o in outputs for delta in json.loads(texts(o, contract.TOOL_CALLS)[0])]
     assert deltas[0]["function"]["name"] == "now" and deltas[0]["id"]
     assert json.loads("".join(delta["function"]["arguments"] for delta in deltas)) == {"zone": "é"}
-    plain = push(Stream(tokenizer, Head(PromptInfo())), update(tokenizer, TOOL_CALL, "stop"))
+    plain = push(Stream(tokenizer, StreamHead(PromptInfo())), update(tokenizer, TOOL_CALL, "stop"))
     assert texts(plain) == [TOOL_CALL] and contract.TOOL_CALLS not in plain
 
 
 def test_sequences_of_one_stream_don_t_mix(tokenizer: Tokenizer) -> None:
-    stream = Stream(tokenizer, Head(PromptInfo(False)))
+    stream = Stream(tokenizer, StreamHead(PromptInfo(False)))
     first, second, x = ids_of(tokenizer, "éx")
     opened = [*ids_of(tokenizer, "<think>"), first]
     outputs = push(stream, update(tokenizer, opened), update(tokenizer, [first], index=1), shows_index=True)
@@ -153,7 +153,7 @@ def test_sequences_of_one_stream_don_t_mix(tokenizer: Tokenizer) -> None:
 
 def test_a_sequence_that_begins_after_another_s_end_is_read_the_same_way(tokenizer: Tokenizer) -> None:
     """With fewer slots than samples the first may be done before the second begins."""
-    stream = Stream(tokenizer, Head(PromptInfo(True), tuple(ids_of(tokenizer, "> "))))
+    stream = Stream(tokenizer, StreamHead(PromptInfo(True), tuple(ids_of(tokenizer, "> "))))
     for index in range(2):
         outputs = push(stream, update(tokenizer, "hm</think>ok", "stop", index))
         assert texts(outputs) == ["> ok"] and texts(outputs, contract.REASONING_OUTPUT) == ["hm"]
@@ -162,7 +162,7 @@ def test_a_sequence_that_begins_after_another_s_end_is_read_the_same_way(tokeniz
 def test_log_probs_lie_one_behind_the_other(tokenizer: Tokenizer) -> None:
     (token,) = ids_of(tokenizer, "x")
     half = ids_of(tokenizer, "é")[0]
-    stream = Stream(tokenizer, Head(PromptInfo()))
+    stream = Stream(tokenizer, StreamHead(PromptInfo()))
     top = (((token, -0.5), (half, -1.0)), ((half, -0.25),))
     outputs = push(
         stream,

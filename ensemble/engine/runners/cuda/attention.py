@@ -13,7 +13,7 @@ from deepseek_triton.ensemble.engine.runners.cuda.kernels import attention, rows
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
 from deepseek_triton.ensemble.engine.runners.cuda.layers import Layer
 from deepseek_triton.ensemble.engine.runners.cuda.linear import Parts
-from deepseek_triton.ensemble.engine.runners.cuda.plan import Plan
+from deepseek_triton.ensemble.engine.runners.cuda.plan import KernelPlan
 
 LOG2_E = 1.0 / math.log(2.0)
 DECODE_BLOCK = 64  # cached positions that decode attention reads at a time
@@ -31,7 +31,9 @@ class Caches:
 class Attention:
     """Rotary embedding, the caches' update and attention itself; cos and sin: [max_seq_len, head_dim / 2]."""
 
-    def __init__(self, launch: Launcher, plan: Plan, shape: DecoderShape, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    def __init__(
+        self, launch: Launcher, plan: KernelPlan, shape: DecoderShape, cos: torch.Tensor, sin: torch.Tensor
+    ) -> None:
         self.plan = plan
         self._launch, self._shape, self._cos, self._sin = launch, shape, cos, sin
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deepseek_triton.ensemble.engine.runners.base import Decoded, Draw, Ids
+from deepseek_triton.ensemble.engine.runners.base import Decoded, DeviceSampling, Ids
 from deepseek_triton.ensemble.engine.runners.cuda.prompts import PackedPrompts
 
 STEPS_IN_FLIGHT = 2
@@ -62,7 +62,7 @@ class StepSlot:
         log_probs = torch.zeros(num_rows, dtype=torch.float32, pin_memory=is_pinned)
         return cls(inputs, inputs.arrays(), tokens, log_probs)
 
-    def fill(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], size: int) -> None:
+    def fill(self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], size: int) -> None:
         """Set rows 0 … size − 1; those behind `ids` have no token. A row that draws nothing is greedy."""
         n = len(ids)
         self.arrays["ids"][:n], self.arrays["positions"][:n] = ids, positions

@@ -12,12 +12,12 @@ from deepseek_triton.ensemble.engine.runners.cuda.attention import Attention, Ca
 from deepseek_triton.ensemble.engine.runners.cuda.group import Group
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import gemv
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
-from deepseek_triton.ensemble.engine.runners.cuda.layers import Linear, Weights
+from deepseek_triton.ensemble.engine.runners.cuda.layers import DecoderWeights, Linear
 from deepseek_triton.ensemble.engine.runners.cuda.linear import Parts
-from deepseek_triton.ensemble.engine.runners.cuda.plan import Plan
+from deepseek_triton.ensemble.engine.runners.cuda.plan import KernelPlan
 
 
-class OneRow:
+class DecodeGemv:
     """One token of slot 0 through the decoder.
 
     What is quantised next needs its largest value: the kernel that writes it raises `attention_amax` or `mlp_amax`
@@ -27,9 +27,9 @@ class OneRow:
     def __init__(
         self,
         launch: Launcher,
-        plan: Plan,
+        plan: KernelPlan,
         shape: DecoderShape,
-        weights: Weights,
+        weights: DecoderWeights,
         attention: Attention,
         group: Group | None = None,
     ) -> None:

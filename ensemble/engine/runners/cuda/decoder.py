@@ -14,16 +14,20 @@ import triton
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 from deepseek_triton.ensemble.engine.runners.cuda.attention import Attention, Caches
 from deepseek_triton.ensemble.engine.runners.cuda.buffers import Prompts
-from deepseek_triton.ensemble.engine.runners.cuda.decode_gemv import OneRow
+from deepseek_triton.ensemble.engine.runners.cuda.decode_gemv import DecodeGemv
 from deepseek_triton.ensemble.engine.runners.cuda.driver import KernelError
 from deepseek_triton.ensemble.engine.runners.cuda.group import Group
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import rows
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
-from deepseek_triton.ensemble.engine.runners.cuda.layers import Layer, Weights
-from deepseek_triton.ensemble.engine.runners.cuda.linear import Parts, Products
-from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import MOST_ROWS, Boxes, RowBoxes
-from deepseek_triton.ensemble.engine.runners.cuda.persistent_decode import DecodeOne, box_bytes, reason_against
-from deepseek_triton.ensemble.engine.runners.cuda.plan import Plan
+from deepseek_triton.ensemble.engine.runners.cuda.layers import DecoderWeights, Layer
+from deepseek_triton.ensemble.engine.runners.cuda.linear import LinearOps, Parts
+from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import MOST_ROWS, PeerBuffers, RowPeerBuffers
+from deepseek_triton.ensemble.engine.runners.cuda.persistent_decode import (
+    PersistentDecode,
+    peer_buffer_bytes,
+    reason_against,
+)
+from deepseek_triton.ensemble.engine.runners.cuda.plan import KernelPlan
 from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightSource
 
 log = logging.getLogger(__name__)
@@ -42,7 +46,7 @@ class Decoder:
         self,
         shape: DecoderShape,
         source: WeightSource,
-        plan: Plan,
+        plan: KernelPlan,
         device: torch.device,
         *,
         dtype: torch.dtype = torch.bfloat16,
@@ -51,12 +55,12 @@ class Decoder:
     ) -> None:
         self.shape, self.plan, self._group = shape, plan, group
         split = None if group is None else group.split
-        self.weights = weights = Weights.load(shape, source, device, dtype, split)
+        self.weights = weights = DecoderWeights.load(shape, source, device, dtype, split)
         self.launch = Launcher(device, dtype, pdl=pdl)
-        self.products = Products(self.launch, plan, shape.rms_norm_eps)
+        self.linear_ops = LinearOps(self.launch, plan, shape.rms_norm_eps)
         self.attention = Attention(self.launch, plan, shape, weights.cos, weights.sin)
-        self.one_row = OneRow(self.launch, plan, shape, weights, self.attention, group)
-        self._one: DecodeOne | None = None
+        self.decode_gemv = DecodeGemv(self.launch, plan, shape, weights, self.attention, group)
+        self._one: PersistentDecode | None = None
 
     def decode(
         self,
@@ -77,7 +81,7 @@ class Decoder:
             return self._joined(self._one(ids, positions, last_tokens))
         hidden = self._embed(ids, last_tokens)
         if len(ids) == 1 and self.plan.gemv:
-            return self._joined(self.one_row(hidden, positions, caches, arrived))
+            return self._joined(self.decode_gemv(hidden, positions, caches, arrived))
         return self._decode_many(hidden, positions, caches, arrived)
 
     def prepare(self, caches: Caches) -> None:
@@ -87,15 +91,15 @@ class Decoder:
         """
         weights, device, dtype = self.weights, self.launch.device, self.launch.dtype
         is_fp8 = [linear.is_fp8 for layer in weights.layers for linear in layer.matrices]
-        boxes = Boxes.alone(device) if self._group is None else self._share_boxes(self._group)
+        peer_buffers = PeerBuffers.alone(device) if self._group is None else self._share_boxes(self._group)
         reason = reason_against(self.shape, is_fp8, device, dtype)
         if not self.plan.gemv:
             reason = "the plan has no kernels for one row"
-        if boxes is None:
+        if peer_buffers is None:
             reason = "the ranks share no memory"
         elif self._agreed(reason is None):
             try:
-                self._one = DecodeOne(self.shape, weights, caches, boxes=boxes)
+                self._one = PersistentDecode(self.shape, weights, caches, peer_buffers=peer_buffers)
             except KernelError as error:
                 reason = str(error)
             if not self._agreed(self._one is not None):
@@ -103,14 +107,14 @@ class Decoder:
         if self._one is None:
             log.info("batch 1 runs by several kernels: %s", reason or "another rank can't do otherwise")
 
-    def _share_boxes(self, group: Group) -> Boxes | None:
+    def _share_boxes(self, group: Group) -> PeerBuffers | None:
         """One box a rank: the single kernel's words, then those of rows."""
         size, width = group.split.size, self.shape.hidden_size
-        own = box_bytes(self.shape, size)
-        boxes = group.boxes(own + RowBoxes.num_bytes(size, width))
-        if boxes is not None and size > 1:
-            self.products.row_boxes = RowBoxes.of(boxes, own)
-        return boxes
+        own = peer_buffer_bytes(self.shape, size)
+        peer_buffers = group.peer_buffers(own + RowPeerBuffers.num_bytes(size, width))
+        if peer_buffers is not None and size > 1:
+            self.linear_ops.row_peer_buffers = RowPeerBuffers.of(peer_buffers, own)
+        return peer_buffers
 
     def _agreed(self, is_so: bool) -> bool:
         """Whether it is so on every rank."""
@@ -118,7 +122,7 @@ class Decoder:
 
     def prefill(self, prompts: Prompts, caches: Caches) -> torch.Tensor:
         """Several slots' chunks, packed: logits [len(last_rows), vocab_size] float32 of their last tokens."""
-        products, attention = self.products, self.attention
+        linear_ops, attention = self.linear_ops, self.attention
         hidden = self._embed(prompts.ids, None)
         q = self.launch.empty(len(hidden), self.shape.q_size, dtype=self.launch.dtype)
         attended = torch.empty_like(q)
@@ -126,8 +130,8 @@ class Decoder:
         bias: torch.Tensor | None = None
         for index, layer in enumerate(self.weights.layers):
             keys, values = caches.keys[index], caches.values[index]
-            normed = products.norm(hidden, parts, bias, layer.attention_norm, layer.qkv.is_fp8)
-            projected = products.multiply(normed, layer.qkv)
+            normed = linear_ops.norm(hidden, parts, bias, layer.attention_norm, layer.qkv.is_fp8)
+            projected = linear_ops.multiply(normed, layer.qkv)
             attention.rope(projected, layer, prompts.slots, prompts.positions, q, keys, values)
             attention.prefill(q, keys, values, prompts.tiles, attended)
             parts, bias = self._rest_of_layer(hidden, attended, layer)
@@ -140,11 +144,11 @@ class Decoder:
         parts: Parts | None = None
         bias: torch.Tensor | None = None
         for index, layer in enumerate(self.weights.layers):
-            normed = self.products.norm(hidden, parts, bias, layer.attention_norm, layer.qkv.is_fp8)
-            qkv = self.products.multiply(normed, layer.qkv)
+            normed = self.linear_ops.norm(hidden, parts, bias, layer.attention_norm, layer.qkv.is_fp8)
+            qkv = self.linear_ops.multiply(normed, layer.qkv)
             self.attention.decode(
                 qkv, layer.qkv.bias, layer, positions, caches.keys[index], caches.values[index], arrived, attended,
-                self.one_row.attention_amax,
+                self.decode_gemv.attention_amax,
             )  # fmt: skip
             parts, bias = self._rest_of_layer(hidden, attended, layer)
         return self._logits(hidden, parts, bias, None)
@@ -156,7 +160,7 @@ class Decoder:
         self.launch(
             rows.embed_rows, (len(ids), triton.cdiv(width, block)),
             ids, ids if last_tokens is None else last_tokens, self.weights.embedding, hidden,
-            self.one_row.attention_amax,
+            self.decode_gemv.attention_amax,
             H=width, BLOCK=block, HAS_LAST=last_tokens is not None, num_warps=4,
         )  # fmt: skip
         return hidden
@@ -165,11 +169,11 @@ class Decoder:
         self, hidden: torch.Tensor, attended: torch.Tensor, layer: Layer
     ) -> tuple[Parts, torch.Tensor | None]:
         """From attention's output to what the next layer adds to `hidden`: parts, and a bias."""
-        products = self.products
-        output = self._summed(products.multiply(products.quantise(attended, layer.o), layer.o))
-        normed = products.norm(hidden, output, layer.o.bias, layer.mlp_norm, layer.gate_up.is_fp8)
-        product = products.silu(products.multiply(normed, layer.gate_up), layer)
-        return self._summed(products.multiply(product, layer.down)), layer.down.bias
+        linear_ops = self.linear_ops
+        output = self._summed(linear_ops.multiply(linear_ops.quantise(attended, layer.o), layer.o))
+        normed = linear_ops.norm(hidden, output, layer.o.bias, layer.mlp_norm, layer.gate_up.is_fp8)
+        product = linear_ops.silu(linear_ops.multiply(normed, layer.gate_up), layer)
+        return self._summed(linear_ops.multiply(product, layer.down)), layer.down.bias
 
     def _logits(
         self, hidden: torch.Tensor, parts: Parts | None, bias: torch.Tensor | None, chosen: torch.Tensor | None
@@ -177,14 +181,14 @@ class Decoder:
         if chosen is not None and parts is not None:
             of_chosen = Parts(parts.tensor[:, chosen], parts.is_of_rank)
             parts = self._summed(of_chosen) if parts.is_of_rank else of_chosen
-        normed = self.products.norm(hidden, parts, bias, self.weights.norm, False, chosen)
-        return self._joined(self.products.head(normed, self.weights.head))
+        normed = self.linear_ops.norm(hidden, parts, bias, self.weights.norm, False, chosen)
+        return self._joined(self.linear_ops.head(normed, self.weights.head))
 
     def _summed(self, parts: Parts) -> Parts:
         """A product of this rank's columns → of all ranks', or, of few rows, what the norm that reads it sums up."""
         if self._group is None:
             return parts
-        if self.products.row_boxes.boxes.size > 1 and parts.tensor.shape[1] <= MOST_ROWS:
+        if self.linear_ops.row_peer_buffers.peer_buffers.size > 1 and parts.tensor.shape[1] <= MOST_ROWS:
             return Parts(parts.tensor, is_of_rank=True)
         return Parts(self._group.sum_parts(parts.tensor)[None])
 

@@ -1,4 +1,4 @@
-"""What the ranks of one model say to each other on their devices: sums of partial products, and gathered logits.
+"""What the ranks of one model say to each other on their devices: sums of partial linear_ops, and gathered logits.
 
 Every call is a collective: all ranks make the same ones in the same order. With NCCL a call only launches, so that it
 can be captured; with gloo, on the CPU, it waits.
@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from deepseek_triton.ensemble.artefacts.cuda_split import Split
+from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
 from deepseek_triton.ensemble.engine.runners.cuda.driver import KernelError
-from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import Boxes, SharedBoxes
+from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import PeerBuffers, SharedBoxes
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Group:
 
     def __init__(
         self,
-        split: Split,
+        split: ShardedDecoder,
         device: torch.device,
         rendezvous: Path,
         *,
@@ -88,19 +88,19 @@ class Group:
         dist.all_reduce(answer, dist.ReduceOp.MIN)
         return bool(answer.item())
 
-    def boxes(self, num_bytes: int) -> Boxes | None:
+    def peer_buffers(self, num_bytes: int) -> PeerBuffers | None:
         """Memory of every rank that all ranks' kernels reach, until `leave`; None: there can be none."""
         if self._device.type != "cuda":
             return None
         self._given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self._shared = SharedBoxes(num_bytes, self._device)
-        handles, boxes = self._gather(self._shared.handle[None])[:, 0], None
+        handles, peer_buffers = self._gather(self._shared.handle[None])[:, 0], None
         try:
             addresses = self._shared.open(self.split.rank, handles)
-            boxes = Boxes(self.split.rank, self.split.size, addresses, self._given_up)
+            peer_buffers = PeerBuffers(self.split.rank, self.split.size, addresses, self._given_up)
         except KernelError as error:
             log.warning("rank %d's GPU doesn't reach the others' memory: %s", self.split.rank, error)
-        return boxes if self.agreed(boxes is not None) else None
+        return peer_buffers if self.agreed(peer_buffers is not None) else None
 
     def add(self, part: torch.Tensor) -> None:
         """Replace `part` by the sum of all ranks' parts: the same bits everywhere."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from deepseek_triton.ensemble.artefacts.cuda_layout import GROUPS, DecoderShape
-from deepseek_triton.ensemble.artefacts.cuda_split import Split
+from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
 from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightSource
 
 
@@ -45,7 +45,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Weights:
+class DecoderWeights:
     """All of a decoder, or one rank's part of it.
 
     embedding: [vocab_size, hidden_size]. norm: [hidden_size]. head: of a rank's vocab_width tokens. cos and sin:
@@ -66,8 +66,8 @@ class Weights:
         source: WeightSource,
         device: torch.device,
         dtype: torch.dtype,
-        split: Split | None = None,
-    ) -> Weights:
+        split: ShardedDecoder | None = None,
+    ) -> DecoderWeights:
         """Read `source`, a `SplitWeights` where there is a split; whatever isn't FP8 or a table becomes `dtype`."""
 
         def load(name: str, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -13,8 +13,8 @@ import triton
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import rows, small_m_gemm
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
 from deepseek_triton.ensemble.engine.runners.cuda.layers import Layer, Linear
-from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import MOST_ROWS, Boxes, RowBoxes
-from deepseek_triton.ensemble.engine.runners.cuda.plan import Plan
+from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import MOST_ROWS, PeerBuffers, RowPeerBuffers
+from deepseek_triton.ensemble.engine.runners.cuda.plan import KernelPlan
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,16 @@ class Rows:
     scale: torch.Tensor | None
 
 
-class Products:
-    """What a layer does to rows, attention aside. row_boxes: where `norm` sums up what each rank has a part of."""
+class LinearOps:
+    """What a layer does to rows, attention aside.
 
-    def __init__(self, launch: Launcher, plan: Plan, rms_norm_eps: float) -> None:
+    row_peer_buffers: where `norm` sums up what each rank has a part of.
+    """
+
+    def __init__(self, launch: Launcher, plan: KernelPlan, rms_norm_eps: float) -> None:
         self.plan = plan
         self._launch, self._eps = launch, rms_norm_eps
-        self.row_boxes = RowBoxes.of(Boxes.alone(launch.device), 0)
+        self.row_peer_buffers = RowPeerBuffers.of(PeerBuffers.alone(launch.device), 0)
 
     def norm(
         self,
@@ -65,16 +68,16 @@ class Products:
         count = len(hidden) if chosen is None else len(chosen)
         out, scale = self._rows(count, width, is_fp8)
         block = triton.next_power_of_2(width)
-        boxes = self.row_boxes.boxes
+        peer_buffers = self.row_peer_buffers.peer_buffers
         launch(
             rows.norm_rows, (count,),
             hidden, hidden if chosen is None else chosen, hidden if parts is None else parts.tensor,
             launch.or_nothing(bias), weight, out, launch.or_nothing(scale),
             0 if parts is None else parts.stride, self._eps,
-            boxes.addresses, self.row_boxes.counts, boxes.given_up,
+            peer_buffers.addresses, self.row_peer_buffers.counts, peer_buffers.given_up,
             H=width, BLOCK=block, NUM_PARTS=0 if parts is None else parts.count,
             HAS_BIAS=bias is not None, HAS_ROWS=chosen is not None, FP8=is_fp8, MOST_ROWS=MOST_ROWS,
-            RANK=boxes.rank, RANKS=boxes.size if parts is not None and parts.is_of_rank else 1,
+            RANK=peer_buffers.rank, RANKS=peer_buffers.size if parts is not None and parts.is_of_rank else 1,
             num_warps=max(1, min(8, block // 512)),
         )  # fmt: skip
         return Rows(out, scale)
@@ -110,11 +113,11 @@ class Products:
         count, n, k = len(x.values), *linear.weight.shape
         if self.plan.use_library(count):
             return Parts(_library_product(x, linear)[None])
-        tile = self.plan.skinny[linear.name]
+        tile = self.plan.small_m[linear.name]
         bm = min(64, max(16, triton.next_power_of_2(count)))
         parts = self._launch.empty(tile.num_parts, count, n)
         self._launch(
-            small_m_gemm.skinny_gemm, (triton.cdiv(count, bm), triton.cdiv(n, tile.bn), tile.num_parts),
+            small_m_gemm.small_m_gemm, (triton.cdiv(count, bm), triton.cdiv(n, tile.bn), tile.num_parts),
             x.values, self._launch.or_nothing(x.scale), linear.weight, self._launch.or_nothing(linear.scale), parts,
             count,
             N=n, K=k, BM=bm, BN=tile.bn, BK=tile.row_bytes // linear.weight.element_size(),

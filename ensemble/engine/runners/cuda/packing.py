@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from deepseek_triton.ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, PromptChunk
+from deepseek_triton.ensemble.engine.runners.base import Decoded, DeviceSampling, Ids, Logits, PromptChunk
 from deepseek_triton.ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT
 
 
@@ -25,8 +25,8 @@ class PackingRunner(ABC):
         self.start_decode(ids, positions, [None] * len(ids), range(len(ids)))
         return self.finish_decode().logits
 
-    def can_draw(self, draw: Draw) -> bool:
-        """See DrawingRunner: every Draw."""
+    def can_draw(self, draw: DeviceSampling) -> bool:
+        """See DrawingRunner: every DeviceSampling."""
         return True
 
     @abstractmethod
@@ -34,7 +34,9 @@ class PackingRunner(ABC):
         """`prefill` of several slots' chunks at once: the logits [len(chunks), vocab_size] of each one's last token."""
 
     @abstractmethod
-    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
+    def start_decode(
+        self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+    ) -> None:
         """See DrawingRunner; a second step may be begun before the first is finished, ids −1 its tokens."""
 
     @abstractmethod

@@ -13,13 +13,13 @@ from types import TracebackType
 import torch
 
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape, LayoutError
-from deepseek_triton.ensemble.artefacts.cuda_split import Split
-from deepseek_triton.ensemble.engine.runners.base import Decoded, Draw, Ids, Logits, PromptChunk, RunnerError
+from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
+from deepseek_triton.ensemble.engine.runners.base import Decoded, DeviceSampling, Ids, Logits, PromptChunk, RunnerError
 from deepseek_triton.ensemble.engine.runners.cuda.limits import Limits
 from deepseek_triton.ensemble.engine.runners.cuda.packing import PackingRunner
 from deepseek_triton.ensemble.engine.runners.cuda.ranks import END_S, START_S, STEP_S, Ranks
 from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightSource
-from deepseek_triton.ensemble.engine.runners.cuda.worker import Job
+from deepseek_triton.ensemble.engine.runners.cuda.worker import RankJob
 from deepseek_triton.ensemble.processes.temp_dirs import make_directory, remove_directory
 
 
@@ -60,7 +60,7 @@ class ParallelRunner(PackingRunner):
         self.num_slots, self.max_seq_len, self.vocab_size = num_slots, shape.max_seq_len, shape.vocab_size
         self._limits = Limits(num_slots, shape.max_seq_len, prefill_chunk)
         try:
-            splits = [Split(shape, rank, size) for rank in range(size)] or [Split(shape, 0, size)]
+            splits = [ShardedDecoder(shape, rank, size) for rank in range(size)] or [ShardedDecoder(shape, 0, size)]
         except LayoutError as error:
             raise RunnerError(str(error)) from error
         if device_type == "cuda" and torch.cuda.device_count() < size:
@@ -71,7 +71,7 @@ class ParallelRunner(PackingRunner):
             raise RunnerError("this process runs a split model already; close the other first")
         self._directory = make_directory("deepseek-triton-ranks-")
         jobs = [
-            Job(
+            RankJob(
                 source, split, f"cuda:{split.rank}" if device_type == "cuda" else device_type, dtype,
                 num_slots, prefill_chunk, is_invariant, self._directory / "rendezvous", start_s,
             )
@@ -138,7 +138,9 @@ class ParallelRunner(PackingRunner):
             self._ranks.tell("prefill_many", chunks)
             return self._runner.prefill_many(chunks)
 
-    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
+    def start_decode(
+        self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+    ) -> None:
         """See DrawingRunner."""
         self._runner.check_start_decode(ids, positions)
         with self._ranks.together():
@@ -153,7 +155,7 @@ class ParallelRunner(PackingRunner):
     # ---- PipelinedRunner
 
     def start_prefill(
-        self, chunks: Sequence[PromptChunk], draws: Sequence[Draw | None], logits_rows: Sequence[int]
+        self, chunks: Sequence[PromptChunk], draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
         """See PipelinedRunner."""
         self._runner.check_start_prefill(chunks)

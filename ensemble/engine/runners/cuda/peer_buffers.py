@@ -14,7 +14,7 @@ import torch
 from deepseek_triton.ensemble.engine.runners.cuda.driver import KernelError, call
 
 LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-MOST_ROWS = 64  # that are summed over ranks by words in boxes; of more, collectives move half the bytes
+MOST_ROWS = 64  # that are summed over ranks by words in peer_buffers; of more, collectives move half the bytes
 
 
 class _Handle(ctypes.Structure):
@@ -24,8 +24,8 @@ class _Handle(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Boxes:
-    """All ranks' boxes, as kernels of rank `rank` of `size` find them.
+class PeerBuffers:
+    """All ranks' peer_buffers, as kernels of rank `rank` of `size` find them.
 
     addresses: [size] int64, on the device. given_up: [1] int32, page-locked on the host: not 0 once nobody should wait
     for the others any more.
@@ -37,23 +37,24 @@ class Boxes:
     given_up: torch.Tensor
 
     @classmethod
-    def alone(cls, device: torch.device) -> Boxes:
+    def alone(cls, device: torch.device) -> PeerBuffers:
         """Of a model on one GPU, whose kernels leave nothing to anybody: none looks at them."""
         return cls(0, 1, *(torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32)))
 
 
 @dataclass(frozen=True)
-class RowBoxes:
-    """Where all ranks' parts of up to `MOST_ROWS` rows meet: boxes, and [MOST_ROWS] int32, the sums of each so far."""
+class RowPeerBuffers:
+    """Where all ranks' parts of up to `MOST_ROWS` rows meet: peer_buffers, and [MOST_ROWS] int32, the sums of each so
+    far."""
 
-    boxes: Boxes
+    peer_buffers: PeerBuffers
     counts: torch.Tensor
 
     @classmethod
-    def of(cls, boxes: Boxes, offset: int) -> RowBoxes:
-        """Behind the first `offset` bytes of `boxes`, which hold zeros yet."""
-        counts = torch.zeros(MOST_ROWS, dtype=torch.int32, device=boxes.addresses.device)
-        return cls(replace(boxes, addresses=boxes.addresses + offset), counts)
+    def of(cls, peer_buffers: PeerBuffers, offset: int) -> RowPeerBuffers:
+        """Behind the first `offset` bytes of `peer_buffers`, which hold zeros yet."""
+        counts = torch.zeros(MOST_ROWS, dtype=torch.int32, device=peer_buffers.addresses.device)
+        return cls(replace(peer_buffers, addresses=peer_buffers.addresses + offset), counts)
 
     @staticmethod
     def num_bytes(size: int, width: int) -> int:
@@ -97,7 +98,7 @@ class SharedBoxes:
         return torch.tensor(addresses, dtype=torch.int64, device=self._device)
 
     def close(self) -> None:
-        """Let go of the others' boxes; no kernel may use them any more. A second call does nothing."""
+        """Let go of the others' peer_buffers; no kernel may use them any more. A second call does nothing."""
         with torch.cuda.device(self._device):
             for address in self._opened:
                 with contextlib.suppress(KernelError):

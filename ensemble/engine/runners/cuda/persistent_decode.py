@@ -1,4 +1,4 @@
-"""Batch 1 in a single kernel (kernels/decode_one.cu): what it needs, and which decoders it can run.
+"""Batch 1 in a single kernel (kernels/persistent_decode.cu): what it needs, and which decoders it can run.
 
 One row through the whole decoder, on GPUs that copy to shared memory in bulk (Hopper and later). Where it can't run,
 the kernels of gemv.py do the same.
@@ -16,9 +16,9 @@ import torch
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 from deepseek_triton.ensemble.engine.runners.cuda.attention import Caches
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import shared_bytes
-from deepseek_triton.ensemble.engine.runners.cuda.layers import Layer, Weights
+from deepseek_triton.ensemble.engine.runners.cuda.layers import DecoderWeights, Layer
 from deepseek_triton.ensemble.engine.runners.cuda.nvrtc import Kernel
-from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import Boxes
+from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import PeerBuffers
 
 SOURCE = Path(__file__).parent / "kernels" / "persistent_decode.cu"
 CAPABILITY = (9, 0)
@@ -100,12 +100,12 @@ def reason_against(shape: DecoderShape, fp8: Sequence[bool], device: torch.devic
     return None
 
 
-class DecodeOne:
+class PersistentDecode:
     """The kernel for one decoder and its caches: none of their tensors may move while it lives.
 
     Args:
         shape, weights, caches: in bfloat16, matrices all FP8 or none; of a model on several GPUs, this rank's part.
-        boxes: of `box_bytes`, where the model is on several GPUs: all ranks must make the same calls.
+        peer_buffers: of `peer_buffer_bytes`, where the model is on several GPUs: all ranks must make the same calls.
         blocks: as many as the GPU has multiprocessors, unless tests want two kernels side by side.
 
     Raises:
@@ -113,7 +113,13 @@ class DecodeOne:
     """
 
     def __init__(
-        self, shape: DecoderShape, weights: Weights, caches: Caches, *, boxes: Boxes, blocks: int | None = None
+        self,
+        shape: DecoderShape,
+        weights: DecoderWeights,
+        caches: Caches,
+        *,
+        peer_buffers: PeerBuffers,
+        blocks: int | None = None,
     ) -> None:
         device, head = weights.embedding.device, weights.head.weight
         is_fp8 = weights.layers[0].qkv.is_fp8
@@ -126,8 +132,8 @@ class DecodeOne:
             "KV_HEADS": shape.num_kv_heads,
             "HEAD_DIM": shape.head_dim,
             "VOCAB": len(head),
-            "RANK": boxes.rank,
-            "RANKS": boxes.size,
+            "RANK": peer_buffers.rank,
+            "RANKS": peer_buffers.size,
             "LAYERS": shape.num_layers,
             "MAX_SEQ_LEN": shape.max_seq_len,
             "FP8": int(is_fp8),
@@ -141,7 +147,7 @@ class DecodeOne:
             "KV_BLOCK": memory.kv_block,
             "SCRATCH_BYTES": memory.scratch_bytes,
         }
-        self._kernel = Kernel(SOURCE.read_text("utf-8"), "decode_one", macros, shared_bytes=memory.total)
+        self._kernel = Kernel(SOURCE.read_text("utf-8"), "persistent_decode", macros, shared_bytes=memory.total)
         self._held = weights, caches  # what the table points to
         table = [
             address
@@ -152,8 +158,8 @@ class DecodeOne:
         work = torch.zeros(_work_bytes(shape, self._blocks) // 4, dtype=torch.int32, device=device)
         self._logits = torch.empty(1, len(head), dtype=torch.float32, device=device)
         self._arguments = [
-            weights.embedding, weights.norm, head, weights.cos, weights.sin, table_tensor, work, boxes.addresses,
-            boxes.given_up, self._logits,
+            weights.embedding, weights.norm, head, weights.cos, weights.sin, table_tensor, work, peer_buffers.addresses,
+            peer_buffers.given_up, self._logits,
         ]  # fmt: skip
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, last_tokens: torch.Tensor) -> torch.Tensor:
@@ -170,7 +176,7 @@ def _addresses(layer: Layer, keys: torch.Tensor, values: torch.Tensor) -> list[i
     return [0 if tensor is None else tensor.data_ptr() for tensor in [*tensors, keys, values]]
 
 
-def box_bytes(shape: DecoderShape, num_ranks: int) -> int:
+def peer_buffer_bytes(shape: DecoderShape, num_ranks: int) -> int:
     """Of a rank's box: two words of eight bytes for each rank and element of the hidden state."""
     return 2 * num_ranks * shape.hidden_size * 8
 

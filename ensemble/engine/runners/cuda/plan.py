@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-MAX_SKINNY_ROWS = 64  # above, the library's GEMM
+MAX_SMALL_M_ROWS = 64  # above, the library's GEMM
 OTHER_SHARED_BYTES = 8192  # what a kernel needs besides, for its sums
 
 
@@ -37,7 +37,7 @@ class Gemv:
 
 
 @dataclass(frozen=True)
-class Skinny:
+class SmallMTile:
     """A few rows: tiles of `bn` weight rows and `row_bytes` of each, the inner dimension split into `num_parts`."""
 
     num_parts: int
@@ -48,21 +48,21 @@ class Skinny:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """gemv: by fused matrix, for batch 1; gemv empty: batch 1 goes the way of others. skinny: by fused matrix.
+class KernelPlan:
+    """gemv: by fused matrix, for batch 1; gemv empty: batch 1 goes the way of others. small_m: by fused matrix.
 
-    max_skinny_rows: above it the library's GEMM is used; None: never. splits: programs that share a slot's cache;
+    max_small_m_rows: above it the library's GEMM is used; None: never. splits: programs that share a slot's cache;
     None: by batch.
     """
 
     gemv: dict[str, Gemv] = field(default_factory=dict)
-    skinny: dict[str, Skinny] = field(default_factory=dict)
-    max_skinny_rows: int | None = MAX_SKINNY_ROWS
+    small_m: dict[str, SmallMTile] = field(default_factory=dict)
+    max_small_m_rows: int | None = MAX_SMALL_M_ROWS
     splits: int | None = None
 
     def use_library(self, rows: int) -> bool:
-        """Whether `rows` are more than the skinny kernel is for."""
-        return self.max_skinny_rows is not None and rows > self.max_skinny_rows
+        """Whether `rows` are more than the small_m kernel is for."""
+        return self.max_small_m_rows is not None and rows > self.max_small_m_rows
 
     def num_splits(self, rows: int, num_kv_heads: int, num_processors: int) -> int:
         """Programs for each slot and key head, a power of two: together some two for each multiprocessor."""
@@ -73,14 +73,14 @@ class Plan:
 
 
 MAX_SPLITS = 32
-SKINNY = {
-    "qkv": Skinny(num_parts=4),
-    "o": Skinny(num_parts=4),
-    "gate_up": Skinny(num_parts=1),
-    "down": Skinny(num_parts=7),
-    "head": Skinny(num_parts=1, row_bytes=128),
+SMALL_M = {
+    "qkv": SmallMTile(num_parts=4),
+    "o": SmallMTile(num_parts=4),
+    "gate_up": SmallMTile(num_parts=1),
+    "down": SmallMTile(num_parts=7),
+    "head": SmallMTile(num_parts=1, row_bytes=128),
 }
-FAST = Plan(
+FAST = KernelPlan(
     gemv={
         "qkv": Gemv(bn=4, num_warps=4),
         "o": Gemv(bn=4, num_warps=4, bk=4096),
@@ -88,6 +88,6 @@ FAST = Plan(
         "down": Gemv(bn=8, num_warps=4, bk=1024),
         "head": Gemv(bn=4, num_warps=8),
     },
-    skinny=SKINNY,
+    small_m=SMALL_M,
 )
-INVARIANT = Plan(skinny=SKINNY, max_skinny_rows=None, splits=8)
+INVARIANT = KernelPlan(small_m=SMALL_M, max_small_m_rows=None, splits=8)

@@ -21,7 +21,7 @@ import torch
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape, LayoutError
 from deepseek_triton.ensemble.engine.runners.base import (
     Decoded,
-    Draw,
+    DeviceSampling,
     Ids,
     Logits,
     OutOfMemoryError,
@@ -48,7 +48,7 @@ from deepseek_triton.ensemble.engine.runners.cuda.group import Group
 from deepseek_triton.ensemble.engine.runners.cuda.limits import Limits
 from deepseek_triton.ensemble.engine.runners.cuda.memory import MIB, check_fits, weight_bytes
 from deepseek_triton.ensemble.engine.runners.cuda.packing import PackingRunner
-from deepseek_triton.ensemble.engine.runners.cuda.plan import FAST, INVARIANT, Plan
+from deepseek_triton.ensemble.engine.runners.cuda.plan import FAST, INVARIANT, KernelPlan
 from deepseek_triton.ensemble.engine.runners.cuda.sampling import FirstTokens, Scanned, draw_rows
 from deepseek_triton.ensemble.engine.runners.cuda.weights import SplitWeights, WeightSource
 
@@ -83,7 +83,7 @@ class CudaRunner(PackingRunner):
         num_slots: int,
         prefill_chunk: int,
         is_invariant: bool = False,
-        plan: Plan | None = None,
+        plan: KernelPlan | None = None,
         device: str = "cuda",
         dtype: torch.dtype = torch.bfloat16,
         group: Group | None = None,
@@ -182,7 +182,7 @@ class CudaRunner(PackingRunner):
         return logits
 
     def start_prefill(
-        self, chunks: Sequence[PromptChunk], draws: Sequence[Draw | None], logits_rows: Sequence[int]
+        self, chunks: Sequence[PromptChunk], draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
         """See PipelinedRunner."""
         self.check_start_prefill(chunks)
@@ -238,7 +238,9 @@ class CudaRunner(PackingRunner):
             raise RunnerError(f"{STEPS_IN_FLIGHT} steps are in flight; finish one first")
         self._limits.check_decode(ids, positions)
 
-    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None], logits_rows: Sequence[int]) -> None:
+    def start_decode(
+        self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+    ) -> None:
         """See DrawingRunner; a second step may be begun before the first is finished, ids −1 its tokens."""
         self.check_start_decode(ids, positions)
         n = len(ids)

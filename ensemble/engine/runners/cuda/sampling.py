@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from deepseek_triton.ensemble.engine.runners.base import Draw, Ids
+from deepseek_triton.ensemble.engine.runners.base import DeviceSampling, Ids
 from deepseek_triton.ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT, PendingStep, StepInputs, StepSlot
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import sampling
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
@@ -77,7 +77,7 @@ class FirstTokens:
         self,
         logits: torch.Tensor,
         slots: Ids,
-        draws: Sequence[Draw | None],
+        draws: Sequence[DeviceSampling | None],
         logits_rows: Sequence[int],
         last_tokens: torch.Tensor,
     ) -> PendingStep:

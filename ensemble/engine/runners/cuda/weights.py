@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
-from deepseek_triton.ensemble.artefacts.cuda_split import WHOLE, Cut, Split
+from deepseek_triton.ensemble.artefacts.cuda_split import WHOLE, Cut, ShardedDecoder
 from deepseek_triton.ensemble.artefacts.tensor_file import TensorEntry, TensorFile
 
 DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -57,7 +57,7 @@ class StoredWeights:
 class SplitWeights:
     """One rank's part of a source."""
 
-    def __init__(self, source: WeightSource, split: Split) -> None:
+    def __init__(self, source: WeightSource, split: ShardedDecoder) -> None:
         self._source, self._split = source, split
         self.entries = {name: split.entry(name, entry) for name, entry in source.entries.items()}
 

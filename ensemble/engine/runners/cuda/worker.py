@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from deepseek_triton.ensemble.artefacts.cuda_split import Split
-from deepseek_triton.ensemble.engine.runners.base import Draw, Ids, PromptChunk, RunnerError
+from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
+from deepseek_triton.ensemble.engine.runners.base import DeviceSampling, Ids, PromptChunk, RunnerError
 from deepseek_triton.ensemble.engine.runners.cuda.group import Group
 from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
 from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightSource
@@ -29,11 +29,11 @@ from deepseek_triton.ensemble.text.errors import one_line
 
 
 @dataclass(frozen=True)
-class Job:
+class RankJob:
     """What one rank runs; the fields are CudaRunner's and Group's."""
 
     source: WeightSource
-    split: Split
+    split: ShardedDecoder
     device: str
     dtype: torch.dtype
     num_slots: int
@@ -69,12 +69,12 @@ class Mirror:
         self._runner = runner
         self._in_flight = {"decode": 0, "prefill": 0}
 
-    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[Draw | None]) -> None:
+    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None]) -> None:
         """As CudaRunner's."""
         self._make_room("decode", self._runner.finish_decode)
         self._runner.start_decode(ids, positions, draws, [])
 
-    def start_prefill(self, chunks: Sequence[PromptChunk], draws: Sequence[Draw | None]) -> None:
+    def start_prefill(self, chunks: Sequence[PromptChunk], draws: Sequence[DeviceSampling | None]) -> None:
         """As CudaRunner's."""
         self._make_room("prefill", self._runner.finish_prefill)
         self._runner.start_prefill(chunks, draws, [])
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     pipe, lifeline = Connection(int(argv[0])), int(argv[1])
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     try:
-        job: Job = pipe.recv()
+        job: RankJob = pipe.recv()
         runner = job.make(job.group(lambda: _meet(pipe)))
         pipe.send(("ready", ""))
         _mirror(runner, pipe)
@@ -142,6 +142,6 @@ def _end_with(lifeline: int) -> None:
 
 
 if __name__ == "__main__":
-    from deepseek_triton.ensemble.engine.runners.cuda import worker  # the Job that is unpickled is that module's
+    from deepseek_triton.ensemble.engine.runners.cuda import worker  # the RankJob that is unpickled is that module's
 
     sys.exit(worker.main(sys.argv[1:]))

@@ -18,15 +18,15 @@ from tests.support.cuda_device import DEVICE, DTYPE, HAS_GPU  # isort: skip  # b
 
 from benchmarks.cuda_reference import rms_norm, rotate, round_rows
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
-from deepseek_triton.ensemble.engine.runners.base import Draw, PromptChunk
+from deepseek_triton.ensemble.engine.runners.base import DeviceSampling, PromptChunk
 from deepseek_triton.ensemble.engine.runners.cuda.attention import Caches
 from deepseek_triton.ensemble.engine.runners.cuda.buffers import Prompts
 from deepseek_triton.ensemble.engine.runners.cuda.decoder import Decoder
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import sampling
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
 from deepseek_triton.ensemble.engine.runners.cuda.layers import Linear
-from deepseek_triton.ensemble.engine.runners.cuda.linear import Parts, Products, Rows
-from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import Boxes, RowBoxes
+from deepseek_triton.ensemble.engine.runners.cuda.linear import LinearOps, Parts, Rows
+from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import PeerBuffers, RowPeerBuffers
 from deepseek_triton.ensemble.engine.runners.cuda.plan import FAST, INVARIANT, Gemv
 from deepseek_triton.ensemble.engine.runners.cuda.prompts import pack
 from deepseek_triton.ensemble.engine.runners.cuda.weights import RandomWeights
@@ -80,7 +80,7 @@ def test_a_normed_token_times_a_matrix(k: int, is_fp8: bool, has_bias: bool) -> 
     d, weights = decoder(), linear("qkv", 50, k, is_fp8=is_fp8, has_bias=has_bias)
     hidden, norm = random(1, k), random(k, seed=5)
     out, zero = torch.full((1, 50), torch.nan, device=DEVICE), torch.ones(1, device=DEVICE)
-    d.one_row.norm_gemv(hidden, norm, weights, out, zero)
+    d.decode_gemv.norm_gemv(hidden, norm, weights, out, zero)
     wanted = rounded(rms_norm(hidden.double(), norm.double(), 1e-5), weights) @ matrix(weights).T
     wanted = wanted + (0 if weights.bias is None else weights.bias.double())
     assert error(out, wanted) < 3e-3  # one code of E4M3 may fall to the other side
@@ -91,27 +91,27 @@ def test_a_normed_token_times_a_matrix(k: int, is_fp8: bool, has_bias: bool) -> 
 @pytest.mark.parametrize("tile", [Gemv(bn=4, num_warps=4), Gemv(bn=4, num_warps=4, programs=1, stages=3)])
 def test_a_normed_token_times_gate_and_up(tile: Gemv, is_fp8: bool, has_bias: bool) -> None:
     d, weights = decoder(), linear("gate_up", 2 * 112, 80, is_fp8=is_fp8, has_bias=has_bias)
-    d.one_row.plan, d.launch.processors = replace(FAST, gemv=FAST.gemv | {"gate_up": tile}), 4
+    d.decode_gemv.plan, d.launch.processors = replace(FAST, gemv=FAST.gemv | {"gate_up": tile}), 4
     hidden, norm = random(1, 80), random(80, seed=5)
     out = torch.full((1, 112), torch.nan, device=DEVICE)
-    d.one_row.attention_amax.fill_(7.0)
-    d.one_row.norm_gemv_silu(hidden, norm, weights, out)
+    d.decode_gemv.attention_amax.fill_(7.0)
+    d.decode_gemv.norm_gemv_silu(hidden, norm, weights, out)
     both = rounded(rms_norm(hidden.double(), norm.double(), 1e-5), weights) @ matrix(weights).T
     gate, up = (both + (0 if weights.bias is None else weights.bias.double())).chunk(2, dim=-1)
     assert error(out, torch.nn.functional.silu(gate) * up) < 3e-3
-    assert d.one_row.mlp_amax == out.abs().max()
-    assert d.one_row.attention_amax == 0
+    assert d.decode_gemv.mlp_amax == out.abs().max()
+    assert d.decode_gemv.attention_amax == 0
 
 
 @pytest.mark.parametrize(("is_fp8", "has_bias"), FORMS)
 @pytest.mark.parametrize(("k", "bk"), [(64, 128), (200, 128), (3584, 4096)])  # read whole, in parts, and with a gap
 def test_a_token_times_a_matrix_is_added_to_the_residual(k: int, bk: int, is_fp8: bool, has_bias: bool) -> None:
     d, weights = decoder(), linear("o", 50, k, is_fp8=is_fp8, has_bias=has_bias)
-    d.one_row.plan = replace(FAST, gemv=FAST.gemv | {"o": Gemv(bn=4, num_warps=4, bk=bk)})
+    d.decode_gemv.plan = replace(FAST, gemv=FAST.gemv | {"o": Gemv(bn=4, num_warps=4, bk=bk)})
     x, hidden = random(1, k), random(1, 50, seed=6)
     wanted = hidden.double() + rounded(x, weights) @ matrix(weights).T
     wanted = wanted + (0 if weights.bias is None else weights.bias.double())
-    d.one_row.residual_gemv(x, x.abs().max().reshape(1), weights, hidden)
+    d.decode_gemv.residual_gemv(x, x.abs().max().reshape(1), weights, hidden)
     assert error(hidden, wanted) < 3e-3
 
 
@@ -120,15 +120,15 @@ def test_a_token_times_a_matrix_is_added_to_the_residual(k: int, bk: int, is_fp8
 @pytest.mark.parametrize("name", ["o", "down"])
 def test_rows_times_a_matrix_in_parts(name: str, is_fp8: bool, rows: int) -> None:
     d, weights = decoder(), linear(name, 100, 560, is_fp8=is_fp8, has_bias=False)
-    d.products.plan = INVARIANT
+    d.linear_ops.plan = INVARIANT
     x = random(rows, 560)
     values = Rows((x * 50).to(torch.float8_e4m3fn), random(rows, seed=7).abs()) if is_fp8 else Rows(x.to(DTYPE), None)
-    found = d.products.multiply(values, weights).tensor
+    found = d.linear_ops.multiply(values, weights).tensor
     exact = values.values.double() * (1 if values.scale is None else values.scale.double()[:, None])
-    assert found.shape == (INVARIANT.skinny[name].num_parts, rows, 100)
+    assert found.shape == (INVARIANT.small_m[name].num_parts, rows, 100)
     assert error(found.sum(0), exact @ matrix(weights).T) < 1e-3
     if rows > 1:  # one row's sums don't depend on its neighbours
-        alone = d.products.multiply(
+        alone = d.linear_ops.multiply(
             Rows(values.values[:1], None if values.scale is None else values.scale[:1]), weights
         )
         assert torch.equal(alone.tensor[:, 0], found[:, 0])
@@ -139,7 +139,7 @@ def test_the_residual_takes_in_the_parts_and_is_normed(is_fp8: bool) -> None:
     d = decoder()
     hidden, parts, bias, norm = random(5, 80), random(3, 5, 80, seed=1), random(80, seed=2), random(80, seed=3)
     wanted = hidden.double() + parts.double().sum(0) + bias.double()
-    normed = d.products.norm(hidden, Parts(parts), bias, norm, is_fp8)
+    normed = d.linear_ops.norm(hidden, Parts(parts), bias, norm, is_fp8)
     assert error(hidden, wanted) < 1e-6
     exact = rms_norm(wanted, norm.double(), 1e-5)
     if normed.scale is None:
@@ -154,21 +154,23 @@ def test_the_residual_takes_in_the_parts_and_is_normed(is_fp8: bool) -> None:
 def test_the_residual_takes_in_the_parts_of_all_ranks(size: int) -> None:
     """All on one GPU, each on its stream; again and again, with other numbers of rows."""
     width = 3584
-    boxes = [torch.zeros(RowBoxes.num_bytes(size, width) // 8, dtype=torch.int64, device=DEVICE) for _ in range(size)]
-    addresses = torch.tensor([box.data_ptr() for box in boxes], device=DEVICE)
+    peer_buffers = [
+        torch.zeros(RowPeerBuffers.num_bytes(size, width) // 8, dtype=torch.int64, device=DEVICE) for _ in range(size)
+    ]
+    addresses = torch.tensor([box.data_ptr() for box in peer_buffers], device=DEVICE)
     given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
     streams: list[Any] = [torch.cuda.Stream() for _ in range(size)]  # type: ignore[no-untyped-call]
-    ranks = [Products(Launcher(DEVICE, DTYPE, pdl=False), FAST, 1e-5) for _ in range(size)]
-    for rank, products in enumerate(ranks):
-        products.row_boxes = RowBoxes.of(Boxes(rank, size, addresses, given_up), 0)
+    ranks = [LinearOps(Launcher(DEVICE, DTYPE, pdl=False), FAST, 1e-5) for _ in range(size)]
+    for rank, linear_ops in enumerate(ranks):
+        linear_ops.row_peer_buffers = RowPeerBuffers.of(PeerBuffers(rank, size, addresses, given_up), 0)
     bias, norm = random(width, seed=2), random(width, seed=3)
     given_up[0] = 1  # a kernel may not be loaded while another waits for it
-    for products in ranks:
-        products.norm(random(1, width), Parts(random(2, 1, width), is_of_rank=True), bias, norm, True)
+    for linear_ops in ranks:
+        linear_ops.norm(random(1, width), Parts(random(2, 1, width), is_of_rank=True), bias, norm, True)
     torch.cuda.synchronize()
     given_up[0] = 0
-    for products in ranks:
-        products.row_boxes.counts[:] = 2**31 - 3  # as after some thirty hours
+    for linear_ops in ranks:
+        linear_ops.row_peer_buffers.counts[:] = 2**31 - 3  # as after some thirty hours
     for step, count in enumerate((1, 64, 5, 64, 64, 2, 30)):
         hidden = [random(count, width, seed=step) for _ in range(size)]
         parts = [random(2, count, width, seed=10 * step + rank) for rank in range(size)]
@@ -193,7 +195,7 @@ def test_the_residual_takes_in_the_parts_of_all_ranks(size: int) -> None:
 def test_silu_of_the_parts(is_fp8: bool) -> None:
     d = decoder(is_fp8=is_fp8)
     parts = random(2, 5, 224)
-    out = d.products.silu(Parts(parts), d.weights.layers[0])
+    out = d.linear_ops.silu(Parts(parts), d.weights.layers[0])
     gate, up = parts.double().sum(0).chunk(2, dim=-1)
     exact = torch.nn.functional.silu(gate) * up
     found = out.values.double() * (1 if out.scale is None else out.scale.double()[:, None])
@@ -236,7 +238,7 @@ def test_decode_attention_at_every_kind_of_length(qk_norm: bool, splits: int) ->
     out = torch.full((len(positions), shape.q_size), torch.nan, device=DEVICE)
     d.attention.decode(
         Parts(qkv), bias, d.weights.layers[0], torch.tensor(positions, device=DEVICE), cache.keys[0], cache.values[0],
-        arrived, out, d.one_row.attention_amax,
+        arrived, out, d.decode_gemv.attention_amax,
     )  # fmt: skip
     for slot, position in enumerate(positions):
         if position < 0:
@@ -283,7 +285,9 @@ def test_prefill_attention_over_several_slots_chunks() -> None:
 # ---- sampling
 
 
-def draw(d: Decoder, logits: torch.Tensor, draws: list[Draw]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def draw(
+    d: Decoder, logits: torch.Tensor, draws: list[DeviceSampling]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     m, v = logits.shape
     chunks = -(-v // 256)
     maxima, sums = (torch.empty(m, chunks, device=DEVICE) for _ in range(2))
@@ -305,7 +309,7 @@ def draw(d: Decoder, logits: torch.Tensor, draws: list[Draw]) -> tuple[NDArray[n
     return tokens.cpu().numpy(), log_probs.cpu().numpy()
 
 
-def kept_tokens(logits: torch.Tensor, one: Draw) -> set[int]:
+def kept_tokens(logits: torch.Tensor, one: DeviceSampling) -> set[int]:
     """What top-k, then top-p, then min-p leave."""
     p = (logits.double() / one.temperature).softmax(-1)
     order = torch.argsort(p, descending=True)
@@ -318,14 +322,14 @@ def kept_tokens(logits: torch.Tensor, one: Draw) -> set[int]:
 @pytest.mark.parametrize(
     "one",
     [
-        Draw(1.0, 0, 1.0, 0.0, 0, 0),
-        Draw(0.7, 5, 1.0, 0.0, 0, 0),
-        Draw(1.3, 0, 0.6, 0.0, 0, 0),
-        Draw(0.9, 0, 1.0, 0.2, 0, 0),
-        Draw(1.1, 20, 0.8, 0.05, 0, 0),
+        DeviceSampling(1.0, 0, 1.0, 0.0, 0, 0),
+        DeviceSampling(0.7, 5, 1.0, 0.0, 0, 0),
+        DeviceSampling(1.3, 0, 0.6, 0.0, 0, 0),
+        DeviceSampling(0.9, 0, 1.0, 0.2, 0, 0),
+        DeviceSampling(1.1, 20, 0.8, 0.05, 0, 0),
     ],
 )
-def test_tokens_are_drawn_from_what_is_kept_and_by_their_probabilities(one: Draw) -> None:
+def test_tokens_are_drawn_from_what_is_kept_and_by_their_probabilities(one: DeviceSampling) -> None:
     d, logits = decoder(), random(1, 300, seed=11) * 2
     n = 2000 if HAS_GPU else 60
     tokens, log_probs = draw(d, logits.expand(n, -1).contiguous(), [replace(one, seed=s) for s in range(n)])
@@ -345,14 +349,15 @@ def test_tokens_are_drawn_from_what_is_kept_and_by_their_probabilities(one: Draw
 def test_a_draw_depends_on_seed_and_step_and_on_no_neighbour() -> None:
     d, logits = decoder(), random(6, 300, seed=12)
     draws = [
-        Draw(1.0, 0, 1.0, 0.0, seed, step) for seed, step in ((1, 0), (1, 1), (2, 0), (-5, 3), (2**40, 2**33), (1, 0))
+        DeviceSampling(1.0, 0, 1.0, 0.0, seed, step)
+        for seed, step in ((1, 0), (1, 1), (2, 0), (-5, 3), (2**40, 2**33), (1, 0))
     ]
     tokens, log_probs = draw(d, logits, draws)
     for row, one in enumerate(draws):
         alone, alone_probs = draw(d, logits[row : row + 1].contiguous(), [one])
         assert (alone[0], alone_probs[0]) == (tokens[row], log_probs[row])
     same = logits[:1].expand(64, -1).contiguous()
-    steps, _ = draw(d, same, [Draw(1.0, 0, 1.0, 0.0, 7, step) for step in range(64)])
+    steps, _ = draw(d, same, [DeviceSampling(1.0, 0, 1.0, 0.0, 7, step) for step in range(64)])
     assert len(set(steps.tolist())) > 10
 
 
@@ -360,7 +365,13 @@ def test_greedy_rows_take_the_first_of_the_likeliest() -> None:
     d, logits = decoder(), random(3, 300, seed=13)
     logits[0, [17, 290]] = 9.0
     tokens, log_probs = draw(
-        d, logits, [Draw(0.0, 0, 1.0, 0.0, 0, 0), Draw(0.0, 5, 0.5, 0.0, 0, 0), Draw(2.0, 1, 1.0, 0.0, 0, 0)]
+        d,
+        logits,
+        [
+            DeviceSampling(0.0, 0, 1.0, 0.0, 0, 0),
+            DeviceSampling(0.0, 5, 0.5, 0.0, 0, 0),
+            DeviceSampling(2.0, 1, 1.0, 0.0, 0, 0),
+        ],
     )
     assert tokens.tolist() == [17, *logits[1:].argmax(-1).tolist()]
     wanted = logits.double().log_softmax(-1).cpu()[range(3), tokens]
@@ -370,5 +381,5 @@ def test_greedy_rows_take_the_first_of_the_likeliest() -> None:
 def test_logits_that_are_not_numbers_are_told_by_the_log_probability() -> None:
     logits = random(1, 300)
     logits[0, 5] = torch.nan
-    _, log_probs = draw(decoder(), logits, [Draw(0.0, 0, 1.0, 0.0, 0, 0)])
+    _, log_probs = draw(decoder(), logits, [DeviceSampling(0.0, 0, 1.0, 0.0, 0, 0)])
     assert not np.isfinite(log_probs[0])

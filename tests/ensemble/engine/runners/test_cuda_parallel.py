@@ -25,21 +25,22 @@ from numpy.typing import NDArray
 from tests.support.cuda_device import DEVICE, HAS_GPU, no_more_memory  # isort: skip  # before triton
 
 from benchmarks.cuda_reference import Reference
-from deepseek_triton.builders.repository.build import build, pbtxt
+from deepseek_triton.builders.repository import pbtxt
+from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.clients.api import GenerateRequest
 from deepseek_triton.clients.grpc import GrpcClient
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape, LayoutError
-from deepseek_triton.ensemble.artefacts.cuda_split import WHOLE, Cut, Split
+from deepseek_triton.ensemble.artefacts.cuda_split import WHOLE, Cut, ShardedDecoder
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.artefacts.tensor_file import TensorEntry, write_tensors
 from deepseek_triton.ensemble.engine.runners.base import (
     LAST_TOKEN,
-    Draw,
-    DrawingRunner,
+    DeviceSampling,
     PipelinedRunner,
     PromptChunk,
     RunnerError,
+    SamplingRunner,
 )
 from deepseek_triton.ensemble.engine.runners.cuda.memory import check_fits, weight_bytes
 from deepseek_triton.ensemble.engine.runners.cuda.parallel import ParallelRunner
@@ -68,8 +69,8 @@ SHAPES = {
     3: replace(SHAPE, num_kv_heads=3, tie_word_embeddings=True, qk_norm=True, vocab_size=320),  # a padded, tied head
     4: SHAPE,  # two ranks share a key head
 }
-GREEDY = Draw(0.0, 0, 1.0, 0.0, 0, 0)
-WARM = Draw(0.9, 0, 1.0, 0.0, 3, 0)
+GREEDY = DeviceSampling(0.0, 0, 1.0, 0.0, 0, 0)
+WARM = DeviceSampling(0.9, 0, 1.0, 0.0, 3, 0)
 Ids = NDArray[np.int64]
 
 
@@ -148,7 +149,7 @@ def told(failures: list[str], seconds: float = 20.0) -> str:
 def test_the_parts_are_the_whole(size: int) -> None:
     shape = SHAPES[size]
     source = Biased(shape, is_fp8=True)
-    splits = [Split(shape, rank, size) for rank in range(size)]
+    splits = [ShardedDecoder(shape, rank, size) for rank in range(size)]
     parts = [SplitWeights(source, split) for split in splits]
     d, q, kv = shape.head_dim, shape.q_size, shape.kv_size
     for name in source.entries:
@@ -194,7 +195,7 @@ def test_a_rank_reads_its_part_of_a_file(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("deepseek_triton.ensemble.engine.runners.cuda.weights.BLOCK_BYTES", 200)  # many blocks
     stored = StoredWeights(tmp_path / "weights")
     for rank in range(4):
-        split = Split(SHAPE, rank, 4)
+        split = ShardedDecoder(SHAPE, rank, 4)
         part = SplitWeights(stored, split)
         for name, tensor in whole.items():
             cut, read = split.cut(name), part.load(name, CPU)
@@ -217,7 +218,7 @@ def test_a_rank_reads_its_part_of_a_file(tmp_path: Path, monkeypatch: pytest.Mon
 def test_what_cannot_be_split_evenly_is_refused(changes: dict[str, int], size: int, words: str) -> None:
     shape = replace(SHAPE, **changes)  # type: ignore[arg-type]
     with pytest.raises(LayoutError, match=f"tensor_parallel_size is {words}"):
-        Split(shape, 0, size)
+        ShardedDecoder(shape, 0, size)
     with pytest.raises(RunnerError, match=f"tensor_parallel_size is {words}"):
         ParallelRunner(Biased(shape, is_fp8=False), shape, size=size, num_slots=1, prefill_chunk=8)
 
@@ -275,7 +276,7 @@ def walk(runner: CudaRunner | ParallelRunner) -> tuple[list[NDArray[np.float32]]
 
 def test_several_ranks_give_the_logits_and_tokens_of_one(ranks: tuple[int, ParallelRunner]) -> None:
     size, runner = ranks
-    assert isinstance(runner, DrawingRunner) and isinstance(runner, PipelinedRunner)
+    assert isinstance(runner, SamplingRunner) and isinstance(runner, PipelinedRunner)
     assert len(runner.pids) == size - 1
     one = alone(size)
     wanted_logits, wanted_tokens = walk(one)
@@ -362,7 +363,7 @@ def test_gpus_exchange_their_parts_within_the_kernels(is_fp8: bool) -> None:
     prompts = [text(length, length) for length in (300, 7, 40)]
     with ParallelRunner(source, shape, size=2, **given) as two:
         decoder = two._runner._decoder
-        assert decoder._one is not None and decoder.products.row_boxes.boxes.size == 2
+        assert decoder._one is not None and decoder.linear_ops.row_peer_buffers.peer_buffers.size == 2
         for runner in (one, two):
             for slot, ids in enumerate(prompts):
                 runner.prefill(slot, ids, 0)
@@ -508,7 +509,7 @@ def test_each_rank_counts_its_own_bytes() -> None:
         head_dim=128, rms_norm_eps=1e-6, max_seq_len=4096,
     )  # fmt: skip
     source = RandomWeights(shape, is_fp8=True, has_qkv_bias=True)
-    splits = [Split(shape, 0, size) for size in (1, 2, 4)]
+    splits = [ShardedDecoder(shape, 0, size) for size in (1, 2, 4)]
     weights = [weight_bytes(SplitWeights(source, split).entries.values()) for split in splits]
     embedding = 152064 * 3584 * 2
     matrices = weights[0] - 2 * embedding

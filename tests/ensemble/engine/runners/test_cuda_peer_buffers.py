@@ -12,13 +12,18 @@ import torch
 
 from deepseek_triton.ensemble.engine.runners.cuda import peer_buffers as peer_buffers_module
 from deepseek_triton.ensemble.engine.runners.cuda.driver import KernelError
-from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import MOST_ROWS, Boxes, RowBoxes, SharedBoxes
+from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import (
+    MOST_ROWS,
+    PeerBuffers,
+    RowPeerBuffers,
+    SharedBoxes,
+)
 
 CPU = torch.device("cpu")
 
 
 class Driver:
-    """What the boxes ask of CUDA's driver. fails: the functions that do, by name."""
+    """What the peer_buffers ask of CUDA's driver. fails: the functions that do, by name."""
 
     def __init__(self) -> None:
         self.fails: set[str] = set()
@@ -92,9 +97,9 @@ def test_what_fails_is_told_when_the_others_boxes_are_opened_and_nothing_is_left
 
 
 def test_rows_meet_behind_what_the_single_kernel_has_of_a_box() -> None:
-    alone = Boxes(1, 2, torch.tensor([1000, 2000]), torch.zeros(1, dtype=torch.int32))
-    rows = RowBoxes.of(alone, 64)
-    assert rows.boxes.addresses.tolist() == [1064, 2064] and alone.addresses.tolist() == [1000, 2000]
+    alone = PeerBuffers(1, 2, torch.tensor([1000, 2000]), torch.zeros(1, dtype=torch.int32))
+    rows = RowPeerBuffers.of(alone, 64)
+    assert rows.peer_buffers.addresses.tolist() == [1064, 2064] and alone.addresses.tolist() == [1000, 2000]
     assert rows.counts.tolist() == [0] * MOST_ROWS
-    assert RowBoxes.num_bytes(2, 3584) == 2 * 2 * MOST_ROWS * 4096 * 8
-    assert RowBoxes.num_bytes(3, 64) == 2 * 3 * MOST_ROWS * 64 * 8
+    assert RowPeerBuffers.num_bytes(2, 3584) == 2 * 2 * MOST_ROWS * 4096 * 8
+    assert RowPeerBuffers.num_bytes(3, 64) == 2 * 3 * MOST_ROWS * 64 * 8

@@ -13,16 +13,16 @@ import torch
 from tests.support.cuda_device import DEVICE, HAS_GPU  # isort: skip  # before triton
 
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
-from deepseek_triton.ensemble.artefacts.cuda_split import Split
+from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
 from deepseek_triton.ensemble.engine.runners.cuda.attention import Caches
-from deepseek_triton.ensemble.engine.runners.cuda.layers import Weights
-from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import Boxes
+from deepseek_triton.ensemble.engine.runners.cuda.layers import DecoderWeights
+from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import PeerBuffers
 from deepseek_triton.ensemble.engine.runners.cuda.persistent_decode import (
     CAPABILITY,
     WARPS,
-    DecodeOne,
     Memory,
-    box_bytes,
+    PersistentDecode,
+    peer_buffer_bytes,
     reason_against,
 )
 from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
@@ -137,20 +137,22 @@ def test_ranks_side_by_side_compute_what_one_does(size: int, is_fp8: bool) -> No
     whole = CudaRunner(source, shape, num_slots=1, prefill_chunk=1024)
     ids = np.random.default_rng(0).integers(0, shape.vocab_size, 340)
     whole.prefill(0, ids[:300], 0)
-    boxes = [torch.zeros(box_bytes(shape, size) // 8, dtype=torch.int64, device="cuda") for _ in range(size)]
-    addresses = torch.tensor([box.data_ptr() for box in boxes], device="cuda")
+    peer_buffers = [
+        torch.zeros(peer_buffer_bytes(shape, size) // 8, dtype=torch.int64, device="cuda") for _ in range(size)
+    ]
+    addresses = torch.tensor([box.data_ptr() for box in peer_buffers], device="cuda")
     given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-    ranks: list[DecodeOne] = []
+    ranks: list[PersistentDecode] = []
     streams: list[Any] = [torch.cuda.Stream() for _ in range(size)]  # type: ignore[no-untyped-call]
     for rank in range(size):
-        split = Split(shape, rank, size)
-        weights = Weights.load(split.shape, SplitWeights(source, split), DEVICE, torch.bfloat16, split)
+        split = ShardedDecoder(shape, rank, size)
+        weights = DecoderWeights.load(split.shape, SplitWeights(source, split), DEVICE, torch.bfloat16, split)
         heads = slice(rank * split.shape.num_kv_heads, (rank + 1) * split.shape.num_kv_heads)
         caches = Caches(*(cache[:, :, heads].contiguous() for cache in (whole._caches.keys, whole._caches.values)))
         ranks.append(
-            DecodeOne(
+            PersistentDecode(
                 split.shape, weights, caches,
-                boxes=Boxes(rank, size, addresses, given_up), blocks=H100_BLOCKS // size,
+                peer_buffers=PeerBuffers(rank, size, addresses, given_up), blocks=H100_BLOCKS // size,
             )
         )  # fmt: skip
     last = torch.zeros(1, dtype=torch.int64, device="cuda")
@@ -179,15 +181,15 @@ def test_ranks_side_by_side_compute_what_one_does(size: int, is_fp8: bool) -> No
 @pytest.mark.gpu
 def test_a_rank_whose_others_are_gone_can_be_told_not_to_wait() -> None:
     shape = SHAPES["qk norm, tied"]
-    source, split = RandomWeights(shape, is_fp8=True, has_qkv_bias=True), Split(shape, 0, 2)
-    weights = Weights.load(split.shape, SplitWeights(source, split), DEVICE, torch.bfloat16, split)
+    source, split = RandomWeights(shape, is_fp8=True, has_qkv_bias=True), ShardedDecoder(shape, 0, 2)
+    weights = DecoderWeights.load(split.shape, SplitWeights(source, split), DEVICE, torch.bfloat16, split)
     own = split.shape
     size = (own.num_layers, 1, own.num_kv_heads, own.max_seq_len, own.head_dim)
     caches = Caches(*(torch.zeros(size, dtype=torch.bfloat16, device="cuda") for _ in range(2)))
-    boxes = [torch.zeros(box_bytes(shape, 2) // 8, dtype=torch.int64, device="cuda") for _ in range(2)]
+    peer_buffers = [torch.zeros(peer_buffer_bytes(shape, 2) // 8, dtype=torch.int64, device="cuda") for _ in range(2)]
     given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-    addresses = torch.tensor([box.data_ptr() for box in boxes], device="cuda")
-    kernel = DecodeOne(own, weights, caches, boxes=Boxes(0, 2, addresses, given_up))
+    addresses = torch.tensor([box.data_ptr() for box in peer_buffers], device="cuda")
+    kernel = PersistentDecode(own, weights, caches, peer_buffers=PeerBuffers(0, 2, addresses, given_up))
     zero = torch.zeros(1, dtype=torch.int64, device="cuda")
     done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
     kernel(zero, zero, zero)

@@ -25,12 +25,12 @@ from deepseek_triton.ensemble.artefacts.cuda_split import WHOLE, Cut
 from deepseek_triton.ensemble.artefacts.tensor_file import TensorEntry
 from deepseek_triton.ensemble.engine.runners.base import (
     LAST_TOKEN,
-    Draw,
-    DrawingRunner,
+    DeviceSampling,
     OutOfMemoryError,
     PipelinedRunner,
     PromptChunk,
     RunnerError,
+    SamplingRunner,
 )
 from deepseek_triton.ensemble.engine.runners.cuda.graphs import PromptSizes, captured_size, captured_sizes
 from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
@@ -47,7 +47,7 @@ SHAPE = DecoderShape(
     vocab_size=320, hidden_size=64, intermediate_size=112, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
     rms_norm_eps=1e-5, max_seq_len=96,
 )  # fmt: skip
-GREEDY = Draw(0.0, 0, 1.0, 0.0, 0, 0)
+GREEDY = DeviceSampling(0.0, 0, 1.0, 0.0, 0, 0)
 Ids = NDArray[np.int64]
 
 
@@ -114,14 +114,14 @@ def test_logits_are_those_of_the_decoder_in_float64(name: str, is_fp8: bool) -> 
 
 
 def generate(
-    runner: CudaRunner, prompts: dict[int, Ids], num_tokens: int, draws: dict[int, Draw]
+    runner: CudaRunner, prompts: dict[int, Ids], num_tokens: int, draws: dict[int, DeviceSampling]
 ) -> dict[int, list[int]]:
     """Slot → tokens; prompts one by one, then every slot's tokens together."""
     slots, rows = sorted(prompts), max(prompts) + 1
     found = {slot: [int(runner.prefill(slot, prompts[slot], 0).argmax())] for slot in slots}
     for step in range(num_tokens - 1):
         ids, positions = np.zeros(rows, np.int64), np.full(rows, runner.max_seq_len - 1)
-        row_draws: list[Draw | None] = [None] * rows
+        row_draws: list[DeviceSampling | None] = [None] * rows
         for slot in slots:
             ids[slot], positions[slot] = found[slot][-1], len(prompts[slot]) + step
             row_draws[slot] = replace(draws[slot], step=step)
@@ -146,9 +146,9 @@ def test_the_invariant_mode_gives_each_sequence_the_same_tokens_alone_and_in_com
 
 
 def test_a_step_may_begin_before_the_last_ones_tokens_are_known(runner: CudaRunner) -> None:
-    assert isinstance(runner, DrawingRunner)
+    assert isinstance(runner, SamplingRunner)
     prompt = texts(12)[0]
-    draw = Draw(0.9, 0, 1.0, 0.0, 3, 0)
+    draw = DeviceSampling(0.9, 0, 1.0, 0.0, 3, 0)
     one_by_one = generate(runner, {0: prompt}, 6, {0: draw})[0]
     token, found = int(runner.prefill(0, prompt, 0).argmax()), []
     for step in range(5):

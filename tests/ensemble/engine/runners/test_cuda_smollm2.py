@@ -26,7 +26,7 @@ from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.clients.api import GenerateRequest, Message
 from deepseek_triton.clients.grpc import GrpcClient
-from deepseek_triton.ensemble.engine.runners.base import Draw, PromptChunk
+from deepseek_triton.ensemble.engine.runners.base import DeviceSampling, PromptChunk
 from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
 from deepseek_triton.ensemble.engine.runners.load import load_runner
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
@@ -36,7 +36,7 @@ from tests.support.checkpoints import smollm2_path
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU")]
 PRECISIONS = ("bf16", "fp8")
 NUM_SLOTS = 16
-GREEDY = Draw(0.0, 0, 1.0, 0.0, 0, 0)
+GREEDY = DeviceSampling(0.0, 0, 1.0, 0.0, 0, 0)
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deepseek_triton.ensemble.artefacts.tensorrt_api import Plan, TensorRTError
-from deepseek_triton.ensemble.engine.runners.base import Draw, DrawingRunner, Runner, RunnerError
+from deepseek_triton.ensemble.artefacts.tensorrt_api import PlanInfo, TensorRTError
+from deepseek_triton.ensemble.engine.runners.base import DeviceSampling, Runner, RunnerError, SamplingRunner
 from deepseek_triton.ensemble.engine.runners.onnx import OnnxRunner
 from deepseek_triton.ensemble.engine.runners.tensorrt import TensorRTRunner, captured_size
 from tests.support.fake_tensorrt import FakeContext, FakeCudaRuntime, FakeEngine, FakeRuntime, FakeTensorRT
 from tests.support.tensorrt_graphs import small_spec, write_graph
 
 SLOTS, CHUNK, MAX_SEQ_LEN = 5, 8, 64
-PLAN = Plan("tensorrt-rtx", "1.7.1.116", "8.9", "lengths", True, SLOTS, CHUNK, MAX_SEQ_LEN)
+PLAN = PlanInfo("tensorrt-rtx", "1.7.1.116", "8.9", "lengths", True, SLOTS, CHUNK, MAX_SEQ_LEN)
 Load = Callable[..., TensorRTRunner]
 
 
@@ -48,7 +48,7 @@ def load(graph: Path, tmp_path: Path, api: FakeTensorRT) -> Load:
     path = tmp_path / "model.plan"
     path.write_text(str(graph))
 
-    def load(plan: Plan = PLAN, num_slots: int = SLOTS, prefill_chunk: int = CHUNK) -> TensorRTRunner:
+    def load(plan: PlanInfo = PLAN, num_slots: int = SLOTS, prefill_chunk: int = CHUNK) -> TensorRTRunner:
         return TensorRTRunner(path, plan, num_slots=num_slots, prefill_chunk=prefill_chunk)
 
     return load
@@ -120,8 +120,8 @@ def test_a_rounded_up_batch_leaves_a_prompt_half_way_through_alone(load: Load) -
 
 def test_greedy_tokens_come_from_the_device(load: Load) -> None:
     runner = load()
-    greedy = Draw(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, step=0)
-    assert isinstance(runner, DrawingRunner)
+    greedy = DeviceSampling(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, step=0)
+    assert isinstance(runner, SamplingRunner)
     assert runner.can_draw(greedy) and not runner.can_draw(replace(greedy, temperature=0.5))
     for slot in range(3):
         runner.prefill(slot, ids(6, slot), 0)
@@ -211,9 +211,9 @@ def test_no_cuda_is_told_with_the_install_command(load: Load, monkeypatch: pytes
 
 
 def test_a_plan_survives_the_manifest() -> None:
-    assert Plan.from_dict(PLAN.to_dict()) == PLAN
+    assert PlanInfo.from_dict(PLAN.to_dict()) == PLAN
     with pytest.raises(TensorRTError, match=r"missing or unknown fields \['version'\]"):
-        Plan.from_dict({name: value for name, value in PLAN.to_dict().items() if name != "version"})
+        PlanInfo.from_dict({name: value for name, value in PLAN.to_dict().items() if name != "version"})
 
 
 def test_the_fake_has_only_names_that_the_real_apis_have() -> None:

@@ -1,7 +1,8 @@
-"""A row's sum over the ranks of a split decoder, within the kernel that needs it, through boxes that all can write to.
+"""A row's sum over the ranks of a split decoder, within the kernel that needs it, through peer_buffers that all can
+write to.
 
-As in decode_one.cu: a number and the count of its sum travel in one word, so that whoever finds the count has the
-number, without a fence; and two halves of each box take turns. Program m of every rank exchanges with program m.
+As in persistent_decode.cu: a number and the count of its sum travel in one word, so that whoever finds the count has
+the number, without a fence; and two halves of each box take turns. Program m of every rank exchanges with program m.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _send(addresses, words, mask):
 @triton.jit
 def over_ranks(
     own,  # [BLOCK] float32, this rank's part of row m
-    boxes,  # [RANKS] int64, addresses of [2, RANKS, MOST_ROWS, BLOCK] 64-bit words
+    peer_buffers,  # [RANKS] int64, addresses of [2, RANKS, MOST_ROWS, BLOCK] 64-bit words
     counts,  # [MOST_ROWS] int32, of the sums of each row so far, the same on all ranks; it may wrap around
     given_up,  # [1] int32, not 0: nobody is waited for
     m,
@@ -46,13 +47,13 @@ def over_ranks(
     word = tag | (own.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
     for rank in tl.static_range(RANKS):
         if rank != RANK:
-            _send(tl.load(boxes + rank) + 8 * (place + RANK * MOST_ROWS * BLOCK), word, mask)
+            _send(tl.load(peer_buffers + rank) + 8 * (place + RANK * MOST_ROWS * BLOCK), word, mask)
     total = tl.zeros_like(own)
     for rank in tl.static_range(RANKS):
         if rank == RANK:
             total += own
         else:
-            pointers = tl.load(boxes + RANK).to(tl.pointer_type(tl.int64)) + place + rank * MOST_ROWS * BLOCK
+            pointers = tl.load(peer_buffers + RANK).to(tl.pointer_type(tl.int64)) + place + rank * MOST_ROWS * BLOCK
             found, tries, waiting = word, count * 0, count * 0 + 1  # of the types that the loop goes on with
             while waiting > 0:
                 found = tl.load(pointers, mask=mask, other=tag, volatile=True)

@@ -51,7 +51,7 @@ def norm_rows(
     out_scale,  # [M] float32
     part_stride,
     eps,
-    boxes,  # these three: where the parts' sum is to be taken over all ranks too, see exchange.py
+    peer_buffers,  # these three: where the parts' sum is to be taken over all ranks too, see exchange.py
     counts,
     given_up,
     H: tl.constexpr,
@@ -79,7 +79,7 @@ def norm_rows(
     if NUM_PARTS:
         added = sum_of_parts(parts, m * H + column, mask, part_stride, NUM_PARTS)
         if RANKS > 1:
-            added = over_ranks(added, boxes, counts, given_up, m, column, mask, BLOCK, MOST_ROWS, RANK, RANKS)
+            added = over_ranks(added, peer_buffers, counts, given_up, m, column, mask, BLOCK, MOST_ROWS, RANK, RANKS)
         x += added
         if HAS_BIAS:
             x += tl.load(bias + column, mask=mask, other=0.0)

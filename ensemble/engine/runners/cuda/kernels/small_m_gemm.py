@@ -14,7 +14,7 @@ from deepseek_triton.ensemble.engine.runners.cuda.kernels.common import begin, w
 
 
 @triton.jit
-def skinny_gemm(
+def small_m_gemm(
     x,  # [M, K] codes, or the network's dtype
     x_scale,  # [M] float32
     weight,  # [N, K]
