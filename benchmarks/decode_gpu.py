@@ -70,7 +70,11 @@ def measure(*, is_invariant: bool, gpus: int = 1) -> dict[str, Any]:
     source = RandomWeights(SHAPE, is_fp8=True, has_qkv_bias=True)
     step_bytes = sum(entry.num_bytes for name, entry in source.entries.items() if not name.startswith(("emb", "rope")))
     began = time.perf_counter()
-    options: dict[str, Any] = {"num_slots": max(BATCHES), "prefill_chunk": 8192, "is_invariant": is_invariant}
+    options: dict[str, Any] = {
+        "max_num_seqs": max(BATCHES),
+        "max_num_batched_tokens": 8192,
+        "is_invariant": is_invariant,
+    }
     runner: AnyRunner = (
         CudaRunner(source, SHAPE, **options) if gpus == 1 else ParallelRunner(source, SHAPE, size=gpus, **options)
     )

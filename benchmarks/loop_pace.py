@@ -125,7 +125,11 @@ def measure(num_requests: int, steps_in_flight: int) -> dict[str, float]:
         return PacedRunner(num_requests, MAX_SEQ_LEN, VOCAB_SIZE, step_s, PROMPT_TOKEN_S, steps_in_flight)
 
     settings = EngineSettings(
-        num_slots=num_requests, prefill_chunk=CHUNK, max_prefill_stall=20.0, prefix_reuse="off", cancel_after_s=60.0
+        max_num_seqs=num_requests,
+        max_num_batched_tokens=CHUNK,
+        max_prefill_stall=20.0,
+        prefix_reuse="off",
+        cancel_after_s=60.0,
     )
     loop = EngineLoop(runner(), settings=settings, acknowledgements=Nobody())
     loop.start()

@@ -24,14 +24,14 @@ class PacedRunner:
 
     def __init__(
         self,
-        num_slots: int,
+        max_num_seqs: int,
         max_seq_len: int,
         vocab_size: int,
         step_s: float,
         prompt_token_s: float | None = None,
         steps_in_flight: int = 2,
     ) -> None:
-        self.num_slots, self.max_seq_len, self.vocab_size = num_slots, max_seq_len, vocab_size
+        self.max_num_seqs, self.max_seq_len, self.vocab_size = max_num_seqs, max_seq_len, vocab_size
         self.steps_in_flight = steps_in_flight
         self._step_s, self._prompt_token_s = step_s, prompt_token_s
         self._free_at = 0.0

@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING)
     checkpoint = smollm2()
     threads = len(os.sched_getaffinity(0))
-    chosen: dict[str, Any] = {"num_slots": max(STREAMS), "num_threads": threads}
+    chosen: dict[str, Any] = {"max_num_seqs": max(STREAMS), "num_threads": threads}
     settings = EngineSettings(**chosen)
 
     with tempfile.TemporaryDirectory() as directory:

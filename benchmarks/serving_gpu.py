@@ -27,7 +27,7 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from benchmarks.machine import describe
-from deepseek_triton.builders.targets.defaults import CUDA_MAX_PREFILL_STALL, CUDA_PREFILL_CHUNK
+from deepseek_triton.builders.targets.defaults import CUDA_MAX_NUM_BATCHED_TOKENS, CUDA_MAX_PREFILL_STALL
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
 
 ROOT = Path(__file__).parents[1]
@@ -38,8 +38,8 @@ ROUNDS = 3
 TARGETS = {"time between tokens, 1 stream, over the runner's": 1.05, "tokens/s over the runner's": 0.9}
 # But for the slots what a build for target cuda has by default.
 SETTINGS = {
-    "num_slots": max(STREAMS),
-    "prefill_chunk": CUDA_PREFILL_CHUNK,
+    "max_num_seqs": max(STREAMS),
+    "max_num_batched_tokens": CUDA_MAX_NUM_BATCHED_TOKENS,
     "max_prefill_stall": CUDA_MAX_PREFILL_STALL,
 }
 MODEL = """\
@@ -52,7 +52,10 @@ from deepseek_triton.ensemble.models import engine
 
 def load(directory, settings):
     source = RandomWeights(SHAPE, is_fp8=True, has_qkv_bias=True)
-    runner = CudaRunner(source, SHAPE, num_slots=settings.num_slots, prefill_chunk=settings.prefill_chunk)
+    runner = CudaRunner(
+        source, SHAPE,
+        max_num_seqs=settings.max_num_seqs, max_num_batched_tokens=settings.max_num_batched_tokens,
+    )  # fmt: skip
     return Manifest.load(directory), runner
 
 
@@ -63,8 +66,8 @@ TritonPythonModel = engine.TritonPythonModel
 ALONE = """
 import json, sys
 from benchmarks import decode_gpu as gpu
-runner = gpu.CudaRunner(gpu.RandomWeights(gpu.SHAPE, is_fp8=True, has_qkv_bias=True), gpu.SHAPE, num_slots={slots},
-                        prefill_chunk={chunk})
+runner = gpu.CudaRunner(gpu.RandomWeights(gpu.SHAPE, is_fp8=True, has_qkv_bias=True), gpu.SHAPE, max_num_seqs={slots},
+                        max_num_batched_tokens={chunk})
 print(json.dumps({{"time_between_tokens_ms": gpu.time_between_tokens(runner) * 1e3,
                   "tokens_per_s": {{n: gpu.tokens_per_second(runner, n) for n in {streams}}}}}))
 """
@@ -142,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("name")
     arguments = parser.parse_args(argv)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    program = ALONE.format(slots=max(STREAMS), streams=STREAMS, chunk=CUDA_PREFILL_CHUNK)
+    program = ALONE.format(slots=max(STREAMS), streams=STREAMS, chunk=CUDA_MAX_NUM_BATCHED_TOKENS)
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, timeout=240)
     alone = json.loads(done.stdout.splitlines()[-1])
     print("alone:", alone, flush=True)

@@ -45,7 +45,7 @@ from deepseek_triton.ensemble.models import engine
 def load(directory, settings):
     manifest = Manifest.load(directory)
     vocab_size = manifest.spec["vocab_size"]
-    return manifest, PacedRunner(settings.num_slots, manifest.max_seq_len, vocab_size, {step_s})
+    return manifest, PacedRunner(settings.max_num_seqs, manifest.max_seq_len, vocab_size, {step_s})
 
 
 engine.load_runner = load
@@ -53,9 +53,9 @@ TritonPythonModel = engine.TritonPythonModel
 """
 
 
-def write_repository(repository: Path, num_slots: int, step_s: float) -> None:
+def write_repository(repository: Path, max_num_seqs: int, step_s: float) -> None:
     """The demo model's repository, its engine's runner replaced."""
-    settings = {"num_slots": num_slots}
+    settings = {"max_num_seqs": max_num_seqs}
     build(BuildOptions(smollm2(), NAME, repository, max_seq_len=MAX_SEQ_LEN, settings=settings))
     engine = repository / f"{NAME}-engine" / "1"
     (engine / "model.py").write_text(MODEL.format(step_s=step_s))

@@ -23,7 +23,7 @@ def smollm2_repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
     from deepseek_triton.builders.repository.options import BuildOptions
 
     repository = tmp_path_factory.mktemp("repository") / "models"
-    settings = {"prefill_chunk": 32}
+    settings = {"max_num_batched_tokens": 32}
     build(BuildOptions(smollm2_path(), NAME, repository, max_seq_len=MAX_SEQ_LEN, settings=settings))
     yield repository
     shutil.rmtree(repository)  # half a gigabyte, of which pytest would keep three

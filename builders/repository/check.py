@@ -194,11 +194,11 @@ def _check_engine(directory: Path, version_dir: Path, config: ModelConfig) -> It
         yield Problem(where, f"parameters: {error}")
     if manifest.target == "cuda":
         yield from _check_split(where, manifest, settings)
-    for name in ("num_slots", "prefill_chunk"):
+    for name in ("max_num_seqs", "max_num_batched_tokens"):
         value, limit = getattr(settings, name), manifest.engine.get(name)
         if limit is not None and value > limit:
             yield Problem(where, f"parameters: {name} is {value}, the plan was built for {limit}: lower it")
     try:
-        settings.check_prefill_chunk(manifest.target, manifest.max_seq_len)
+        settings.check_max_num_batched_tokens(manifest.target, manifest.max_seq_len)
     except SettingsError as error:
         yield Problem(where, f"parameters: {error}")

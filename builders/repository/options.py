@@ -25,8 +25,11 @@ PRECISIONS_OF = {
 TASKS = ("generate", "score")
 # Engine settings that a build may be told: their type, and what they are.
 ENGINE_OPTIONS: dict[str, tuple[type, str]] = {
-    "num_slots": (int, "sequences generated at once (default: 8; for cuda 64, fewer where their caches exceed 32 GiB)"),
-    "prefill_chunk": (
+    "max_num_seqs": (
+        int,
+        "sequences generated at once (default: 8; for cuda 64, fewer where their caches exceed 32 GiB)",
+    ),
+    "max_num_batched_tokens": (
         int,
         "prompt tokens computed in one step (default: 64, at most max-seq-len; for cuda 8192, of several prompts)",
     ),

@@ -16,9 +16,11 @@ from deepseek_triton.ensemble.artefacts.cuda_layout import LayoutError
 from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
 from deepseek_triton.ensemble.protocol.settings import EngineSettings, SettingsError
 
-CUDA_SLOTS = 64
+CUDA_MAX_NUM_SEQS = 64
 CUDA_CACHE_BYTES = 32 * 2**30  # the most that default slots take of a GPU; the runner tells what really fits
-CUDA_PREFILL_CHUNK = 8192  # of several prompts: what serving needs to keep an H100 busy (benchmarks/serving_gpu.py)
+CUDA_MAX_NUM_BATCHED_TOKENS = (
+    8192  # of several prompts: what serving needs to keep an H100 busy (benchmarks/serving_gpu.py)
+)
 CUDA_MAX_PREFILL_STALL = 10.0  # beside running sequences it is then some 2,000 tokens at batch 1, 4,000 at 64
 
 
@@ -29,17 +31,17 @@ def engine_settings(options: BuildOptions, spec: ModelSpec, max_seq_len: int) ->
         BuildError: the chunk that was asked for is longer than a sequence, or the model can't be split over so many
             GPUs.
     """
-    defaults: dict[str, Any] = {"prefill_chunk": min(EngineSettings.prefill_chunk, max_seq_len)}
+    defaults: dict[str, Any] = {"max_num_batched_tokens": min(EngineSettings.max_num_batched_tokens, max_seq_len)}
     if options.target == "cuda":
         one_slot = _split(options, spec, max_seq_len).shape.cache_bytes(1)
         defaults = {
-            "num_slots": max(1, min(CUDA_SLOTS, CUDA_CACHE_BYTES // one_slot)),
-            "prefill_chunk": CUDA_PREFILL_CHUNK,
+            "max_num_seqs": max(1, min(CUDA_MAX_NUM_SEQS, CUDA_CACHE_BYTES // one_slot)),
+            "max_num_batched_tokens": CUDA_MAX_NUM_BATCHED_TOKENS,
             "max_prefill_stall": CUDA_MAX_PREFILL_STALL,
         }
     settings = EngineSettings(**{**defaults, **options.settings})
     try:
-        settings.check_prefill_chunk(options.target, max_seq_len)
+        settings.check_max_num_batched_tokens(options.target, max_seq_len)
     except SettingsError as error:
         raise BuildError(str(error)) from error
     return settings

@@ -47,8 +47,8 @@ def build_engine(
     *,
     target: str,
     precision: str,
-    num_slots: int,
-    prefill_chunk: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
     max_seq_len: int,
     compute_capability: str | None = None,
     fp8_modules: Sequence[str] = (),
@@ -61,7 +61,7 @@ def build_engine(
         onnx_path: decoder.py's graph with the last logits, quantised or not.
         target: "tensorrt" or "tensorrt-rtx".
         precision: what the graph is in: "fp32", "fp16" or "fp8".
-        num_slots: sequences decoded at once, at most. prefill_chunk: prompt tokens in one call, at most.
+        max_num_seqs: sequences decoded at once, at most. max_num_batched_tokens: prompt tokens in one call, at most.
         max_seq_len: positions in a slot's cache; the graph's own.
         compute_capability: the GPU's that will serve, as "8.9"; None: this machine's.
         fp8_modules: linear layers that must be FP8 in TensorRT's network.
@@ -72,11 +72,13 @@ def build_engine(
         EngineError: with one line; nothing was written.
         KeyboardInterrupt: TensorRT was stopped first.
     """
-    for name, value in (("num_slots", num_slots), ("prefill_chunk", prefill_chunk)):
+    for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
         if value < 1:
             raise EngineError(f"{name} is {value}, must be at least 1")
-    if prefill_chunk > max_seq_len:
-        raise EngineError(f"prefill_chunk is {prefill_chunk}, must be at most max_seq_len {max_seq_len}")
+    if max_num_batched_tokens > max_seq_len:
+        raise EngineError(
+            f"max_num_batched_tokens is {max_num_batched_tokens}, must be at most max_seq_len {max_seq_len}"
+        )
     settled = resolve_target(target, precision, compute_capability)
     model = read_graph(onnx_path)
     _check_cache(model, onnx_path, precision, max_seq_len)
@@ -86,14 +88,14 @@ def build_engine(
     started = time.monotonic()
     compiled = compile_graph(
         CompileJob(
-            settled, model, onnx_path, precision, decoder_profiles(num_slots, prefill_chunk), forms,
+            settled, model, onnx_path, precision, decoder_profiles(max_num_seqs, max_num_batched_tokens), forms,
             gives_best_token=True, fp8_modules=fp8_modules, timing_cache=timing_cache, progress=progress,
         )
     )  # fmt: skip
     write_atomically(output_path, compiled.plan, EngineError)
     plan = PlanInfo(
         settled.name, settled.version, settled.compute_capability, compiled.form.name, compiled.form.is_fused,
-        num_slots, prefill_chunk, max_seq_len,
+        max_num_seqs, max_num_batched_tokens, max_seq_len,
     )  # fmt: skip
     seconds = time.monotonic() - started
     layers = inspect_plan(settled, output_path)

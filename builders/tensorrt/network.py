@@ -70,12 +70,12 @@ class RaggedProfile:
         return [(size, *shape[1:]) for size in self.sizes[name]]
 
 
-def decoder_profiles(num_slots: int, prefill_chunk: int) -> tuple[OptimizationProfile, OptimizationProfile]:
+def decoder_profiles(max_num_seqs: int, max_num_batched_tokens: int) -> tuple[OptimizationProfile, OptimizationProfile]:
     """Prefill: one slot, up to a chunk; decode: one token for up to all slots. In the order of their numbers."""
     return (
-        OptimizationProfile("prefill", (1, 1, 1), (1, prefill_chunk, prefill_chunk)),
+        OptimizationProfile("prefill", (1, 1, 1), (1, max_num_batched_tokens, max_num_batched_tokens)),
         # A sequence length that can only be 1 makes TensorRT take its decode kernel.
-        OptimizationProfile("decode", (1, num_slots, num_slots), (1, 1, 1)),
+        OptimizationProfile("decode", (1, max_num_seqs, max_num_seqs), (1, 1, 1)),
     )
 
 

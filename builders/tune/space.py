@@ -81,9 +81,9 @@ def limits_of(version_dir: Path) -> dict[str, int]:
         manifest = Manifest.load(version_dir)
     except ManifestError as error:
         raise TuneError(str(error)) from error
-    known = ("max_batch_size", "num_slots", "prefill_chunk")
+    known = ("max_batch_size", "max_num_seqs", "max_num_batched_tokens")
     limits = {name: int(manifest.engine[name]) for name in known if name in manifest.engine}
-    return limits if manifest.target in PACKING_TARGETS else {"prefill_chunk": manifest.max_seq_len, **limits}
+    return limits if manifest.target in PACKING_TARGETS else {"max_num_batched_tokens": manifest.max_seq_len, **limits}
 
 
 def _copy(config: ModelConfig) -> ModelConfig:
@@ -145,7 +145,7 @@ SCORING = (
 )
 # Never the detokenizer's instances: each keeps the streams that it has begun.
 GENERATING = (
-    Parameter("num_slots", (1, 2, 4, 8, 16, 32), *_engine_parameter("num_slots")),
-    Parameter("prefill_chunk", (16, 32, 64, 128, 256), *_engine_parameter("prefill_chunk")),
+    Parameter("max_num_seqs", (1, 2, 4, 8, 16, 32), *_engine_parameter("max_num_seqs")),
+    Parameter("max_num_batched_tokens", (16, 32, 64, 128, 256), *_engine_parameter("max_num_batched_tokens")),
     Parameter("tokenizer_instances", (1, 2), *_instances(TOKENIZER_SUFFIX)),
 )

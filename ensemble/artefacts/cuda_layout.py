@@ -73,9 +73,9 @@ class DecoderShape:
             "down": (self.hidden_size, self.intermediate_size),
         }[group]
 
-    def cache_bytes(self, num_slots: int, itemsize: int = 2) -> int:
-        """Bytes of keys and values for `num_slots` whole sequences."""
-        return 2 * self.num_layers * num_slots * self.max_seq_len * self.kv_size * itemsize
+    def cache_bytes(self, max_num_seqs: int, itemsize: int = 2) -> int:
+        """Bytes of keys and values for `max_num_seqs` whole sequences."""
+        return 2 * self.num_layers * max_num_seqs * self.max_seq_len * self.kv_size * itemsize
 
     def linear_names(self) -> list[str]:
         """Every fused matrix, `layers.0.qkv` first."""

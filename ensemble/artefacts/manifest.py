@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 FILE_NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 SMALL_FILE = 64 * 2**20  # bytes; below it a file's hash is checked at every load, above it only its size
 
 

@@ -63,7 +63,7 @@ class PlanInfo:
 
     version: TensorRT's, exactly; a plan loads in no other. compute_capability: the GPU's, as "8.9".
     attention: "lengths" (true key/value lengths, lower-right causality) or "mask"; attention_is_fused:
-    whether every attention has a kernel of its own. num_slots, prefill_chunk, max_seq_len: the largest that
+    whether every attention has a kernel of its own. max_num_seqs, max_num_batched_tokens, max_seq_len: the largest that
     its profiles allow.
     """
 
@@ -72,8 +72,8 @@ class PlanInfo:
     compute_capability: str
     attention: str
     attention_is_fused: bool
-    num_slots: int
-    prefill_chunk: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
     max_seq_len: int
 
     def to_dict(self) -> dict[str, Any]:

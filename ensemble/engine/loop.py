@@ -59,14 +59,14 @@ class EngineLoop:
         acknowledgements: Acknowledgements,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.metrics = EngineMetrics(slots=runner.num_slots)
+        self.metrics = EngineMetrics(slots=runner.max_num_seqs)
         self.clock = clock
         self._runner = runner
         self._pipeline = StepPipeline(pipelined(runner), clock)
         self._max_queue_size = settings.max_queue_size
-        self._budget = PrefillBudget(settings.prefill_chunk, settings.max_prefill_stall)
+        self._budget = PrefillBudget(settings.max_num_batched_tokens, settings.max_prefill_stall)
         self._scheduler = Scheduler(
-            runner.num_slots,
+            runner.max_num_seqs,
             runner.max_seq_len,
             self._budget,
             reuses_prompts=settings.prefix_reuse != "off",

@@ -47,7 +47,7 @@ class Scheduler:
     """Assigns slots and plans steps; pure bookkeeping, no model and no clock.
 
     Args:
-        num_slots: how many sequences run at once.
+        max_num_seqs: how many sequences run at once.
         max_seq_len: positions of a slot. A step writes to idle slots too: there, the last position takes the harm.
         budget: how much of the prompts a step computes.
         reuses_prompts, reuses_answers: what a finished sequence leaves for later prompts.
@@ -55,17 +55,17 @@ class Scheduler:
 
     def __init__(
         self,
-        num_slots: int,
+        max_num_seqs: int,
         max_seq_len: int,
         budget: PrefillBudget,
         *,
         reuses_prompts: bool = True,
         reuses_answers: bool = False,
     ) -> None:
-        self._num_slots = num_slots
+        self._max_num_seqs = max_num_seqs
         self._last_position = max_seq_len - 1
         self._budget = budget
-        self._slots = Slots(num_slots, is_reused=reuses_prompts)
+        self._slots = Slots(max_num_seqs, is_reused=reuses_prompts)
         self._reuses_answers = reuses_answers
         self._waiting: list[tuple[int, int, Sequence]] = []  # a heap by priority, then order of arrival
         self._order = itertools.count()
@@ -134,7 +134,7 @@ class Scheduler:
         anyway, behind those that are being computed; a free one's cache is never used up to its last position. A step
         that is in flight when its sequence ends writes behind what the sequence computed, which nobody finds.
         """
-        free = dict.fromkeys(range(self._num_slots), self._last_position)
+        free = dict.fromkeys(range(self._max_num_seqs), self._last_position)
         return free | {slot: sequence.num_begun for slot, sequence in self._running.items()}
 
     def _chunks(self, is_decoding: bool) -> tuple[PrefillChunk, ...]:

@@ -52,9 +52,9 @@ class Slots:
     `is_reused` false nothing is ever found.
     """
 
-    def __init__(self, num_slots: int, *, is_reused: bool = True) -> None:
-        self._free = list(range(num_slots))  # a heap
-        self._held = [_Held(NO_IDS, 0) for _ in range(num_slots)]
+    def __init__(self, max_num_seqs: int, *, is_reused: bool = True) -> None:
+        self._free = list(range(max_num_seqs))  # a heap
+        self._held = [_Held(NO_IDS, 0) for _ in range(max_num_seqs)]
         self._uses = itertools.count(1)
         self._is_reused = is_reused
 

@@ -26,8 +26,9 @@ PACKING_TARGETS = ("cuda",)  # which compute several slots' prompts at once
 class EngineSettings:
     """How an engine runs.
 
-    num_slots: sequences in flight at once.
-    prefill_chunk: prompt tokens in one step while nothing else runs; several sequences' where the target packs prompts.
+    max_num_seqs: sequences in flight at once.
+    max_num_batched_tokens: prompt tokens that one step computes at most while nothing else runs, of several sequences
+        where the target packs prompts.
     max_prefill_stall: beside running sequences a step computes so much of the prompts as takes this many times as long
         as their next token.
     prefix_reuse: what of a finished sequence's cache a later prompt may begin with: "prompt" what was computed as a
@@ -44,8 +45,8 @@ class EngineSettings:
     tensor_parallel_size: GPUs that the model is split over. Target cuda alone.
     """
 
-    num_slots: int = 8
-    prefill_chunk: int = 64
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 64
     max_prefill_stall: float = 1.5
     prefix_reuse: PrefixReuse = "prompt"
     num_threads: int = 0
@@ -93,14 +94,16 @@ class EngineSettings:
                     f"build for target {' or '.join(targets)}"
                 )
 
-    def check_prefill_chunk(self, target: str, max_seq_len: int) -> None:
+    def check_max_num_batched_tokens(self, target: str, max_seq_len: int) -> None:
         """Can a step of an engine of `target` hold so many tokens? Where it packs prompts, it takes what there is.
 
         Raises:
-            SettingsError: `prefill_chunk` is more than `max_seq_len`, and a step takes one sequence's.
+            SettingsError: `max_num_batched_tokens` is more than `max_seq_len`, and a step takes one sequence's.
         """
-        if target not in PACKING_TARGETS and self.prefill_chunk > max_seq_len:
-            raise SettingsError(f"prefill_chunk is {self.prefill_chunk}, must be at most max_seq_len {max_seq_len}")
+        if target not in PACKING_TARGETS and self.max_num_batched_tokens > max_seq_len:
+            raise SettingsError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, must be at most max_seq_len {max_seq_len}"
+            )
 
     def to_parameters(self) -> dict[str, str]:
         """These settings as the text values of config.pbtxt's `parameters`."""
@@ -146,7 +149,7 @@ def _boolean(text: str) -> bool:
 
 # Integers with their lowest values, numbers with what they are.
 _INTEGERS = {
-    "num_slots": 1, "prefill_chunk": 1, "num_threads": 0, "max_queue_size": 1, "priority_levels": 1,
+    "max_num_seqs": 1, "max_num_batched_tokens": 1, "num_threads": 0, "max_queue_size": 1, "priority_levels": 1,
     "queue_timeout_ms": 0, "timeout_ms": 0, "tensor_parallel_size": 1,
 }  # fmt: skip
 _NUMBERS = {"max_prefill_stall": "a number", "cancel_after_s": "a number of seconds"}

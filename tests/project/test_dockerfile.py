@@ -246,7 +246,7 @@ from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 engine = Path(sys.argv[1])
 tokenizer = Tokenizer.from_directory(Path(sys.argv[2]))
-manifest, runner = load_runner(engine, EngineSettings(num_slots=1))
+manifest, runner = load_runner(engine, EngineSettings(max_num_seqs=1))
 logits = runner.prefill(0, np.asarray(tokenizer.encode("The capital of France is"), np.int64), 0)
 print(np.__version__, tokenizer.decode([int(logits.argmax())]))
 """

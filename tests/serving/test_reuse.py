@@ -16,7 +16,7 @@ IDS = np.random.default_rng(0).integers(1000, 40000, 131)
 
 @pytest.fixture(scope="module")
 def runner(smollm2_repository: Path) -> OnnxRunner:
-    return OnnxRunner(smollm2_repository / f"{NAME}-engine" / "1" / "model.onnx", num_slots=4)
+    return OnnxRunner(smollm2_repository / f"{NAME}-engine" / "1" / "model.onnx", max_num_seqs=4)
 
 
 def prefill(runner: OnnxRunner, slot: int, ids: Any, cuts: tuple[int, ...] = ()) -> Any:

@@ -29,7 +29,7 @@ from tests.conftest import MAX_SEQ_LEN, NAME
 pytestmark = pytest.mark.server
 
 TIMEOUT_S = 120.0
-NUM_SLOTS = 8
+MAX_NUM_SEQS = 8
 CAPITAL = GenerateRequest(messages=[Message("user", "What is the capital of France?")], max_tokens=40)
 SUBJECTS = (
     "rivers",
@@ -123,13 +123,13 @@ request = GenerateRequest(prompt="1 2 3 4 5 6 7 8", max_tokens=480)
 def run():
     for chunk in client.stream(request):
         os.write(1, b"chunk\\n")  # one call: print's threads mix their line ends
-for _ in range({NUM_SLOTS}):
+for _ in range({MAX_NUM_SEQS}):
     threading.Thread(target=run).start()
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
-        for _ in range(3 * NUM_SLOTS):  # every slot is at work
+        for _ in range(3 * MAX_NUM_SEQS):  # every slot is at work
             assert process.stdout.readline() == "chunk\n"
     finally:
         process.kill()
@@ -146,7 +146,7 @@ def test_a_closed_stream_stops_the_work_on_the_server(
     server: TritonServer, client: GrpcClient, protocol: ProtocolName
 ) -> None:
     with connect(protocol, NAME, url_of(server, protocol), TIMEOUT_S) as leaving:
-        for _ in range(2 * NUM_SLOTS):  # twice as many as there are slots: none may be left behind
+        for _ in range(2 * MAX_NUM_SEQS):  # twice as many as there are slots: none may be left behind
             with closing(leaving.stream(GenerateRequest(prompt="1 2 3 4 5 6", max_tokens=480))) as stream:
                 next(stream)
     start = time.monotonic()
@@ -167,7 +167,7 @@ def test_ctrl_c_in_the_terminal_stops_the_work_on_the_server(server: TritonServe
     ]
     processes = [
         subprocess.Popen([*command, "--max-tokens", "480"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for _ in range(NUM_SLOTS)
+        for _ in range(MAX_NUM_SEQS)
     ]
     for process in processes:
         assert process.stdout is not None and process.stdout.read(5)
@@ -253,7 +253,7 @@ def test_errors_disturb_no_other_stream(server: TritonServer, client: GrpcClient
 
 def test_the_load_line_says_what_the_memory_is_for(server: TritonServer) -> None:
     per_token = 30 * 2 * 3 * 64 * 4
-    size = NUM_SLOTS * MAX_SEQ_LEN * per_token // 2**20
+    size = MAX_NUM_SEQS * MAX_SEQ_LEN * per_token // 2**20
     assert f"KV cache: 8 slots x 512 tokens x {per_token} bytes = {size} MiB" in server.log_path.read_text()
 
 

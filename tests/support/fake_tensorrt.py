@@ -147,8 +147,8 @@ class FakeTensorRT:
     ILogger = FakeILogger
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED=2)
 
-    def __init__(self, cuda: FakeCudaRuntime, num_slots: int, prefill_chunk: int) -> None:
-        self.cuda, self.num_slots, self.prefill_chunk = cuda, num_slots, prefill_chunk
+    def __init__(self, cuda: FakeCudaRuntime, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.cuda, self.max_num_seqs, self.max_num_batched_tokens = cuda, max_num_seqs, max_num_batched_tokens
         self.engines: list[FakeEngine] = []
 
     def Runtime(self, logger: Any) -> FakeRuntime:  # noqa: N802
@@ -227,7 +227,9 @@ class FakeContext:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert not self.is_captured, "a captured context must not be touched"
-        batch, seq_len = (1, self.engine.api.prefill_chunk) if self.profile == 0 else (self.engine.api.num_slots, 1)
+        batch, seq_len = (
+            (1, self.engine.api.max_num_batched_tokens) if self.profile == 0 else (self.engine.api.max_num_seqs, 1)
+        )
         limits = [d if d >= 0 else (batch if axis == 0 else seq_len) for axis, d in enumerate(self.engine.shapes[name])]
         self.shapes[name] = shape
         return len(shape) == len(limits) and all(1 <= size <= most for size, most in zip(shape, limits, strict=True))

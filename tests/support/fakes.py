@@ -16,9 +16,9 @@ from deepseek_triton.ensemble.protocol.progress import Update
 class FakeRunner:
     """Deterministic: a wrong slot, position or cache content gives other tokens."""
 
-    def __init__(self, num_slots: int = 4, max_seq_len: int = 64, vocab_size: int = 100) -> None:
-        self.num_slots, self.max_seq_len, self.vocab_size = num_slots, max_seq_len, vocab_size
-        self.cache = np.full((num_slots, max_seq_len), -1, np.int64)
+    def __init__(self, max_num_seqs: int = 4, max_seq_len: int = 64, vocab_size: int = 100) -> None:
+        self.max_num_seqs, self.max_seq_len, self.vocab_size = max_num_seqs, max_seq_len, vocab_size
+        self.cache = np.full((max_num_seqs, max_seq_len), -1, np.int64)
         self.calls: list[tuple[str, int]] = []
         self.fail_next: Exception | None = None
         self.is_closed = False
@@ -59,8 +59,8 @@ class FakeRunner:
 class DrawingFakeRunner(FakeRunner):
     """A FakeRunner that chooses greedy tokens itself, and computes only when the step is finished."""
 
-    def __init__(self, num_slots: int = 4, max_seq_len: int = 64, vocab_size: int = 100) -> None:
-        super().__init__(num_slots, max_seq_len, vocab_size)
+    def __init__(self, max_num_seqs: int = 4, max_seq_len: int = 64, vocab_size: int = 100) -> None:
+        super().__init__(max_num_seqs, max_seq_len, vocab_size)
         self.num_drawn = self.num_logits_rows = 0
         self._started: tuple[IdArray, IdArray, list[DeviceSampling | None], list[int]] | None = None
 
@@ -94,12 +94,12 @@ class PipelinedFakeRunner(FakeRunner):
     steps_in_flight = 2
     packs_prompts = True
 
-    def __init__(self, num_slots: int = 4, max_seq_len: int = 64, vocab_size: int = 100) -> None:
-        super().__init__(num_slots, max_seq_len, vocab_size)
+    def __init__(self, max_num_seqs: int = 4, max_seq_len: int = 64, vocab_size: int = 100) -> None:
+        super().__init__(max_num_seqs, max_seq_len, vocab_size)
         self.num_ahead = self.num_drawn = self.num_logits_rows = 0
         self.fail_finish: dict[str, Exception] = {}  # by kind of call
-        self._last_tokens: list[int | None] = [None] * num_slots
-        self._ends: list[int | None] = [None] * num_slots  # where a slot's next position is; None: unknown
+        self._last_tokens: list[int | None] = [None] * max_num_seqs
+        self._ends: list[int | None] = [None] * max_num_seqs  # where a slot's next position is; None: unknown
         self._in_flight: dict[str, list[Decoded]] = {"decode": [], "prefill": []}
 
     def can_draw(self, draw: DeviceSampling) -> bool:
@@ -146,8 +146,8 @@ class PipelinedFakeRunner(FakeRunner):
     def abandon(self) -> None:
         for calls in self._in_flight.values():
             calls.clear()
-        self._ends = [None] * self.num_slots
-        self._last_tokens = [None] * self.num_slots
+        self._ends = [None] * self.max_num_seqs
+        self._last_tokens = [None] * self.max_num_seqs
 
     def _begin(
         self, kind: str, logits: Logits, slots: Ids[int], draws: Ids[DeviceSampling | None], logits_rows: Ids[int]
@@ -158,7 +158,7 @@ class PipelinedFakeRunner(FakeRunner):
         for slot, token, draw in zip(slots, tokens, draws, strict=True):
             self._last_tokens[slot] = None if draw is None else token
         if self.fail_next is not None:
-            self._last_tokens = [None] * self.num_slots
+            self._last_tokens = [None] * self.max_num_seqs
         self._maybe_fail()
         self.num_drawn += sum(draw is not None for draw in draws)
         self.num_logits_rows += len(logits_rows)

@@ -101,7 +101,7 @@ def write_fp8_graph(
 def build_small(graph: Path, output: Path, **options: Any) -> EngineReport:
     """`build_engine` with what fits the small graphs; `options` go before."""
     defaults: dict[str, Any] = {
-        "target": "tensorrt-rtx", "precision": "fp16", "num_slots": SLOTS, "prefill_chunk": CHUNK,
+        "target": "tensorrt-rtx", "precision": "fp16", "max_num_seqs": SLOTS, "max_num_batched_tokens": CHUNK,
         "max_seq_len": 256, "compute_capability": "8.9",
     }  # fmt: skip
     return build_engine(graph, output, **{**defaults, **options})

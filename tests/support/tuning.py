@@ -33,7 +33,7 @@ def tiny_repository(directory: Path) -> Path:
     checkpoint, models = tiny_checkpoint(directory), directory / "models"
     scoring = ScoringOptions(labels=("a", "b"), batching=Batching(max_batch_size=8, preferred_batch_sizes=(4,)))
     build(BuildOptions(checkpoint, "s", models, task="score", max_seq_len=32, scoring=scoring))
-    settings = {"num_slots": 3, "prefill_chunk": 8}
+    settings = {"max_num_seqs": 3, "max_num_batched_tokens": 8}
     build(BuildOptions(checkpoint, "g", models, max_seq_len=32, settings=settings))
     return models
 

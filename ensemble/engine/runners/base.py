@@ -1,6 +1,6 @@
 """What a runner is: the only thing the scheduler, the loop and their tests know of a model.
 
-A runner owns `num_slots` caches of `max_seq_len` positions. It knows nothing of requests, sampling or text.
+A runner owns `max_num_seqs` caches of `max_seq_len` positions. It knows nothing of requests, sampling or text.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class OutOfMemoryError(RunnerError):
 
 
 class Runner(Protocol):
-    """A model with `num_slots` KV caches."""
+    """A model with `max_num_seqs` KV caches."""
 
-    num_slots: int
+    max_num_seqs: int
     max_seq_len: int
     vocab_size: int
 
@@ -140,7 +140,7 @@ class PipelinedRunner(Protocol):
     ) -> None:
         """Begin a `prefill` of different slots' chunks; draws[i] and the rows are those of the chunks' last tokens.
 
-        The chunks together hold at most the `prefill_chunk` tokens that the runner was made for.
+        The chunks together hold at most the `max_num_batched_tokens` tokens that the runner was made for.
         """
 
     def finish_prefill(self) -> Decoded:

@@ -22,14 +22,14 @@ def load_runner(directory: Path, settings: EngineSettings) -> tuple[Manifest, Ru
     manifest.verify(directory)
     try:
         settings.check_target(manifest.target)
-        settings.check_prefill_chunk(manifest.target, manifest.max_seq_len)
+        settings.check_max_num_batched_tokens(manifest.target, manifest.max_seq_len)
     except SettingsError as error:
         raise RunnerError(str(error)) from error
     if manifest.target == "onnx":
         from deepseek_triton.ensemble.engine.runners.onnx import OnnxRunner
 
         return manifest, OnnxRunner(
-            directory / "model.onnx", num_slots=settings.num_slots, num_threads=settings.num_threads
+            directory / "model.onnx", max_num_seqs=settings.max_num_seqs, num_threads=settings.num_threads
         )
     if manifest.target in TARGETS:
         from deepseek_triton.ensemble.engine.runners.tensorrt import TensorRTRunner
@@ -39,7 +39,10 @@ def load_runner(directory: Path, settings: EngineSettings) -> tuple[Manifest, Ru
         except TensorRTError as error:
             raise RunnerError(f"{directory}: {error}; {manifest.command}") from error
         return manifest, TensorRTRunner(
-            directory / PLAN_FILE, plan, num_slots=settings.num_slots, prefill_chunk=settings.prefill_chunk
+            directory / PLAN_FILE,
+            plan,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
         )
     if manifest.target == "cuda":
         return manifest, _load_cuda(directory, manifest, settings)
@@ -58,8 +61,10 @@ def _load_cuda(directory: Path, manifest: Manifest, settings: EngineSettings) ->
     except ModuleNotFoundError as error:
         raise RunnerError(f"{error.name} is not installed; pip install 'deepseek-triton[cuda]'") from error
     options: dict[str, Any] = {
-        "num_slots": settings.num_slots,
-        "prefill_chunk": min(settings.prefill_chunk, settings.num_slots * manifest.max_seq_len),  # what it can be given
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": min(
+            settings.max_num_batched_tokens, settings.max_num_seqs * manifest.max_seq_len
+        ),  # what it can be given
         "is_invariant": settings.batch_invariant,
     }
     try:

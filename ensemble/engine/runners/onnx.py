@@ -1,7 +1,8 @@
 """The ONNX Runtime runner: a CPU, the cache updated in place.
 
-One NumPy buffer for each layer's keys and values, [num_slots, kv_heads, max_seq_len, head_dim]. A binding names a slice
-of each as past input and as present output, so the graph writes into the very memory it reads: no cache is ever copied.
+One NumPy buffer for each layer's keys and values, [max_num_seqs, kv_heads, max_seq_len, head_dim]. A binding
+slice of each as past input and as present output, so the graph writes into the very memory it reads: no cache is ever
+copied.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ class OnnxRunner:
 
     Args:
         path: model.onnx, its external data beside it.
-        num_slots: how many sequences have a cache at once.
+        max_num_seqs: how many sequences have a cache at once.
         num_threads: for one operator; 0 takes every core this process may use.
 
     Raises:
         RunnerError: the file can't be loaded, or the caches don't fit into memory.
     """
 
-    def __init__(self, path: Path, *, num_slots: int, num_threads: int = 0) -> None:
+    def __init__(self, path: Path, *, max_num_seqs: int, num_threads: int = 0) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads or len(os.sched_getaffinity(0))
         options.inter_op_num_threads = 1
@@ -48,28 +49,30 @@ class OnnxRunner:
         inputs = {value.name: value for value in self._session.get_inputs()}
         caches = [name for name in inputs if name.startswith("past_")]
         _, kv_heads, self.max_seq_len, head_dim = inputs[caches[0]].shape
-        self.num_slots = num_slots
+        self.max_num_seqs = max_num_seqs
         outputs = {value.name: value for value in self._session.get_outputs()}
         self.vocab_size = int(outputs["logits"].shape[-1])
         dtype = np.float16 if inputs[caches[0]].type == "tensor(float16)" else np.float32
-        self.cache_bytes = len(caches) * num_slots * kv_heads * self.max_seq_len * head_dim * np.dtype(dtype).itemsize
+        self.cache_bytes = (
+            len(caches) * max_num_seqs * kv_heads * self.max_seq_len * head_dim * np.dtype(dtype).itemsize
+        )
         if self.cache_bytes > (available := _available_bytes()):
             # The kernel would grant it and end this process later, when the caches fill.
             raise RunnerError(
-                f"{num_slots} slots of {self.max_seq_len} tokens need {self.cache_bytes // MIB} MiB, "
-                f"{available // MIB} MiB are free; lower num_slots"
+                f"{max_num_seqs} slots of {self.max_seq_len} tokens need {self.cache_bytes // MIB} MiB, "
+                f"{available // MIB} MiB are free; lower max_num_seqs"
             )
         # Zeros, not empty: masked positions are multiplied by 0, and 0 x NaN is NaN.
         self._caches: dict[str, NDArray[Any]] = {
-            name: np.zeros((num_slots, kv_heads, self.max_seq_len, head_dim), dtype) for name in caches
+            name: np.zeros((max_num_seqs, kv_heads, self.max_seq_len, head_dim), dtype) for name in caches
         }
         weight_bytes = path.with_name(path.name + ".data").stat().st_size
         log.info(
             "KV cache: %d slots x %d tokens x %d bytes = %d MiB; weights: %d MiB; %d threads",
-            num_slots, self.max_seq_len, self.cache_bytes // (num_slots * self.max_seq_len),
+            max_num_seqs, self.max_seq_len, self.cache_bytes // (max_num_seqs * self.max_seq_len),
             self.cache_bytes // MIB, weight_bytes // MIB, options.intra_op_num_threads,
         )  # fmt: skip
-        self._logits = np.empty((num_slots, self.vocab_size), np.float32)
+        self._logits = np.empty((max_num_seqs, self.vocab_size), np.float32)
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
 
     def prefill(self, slot: int, ids: Ids, start: int) -> Logits:

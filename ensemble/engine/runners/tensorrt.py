@@ -1,6 +1,6 @@
 """The TensorRT runner: a decoder's plan on one GPU, the cache updated in place.
 
-One device buffer for each layer's keys and values, [num_slots, kv_heads, max_seq_len, head_dim], is bound as
+One device buffer for each layer's keys and values, [max_num_seqs, kv_heads, max_seq_len, head_dim], is bound as
 past input and as present output at once. Prefill has an execution context of its profile and is bound to one
 slot's part of each buffer; decode replays CUDA graphs. Everything runs on one stream that doesn't wait for
 the default one.
@@ -44,15 +44,15 @@ class TensorRTRunner:
     Args:
         path: model.plan.
         plan: what the manifest says of it.
-        num_slots: how many sequences have a cache at once; at most the plan's.
-        prefill_chunk: the most tokens that `prefill` will be given at once; at most the plan's.
+        max_num_seqs: how many sequences have a cache at once; at most the plan's.
+        max_num_batched_tokens: the most tokens that `prefill` will be given at once; at most the plan's.
 
     Raises:
         RunnerError: the plan isn't for this TensorRT or GPU (found before it is loaded), or doesn't fit into
         memory.
     """
 
-    def __init__(self, path: Path, plan: PlanInfo, *, num_slots: int, prefill_chunk: int) -> None:
+    def __init__(self, path: Path, plan: PlanInfo, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self._graphs: dict[int, Any] = {}
         self._contexts: dict[int, Any] = {}
         self._device: dict[str, int] = {}
@@ -63,8 +63,8 @@ class TensorRTRunner:
         self._logits_rows: Sequence[int] = ()
         self._messages = Messages()
         for name, wanted, limit in (
-            ("num_slots", num_slots, plan.num_slots),
-            ("prefill_chunk", prefill_chunk, plan.prefill_chunk),
+            ("max_num_seqs", max_num_seqs, plan.max_num_seqs),
+            ("max_num_batched_tokens", max_num_batched_tokens, plan.max_num_batched_tokens),
         ):
             if wanted > limit:
                 raise RunnerError(f"{name} is {wanted}, the plan was built for {limit}; lower it or build again")
@@ -75,9 +75,9 @@ class TensorRTRunner:
             self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
             if self._engine is None:
                 raise RunnerError(f"{path} can't be loaded by {plan.target} {plan.version}: {self._messages.reason()}")
-            self.num_slots, self.max_seq_len = num_slots, plan.max_seq_len
+            self.max_num_seqs, self.max_seq_len = max_num_seqs, plan.max_seq_len
             self.vocab_size = int(self._engine.get_tensor_shape("logits")[1])
-            self._allocate(max(num_slots, prefill_chunk))
+            self._allocate(max(max_num_seqs, max_num_batched_tokens))
             self._prefill_context = self._context(PREFILL_PROFILE)
         except (TensorRTError, CudaError, OSError) as error:
             self.close()
@@ -87,7 +87,7 @@ class TensorRTRunner:
             raise
         log.info(
             "KV cache: %d slots x %d tokens = %d MiB; plan: %d MiB; attention: %s",
-            num_slots, self.max_seq_len, self.cache_bytes // MIB, path.stat().st_size // MIB, plan.attention,
+            max_num_seqs, self.max_seq_len, self.cache_bytes // MIB, path.stat().st_size // MIB, plan.attention,
         )  # fmt: skip
 
     def prefill(self, slot: int, ids: Ids, start: int) -> Logits:
@@ -157,7 +157,7 @@ class TensorRTRunner:
 
     def _allocate(self, num_ids: int) -> None:
         """Device and page-locked memory for everything that the engine reads and writes."""
-        cuda, engine, slots = self._cuda, self._engine, self.num_slots
+        cuda, engine, slots = self._cuda, self._engine, self.max_num_seqs
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self._caches = {name: f"present_{name.removeprefix('past_')}" for name in names if name.startswith("past_")}
         self._slot_bytes = {
@@ -170,7 +170,7 @@ class TensorRTRunner:
         if (free := cuda.free_bytes()) < needed:
             raise RunnerError(
                 f"{slots} slots of {self.max_seq_len} tokens need {-(-needed // MIB)} MiB, "
-                f"the GPU has {free // MIB} MiB free; lower num_slots"
+                f"the GPU has {free // MIB} MiB free; lower max_num_seqs"
             )
         for past, present in self._caches.items():
             if engine.get_aliased_input_tensor(present) != past:
@@ -205,7 +205,7 @@ class TensorRTRunner:
     def _decode(self, ids: Ids, positions: Ids) -> None:
         """Run one token for slots 0 … n - 1, by the graph of the next captured size."""
         n = len(ids)
-        size = captured_size(n, self.num_slots)
+        size = captured_size(n, self.max_num_seqs)
         self._host["input_ids"][:n], self._host["start"][:n] = ids, positions
         # Rows beyond n write to the last position, which a sequence writes itself before it first reads it.
         self._host["input_ids"][n:size], self._host["start"][n:size] = 0, self.max_seq_len - 1
@@ -255,9 +255,9 @@ class TensorRTRunner:
             raise RunnerError(f"TensorRT refused a call: {self._messages.reason()}")
 
 
-def captured_size(n: int, num_slots: int) -> int:
+def captured_size(n: int, max_num_seqs: int) -> int:
     """The batch size that runs `n` rows: the next power of two, at most all slots."""
-    return min(1 << (n - 1).bit_length(), num_slots)
+    return min(1 << (n - 1).bit_length(), max_num_seqs)
 
 
 def _check_fits(plan: PlanInfo, api: Any, cuda: Cuda) -> None:

@@ -20,7 +20,7 @@ from deepseek_triton.ensemble.server import tritonserver as server
 from deepseek_triton.ensemble.server.installation import Installation, ServerError
 from tests.support.checkpoints import make_tokenizer, write_tiny
 
-SMALL_ENGINE = ("--max-seq-len", "32", "--prefill-chunk", "8", "--num-slots", "2")
+SMALL_ENGINE = ("--max-seq-len", "32", "--max-num-batched-tokens", "8", "--max-num-seqs", "2")
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +39,8 @@ def checkpoint(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def built(checkpoint: Path, tmp_path: Path) -> Path:
-    settings = {"num_slots": 2, "prefill_chunk": 8}
-    build(BuildOptions(checkpoint, "m", tmp_path / "models", max_seq_len=32, settings=settings))
+    settings = {"max_num_seqs": 2, "max_num_batched_tokens": 8}
+    repository.build(BuildOptions(checkpoint, "m", tmp_path / "models", max_seq_len=32, settings=settings))
     return tmp_path / "models"
 
 
@@ -79,8 +79,8 @@ def test_build_then_check(run: Any, checkpoint: Path, tmp_path: Path) -> None:
     [
         (("--name", "a/b"), "name is 'a/b'"),
         (("--name", "m", "--max-seq-len", "1000"), "max_seq_len is 1000, the model was trained for 64 tokens"),
-        (("--name", "m", "--num-slots", "0"), "num_slots is 0, must be an integer of at least 1"),
-        (("--name", "m", "--prefill-chunk", "-1"), "prefill_chunk is -1"),
+        (("--name", "m", "--max-num-seqs", "0"), "max_num_seqs is 0, must be an integer of at least 1"),
+        (("--name", "m", "--max-num-batched-tokens", "-1"), "max_num_batched_tokens is -1"),
         (("--name", "m", "--num-threads", "-1"), "num_threads is -1"),
     ],
 )

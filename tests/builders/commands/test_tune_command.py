@@ -467,9 +467,9 @@ def test_an_interrupt_does_not_wait_for_the_seconds_to_pass(monkeypatch: pytest.
 def test_a_point_that_cannot_be_served_is_a_result(repository: Path) -> None:
     configs = read_configs(repository, "g")
     space = space_of(configs, "g", {})
-    bad = with_point(space, configs, "g", {**read_point(space, configs, "g"), "prefill_chunk": 256})
+    bad = with_point(space, configs, "g", {**read_point(space, configs, "g"), "max_num_batched_tokens": 256})
     result = measure(repository, "g", bad, a_load(None, 1, 1))
-    assert "prefill_chunk is 256" in result.failure and "\n" not in result.failure
+    assert "max_num_batched_tokens is 256" in result.failure and "\n" not in result.failure
 
 
 def test_a_full_disk_is_no_result_but_an_error(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

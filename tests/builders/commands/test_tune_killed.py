@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     checkpoint = tiny_checkpoint(tmp_path)
-    settings = {"num_slots": 4, "prefill_chunk": 16}
+    settings = {"max_num_seqs": 4, "max_num_batched_tokens": 16}
     build(BuildOptions(checkpoint, "g", tmp_path / "models", max_seq_len=64, settings=settings))
     return tmp_path / "models"
 

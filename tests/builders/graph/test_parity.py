@@ -35,12 +35,12 @@ def build(tmp_path: Path) -> Build:
     return build
 
 
-def graph_runner(checkpoint: Path, parent: Path, num_slots: int = 4, **graph: Any) -> OnnxRunner:
+def graph_runner(checkpoint: Path, parent: Path, max_num_seqs: int = 4, **graph: Any) -> OnnxRunner:
     # A directory for each: ONNX Runtime maps the weights, and a file that is written anew under it is a bus error.
     directory = Path(tempfile.mkdtemp(dir=parent))
     source = open_checkpoint(checkpoint)
     path = build_graph(source.spec, source.read, directory, **{"max_seq_len": MAX_SEQ_LEN, **graph})
-    return OnnxRunner(path, num_slots=num_slots, num_threads=2)
+    return OnnxRunner(path, max_num_seqs=max_num_seqs, num_threads=2)
 
 
 def prompt(length: int = PROMPT_LEN, vocab_size: int = 319, seed: int = 1) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -106,7 +106,7 @@ def test_smollm2_from_gguf(tmp_path: Path) -> None:
     reference = load_reference(path.parent, gguf=path.name)
     open_checkpoint(path).write_tokenizer(tmp_path)
     ids = Tokenizer.from_directory(tmp_path).encode("Once upon a time, in a small village by the sea, there lived")
-    assert_agrees(graph_runner(path, tmp_path, num_slots=1), reference, ids.astype(np.int64))
+    assert_agrees(graph_runner(path, tmp_path, max_num_seqs=1), reference, ids.astype(np.int64))
 
 
 def test_prefill_in_chunks_equals_prefill_at_once(build: Build) -> None:
@@ -198,5 +198,5 @@ def test_caches_that_do_not_fit_into_memory_are_refused_at_load(build: Build, tm
     directory, _ = build()
     source = open_checkpoint(directory)
     build_graph(source.spec, source.read, tmp_path, max_seq_len=MAX_SEQ_LEN)
-    with pytest.raises(RunnerError, match=r"slots of 128 tokens need \d+ MiB, \d+ MiB are free; lower num_slots"):
-        OnnxRunner(tmp_path / "model.onnx", num_slots=10**9)
+    with pytest.raises(RunnerError, match=r"slots of 128 tokens need \d+ MiB, \d+ MiB are free; lower max_num_seqs"):
+        OnnxRunner(tmp_path / "model.onnx", max_num_seqs=10**9)

@@ -252,10 +252,10 @@ EDITS: dict[str, tuple[str, Edit, list[tuple[str, str]]]] = {
         lambda c: setattr(c.parameters["slots"], "string_value", "8"),
         [("m-engine/config.pbtxt: parameters: unknown engine parameter 'slots'", "'timeout_ms']")],
     ),
-    "prefill_chunk": (
+    "max_num_batched_tokens": (
         "m-engine",
-        lambda c: setattr(c.parameters["prefill_chunk"], "string_value", "129"),
-        [("m-engine/config.pbtxt: parameters: prefill_chunk is 129", "max_seq_len 128")],
+        lambda c: setattr(c.parameters["max_num_batched_tokens"], "string_value", "129"),
+        [("m-engine/config.pbtxt: parameters: max_num_batched_tokens is 129", "max_seq_len 128")],
     ),
     "a setting of another target": (
         "m-engine",

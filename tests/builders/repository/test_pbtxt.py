@@ -21,7 +21,7 @@ PATH = Path("models/m/config.pbtxt")
 def configs() -> dict[str, pbtxt.ModelConfig]:
     return {
         "tokenizer": pbtxt.tokenizer_config("m", {"note": 'dashes – and "quotes"'}),
-        "engine": pbtxt.engine_config("m", EngineSettings(num_slots=3).to_parameters()),
+        "engine": pbtxt.engine_config("m", EngineSettings(max_num_seqs=3).to_parameters()),
         "detokenizer": pbtxt.detokenizer_config("m"),
         "ensemble": pbtxt.ensemble_config("m", GENERATE_PIPELINE),
     }
@@ -55,7 +55,7 @@ def test_models_have_the_names_and_batching_that_the_ensemble_relies_on() -> Non
     ]
     # The detokenizer answers a heartbeat with nothing, so it must be allowed to.
     assert [part for part in found if "model_transaction_policy" in found[part]] == ["engine", "detokenizer"]
-    assert found["engine"]["parameters"]["num_slots"] == {"string_value": "3"}
+    assert found["engine"]["parameters"]["max_num_seqs"] == {"string_value": "3"}
     assert found["engine"]["instance_group"] == [{"count": 1, "kind": "KIND_CPU"}]
 
 
@@ -97,10 +97,10 @@ def test_unreadable_text_names_file_line_and_field() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_slots": 0}, "num_slots is 0, must be an integer of at least 1"),
-        ({"num_slots": 2.0}, "num_slots is 2.0"),
-        ({"num_slots": True}, "num_slots is True"),
-        ({"prefill_chunk": -1}, "prefill_chunk is -1"),
+        ({"max_num_seqs": 0}, "max_num_seqs is 0, must be an integer of at least 1"),
+        ({"max_num_seqs": 2.0}, "max_num_seqs is 2.0"),
+        ({"max_num_seqs": True}, "max_num_seqs is True"),
+        ({"max_num_batched_tokens": -1}, "max_num_batched_tokens is -1"),
         ({"num_threads": -1}, "num_threads is -1, must be an integer of at least 0"),
         ({"cancel_after_s": 0.0}, "cancel_after_s is 0.0, must be finite and above 0"),
         ({"cancel_after_s": float("nan")}, "cancel_after_s is nan"),
@@ -125,9 +125,9 @@ def test_settings_refuse(values: dict[str, Any], message: str) -> None:
     ("parameters", "message"),
     [
         ({"num_slot": "8"}, "unknown engine parameter 'num_slot', must be one of"),
-        ({"num_slots": "8.5"}, "num_slots is '8.5', must be an integer"),
+        ({"max_num_seqs": "8.5"}, "max_num_seqs is '8.5', must be an integer"),
         ({"cancel_after_s": "soon"}, "cancel_after_s is 'soon', must be a number"),
-        ({"num_slots": "-3"}, "num_slots is -3"),
+        ({"max_num_seqs": "-3"}, "max_num_seqs is -3"),
         ({"max_prefill_stall": ""}, "max_prefill_stall is '', must be a number"),
         ({"prefix_reuse": "Prompt"}, "prefix_reuse is 'Prompt', must be one of prompt, all, off"),
         ({"timeout_ms": "1e3"}, "timeout_ms is '1e3', must be an integer"),
@@ -148,7 +148,8 @@ def test_every_setting_is_documented() -> None:
 
 def test_settings_survive_the_way_through_triton() -> None:
     settings = EngineSettings(
-        num_slots=5, prefill_chunk=7, max_prefill_stall=2.5, prefix_reuse="all", num_threads=2, max_queue_size=9,
+        max_num_seqs=5, max_num_batched_tokens=7, max_prefill_stall=2.5, prefix_reuse="all",
+        num_threads=2, max_queue_size=9,
         priority_levels=4, queue_timeout_ms=100, timeout_ms=2000, cancel_after_s=0.25, batch_invariant=True,
         tensor_parallel_size=2,
     )  # fmt: skip

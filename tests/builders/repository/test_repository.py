@@ -28,7 +28,7 @@ from deepseek_triton.ensemble.protocol.pipelines import GENERATE_PIPELINE
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from tests.support.checkpoints import TINY, make_checkpoint, make_tokenizer, write_tiny
 
-CHOSEN: dict[str, Any] = {"num_slots": 2, "prefill_chunk": 8, "num_threads": 1}
+CHOSEN: dict[str, Any] = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "num_threads": 1}
 SETTINGS = EngineSettings(**CHOSEN)
 MAX_SEQ_LEN = 32
 PARTS = ("m", "m-tokenizer", "m-engine", "m-detokenizer")
@@ -96,7 +96,7 @@ def test_the_manifest_says_what_was_built_from_what(checkpoint: Path, models: Pa
     assert manifest.versions.keys() >= {"onnx", "onnxruntime", "numpy"}
     assert manifest.command == (
         f"deepseek-triton build {checkpoint} --name m --target onnx --precision fp16 --repository {models} "
-        f"--max-seq-len {MAX_SEQ_LEN} --num-slots 2 --prefill-chunk 8 --num-threads 1"
+        f"--max-seq-len {MAX_SEQ_LEN} --max-num-seqs 2 --max-num-batched-tokens 8 --num-threads 1"
     )
     graph = onnx.load(models / "m-engine" / "1" / "model.onnx", load_external_data=False)
     assert graph.producer_name == "deepseek-triton" and "input_ids" in graph.doc_string
@@ -140,15 +140,15 @@ def test_another_checkpoint_has_another_hash(checkpoint: Path, models: Path) -> 
 def test_the_next_build_is_version_2_beside_an_untouched_version_1(checkpoint: Path, models: Path) -> None:
     build(options(checkpoint, models))
     first = {path: data for path, data in snapshot(models).items() if "/1" in path}
-    more = {"num_slots": 3, "prefill_chunk": 8}
+    more = {"max_num_seqs": 3, "max_num_batched_tokens": 8}
     assert build(options(checkpoint, models, settings=more)) == 2
     after = snapshot(models)
     assert {path: data for path, data in after.items() if "/1" in path} == first
     assert {path for path in after if path.endswith("/2")} == {f"{part}/2" for part in PARTS}
-    assert b'"num_slots"' in (after["m-engine/config.pbtxt"] or b"").replace(b" ", b"")
+    assert b'"max_num_seqs"' in (after["m-engine/config.pbtxt"] or b"").replace(b" ", b"")
     assert "3" in pbtxt.parse_text(
         (models / "m-engine" / "config.pbtxt").read_text(), models
-    ).parameters["num_slots"].string_value  # fmt: skip
+    ).parameters["max_num_seqs"].string_value  # fmt: skip
     assert check_repository(models) == []
     assert build(BuildOptions(checkpoint, "other", models, max_seq_len=64)) == 1
     assert check_repository(models) == []
@@ -284,7 +284,7 @@ def test_a_build_that_fails_leaves_everything_as_it_was(
     with monkeypatch.context() as patched:
         apply(patched, checkpoint)
         with pytest.raises(error) as caught:
-            build(options(checkpoint, models, settings={"num_slots": 5, "prefill_chunk": 8}))
+            build(options(checkpoint, models, settings={"max_num_seqs": 5, "max_num_batched_tokens": 8}))
     assert message in str(caught.value)
     assert snapshot(work) == before
     if isinstance(caught.value, BuildError):
@@ -331,7 +331,7 @@ def test_a_full_disk_is_told_before_anything_large_is_written(
 def test_limits_of_the_sequence_length(sound: tuple[Path, Path], tmp_path: Path) -> None:
     text = message(*sound, max_seq_len=65)
     assert "max_seq_len is 65, the model was trained for 64 tokens" in text
-    assert "prefill_chunk is 8, must be at most max_seq_len 7" in message(*sound, max_seq_len=7)
+    assert "max_num_batched_tokens is 8, must be at most max_seq_len 7" in message(*sound, max_seq_len=7)
     with pytest.raises(BuildError, match="max_seq_len is 1, must be at least 2"):
         options(*sound, max_seq_len=1)
 

@@ -64,7 +64,7 @@ def test_a_scoring_model_is_four_models(models: Path) -> None:
 
 
 def test_what_is_asked_for_labels_is_told_apart(checkpoint: Path, models: Path) -> None:
-    settings = {"num_slots": 1, "prefill_chunk": 8}
+    settings = {"max_num_seqs": 1, "max_num_batched_tokens": 8}
     build(BuildOptions(checkpoint, "g", models, max_seq_len=32, settings=settings))
     assert served_models(models) == ["g", "s"]
     assert [is_scoring_model(models, name) for name in ("g", "s", "nobody")] == [False, True, False]
@@ -171,7 +171,7 @@ def spoil_file(name: str, text: str) -> Any:
 PROBLEMS: dict[str, tuple[Any, str]] = {
     "no ragged batches": (spoil_config("  allow_ragged_batch: true\n", ""), "has no allow_ragged_batch"),
     "a preference that can't be": (spoil_config("preferred_batch_size: 4", "preferred_batch_size: 5"), "5 is above"),
-    "an unknown parameter": (spoil_config('key: "num_threads"', 'key: "num_slots"'), "parameter 'num_slots'"),
+    "an unknown parameter": (spoil_config('key: "num_threads"', 'key: "max_num_seqs"'), "parameter 'max_num_seqs'"),
     "no profile": (lambda models: (models / "s-scorer/1/scoring.json").unlink(), "scoring.json: No such file"),
     "a damaged profile": (spoil_file("s-tokenizer/1/scoring.json", "{"), "scoring.json: is not valid JSON"),
     "a damaged calibration": (spoil_file("s-scorer/1/calibration.json", "{}"), "is not a calibration"),
@@ -225,7 +225,7 @@ def test_options_at_fault(checkpoint: Path) -> None:
         options(checkpoint, target="tensorrt-rtx", precision="fp16")
     with pytest.raises(BuildError, match="target is 'cuda', which task score doesn't have"):
         options(checkpoint, target="cuda", precision="fp8")
-    for settings, option in (({"num_slots": 3}, "num-slots"), ({"prefill_chunk": 3}, "prefill-")):
+    for settings, option in (({"max_num_seqs": 3}, "max-num-seqs"), ({"max_num_batched_tokens": 3}, "prefill-")):
         with pytest.raises(BuildError, match=f"--{option}.* is for task generate"):
             options(checkpoint, settings=settings)
     with pytest.raises(BuildError, match="scoring options are for task score, this is generate"):

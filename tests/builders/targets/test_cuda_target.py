@@ -184,7 +184,7 @@ def test_a_repository_for_the_cuda_target_is_whole_and_its_digest_is_that_of_the
     for name, target, precision in (("a", "cuda", "bf16"), ("b", "onnx", "fp32")):
         options = BuildOptions(
             checkpoint, name, tmp_path / "models", target=target, precision=precision, max_seq_len=48,
-            settings={} if target == "cuda" else {"prefill_chunk": 16},
+            settings={} if target == "cuda" else {"max_num_batched_tokens": 16},
         )  # fmt: skip
         build(options)
         manifest = Manifest.load(tmp_path / "models" / f"{name}-engine" / "1")
@@ -212,20 +212,22 @@ def test_a_cuda_engine_has_a_gpus_defaults_and_what_is_asked_for_wins(tmp_path: 
         return engine_settings(options, changed, max_seq_len)
 
     assert settings("onnx", 4096) == EngineSettings()
-    assert settings("onnx", 40).prefill_chunk == 40, "a default is never more than the model can have"
+    assert settings("onnx", 40).max_num_batched_tokens == 40, "a default is never more than the model can have"
     gpu = settings("cuda", 4096)
-    assert (gpu.num_slots, gpu.prefill_chunk, gpu.max_prefill_stall) == (64, 8192, 10.0)
-    assert settings("cuda", 48).prefill_chunk == 8192, "of several prompts"
+    assert (gpu.max_num_seqs, gpu.max_num_batched_tokens, gpu.max_prefill_stall) == (64, 8192, 10.0)
+    assert settings("cuda", 48).max_num_batched_tokens == 8192, "of several prompts"
     # 28 layers of 4 key heads of 128, as R1-Distill-Qwen-7B: 57,344 bytes a token.
     large = replace(spec, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128, intermediate_size=18944)
-    assert settings("cuda", 4096, large).num_slots == 64
-    assert settings("cuda", 131072, large).num_slots == 4, "32 GiB of caches"
-    asked = settings("cuda", 4096, num_slots=3, prefill_chunk=64, max_prefill_stall=1.5, batch_invariant=True)
-    assert asked == EngineSettings(num_slots=3, batch_invariant=True)
-    assert settings("cuda", 64, prefill_chunk=65).prefill_chunk == 65
-    with pytest.raises(BuildError, match="prefill_chunk is 65, must be at most max_seq_len 64"):
-        settings("onnx", 64, prefill_chunk=65)
-    assert settings("cuda", 131072, large, tensor_parallel_size=4).num_slots == 18, "32 GiB of each of four GPUs"
+    assert settings("cuda", 4096, large).max_num_seqs == 64
+    assert settings("cuda", 131072, large).max_num_seqs == 4, "32 GiB of caches"
+    asked = settings(
+        "cuda", 4096, max_num_seqs=3, max_num_batched_tokens=64, max_prefill_stall=1.5, batch_invariant=True
+    )
+    assert asked == EngineSettings(max_num_seqs=3, batch_invariant=True)
+    assert settings("cuda", 64, max_num_batched_tokens=65).max_num_batched_tokens == 65
+    with pytest.raises(BuildError, match="max_num_batched_tokens is 65, must be at most max_seq_len 64"):
+        settings("onnx", 64, max_num_batched_tokens=65)
+    assert settings("cuda", 131072, large, tensor_parallel_size=4).max_num_seqs == 18, "32 GiB of each of four GPUs"
     with pytest.raises(BuildError, match="tensor_parallel_size is 3: 28 query heads can't be shared out evenly"):
         settings("cuda", 4096, large, tensor_parallel_size=3)
 

@@ -30,7 +30,7 @@ def test_build_makes_a_repository_of_a_plan_and_of_a_scoring_plan(
     options = BuildOptions(
         checkpoint, "tiny", tmp_path / "models",
         target="tensorrt-rtx", precision="fp16", max_seq_len=64, compute_capability="8.9",
-        settings={"num_slots": 2, "prefill_chunk": 16},
+        settings={"max_num_seqs": 2, "max_num_batched_tokens": 16},
     )  # fmt: skip
     build(options)
     directory = options.repository / "tiny-engine" / "1"

@@ -144,8 +144,12 @@ def test_a_layer_whose_activations_are_not_fp8_is_an_error(graphs: dict[str, Pat
         ({"precision": "fp8"}, EngineError, "precision is fp8, but 0 of its 15 matrix multiplies are FP8"),
         ({"precision": "fp32"}, EngineError, "precision is fp32, the graph's is fp16"),
         ({"max_seq_len": 128}, EngineError, "max_seq_len is 128, the graph's cache holds 256"),
-        ({"prefill_chunk": 512}, EngineError, "prefill_chunk is 512, must be at most max_seq_len 256"),
-        ({"num_slots": 0}, EngineError, "num_slots is 0, must be at least 1"),
+        (
+            {"max_num_batched_tokens": 512},
+            EngineError,
+            "max_num_batched_tokens is 512, must be at most max_seq_len 256",
+        ),
+        ({"max_num_seqs": 0}, EngineError, "max_num_seqs is 0, must be at least 1"),
     ],
 )
 def test_what_cannot_be_built_is_told_in_one_line(

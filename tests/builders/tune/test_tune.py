@@ -102,17 +102,17 @@ def repository(tmp_path: Path) -> Path:
         ),
         (
             "g",
-            {"num_slots": 3, "prefill_chunk": 8, "tokenizer_instances": 1},
-            {"num_slots": 16, "prefill_chunk": 32, "tokenizer_instances": 2},
+            {"max_num_seqs": 3, "max_num_batched_tokens": 8, "tokenizer_instances": 1},
+            {"max_num_seqs": 16, "max_num_batched_tokens": 32, "tokenizer_instances": 2},
         ),
     ],
 )
 def test_a_point_is_written_and_read_back(name: str, start: Point, point: Point, repository: Path) -> None:
     configs = read_configs(repository, name)
-    space = space_of(configs, name, {"prefill_chunk": 32})
+    space = space_of(configs, name, {"max_num_batched_tokens": 32})
     assert read_point(space, configs, name) == start
     assert all(start[parameter.name] in parameter.values for parameter in space)
-    assert max(next(p.values for p in space if p.name == "prefill_chunk") if name == "g" else (32,)) == 32
+    assert max(next(p.values for p in space if p.name == "max_num_batched_tokens") if name == "g" else (32,)) == 32
     changed = with_point(space, configs, name, point)
     assert read_point(space, changed, name) == point
     assert read_point(space, configs, name) == start, "the original stays"
@@ -139,9 +139,9 @@ def test_a_batch_size_keeps_what_goes_with_it(repository: Path) -> None:
 def test_an_unsound_winner_changes_nothing(repository: Path) -> None:
     configs = read_configs(repository, "g")
     space = space_of(configs, "g", {})
-    bad = with_point(space, configs, "g", {**read_point(space, configs, "g"), "prefill_chunk": 256})
+    bad = with_point(space, configs, "g", {**read_point(space, configs, "g"), "max_num_batched_tokens": 256})
     before = {path: path.read_bytes() for path in repository.rglob("config.pbtxt")}
-    with pytest.raises(CheckError, match="prefill_chunk is 256"):
+    with pytest.raises(CheckError, match="max_num_batched_tokens is 256"):
         put_configs(repository, bad)
     assert {path: path.read_bytes() for path in repository.rglob("config.pbtxt")} == before
 

@@ -67,7 +67,7 @@ class Batch:
 
     def step(self) -> list[Outcome]:
         """The outcomes, in the order of `sequences`."""
-        positions = dict.fromkeys(range(self.runner.num_slots), self.runner.max_seq_len - 1)
+        positions = dict.fromkeys(range(self.runner.max_num_seqs), self.runner.max_seq_len - 1)
         positions |= {s.slot: s.num_computed for s in self.sequences if s.slot is not None}
         assert self.pipeline.begin(EngineStep((), (), (), tuple(self.sequences)), positions) == []
         (result,) = self.pipeline.finish()
@@ -111,7 +111,7 @@ def test_each_sequence_of_a_batch_gets_what_it_wants(
         return fill_masks(guides, out)
 
     monkeypatch.setattr(decoding, "fill_masks", counting)
-    batch = Batch(runner_type(num_slots=8, max_seq_len=32, vocab_size=VOCAB_SIZE))
+    batch = Batch(runner_type(max_num_seqs=8, max_seq_len=32, vocab_size=VOCAB_SIZE))
     plain = batch.add()
     yes = batch.add(guide=compiler.compile("choice", '["yes"]'))
     worded = batch.add()
@@ -145,7 +145,7 @@ def test_each_sequence_of_a_batch_gets_what_it_wants(
         assert batch.runner.num_drawn == 2, "the plain and the reasoning one"
         assert batch.runner.num_logits_rows == 6
 
-    alone = Batch(runner_type(num_slots=8, max_seq_len=32, vocab_size=VOCAB_SIZE))
+    alone = Batch(runner_type(max_num_seqs=8, max_seq_len=32, vocab_size=VOCAB_SIZE))
     alone.add(slot=3, temperature=0.9, seed=11)
     assert token(alone.step()[0]) == token(outcomes[id(sampled)])
 
@@ -160,7 +160,7 @@ def test_a_guide_that_can_t_go_on_says_why_and_disturbs_no_other(
         return {1: GuideError("a step costs too much")}
 
     monkeypatch.setattr(decoding, "fill_masks", one_is_stuck)
-    batch = Batch(runner_type(num_slots=4, max_seq_len=32, vocab_size=VOCAB_SIZE))
+    batch = Batch(runner_type(max_num_seqs=4, max_seq_len=32, vocab_size=VOCAB_SIZE))
     batch.add(guide=compiler.compile("choice", '["yes"]'))
     batch.add()
     batch.add(guide=compiler.compile("choice", '["no"]'))
@@ -176,7 +176,7 @@ def test_logits_that_are_not_finite_concern_their_row(runner_type: type[FakeRunn
             logits: Logits = super()._logits(slot, length)
             return logits * np.float32("nan") if slot == 1 else logits
 
-    batch = Batch(Broken(num_slots=3, max_seq_len=32, vocab_size=VOCAB_SIZE))
+    batch = Batch(Broken(max_num_seqs=3, max_seq_len=32, vocab_size=VOCAB_SIZE))
     for _ in range(3):
         batch.add()
     first, broken, last = batch.step()
@@ -185,7 +185,7 @@ def test_logits_that_are_not_finite_concern_their_row(runner_type: type[FakeRunn
 
 
 def test_bad_words_see_a_forced_token_too() -> None:
-    batch = Batch(FakeRunner(num_slots=1, max_seq_len=32, vocab_size=VOCAB_SIZE))
+    batch = Batch(FakeRunner(max_num_seqs=1, max_seq_len=32, vocab_size=VOCAB_SIZE))
     words = ForbidsOne(0)
     batch.add(thinking=Thinking(ThinkingTags(1, 2), is_open=True, budget=0), bad_words=words)
     assert token(batch.step()[0]) == 2 and words.pushed == [2]
@@ -193,7 +193,7 @@ def test_bad_words_see_a_forced_token_too() -> None:
 
 @pytest.mark.parametrize("runner_type", RUNNERS)
 def test_free_slots_below_the_highest_are_written_where_it_does_no_harm(runner_type: type[FakeRunner]) -> None:
-    batch = Batch(runner_type(num_slots=4, max_seq_len=32, vocab_size=VOCAB_SIZE))
+    batch = Batch(runner_type(max_num_seqs=4, max_seq_len=32, vocab_size=VOCAB_SIZE))
     batch.runner.cache[:2, :31] = 5
     sequence = batch.add(slot=2)
     before = batch.runner.cache.copy()

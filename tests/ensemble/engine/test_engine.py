@@ -36,7 +36,7 @@ class Engine:
     def __init__(
         self,
         runner: FakeRunner | None = None,
-        prefill_chunk: int = 8,
+        max_num_batched_tokens: int = 8,
         end_ids: tuple[int, ...] = (END,),
         **settings: Any,
     ) -> None:
@@ -46,7 +46,7 @@ class Engine:
         self.end_ids = frozenset(end_ids)
         self.loop = EngineLoop(
             self.runner,
-            settings=EngineSettings(prefill_chunk=prefill_chunk, **settings),
+            settings=EngineSettings(max_num_batched_tokens=max_num_batched_tokens, **settings),
             acknowledgements=self.acknowledgements,
             clock=lambda: self.now,
         )
@@ -106,7 +106,7 @@ class Engine:
 
 @pytest.mark.parametrize("prompt_len", [1, 7, 8, 9, 30])
 def test_tokens_are_those_of_the_model_whatever_the_chunk(prompt_len: int) -> None:
-    engine = Engine(prefill_chunk=8)
+    engine = Engine(max_num_batched_tokens=8)
     prompt = list(range(1, prompt_len + 1))
     sink = engine.submit(prompt, max_tokens=10)
     engine.run()
@@ -116,7 +116,7 @@ def test_tokens_are_those_of_the_model_whatever_the_chunk(prompt_len: int) -> No
 
 def test_many_sequences_give_what_each_gives_alone() -> None:
     rng = np.random.default_rng(0)
-    engine = Engine(FakeRunner(num_slots=3), prefill_chunk=4)
+    engine = Engine(FakeRunner(max_num_seqs=3), max_num_batched_tokens=4)
     prompts = [rng.integers(1, 100, rng.integers(1, 20)).tolist() for _ in range(25)]
     lengths = rng.integers(1, 30, 25).tolist()
     sinks = []
@@ -140,7 +140,7 @@ def test_a_new_request_joins_at_the_next_step() -> None:
 
 
 def test_more_requests_than_slots_wait_in_order_and_take_a_freed_slot_at_once() -> None:
-    engine = Engine(FakeRunner(num_slots=1))
+    engine = Engine(FakeRunner(max_num_seqs=1))
     sinks = [engine.submit([n], max_tokens=3) for n in (1, 2, 3)]
     for done in range(3):
         engine.step(3)
@@ -148,7 +148,7 @@ def test_more_requests_than_slots_wait_in_order_and_take_a_freed_slot_at_once() 
 
 
 def test_a_long_prompt_delays_a_running_stream_by_one_chunk_a_token() -> None:
-    engine = Engine(FakeRunner(max_seq_len=200), prefill_chunk=8)
+    engine = Engine(FakeRunner(max_seq_len=200), max_num_batched_tokens=8)
     running = engine.submit([1], max_tokens=50)
     engine.step(2)
     engine.submit(list(range(1, 81)), max_tokens=2)
@@ -199,7 +199,7 @@ def test_a_prompt_that_cannot_run_is_refused(prompt: list[int], message: str) ->
 
 
 def test_stop_frees_the_slot_and_the_others_go_on() -> None:
-    engine = Engine(FakeRunner(num_slots=2))
+    engine = Engine(FakeRunner(max_num_seqs=2))
     stopped, other = engine.submit([1], max_tokens=50), engine.submit([2], max_tokens=20)
     engine.step(5)
     answers: list[str] = []
@@ -212,7 +212,7 @@ def test_stop_frees_the_slot_and_the_others_go_on() -> None:
 
 
 def test_stop_ends_a_waiting_request_too() -> None:
-    engine = Engine(FakeRunner(num_slots=1))
+    engine = Engine(FakeRunner(max_num_seqs=1))
     engine.submit([1], max_tokens=5)
     waiting = engine.submit([2], max_tokens=5)
     engine.step()
@@ -354,7 +354,7 @@ def test_an_answer_that_cannot_be_sent_does_not_stop_the_engine() -> None:
 
 
 def test_a_waiting_stream_whose_client_has_gone_leaves_the_queue() -> None:
-    engine = Engine(FakeRunner(num_slots=1, max_seq_len=200))
+    engine = Engine(FakeRunner(max_num_seqs=1, max_seq_len=200))
     engine.submit([1], max_tokens=150)
     waiting = engine.submit([2], acknowledge=True)
     for now in (0.0, 0.3, 0.6, 1.2):
@@ -377,10 +377,10 @@ def test_slow_acknowledgements_are_no_lost_client() -> None:
 def test_samples_of_one_prompt_share_its_prefill_and_the_first_is_the_single_one(runner: type[FakeRunner]) -> None:
     prompt = list(range(1, 31))
     options: dict[str, Any] = {"temperature": 2.0, "seed": 3, "max_tokens": 12}
-    alone = Engine(runner(num_slots=3), end_ids=())
+    alone = Engine(runner(max_num_seqs=3), end_ids=())
     single = alone.submit(prompt, **options)
     alone.run()
-    engine = Engine(runner(num_slots=3), end_ids=())
+    engine = Engine(runner(max_num_seqs=3), end_ids=())
     sink = engine.submit(prompt, num_return_sequences=5, stream=False, **options)
     engine.run()
     assert len(sink.responses) == 1 and len(sink.responses[0]) == 5
@@ -445,7 +445,7 @@ def test_two_chats_in_turn_both_find_what_they_left() -> None:
 def test_random_traffic_with_shared_prefixes_gives_what_each_gives_alone() -> None:
     rng = np.random.default_rng(4)
     for reuse in ("prompt", "all"):
-        engine = Engine(FakeRunner(num_slots=3, max_seq_len=120), prefill_chunk=7, prefix_reuse=reuse)
+        engine = Engine(FakeRunner(max_num_seqs=3, max_seq_len=120), max_num_batched_tokens=7, prefix_reuse=reuse)
         roots = [rng.integers(1, 100, 30).tolist() for _ in range(3)]
         expected, sinks = [], []
         for _ in range(60):
@@ -461,7 +461,7 @@ def test_random_traffic_with_shared_prefixes_gives_what_each_gives_alone() -> No
 
 
 def test_the_urgent_are_served_first() -> None:
-    engine = Engine(FakeRunner(num_slots=1))
+    engine = Engine(FakeRunner(max_num_seqs=1))
     engine.submit([1], max_tokens=3)
     engine.step()
     late, normal, urgent = (engine.submit([n], max_tokens=2, priority=p) for n, p in ((2, 3), (3, 2), (4, 1)))
@@ -473,7 +473,7 @@ def test_the_urgent_are_served_first() -> None:
 
 
 def test_a_full_queue_refuses_at_once() -> None:
-    engine = Engine(FakeRunner(num_slots=1), max_queue_size=2)
+    engine = Engine(FakeRunner(max_num_seqs=1), max_queue_size=2)
     running = engine.submit([1], max_tokens=5)
     engine.step()
     engine.submit([2], max_tokens=5)
@@ -487,7 +487,7 @@ def test_a_full_queue_refuses_at_once() -> None:
 
 
 def test_waiting_too_long_is_an_error_and_so_is_running_too_long() -> None:
-    engine = Engine(FakeRunner(num_slots=1, max_seq_len=500))
+    engine = Engine(FakeRunner(max_num_seqs=1, max_seq_len=500))
     running = engine.submit([1], max_tokens=400, deadline=2.0)
     waiting = engine.submit([2], queue_deadline=1.0)
     engine.step(3)
@@ -515,7 +515,7 @@ def test_out_of_memory_ends_the_newest_request_and_the_others_go_on() -> None:
 def test_a_drawing_runner_gives_the_same_tokens() -> None:
     prompts = [[n, n + 1, n + 2] * 4 for n in range(1, 9)]
     ids = []
-    for runner in (FakeRunner(num_slots=4), DrawingFakeRunner(num_slots=4)):
+    for runner in (FakeRunner(max_num_seqs=4), DrawingFakeRunner(max_num_seqs=4)):
         engine = Engine(runner)
         sinks = [
             engine.submit(prompt, max_tokens=9, repetition_penalty=1.0 if n % 2 else 1.3, num_log_probs=0)
@@ -561,7 +561,7 @@ def test_sending_never_takes_longer_than_the_step_that_runs_meanwhile() -> None:
             super().start_decode(*arguments)
 
     started: list[float] = []
-    engine = Engine(SteadyRunner(num_slots=24, max_seq_len=200))
+    engine = Engine(SteadyRunner(max_num_seqs=24, max_seq_len=200))
     sinks = [engine.submit([n], sink=SlowSink(), max_tokens=100) for n in range(1, 25)]
     engine.loop._receive()
     while engine.loop._requests:

@@ -43,9 +43,9 @@ class ThreeInFlight(PipelinedFakeRunner):
     steps_in_flight = 3
 
 
-def make(runner: type[PipelinedFakeRunner] = PipelinedFakeRunner, num_slots: int = 4, **more: Any) -> Engine:
-    options: dict[str, Any] = {"prefill_chunk": 6, "end_ids": END_IDS, "max_prefill_stall": 5.0, **more}
-    return Engine(runner(num_slots, MAX_SEQ_LEN, VOCAB_SIZE), **options)
+def make(runner: type[PipelinedFakeRunner] = PipelinedFakeRunner, max_num_seqs: int = 4, **more: Any) -> Engine:
+    options: dict[str, Any] = {"max_num_batched_tokens": 6, "end_ids": END_IDS, "max_prefill_stall": 5.0, **more}
+    return Engine(runner(max_num_seqs, MAX_SEQ_LEN, VOCAB_SIZE), **options)
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ def act(engine: Engine, action: Any, sinks: list[tuple[Wanted, FakeSink]]) -> No
     st.sampled_from([PipelinedFakeRunner, PipelinedFakeRunner, ThreeInFlight]),
 )
 def test_whatever_happens_the_tokens_are_those_of_one_step_at_a_time(
-    script: list[Any], reuse: str, num_slots: int, runner: type[PipelinedFakeRunner]
+    script: list[Any], reuse: str, max_num_seqs: int, runner: type[PipelinedFakeRunner]
 ) -> None:
-    engine = make(runner, num_slots, prefix_reuse=reuse)
+    engine = make(runner, max_num_seqs, prefix_reuse=reuse)
     sinks: list[tuple[Wanted, FakeSink]] = []
     for action in script:
         act(engine, action, sinks)
@@ -130,7 +130,7 @@ def test_whatever_happens_the_tokens_are_those_of_one_step_at_a_time(
                                                   "prefill failed: broken", "prefill failed: no memory")  # fmt: skip
         if not any(isinstance(action, tuple) for action in script):
             assert sink.error is None and sink.finish_reason in ("stop", "length")
-    assert engine.num_free_slots == num_slots
+    assert engine.num_free_slots == max_num_seqs
 
 
 class Watching(PipelinedFakeRunner):
@@ -146,7 +146,7 @@ class Watching(PipelinedFakeRunner):
 
 
 def test_the_runner_is_busy_while_a_step_is_waited_for_and_no_logits_travel() -> None:
-    engine = make(Watching, prefill_chunk=16, end_ids=())
+    engine = make(Watching, max_num_batched_tokens=16, end_ids=())
     runner = engine.runner
     assert isinstance(runner, Watching)
     sinks = [engine.submit([n, n + 1], max_tokens=20) for n in (5, 6, 7)]
@@ -161,7 +161,7 @@ def test_the_runner_is_busy_while_a_step_is_waited_for_and_no_logits_travel() ->
 
 
 def test_prompts_are_computed_between_decodes_without_a_gap() -> None:
-    engine = make(Watching, num_slots=4, end_ids=(), prefill_chunk=8)
+    engine = make(Watching, max_num_seqs=4, end_ids=(), max_num_batched_tokens=8)
     runner = engine.runner
     assert isinstance(runner, Watching)
     running = engine.submit([5], max_tokens=30)
@@ -178,7 +178,7 @@ def test_prompts_are_computed_between_decodes_without_a_gap() -> None:
 
 
 def test_one_that_is_chosen_on_the_host_skips_a_beat_and_holds_nobody_up() -> None:
-    engine = make(num_slots=5, end_ids=())
+    engine = make(max_num_seqs=5, end_ids=())
     plain = [engine.submit([n], max_tokens=25) for n in (5, 6, 7, 8)]
     penalised = engine.submit([9], max_tokens=12, presence_penalty=0.1)
     engine.step(4)
@@ -190,7 +190,7 @@ def test_one_that_is_chosen_on_the_host_skips_a_beat_and_holds_nobody_up() -> No
 
 
 def test_where_many_are_chosen_on_the_host_all_go_step_by_step() -> None:
-    engine = make(num_slots=4, end_ids=())
+    engine = make(max_num_seqs=4, end_ids=())
     sinks = [engine.submit([n], max_tokens=20, **KINDS["greedy" if n % 2 else "penalised"]) for n in (5, 6, 7, 8)]
     assert MAX_SHARE_LEFT_OUT < 0.5
     engine.step(4)
@@ -239,7 +239,7 @@ def test_sending_is_hidden_behind_the_steps_in_flight() -> None:
 
     ends: list[float] = []
     finished: list[float] = []
-    engine = make(Steady, num_slots=24, end_ids=(), prefill_chunk=64)
+    engine = make(Steady, max_num_seqs=24, end_ids=(), max_num_batched_tokens=64)
     sinks = [engine.submit([n], sink=SlowSink(), max_tokens=40) for n in range(5, 29)]
     engine.loop._receive()
     while engine.loop._requests:
@@ -253,7 +253,7 @@ def test_sending_is_hidden_behind_the_steps_in_flight() -> None:
 def test_the_slot_of_one_that_has_ended_is_taken_while_its_last_step_is_in_flight(reuse: str) -> None:
     prompt = [*ROOT, 30]
     tokens = expected_tokens(prompt, 6, VOCAB_SIZE)
-    engine = make(num_slots=1, end_ids=(tokens[3],), prefill_chunk=64, prefix_reuse=reuse)
+    engine = make(max_num_seqs=1, end_ids=(tokens[3],), max_num_batched_tokens=64, prefix_reuse=reuse)
     first = engine.submit(prompt, max_tokens=10)
     # Its prompt ends exactly where the step too many writes, and where the first one's answer ended.
     longer = [*prompt, *tokens[:3], 31]

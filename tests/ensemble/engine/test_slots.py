@@ -26,10 +26,10 @@ def ids(*parts: int | range) -> IdArray:
 class Caches(RuleBasedStateMachine):
     """An engine that does what it is told, with what each slot really holds."""
 
-    @initialize(num_slots=st.integers(1, 5))
-    def begin(self, num_slots: int) -> None:
-        self.slots = Slots(num_slots)
-        self.caches = np.full((num_slots, LENGTH), -1, np.int64)
+    @initialize(max_num_seqs=st.integers(1, 5))
+    def begin(self, max_num_seqs: int) -> None:
+        self.slots = Slots(max_num_seqs)
+        self.caches = np.full((max_num_seqs, LENGTH), -1, np.int64)
         self.noise = 1000
         self.running: dict[int, tuple[list[int], int]] = {}  # slot → its prompt, and how much of it is computed
 

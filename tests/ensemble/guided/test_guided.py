@@ -687,7 +687,7 @@ def test_a_small_model_answers_by_the_schema(tmp_path: Path) -> None:
 
     the = model("smollm2")
     source = open_checkpoint(smollm2_path())
-    runner = OnnxRunner(build_graph(source.spec, source.read, tmp_path, max_seq_len=192), num_slots=1)
+    runner = OnnxRunner(build_graph(source.spec, source.read, tmp_path, max_seq_len=192), max_num_seqs=1)
     compiler = GuideCompiler(smollm2_directory(), runner.vocab_size, the.end_ids)
     question = [{"role": "user", "content": "What is the capital of France? Name two sights. Answer in JSON."}]
     ids = the.tokenizer.encode_messages(json.dumps(question)).astype(np.int64)

@@ -426,7 +426,7 @@ def test_whoever_calls_the_detokenizer_directly_gets_an_error_and_the_others_the
 
 @pytest.fixture
 def runner() -> FakeRunner:
-    return FakeRunner(num_slots=2, max_seq_len=64, vocab_size=VOCAB_SIZE)
+    return FakeRunner(max_num_seqs=2, max_seq_len=64, vocab_size=VOCAB_SIZE)
 
 
 @pytest.fixture
@@ -442,9 +442,9 @@ def engine(
 
     monkeypatch.setattr(module, "load_runner", load_runner)
     model = module.TritonPythonModel()
-    parameters = {"num_slots": {"string_value": "2"}, "prefill_chunk": {"string_value": "4"}}
+    parameters = {"max_num_seqs": {"string_value": "2"}, "max_num_batched_tokens": {"string_value": "4"}}
     model.initialize(arguments(directory, "m-engine", parameters=parameters))
-    assert loaded == [(directory / "3", EngineSettings(num_slots=2, prefill_chunk=4))]
+    assert loaded == [(directory / "3", EngineSettings(max_num_seqs=2, max_num_batched_tokens=4))]
     yield model
     if not runner.is_closed:
         model.finalize()
@@ -638,7 +638,7 @@ class Gate(FakeRunner):
 class TestWithAGate:
     @pytest.fixture
     def runner(self) -> FakeRunner:
-        return Gate(num_slots=2, max_seq_len=64, vocab_size=VOCAB_SIZE)
+        return Gate(max_num_seqs=2, max_seq_len=64, vocab_size=VOCAB_SIZE)
 
     def start(self, engine: Any, request_id: str = "", *, acknowledge: bool = False) -> Request:
         values = {contract.INPUT_IDS: PROMPT, contract.MAX_TOKENS: 50, contract.STREAM: True}

@@ -201,7 +201,7 @@ def test_settings_travel_as_text() -> None:
         config = {"parameters": {"num_threads": {"string_value": threads}}, "instance_group": [{"count": count}]}
         assert ScoringSettings.from_model_config(json.dumps(config)).num_threads == expected
     for parameters, message in (
-        ({"num_slots": "1"}, "unknown scoring engine parameter 'num_slots'"),
+        ({"max_num_seqs": "1"}, "unknown scoring engine parameter 'max_num_seqs'"),
         ({"num_threads": "x"}, "num_threads is 'x', must be an integer"),
         ({"max_pass_tokens": "0"}, "max_pass_tokens is 0, must be an integer of at least 1"),
     ):

@@ -70,38 +70,38 @@ class Capturer:
         return Captured(graph, logits, self._addresses())
 
 
-def captured_sizes(num_slots: int) -> list[int]:
+def captured_sizes(max_num_seqs: int) -> list[int]:
     """The batch sizes that have a graph: 1, 2, 4, 8, then two for each doubling, at most all slots."""
     sizes = {1, 2, 4} | {base * factor for factor in (1, 2, 4, 8, 16, 32, 64, 128) for base in (8, 12)}
-    return sorted({min(size, num_slots) for size in sizes})
+    return sorted({min(size, max_num_seqs) for size in sizes})
 
 
-def captured_size(n: int, num_slots: int) -> int:
+def captured_size(n: int, max_num_seqs: int) -> int:
     """The captured batch size that runs `n` rows."""
-    return next(size for size in captured_sizes(num_slots) if size >= n)
+    return next(size for size in captured_sizes(max_num_seqs) if size >= n)
 
 
 @dataclass(frozen=True)
 class PromptSizes:
     """The prefills that have a graph: so many tokens, in so many chunks at most, by tokens, smallest first.
 
-    The tokens are 16, 32, 64, then two sizes for each doubling, from 1,024 on eight. The last holds `prefill_chunk`
-    tokens and a chunk of every slot, so that every prefill finds its graph.
+    The tokens are 16, 32, 64, then two sizes for each doubling, from 1,024 on eight. The last holds
+    `max_num_batched_tokens` tokens and a chunk of every slot, so that every prefill finds its graph.
     """
 
     chunks: dict[int, int]
 
     @classmethod
-    def of(cls, prefill_chunk: int, num_slots: int) -> PromptSizes:
+    def of(cls, max_num_batched_tokens: int, max_num_seqs: int) -> PromptSizes:
         """Those of a runner."""
-        most = -(-prefill_chunk // FEWEST_TOKENS) * FEWEST_TOKENS
+        most = -(-max_num_batched_tokens // FEWEST_TOKENS) * FEWEST_TOKENS
         sizes, size = list[int](), FEWEST_TOKENS
         while size < most:
             sizes.append(size)
             doubling = 1 << (size.bit_length() - 1)
             size += size if size < 64 else min(doubling // 2, max(EVEN_TOKENS, doubling // 8))
         chunks = {size: max(min(size, CHEAP_CHUNKS), size // TOKENS_A_CHUNK) for size in sizes}
-        return cls({size: min(num_slots, count) for size, count in chunks.items()} | {most: num_slots})
+        return cls({size: min(max_num_seqs, count) for size, count in chunks.items()} | {most: max_num_seqs})
 
     def fitting(self, chunks: Sequence[PromptChunk]) -> int:
         """The smallest that holds `chunks`."""

@@ -12,9 +12,9 @@ from deepseek_triton.ensemble.engine.runners.base import Ids, PromptChunk, Runne
 class Limits:
     """Slots, positions in each, and tokens of prompts at once."""
 
-    num_slots: int
+    max_num_seqs: int
     max_seq_len: int
-    prefill_chunk: int
+    max_num_batched_tokens: int
 
     def check_prefill(self, chunks: Sequence[PromptChunk]) -> None:
         """Can they be computed at once?
@@ -22,11 +22,13 @@ class Limits:
         Raises:
             RunnerError: they are too many, or too many tokens, or end behind their slot.
         """
-        if len(chunks) > self.num_slots:
-            raise RunnerError(f"{len(chunks)} chunks of prompts at once, there are {self.num_slots} slots")
+        if len(chunks) > self.max_num_seqs:
+            raise RunnerError(f"{len(chunks)} chunks of prompts at once, there are {self.max_num_seqs} slots")
         total = sum(len(chunk.ids) for chunk in chunks)
-        if not 0 < total <= self.prefill_chunk:
-            raise RunnerError(f"{total} prompt tokens at once, the runner was made for 1 … {self.prefill_chunk}")
+        if not 0 < total <= self.max_num_batched_tokens:
+            raise RunnerError(
+                f"{total} prompt tokens at once, the runner was made for 1 … {self.max_num_batched_tokens}"
+            )
         for chunk in chunks:
             if (end := chunk.start + len(chunk.ids)) > self.max_seq_len:
                 raise RunnerError(
@@ -39,8 +41,8 @@ class Limits:
         Raises:
             RunnerError: they aren't.
         """
-        if not 0 < len(ids) <= self.num_slots or int(positions.max()) >= self.max_seq_len:
+        if not 0 < len(ids) <= self.max_num_seqs or int(positions.max()) >= self.max_seq_len:
             raise RunnerError(
-                f"{len(ids)} rows up to position {int(positions.max(initial=-1))}: there are {self.num_slots} slots of "
-                f"{self.max_seq_len} positions"
+                f"{len(ids)} rows up to position {int(positions.max(initial=-1))}: there are "
+                f"{self.max_num_seqs} slots of {self.max_seq_len} positions"
             )

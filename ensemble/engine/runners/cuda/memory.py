@@ -18,11 +18,11 @@ def weight_bytes(entries: Iterable[TensorEntry]) -> int:
     return sum(entry.num_bytes for entry in entries)
 
 
-def step_bytes(shape: DecoderShape, num_slots: int, prefill_chunk: int, num_ranks: int = 1) -> int:
+def step_bytes(shape: DecoderShape, max_num_seqs: int, max_num_batched_tokens: int, num_ranks: int = 1) -> int:
     """About what the largest steps hold besides weights and caches."""
     widest = 2 * shape.intermediate_size + shape.intermediate_size + 6 * shape.hidden_size
-    prefill = prefill_chunk * 4 * (widest + 2 * shape.q_size)
-    logits = 5 * num_slots * shape.vocab_size * 4  # each decode graph has its own, some 3.5 times num_slots rows
+    prefill = max_num_batched_tokens * 4 * (widest + 2 * shape.q_size)
+    logits = 5 * max_num_seqs * shape.vocab_size * 4  # each decode graph has its own, some 3.5 times max_num_seqs rows
     return prefill + logits + RESERVE + (COLLECTIVES + logits if num_ranks > 1 else 0)
 
 
@@ -30,8 +30,8 @@ def check_fits(
     shape: DecoderShape,
     weights: int,
     *,
-    num_slots: int,
-    prefill_chunk: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
     itemsize: int,
     free: int,
     num_ranks: int = 1,
@@ -45,23 +45,25 @@ def check_fits(
     Raises:
         RunnerError: names what is needed, what is free, and the most slots, or tokens a slot, that would fit.
     """
-    steps = step_bytes(shape, num_slots, prefill_chunk, num_ranks)
-    cache = shape.cache_bytes(num_slots, itemsize)
+    steps = step_bytes(shape, max_num_seqs, max_num_batched_tokens, num_ranks)
+    cache = shape.cache_bytes(max_num_seqs, itemsize)
     if (needed := weights + steps + cache) <= free:
         return
     one_slot = shape.cache_bytes(1, itemsize)
     left = max(0, free - weights - steps)
-    slots, tokens = left // one_slot, left // (shape.cache_bytes(num_slots, itemsize) // shape.max_seq_len)
+    slots, tokens = left // one_slot, left // (shape.cache_bytes(max_num_seqs, itemsize) // shape.max_seq_len)
     needs = (
-        f"{num_slots} slots of {shape.max_seq_len} tokens need {_mib(needed)} MiB (weights {_mib(weights)}, cache "
+        f"{max_num_seqs} slots of {shape.max_seq_len} tokens need {_mib(needed)} MiB (weights {_mib(weights)}, cache "
         f"{_mib(cache)}, steps {_mib(steps)}), the GPU has {_mib(free)} MiB free"
     )
     if slots >= 1:
         raise RunnerError(
-            f"{needs}; lower num_slots to {slots}, or build with max_seq_len {tokens} to keep {num_slots}; a lower "
-            f"prefill_chunk than {prefill_chunk} needs less for steps"
+            f"{needs}; lower max_num_seqs to {slots}, or build with max_seq_len {tokens} to keep {max_num_seqs}; "
+            f"a lower max_num_batched_tokens than {max_num_batched_tokens} needs less for steps"
         )
-    raise RunnerError(f"{needs}; not even one slot fits: build with a smaller max_seq_len, or lower prefill_chunk")
+    raise RunnerError(
+        f"{needs}; not even one slot fits: build with a smaller max_seq_len, or lower max_num_batched_tokens"
+    )
 
 
 def _mib(num_bytes: int) -> int:

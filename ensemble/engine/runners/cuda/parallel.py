@@ -30,7 +30,8 @@ class ParallelRunner(PackingRunner):
     fine as one scale for the whole.
 
     Args:
-        source, shape, num_slots, prefill_chunk, is_invariant, dtype: as CudaRunner's; the source must be picklable.
+        source, shape, max_num_seqs, max_num_batched_tokens, is_invariant, dtype: as CudaRunner's; the source
+            must be picklable.
         size: how many ranks, one for each of the first devices.
         device_type: "cuda" with NCCL; "cpu" with gloo, for tests under Triton's interpreter.
         on_failure: called, with the reason in one line, when a rank has failed, died or hung: nothing can go on, and
@@ -48,8 +49,8 @@ class ParallelRunner(PackingRunner):
         shape: DecoderShape,
         *,
         size: int,
-        num_slots: int,
-        prefill_chunk: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
         is_invariant: bool = False,
         device_type: str = "cuda",
         dtype: torch.dtype = torch.bfloat16,
@@ -57,8 +58,8 @@ class ParallelRunner(PackingRunner):
         start_s: float = START_S,
         step_s: float = STEP_S,
     ) -> None:
-        self.num_slots, self.max_seq_len, self.vocab_size = num_slots, shape.max_seq_len, shape.vocab_size
-        self._limits = Limits(num_slots, shape.max_seq_len, prefill_chunk)
+        self.max_num_seqs, self.max_seq_len, self.vocab_size = max_num_seqs, shape.max_seq_len, shape.vocab_size
+        self._limits = Limits(max_num_seqs, shape.max_seq_len, max_num_batched_tokens)
         try:
             splits = [ShardedDecoder(shape, rank, size) for rank in range(size)] or [ShardedDecoder(shape, 0, size)]
         except LayoutError as error:
@@ -73,7 +74,7 @@ class ParallelRunner(PackingRunner):
         jobs = [
             RankJob(
                 source, split, f"cuda:{split.rank}" if device_type == "cuda" else device_type, dtype,
-                num_slots, prefill_chunk, is_invariant, self._directory / "rendezvous", start_s,
+                max_num_seqs, max_num_batched_tokens, is_invariant, self._directory / "rendezvous", start_s,
             )
             for split in splits
         ]  # fmt: skip

@@ -64,8 +64,8 @@ class CudaRunner(PackingRunner):
     Args:
         source: the weights.
         shape: the decoder's dimensions.
-        num_slots: how many sequences have a cache at once.
-        prefill_chunk: the most tokens that `prefill` and `prefill_many` will be given at once.
+        max_num_seqs: how many sequences have a cache at once.
+        max_num_batched_tokens: the most tokens that `prefill` and `prefill_many` will be given at once.
         is_invariant: sums in one order for every batch: a sequence's tokens don't depend on its neighbours. Slower.
         device: a CUDA device; the CPU, for tests under Triton's interpreter, has no graphs.
         dtype: of what isn't FP8, the caches among it; None: bfloat16.
@@ -80,8 +80,8 @@ class CudaRunner(PackingRunner):
         source: WeightSource,
         shape: DecoderShape,
         *,
-        num_slots: int,
-        prefill_chunk: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
         is_invariant: bool = False,
         plan: KernelPlan | None = None,
         device: str = "cuda",
@@ -94,9 +94,9 @@ class CudaRunner(PackingRunner):
             raise RunnerError(f"{error}; build the model again") from error
         if group is not None:
             source, shape = SplitWeights(source, group.split), group.split.shape
-        self.num_slots, self.max_seq_len, self.vocab_size = num_slots, shape.max_seq_len, shape.vocab_size
-        self._limits = Limits(num_slots, shape.max_seq_len, prefill_chunk)
-        self._prompt_sizes = PromptSizes.of(prefill_chunk, num_slots)
+        self.max_num_seqs, self.max_seq_len, self.vocab_size = max_num_seqs, shape.max_seq_len, shape.vocab_size
+        self._limits = Limits(max_num_seqs, shape.max_seq_len, max_num_batched_tokens)
+        self._prompt_sizes = PromptSizes.of(max_num_batched_tokens, max_num_seqs)
         self._shape, self._group = shape, group
         self._device = torch.device(device)
         self._is_cuda = self._device.type == "cuda"
@@ -107,7 +107,9 @@ class CudaRunner(PackingRunner):
             _check_device(source, self._device)
             free, _ = torch.cuda.mem_get_info(self._device)
             check_fits(
-                shape, weights, num_slots=num_slots, prefill_chunk=prefill_chunk, itemsize=dtype.itemsize, free=free,
+                shape, weights,
+                max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+                itemsize=dtype.itemsize, free=free,
                 num_ranks=1 if group is None else group.split.size,
             )  # fmt: skip
         self._stream: torch.cuda.Stream | None = None
@@ -133,7 +135,7 @@ class CudaRunner(PackingRunner):
             raise
         log.info(
             "KV cache: %d slots x %d tokens = %d MiB; weights: %d MiB; graphs: decode %s, prefill %s",
-            num_slots, self.max_seq_len, self.cache_bytes // MIB, weights // MIB,
+            max_num_seqs, self.max_seq_len, self.cache_bytes // MIB, weights // MIB,
             sorted(self._graphs), sorted(self._prefill_graphs),
         )  # fmt: skip
 
@@ -244,7 +246,7 @@ class CudaRunner(PackingRunner):
         """See DrawingRunner; a second step may be begun before the first is finished, ids −1 its tokens."""
         self.check_start_decode(ids, positions)
         n = len(ids)
-        size = captured_size(n, self.num_slots)
+        size = captured_size(n, self.max_num_seqs)
         slot = self._slots[0]
         self._slots.rotate(-1)
         slot.fill(ids, positions, draws, size)
@@ -279,7 +281,7 @@ class CudaRunner(PackingRunner):
     # ---- memory and graphs
 
     def _allocate(self, dtype: torch.dtype) -> None:
-        shape, slots, device = self._shape, self.num_slots, self._device
+        shape, slots, device = self._shape, self.max_num_seqs, self._device
         size = (shape.num_layers, slots, shape.num_kv_heads, shape.max_seq_len, shape.head_dim)
         # Zeros, not empty: a masked position is multiplied by 0, and 0 x NaN is NaN.
         self._caches = Caches(*(torch.zeros(size, dtype=dtype, device=device) for _ in range(2)))
@@ -310,7 +312,7 @@ class CudaRunner(PackingRunner):
         with self._attributed():
             sizes = sorted(self._prompt_sizes.chunks, reverse=True)
             prompts = [Prompts.of(self._prompt_sizes.pack(nothing, size), self._device) for size in sizes]
-            batches = captured_sizes(self.num_slots)[::-1]
+            batches = captured_sizes(self.max_num_seqs)[::-1]
             prefills = [partial(self._prompt_step, prompt) for prompt in prompts]
             captured = capturer.capture([*prefills, *(partial(self._step, batch) for batch in batches)])
             of_prompts, of_batches = captured[: len(sizes)], captured[len(sizes) :]

@@ -64,14 +64,14 @@ def draw_rows(
 class FirstTokens:
     """Draws the tokens that follow prompts; its memory is its own, for a prefill may be in flight beside decodes."""
 
-    def __init__(self, launch: Launcher, num_slots: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, launch: Launcher, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
         self._launch = launch
-        self._scanned = Scanned.empty(launch, num_slots, vocab_size)
-        self._inputs = StepInputs(num_slots, device)
-        self._tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self._log_probs = torch.zeros(num_slots, dtype=torch.float32, device=device)
+        self._scanned = Scanned.empty(launch, max_num_seqs, vocab_size)
+        self._inputs = StepInputs(max_num_seqs, device)
+        self._tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._log_probs = torch.zeros(max_num_seqs, dtype=torch.float32, device=device)
         is_pinned = device.type == "cuda"
-        self._slots = deque(StepSlot.make(num_slots, is_pinned=is_pinned) for _ in range(STEPS_IN_FLIGHT))
+        self._slots = deque(StepSlot.make(max_num_seqs, is_pinned=is_pinned) for _ in range(STEPS_IN_FLIGHT))
 
     def start(
         self,
@@ -84,7 +84,7 @@ class FirstTokens:
         """Begin to draw from rows 0 … n - 1 of `logits` for `slots` [n].
 
         Args:
-            last_tokens: [num_slots], where the slots' entries become what is drawn; nonsense where nothing is.
+            last_tokens: [max_num_seqs], where the slots' entries become what is drawn; nonsense where nothing is.
         """
         n = len(slots)
         step = self._slots[0]

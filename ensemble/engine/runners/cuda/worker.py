@@ -36,8 +36,8 @@ class RankJob:
     split: ShardedDecoder
     device: str
     dtype: torch.dtype
-    num_slots: int
-    prefill_chunk: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
     is_invariant: bool
     rendezvous: Path
     timeout_s: float
@@ -57,7 +57,8 @@ class RankJob:
         """
         return CudaRunner(
             self.source, self.split.whole,
-            num_slots=self.num_slots, prefill_chunk=self.prefill_chunk, is_invariant=self.is_invariant,
+            max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens,
+            is_invariant=self.is_invariant,
             device=self.device, dtype=self.dtype, group=group,
         )  # fmt: skip
 

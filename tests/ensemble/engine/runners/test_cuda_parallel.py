@@ -105,7 +105,7 @@ def require(size: int) -> None:
 
 
 def options(**more: Any) -> dict[str, Any]:
-    return {"num_slots": 3, "prefill_chunk": 64, "dtype": DTYPE, **more}
+    return {"max_num_seqs": 3, "max_num_batched_tokens": 64, "dtype": DTYPE, **more}
 
 
 def parallel(size: int, source: Any = None, **more: Any) -> ParallelRunner:
@@ -220,13 +220,13 @@ def test_what_cannot_be_split_evenly_is_refused(changes: dict[str, int], size: i
     with pytest.raises(LayoutError, match=f"tensor_parallel_size is {words}"):
         ShardedDecoder(shape, 0, size)
     with pytest.raises(RunnerError, match=f"tensor_parallel_size is {words}"):
-        ParallelRunner(Biased(shape, is_fp8=False), shape, size=size, num_slots=1, prefill_chunk=8)
+        ParallelRunner(Biased(shape, is_fp8=False), shape, size=size, max_num_seqs=1, max_num_batched_tokens=8)
 
 
 @pytest.mark.skipif(GPUS > 3, reason="this machine has them")
 def test_more_ranks_than_gpus_are_refused() -> None:
     with pytest.raises(RunnerError, match=f"tensor_parallel_size is 4, torch sees {GPUS} NVIDIA GPUs here; lower it"):
-        ParallelRunner(Biased(SHAPE, is_fp8=False), SHAPE, size=4, num_slots=1, prefill_chunk=8)
+        ParallelRunner(Biased(SHAPE, is_fp8=False), SHAPE, size=4, max_num_seqs=1, max_num_batched_tokens=8)
 
 
 def test_the_interpreter_is_found_where_it_is_embedded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +358,7 @@ def test_gpus_exchange_their_parts_within_the_kernels(is_fp8: bool) -> None:
         SHAPE, hidden_size=1024, intermediate_size=3072, num_heads=16, num_kv_heads=4, head_dim=64, max_seq_len=512
     )
     source = Biased(shape, is_fp8=is_fp8)
-    given = options(dtype=torch.bfloat16, prefill_chunk=512)
+    given = options(dtype=torch.bfloat16, max_num_batched_tokens=512)
     one = CudaRunner(source, shape, **given)
     prompts = [text(length, length) for length in (300, 7, 40)]
     with ParallelRunner(source, shape, size=2, **given) as two:
@@ -397,7 +397,7 @@ def test_a_single_rank_needs_no_other_and_captures_its_collectives() -> None:
 def test_a_built_model_is_loaded_on_so_many_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require(2)
     checkpoint = make_tokenizer(make_checkpoint(tmp_path / "checkpoint", "qwen2", intermediate_size=96))
-    settings = {"tensor_parallel_size": 2, "num_slots": 2}
+    settings = {"tensor_parallel_size": 2, "max_num_seqs": 2}
     build(
         BuildOptions(
             checkpoint, "m", tmp_path / "models", target="cuda", precision="bf16", max_seq_len=48, settings=settings
@@ -516,8 +516,8 @@ def test_each_rank_counts_its_own_bytes() -> None:
     for size, found in zip((2, 4), weights[1:], strict=True):
         wanted = embedding + embedding / size + matrices / size  # but for norms and tables, which all have
         assert 1 < found / wanted < 1.01
-    limits = {"num_slots": 64, "prefill_chunk": 2048, "itemsize": 2, "free": 16 * 2**30}
-    with pytest.raises(RunnerError, match=r"the GPU has 16384 MiB free; lower num_slots to \d+"):
+    limits = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "itemsize": 2, "free": 16 * 2**30}
+    with pytest.raises(RunnerError, match=r"the GPU has 16384 MiB free; lower max_num_seqs to \d+"):
         check_fits(splits[0].shape, weights[0], **limits)
     check_fits(splits[1].shape, weights[1], num_ranks=2, **limits)
 
@@ -576,7 +576,7 @@ def test_a_real_server_runs_all_ranks_and_ends_with_the_first_that_dies(tmp_path
         pytest.skip("no tritonserver: pip install --no-deps nvidia-pytriton==0.7.0")
     checkpoint = make_tokenizer(make_checkpoint(tmp_path / "checkpoint", "qwen2", intermediate_size=96))
     models, log = tmp_path / "models", tmp_path / "log"
-    settings = {"tensor_parallel_size": 2, "num_slots": 2, "prefill_chunk": 16}
+    settings = {"tensor_parallel_size": 2, "max_num_seqs": 2, "max_num_batched_tokens": 16}
     build(BuildOptions(checkpoint, "m", models, target="cuda", precision="bf16", max_seq_len=48, settings=settings))
     if not HAS_GPU:
         (models / "m-engine" / "1" / "model.py").write_text(MODEL)

@@ -94,7 +94,11 @@ def test_what_it_does_not_take_has_a_reason(
 def test_it_computes_what_the_kernels_of_many_launches_do(name: str, is_fp8: bool) -> None:
     shape = SHAPES[name]
     runner = CudaRunner(
-        RandomWeights(shape, is_fp8=is_fp8, has_qkv_bias=True), shape, num_slots=2, prefill_chunk=1024, device="cuda"
+        RandomWeights(shape, is_fp8=is_fp8, has_qkv_bias=True),
+        shape,
+        max_num_seqs=2,
+        max_num_batched_tokens=1024,
+        device="cuda",
     )
     decoder = runner._decoder
     one = decoder._one
@@ -134,7 +138,7 @@ def test_ranks_side_by_side_compute_what_one_does(size: int, is_fp8: bool) -> No
     """All on one GPU, each with its share of the multiprocessors, step after step."""
     shape = SHAPES["qk norm, tied"]
     source = RandomWeights(shape, is_fp8=is_fp8, has_qkv_bias=True)
-    whole = CudaRunner(source, shape, num_slots=1, prefill_chunk=1024)
+    whole = CudaRunner(source, shape, max_num_seqs=1, max_num_batched_tokens=1024)
     ids = np.random.default_rng(0).integers(0, shape.vocab_size, 340)
     whole.prefill(0, ids[:300], 0)
     peer_buffers = [

@@ -63,9 +63,9 @@ class Biased(RandomWeights):
         return super().load(name, DEVICE, cut).to(device)
 
 
-def make(shape: DecoderShape = SHAPE, *, is_fp8: bool = True, num_slots: int = 5, **more: Any) -> CudaRunner:
-    options: dict[str, Any] = {"dtype": DTYPE, "device": str(DEVICE), "prefill_chunk": 64, **more}
-    return CudaRunner(Biased(shape, is_fp8=is_fp8), shape, num_slots=num_slots, **options)
+def make(shape: DecoderShape = SHAPE, *, is_fp8: bool = True, max_num_seqs: int = 5, **more: Any) -> CudaRunner:
+    options: dict[str, Any] = {"dtype": DTYPE, "device": str(DEVICE), "max_num_batched_tokens": 64, **more}
+    return CudaRunner(Biased(shape, is_fp8=is_fp8), shape, max_num_seqs=max_num_seqs, **options)
 
 
 @pytest.fixture
@@ -315,7 +315,7 @@ def test_as_many_chunks_as_slots_are_computed_at_once(runner: CudaRunner) -> Non
 def test_weights_of_another_shape_are_refused() -> None:
     with pytest.raises(RunnerError, match=r"tensor .* build the model again"):
         make_from = Biased(replace(SHAPE, num_layers=1), is_fp8=True)
-        CudaRunner(make_from, SHAPE, num_slots=1, prefill_chunk=8, device=str(DEVICE), dtype=DTYPE)
+        CudaRunner(make_from, SHAPE, max_num_seqs=1, max_num_batched_tokens=8, device=str(DEVICE), dtype=DTYPE)
 
 
 class TestGpu:
@@ -324,12 +324,12 @@ class TestGpu:
     pytestmark = gpu
 
     def test_too_many_slots_name_how_many_fit(self) -> None:
-        with pytest.raises(RunnerError, match=r"lower num_slots to \d+, or build with max_seq_len \d+"):
-            make(replace(SHAPE, max_seq_len=4096, num_layers=28), num_slots=10**6)
+        with pytest.raises(RunnerError, match=r"lower max_num_seqs to \d+, or build with max_seq_len \d+"):
+            make(replace(SHAPE, max_seq_len=4096, num_layers=28), max_num_seqs=10**6)
 
     def test_no_step_takes_memory(self) -> None:
         shape = replace(SHAPE, max_seq_len=700)
-        runner, text = make(shape, prefill_chunk=640), np.random.default_rng(1).integers(0, 320, 640)
+        runner, text = make(shape, max_num_batched_tokens=640), np.random.default_rng(1).integers(0, 320, 640)
         warm = replace(GREEDY, temperature=0.9, top_k=20, top_p=0.9)
 
         def walk() -> list[Any]:
@@ -374,7 +374,10 @@ class TestGpu:
 
     def test_prompts_in_graphs_of_different_sizes_agree(self) -> None:
         shape = replace(SHAPE, max_seq_len=700)
-        runner, text = make(shape, is_fp8=False, prefill_chunk=640), np.random.default_rng(1).integers(0, 320, 640)
+        runner, text = (
+            make(shape, is_fp8=False, max_num_batched_tokens=640),
+            np.random.default_rng(1).integers(0, 320, 640),
+        )
         whole = runner.prefill(0, text, 0).copy()
         for cut in (500, 600, 639):
             runner.prefill(1, text[:cut], 0)
@@ -393,13 +396,13 @@ def test_a_built_artefact_is_loaded_as_its_manifest_says(tmp_path: Path, monkeyp
         return CudaRunner(*arguments, **options, device=str(DEVICE), dtype=DTYPE)
 
     monkeypatch.setattr("deepseek_triton.ensemble.engine.runners.cuda.runner.CudaRunner", runner)
-    settings = EngineSettings(num_slots=3, prefill_chunk=32, batch_invariant=True)
+    settings = EngineSettings(max_num_seqs=3, max_num_batched_tokens=32, batch_invariant=True)
     manifest, ours = load_runner(tmp_path / "models" / "m-engine" / "1", settings)
     _, graph = load_runner(tmp_path / "models" / "o-engine" / "1", replace(settings, batch_invariant=False))
-    assert made == [{"num_slots": 3, "prefill_chunk": 32, "is_invariant": True}]
-    load_runner(tmp_path / "models" / "m-engine" / "1", replace(settings, prefill_chunk=500))[1].close()
-    assert made[1]["prefill_chunk"] == 3 * 48, "no more than it can be given"
-    assert (manifest.target, ours.num_slots, ours.max_seq_len) == ("cuda", 3, 48)
+    assert made == [{"max_num_seqs": 3, "max_num_batched_tokens": 32, "is_invariant": True}]
+    load_runner(tmp_path / "models" / "m-engine" / "1", replace(settings, max_num_batched_tokens=500))[1].close()
+    assert made[1]["max_num_batched_tokens"] == 3 * 48, "no more than it can be given"
+    assert (manifest.target, ours.max_num_seqs, ours.max_seq_len) == ("cuda", 3, 48)
     text = np.random.default_rng(0).integers(0, ours.vocab_size, 30)
     wanted = torch.from_numpy(graph.prefill(1, text[:29], 0).copy()).double()
     assert cosine(ours.prefill(1, text[:29], 0), wanted) > 0.999  # weights in bfloat16 against float32
@@ -412,7 +415,7 @@ def test_a_built_artefact_is_loaded_as_its_manifest_says(tmp_path: Path, monkeyp
 @pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
 def test_a_machine_without_a_gpu_is_told() -> None:
     with pytest.raises(RunnerError, match="torch sees no NVIDIA GPU"):
-        CudaRunner(Biased(SHAPE, is_fp8=True), SHAPE, num_slots=1, prefill_chunk=8)
+        CudaRunner(Biased(SHAPE, is_fp8=True), SHAPE, max_num_seqs=1, max_num_batched_tokens=8)
 
 
 def test_the_device_must_have_fp8() -> None:

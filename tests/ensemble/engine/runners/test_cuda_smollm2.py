@@ -35,7 +35,7 @@ from tests.support.checkpoints import smollm2_path
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU")]
 PRECISIONS = ("bf16", "fp8")
-NUM_SLOTS = 16
+MAX_NUM_SEQS = 16
 GREEDY = DeviceSampling(0.0, 0, 1.0, 0.0, 0, 0)
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -82,7 +82,7 @@ def repository(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -
         ranges = reference.directory / RANGES if precision == "fp8" else None
         options = BuildOptions(
             reference.checkpoint, precision, models, target="cuda", precision=precision, max_seq_len=WINDOW,
-            ranges=ranges, settings={"num_slots": NUM_SLOTS},
+            ranges=ranges, settings={"max_num_seqs": MAX_NUM_SEQS},
         )  # fmt: skip
         build(options)
     return models
@@ -91,7 +91,7 @@ def repository(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module", params=PRECISIONS)
 def loaded(request: pytest.FixtureRequest, repository: Path) -> Iterator[tuple[str, CudaRunner]]:
     """The precision, and its artefact in the runner that `load.py` makes of it."""
-    settings = EngineSettings(num_slots=NUM_SLOTS, prefill_chunk=WINDOW)
+    settings = EngineSettings(max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=WINDOW)
     manifest, runner = load_runner(repository / f"{request.param}-engine" / "1", settings)
     assert (manifest.target, manifest.precision) == ("cuda", request.param)
     assert isinstance(runner, CudaRunner)
@@ -150,7 +150,7 @@ WAYS: dict[str, Callable[[CudaRunner, Ids], Logits]] = {
     "prefill at once": by_prefill_at_once,
     "batch 1": by_decode(1),
     "5 rows": by_decode(5),
-    "every slot": by_decode(NUM_SLOTS),
+    "every slot": by_decode(MAX_NUM_SEQS),
 }
 
 
@@ -200,7 +200,7 @@ def test_five_thousand_tokens_are_those_of_the_graph(loaded: tuple[str, CudaRunn
 def test_batch_1_and_a_full_batch_agree(loaded: tuple[str, CudaRunner], reference: Reference) -> None:
     precision, runner = loaded
     window = reference.windows[1]
-    alone, together = by_decode(1)(runner, window), by_decode(NUM_SLOTS)(runner, window)
+    alone, together = by_decode(1)(runner, window), by_decode(MAX_NUM_SEQS)(runner, window)
     agreement, near = float((alone.argmax(1) == together.argmax(1)).mean()), cosines(alone, together).min()
     print(f"{precision}: cosine {near:.6f} at least, the likeliest equal at {agreement:.1%} of {len(alone)} positions")
     if precision == "bf16":
@@ -212,7 +212,7 @@ def test_batch_1_and_a_full_batch_agree(loaded: tuple[str, CudaRunner], referenc
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_built_model_in_invariant_mode_gives_one_text(precision: str, repository: Path, reference: Reference) -> None:
-    settings = EngineSettings(num_slots=4, prefill_chunk=64, batch_invariant=True)
+    settings = EngineSettings(max_num_seqs=4, max_num_batched_tokens=64, batch_invariant=True)
     _, runner = load_runner(repository / f"{precision}-engine" / "1", settings)
     assert isinstance(runner, CudaRunner)
     prompts = reference.windows[:4, :40]

@@ -48,8 +48,8 @@ def load(graph: Path, tmp_path: Path, api: FakeTensorRT) -> Load:
     path = tmp_path / "model.plan"
     path.write_text(str(graph))
 
-    def load(plan: PlanInfo = PLAN, num_slots: int = SLOTS, prefill_chunk: int = CHUNK) -> TensorRTRunner:
-        return TensorRTRunner(path, plan, num_slots=num_slots, prefill_chunk=prefill_chunk)
+    def load(plan: PlanInfo = PLAN, max_num_seqs: int = SLOTS, max_num_batched_tokens: int = CHUNK) -> TensorRTRunner:
+        return TensorRTRunner(path, plan, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
 
     return load
 
@@ -75,7 +75,7 @@ def generate(runner: Runner) -> list[np.ndarray[Any, Any]]:
 
 def test_logits_are_those_of_the_onnx_runner(load: Load, graph: Path) -> None:
     runner = load()
-    for ours, expected in zip(generate(runner), generate(OnnxRunner(graph, num_slots=SLOTS)), strict=True):
+    for ours, expected in zip(generate(runner), generate(OnnxRunner(graph, max_num_seqs=SLOTS)), strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-5)
         assert np.ptp(expected) > 1e-3
     runner.close()
@@ -172,7 +172,7 @@ def test_a_plan_for_another_version_or_gpu_is_refused_before_it_is_loaded(
     assert not api.engines and not api.cuda.buffers
 
 
-@pytest.mark.parametrize(("name", "value"), [("num_slots", SLOTS + 1), ("prefill_chunk", CHUNK + 1)])
+@pytest.mark.parametrize(("name", "value"), [("max_num_seqs", SLOTS + 1), ("max_num_batched_tokens", CHUNK + 1)])
 def test_settings_beyond_the_plan_are_refused(name: str, value: int, load: Load) -> None:
     with pytest.raises(RunnerError, match=f"{name} is {value}, the plan was built for {value - 1}"):
         load(**{name: value})
@@ -180,7 +180,9 @@ def test_settings_beyond_the_plan_are_refused(name: str, value: int, load: Load)
 
 def test_too_little_memory_is_told_and_nothing_is_kept(load: Load, cuda: FakeCudaRuntime) -> None:
     cuda.memory = 2**16
-    with pytest.raises(RunnerError, match=r"5 slots of 64 tokens need 1 MiB, the GPU has 0 MiB free; lower num_slots"):
+    with pytest.raises(
+        RunnerError, match=r"5 slots of 64 tokens need 1 MiB, the GPU has 0 MiB free; lower max_num_seqs"
+    ):
         load()
     assert not cuda.buffers and not cuda.streams
 

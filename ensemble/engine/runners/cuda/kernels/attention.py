@@ -1,6 +1,6 @@
 """Attention over the slots' caches: decode (one token a slot) and prefill (chunks of prompts, packed).
 
-Keys and values: [num_slots, KV_HEADS, max_seq_len, D]. A decode program holds the query heads that share one key
+Keys and values: [max_num_seqs, KV_HEADS, max_seq_len, D]. A decode program holds the query heads that share one key
 head, so that each key is read once; a long cache is split over several programs, and the last of them to finish
 merges. Lengths are data: one captured graph serves them all.
 """

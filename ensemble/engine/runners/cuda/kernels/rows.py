@@ -171,7 +171,7 @@ def rope_rows(
     slots,  # [M] int64
     positions,  # [M] int64; negative: no token
     q,  # [M, HEADS, D]
-    keys,  # [num_slots, KV_HEADS, max_seq_len, D]
+    keys,  # [max_num_seqs, KV_HEADS, max_seq_len, D]
     values,
     part_stride,
     max_seq_len,
