@@ -1,8 +1,8 @@
 """The ONNX Runtime runner: a CPU, the cache updated in place.
 
-One NumPy buffer for each layer's keys and values, [max_num_seqs, kv_heads, max_seq_len, head_dim]. A binding
-slice of each as past input and as present output, so the graph writes into the very memory it reads: no cache is ever
-copied.
+One NumPy buffer for each layer's keys and values, [max_num_seqs, kv_heads, max_seq_len, head_dim]. A
+binding names a slice of each as past input and as present output, so the graph writes into the very memory it reads:
+no cache is ever copied.
 """
 
 from __future__ import annotations
