@@ -72,6 +72,7 @@ class TritonServer:
         progress: Callable[[str], None] | None = None,
         installation: Installation | None = None,
     ) -> None:
+        check_ports({"HTTP": http_port, "gRPC": grpc_port, "metrics": metrics_port})
         self.repository = repository
         self.host = host
         self.http_port = http_port
@@ -287,6 +288,21 @@ class TritonServer:
         """One line about an end with exit status `status`, from the log."""
         log = f" (log: {self._log_file})" if self._log_file else ""
         return f"tritonserver ended with status {status}: {failure(self._read_log())}{log}"
+
+
+def check_ports(ports: dict[str, int]) -> None:
+    """Refuse a port that two protocols share; 0, any free one, is no port.
+
+    Raises:
+        ServerError: names both.
+    """
+    owners: dict[int, str] = {}
+    for protocol, port in ports.items():
+        if port and port in owners:
+            raise ServerError(
+                f"{owners[port]} and {protocol} port are both {port}; give each its own (0: any free one)"
+            )
+        owners[port] = protocol
 
 
 def _claim_ports(host: str, wanted: dict[str, int]) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -17,18 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_triton.clients import cli
+from deepseek_triton.builders.cli import main
+from deepseek_triton.extras import install_command
 from tests.clients.test_fakes import MODEL, Fail, FakeGrpcServer, Received, Reply, reply, rows, say, wait_until
 
 COMMAND = """
-import argparse, fcntl, sys, termios
-from deepseek_triton.clients import cli
+import fcntl, sys, termios
+from deepseek_triton.builders.cli import main
 if sys.stdin.isatty():
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches this process
-parser = argparse.ArgumentParser()
-name = sys.argv[1]
-getattr(cli, f"add_{name}_arguments")(parser)
-sys.exit(getattr(cli, f"run_{name}")(parser.parse_args(sys.argv[2:])))
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -39,13 +36,7 @@ def server() -> Iterator[FakeGrpcServer]:
 
 
 def run(command: str, *arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    add, run_command = {
-        "generate": (cli.add_generate_arguments, cli.run_generate),
-        "chat": (cli.add_chat_arguments, cli.run_chat),
-    }[command]
-    add(parser)
-    return run_command(parser.parse_args(arguments))
+    return main([command, *arguments])
 
 
 def sent_messages(server: FakeGrpcServer) -> list[list[tuple[str, str]]]:
@@ -185,8 +176,13 @@ def test_verbose_prints_figures_to_stderr(server: FakeGrpcServer, capsys: pytest
     [
         (("--max-tokens", "0"), "error: max_tokens must be an integer from 1 to 2147483647, got 0\n"),
         (("--timeout", "0"), "error: timeout_s must be finite and above 0, got 0.0\n"),
-        (("--url", "http://x"), "error: url must be host:port for gRPC, got 'http://x'\n"),
-        (("--protocol", "http", "--url", "x:1"), "error: url must start with http:// or https://"),
+        (
+            ("--url", "ftp://x"),
+            "error: url must be host:port, or begin with grpc://, http://, https://; got 'ftp://x'\n",
+        ),
+        (("--protocol", "grpc", "--url", "https://x"), "error: url must not begin with https:// for gRPC"),
+        (("--protocol", "http", "--url", "127.0.0.1:1"), "error: no server at http://127.0.0.1:1"),
+        (("--url", "http://127.0.0.1:1"), "error: no server at http://127.0.0.1:1"),
         (("--url", "127.0.0.1:1"), "error: no server at 127.0.0.1:1"),
     ],
 )
@@ -221,7 +217,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.delitem(sys.modules, "deepseek_triton.clients.http", raising=False)
     monkeypatch.setitem(sys.modules, "httpx", None)
     assert run("generate", MODEL, "x", "--protocol", "http") == 1
-    assert capsys.readouterr().err == "error: httpx is missing: pip install 'deepseek-triton[client]'\n"
+    assert capsys.readouterr().err == f"error: httpx is not installed; run: {install_command('client')}\n"
 
 
 def test_chat_keeps_the_history(

@@ -262,8 +262,8 @@ def test_the_command_builds_what_the_manifest_says_it_built(
     command = Manifest.load(directory / "1").command
     import shlex
 
-    parsed = cli.make_parser().parse_args(shlex.split(command)[1:])
-    first = cli.make_parser().parse_args(arguments)
+    parsed = cli.parse(shlex.split(command)[1:])
+    first = cli.parse(arguments)
     first.template, first.labels, first.run = "Is {text} good?", "yes,no", parsed.run
     first.precision = parsed.precision
     assert vars(parsed) == vars(first)
