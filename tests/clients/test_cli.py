@@ -82,6 +82,33 @@ def test_generate_sends_its_options(server: FakeGrpcServer) -> None:
     }
 
 
+def test_everything_as_json(server: FakeGrpcServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", MODEL, "x", "--url", server.url, "--json") == 0
+    out, err = capsys.readouterr()
+    answer = json.loads(out)
+    assert (answer["text"], answer["finish_reason"], answer["num_output_tokens"], err) == ("Paris 🗼", "stop", 2, "")
+    assert answer["total_s"] > 0
+    server.script = lambda received: iter(
+        [rows(reply("a", "stop", sequence_index=0), reply("b", "length", sequence_index=1))]
+    )
+    assert run("generate", MODEL, "x", "--url", server.url, "--json", "--n=2") == 0
+    assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == ["a", "b"]
+
+
+def test_the_environment_names_server_and_model(
+    server: FakeGrpcServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_TRITON_URL", f"grpc://{server.url}")
+    assert run("generate", MODEL, "x") == 0
+    monkeypatch.setenv("DEEPSEEK_TRITON_MODEL", MODEL)
+    assert run("generate", "y") == 0
+    assert run("generate", "another", "z") == 0
+    assert [received.inputs["text_input"] for received in server.generated] == ["x", "y"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
+    assert run("chat") == 0
+    assert capsys.readouterr().out == "Paris 🗼\n" * 4
+
+
 def test_a_schema_comes_from_its_file(
     server: FakeGrpcServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

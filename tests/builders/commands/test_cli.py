@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +18,8 @@ from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from deepseek_triton.ensemble.server import tritonserver as server
 from deepseek_triton.ensemble.server.installation import Installation, ServerError
 from deepseek_triton.extras import install_command
-from tests.support.checkpoints import make_tokenizer, write_tiny
 
 SMALL_ENGINE = ("--max-seq-len", "32", "--max-num-batched-tokens", "8", "--max-num-seqs", "2")
-
-
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """`serve` takes over the process's signals; give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return make_tokenizer(write_tiny(tmp_path / "tiny", vocab_size=320, eos_token_id=319))
-
-
-@pytest.fixture
-def built(checkpoint: Path, tmp_path: Path) -> Path:
-    settings = {"max_num_seqs": 2, "max_num_batched_tokens": 8}
-    repository.build(BuildOptions(checkpoint, "m", tmp_path / "models", max_seq_len=32, settings=settings))
-    return tmp_path / "models"
 
 
 class Run:
