@@ -1,35 +1,19 @@
 """The console command `deepseek-triton`: arguments in, an exit status out.
 
-A table of commands. The module of a command is imported when that command is asked for, so that help is quick and a
-machine with only the client installed can `chat`. Errors of every command become one line here.
+The commands are in builders/commands/. A command's module is imported when that command is asked for, so that help is
+quick and a machine with only the client installed can `chat`. Errors of every command become one line here.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from deepseek_triton.builders.commands.parser import CommandParser, did_you_mean
-
-PROGRAM = "deepseek-triton"
-COMMANDS_PACKAGE = "deepseek_triton.builders.commands"
-# Command → what its module in builders/commands/ does.
-COMMANDS = {
-    "build": "make a model repository from a checkpoint",
-    "check": "validate a model repository without a server",
-    "serve": "run tritonserver on a model repository until interrupted",
-    "generate": "complete a text",
-    "chat": "talk to a model",
-    "score": "choose among labels for a text",
-    "evaluate": "measure what FP8 costs in quality, against the float checkpoint",
-    "fit": "calibrate a scoring model on labelled examples",
-    "tune": "find the configuration that serves most within a latency limit",
-    "compare": "show two load tests' differences with their confidence intervals",
-}
+from deepseek_triton.builders.commands.table import COMMANDS, PROGRAM, make_command_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,13 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         0: done; 1: an error, told in one line on stderr; 2 (by SystemExit): wrong usage, a call without a command
         among it; 130: interrupted.
     """
-    arguments = parse(sys.argv[1:] if argv is None else argv)
-    if arguments.verbose:
-        import logging
-
-        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    run: Callable[[argparse.Namespace], int] = arguments.run
     try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+        if arguments.verbose:
+            import logging
+
+            logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+        run: Callable[[argparse.Namespace], int] = arguments.run
         return run(arguments)
     except KeyboardInterrupt:
         return 130
@@ -72,19 +56,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.parse_args([name])
     if name not in COMMANDS:
         parser.error(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}")
-    module: Any = importlib.import_module(f"{COMMANDS_PACKAGE}.{name}")
-    command = CommandParser(prog=f"{PROGRAM} {name}", description=f"{COMMANDS[name].capitalize()}.")
-    module.add_arguments(command)
-    add_verbosity_arguments(command)
-    command.set_defaults(run=module.run)
-    return command.parse_args(words)
-
-
-def add_verbosity_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add -q and -v, which every command has."""
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("-q", "--quiet", action="store_true", help="print results and errors alone")
-    group.add_argument("-v", "--verbose", action="store_true", help="print more: times, and the log of what is done")
+    return make_command_parser(name).parse_args(words)
 
 
 def _make_parser() -> CommandParser:

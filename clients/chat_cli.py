@@ -79,10 +79,8 @@ def _answer(client: Client, args: argparse.Namespace, style: AnswerStyle, histor
                 num_dropped = 0 if written else history.trim(str(error), question)
                 if not num_dropped:
                     raise
-                _say(
-                    f"the context of {history.context_len} tokens is full: "
-                    f"the oldest {num_dropped} questions and their answers are dropped"
-                )
+                what = "question and its answer" if num_dropped == 1 else f"{num_dropped} questions and their answers"
+                _say(f"the context of {history.context_len} tokens is full: it no longer holds the oldest {what}")
         if answer.finish_reason == "length" and args.max_tokens is None and not args.quiet:
             _say("the answer ends here because the context is full")
     except KeyboardInterrupt:

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         check_ports({"HTTP": arguments.http_port, "gRPC": arguments.grpc_port, "metrics": arguments.metrics_port})
         for name in finish_pending(repository):
-            say(f"{name}: finished writing the configuration that an interrupted `tune` had chosen")
+            say(f"{name}: finished writing the configuration that a killed `tune` had chosen")
         require_sound(repository)
         built = built_models(repository)
         say(f"starting tritonserver on {repository}")

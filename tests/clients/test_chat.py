@@ -104,7 +104,7 @@ def test_a_full_context_drops_the_oldest_turns_and_says_so(
     out, err = capsys.readouterr()
     assert out == ("y" * 20 + "\n") * 4
     # 3 + 2 * 40 + 20 = 103 characters don't fit; without one exchange 63 do.
-    notice = "the context of 100 tokens is full: the oldest 1 questions and their answers are dropped\n"
+    notice = "the context of 100 tokens is full: it no longer holds the oldest question and its answer\n"
     assert err == notice * 2
     assert [content[0] for _, content in sent(server)[-1]] == ["s", "c", "y", "d"]
 

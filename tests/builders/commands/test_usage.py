@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,8 +56,13 @@ def test_every_option_is_described(command: str, capsys: pytest.CaptureFixture[s
 
     made: list[parser.CommandParser] = []
     before = parser.CommandParser.print_help
+
+    def keep(self: parser.CommandParser, file: Any = None) -> None:
+        made.append(self)
+        before(self)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parser.CommandParser, "print_help", lambda self, file=None: (made.append(self), before(self))[1])
+        patch.setattr(parser.CommandParser, "print_help", keep)
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
     assert capsys.readouterr().out.startswith(f"usage: deepseek-triton {command}")
@@ -111,6 +117,23 @@ def test_a_fault_of_calibration_is_told() -> None:
     )
     last = describe(calibration).splitlines()[-1]
     assert last.startswith("beware: the calibration made worse: expected calibration error, accuracy; ")
+
+
+def test_bash_completes_commands_options_and_values(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["completion"]) == 0
+    script = capsys.readouterr().out
+
+    def completed(*words: str) -> set[str]:
+        line = " ".join(f"'{word}'" for word in words)
+        program = f"{script}\nCOMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _deepseek_triton\n"
+        program += 'printf "%s\\n" "${COMPREPLY[@]}"'
+        done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+        return set(done.stdout.split())
+
+    assert completed("deepseek-triton", "co") == {"compare", "completion"}
+    assert completed("deepseek-triton", "build", "--max-s") == {"--max-seq-len"}
+    assert completed("deepseek-triton", "build", "c", "--target", "o") == {"onnx"}
+    assert completed("deepseek-triton", "chat", "m", "--name") == set()
 
 
 # Output for programs, and less of it

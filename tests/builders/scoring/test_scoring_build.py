@@ -225,7 +225,7 @@ def test_options_at_fault(checkpoint: Path) -> None:
         options(checkpoint, target="tensorrt-rtx", precision="fp16")
     with pytest.raises(BuildError, match="target is 'cuda', which task score doesn't have"):
         options(checkpoint, target="cuda", precision="fp8")
-    for settings, option in (({"max_num_seqs": 3}, "max-num-seqs"), ({"max_num_batched_tokens": 3}, "prefill-")):
+    for settings, option in (({"max_num_seqs": 3}, "max-num-seqs"), ({"max_num_batched_tokens": 3}, "max-num-batched")):
         with pytest.raises(BuildError, match=f"--{option}.* is for task generate"):
             options(checkpoint, settings=settings)
     with pytest.raises(BuildError, match="scoring options are for task score, this is generate"):
