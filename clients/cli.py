@@ -128,6 +128,8 @@ def with_client(args: argparse.Namespace, run: Callable[[BaseClient], int]) -> i
 
 def explain(error: Exception) -> str:
     """The error on one line, with what to do next."""
-    hint = next((hint for kind, hint in _HINTS.items() if isinstance(error, kind)), None)
     text = " ".join(str(error).split())
+    if isinstance(error, RequestRejected) and "; " in text:
+        return text  # the server's own advice
+    hint = next((hint for kind, hint in _HINTS.items() if isinstance(error, kind)), None)
     return f"{text}; {hint}" if hint else text

@@ -115,7 +115,7 @@ def test_one_message_that_fills_the_context_is_an_error(
     server.script = full
     monkeypatch.setattr("sys.stdin", io.StringIO("x" * 200 + "\n"))
     assert main(["chat", MODEL, "--url", server.url]) == 1
-    assert capsys.readouterr().err.startswith("error: the prompt has 200 tokens, the context holds 100; ")
+    assert capsys.readouterr().err == ("error: the prompt has 200 tokens, the context holds 100; shorten the prompt\n")
 
 
 def test_a_scoring_model_is_refused_before_the_prompt(

@@ -227,6 +227,9 @@ def test_an_error_of_the_server_says_what_to_do(server: FakeGrpcServer, capsys: 
     out, err = capsys.readouterr()
     assert out == "Par"
     assert err == "error: out of slots; check the model's name and the options, or the server's log\n"
+    server.script = lambda received: iter([Fail("max_tokens is 0; give at least 1")])
+    assert run("generate", MODEL, "x", "--url", server.url) == 1
+    assert capsys.readouterr().err == "error: max_tokens is 0; give at least 1\n", "the server's advice is enough"
 
 
 def test_a_timeout_says_what_to_do(server: FakeGrpcServer, capsys: pytest.CaptureFixture[str]) -> None:
