@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deepseek_triton.builders.atomic_files import write_atomically
 from deepseek_triton.builders.checkpoint.reader import Checkpoint
 from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.builders.fp8.layer_session import TAPS, Ids, embed, layer_prefix, layer_session
-from deepseek_triton.ensemble.artefacts.atomic_files import write_atomically
 
 MIN_TOKENS = 128  # fewer say too little about a range
 FORMAT = 1

@@ -17,8 +17,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from deepseek_triton.builders.atomic_files import write_atomically
 from deepseek_triton.builders.errors import BuildError
-from deepseek_triton.ensemble.artefacts.atomic_files import write_atomically
 from deepseek_triton.ensemble.protocol.pipelines import SCORER_SUFFIX, model_name
 from deepseek_triton.ensemble.scoring.calibration import FILE_NAME, Floats, LinearHead, ProbabilityCalibration, softmax
 from deepseek_triton.ensemble.scoring.profile import Normalisation, ScoringProfile

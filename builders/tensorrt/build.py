@@ -13,6 +13,7 @@ from pathlib import Path
 
 import onnx
 
+from deepseek_triton.builders.atomic_files import write_atomically
 from deepseek_triton.builders.tensorrt.census import Census
 from deepseek_triton.builders.tensorrt.compile import CompileJob, compile_graph, read_graph
 from deepseek_triton.builders.tensorrt.compiler import resolve_target
@@ -20,7 +21,6 @@ from deepseek_triton.builders.tensorrt.errors import EngineError
 from deepseek_triton.builders.tensorrt.inspector import EngineLayer, inspect_plan
 from deepseek_triton.builders.tensorrt.network import ATTENTION_FORMS, decoder_profiles, has_causal_mask
 from deepseek_triton.builders.tensorrt.progress import CompileProgress
-from deepseek_triton.ensemble.artefacts.atomic_files import write_atomically
 from deepseek_triton.ensemble.artefacts.tensorrt_api import PlanInfo
 
 

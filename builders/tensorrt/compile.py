@@ -14,6 +14,7 @@ from typing import Any
 
 import onnx
 
+from deepseek_triton.builders.atomic_files import write_atomically
 from deepseek_triton.builders.tensorrt.census import Census, take_census
 from deepseek_triton.builders.tensorrt.compiler import CompileTarget
 from deepseek_triton.builders.tensorrt.errors import EngineError, GraphError
@@ -25,7 +26,6 @@ from deepseek_triton.builders.tensorrt.network import (
     without_mask,
 )
 from deepseek_triton.builders.tensorrt.progress import CompileProgress, ProgressTracker, make_monitor, run_cancellable
-from deepseek_triton.ensemble.artefacts.atomic_files import write_atomically
 
 log = logging.getLogger(__name__)
 

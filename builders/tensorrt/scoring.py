@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deepseek_triton.builders.atomic_files import write_atomically
 from deepseek_triton.builders.graph.stateless import stateless_widths
 from deepseek_triton.builders.tensorrt.census import Census
 from deepseek_triton.builders.tensorrt.compile import CompileJob, compile_graph, read_graph
@@ -16,7 +17,6 @@ from deepseek_triton.builders.tensorrt.compiler import resolve_target
 from deepseek_triton.builders.tensorrt.errors import EngineError
 from deepseek_triton.builders.tensorrt.network import STATELESS_FORMS, RaggedProfile
 from deepseek_triton.builders.tensorrt.progress import CompileProgress
-from deepseek_triton.ensemble.artefacts.atomic_files import write_atomically
 from deepseek_triton.ensemble.protocol.contract import LOGIT_POSITIONS, SCORE_ROW, TARGET_IDS, TARGET_LOGITS
 from deepseek_triton.ensemble.scoring.rows import LOGIT_COUNTS, LONGEST_ROW, ROW_LENS, TARGET_COUNTS
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from deepseek_triton.builders.atomic_files import write_atomically
 from deepseek_triton.builders.repository.check import CONFIG, require_sound
 from deepseek_triton.builders.repository.pbtxt import PbtxtError, parse_text, to_text
 from deepseek_triton.builders.tune.space import TuneError
-from deepseek_triton.ensemble.artefacts.atomic_files import write_atomically
 from deepseek_triton.ensemble.processes.temp_dirs import temporary_directory
 
 COPIES = "deepseek-triton-tune-"  # the start of their directories' names

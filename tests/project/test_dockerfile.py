@@ -97,7 +97,7 @@ def context_files(source: str) -> list[Path]:
     """What a COPY of `source` would take, relative to the checkout."""
     path = ROOT / source
     found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [file.relative_to(ROOT) for file in found if file.is_file()]
+    files = [file.relative_to(ROOT) for file in found if file.is_file() or file.is_symlink()]
     return [file for file in files if not is_ignored(file, IGNORE)]
 
 
@@ -190,7 +190,7 @@ def make_image(stage: Stage, root: Path) -> Image:
                 for file in context_files(source):
                     copy = directory / target / (file.relative_to(source) if (ROOT / source).is_dir() else file)
                     copy.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(ROOT / file, copy)
+                    shutil.copyfile(ROOT / file, copy, follow_symlinks=False)  # links stay links, as in Docker
         elif name == "RUN" and "pip" in value:
             done = subprocess.run(["sh", "-ec", value], cwd=directory, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, f"{value}: {done.stdout[-2000:]}{done.stderr[-2000:]}"

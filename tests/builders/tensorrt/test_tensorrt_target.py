@@ -12,12 +12,12 @@ import onnx
 import pytest
 
 import deepseek_triton.builders.tensorrt.compiler as target_module
+from deepseek_triton.builders.atomic_files import write_atomically
 from deepseek_triton.builders.tensorrt.compile import CompileJob, _load_timing_cache
 from deepseek_triton.builders.tensorrt.compiler import CompileTarget, resolve_target
 from deepseek_triton.builders.tensorrt.errors import EngineError, UnsupportedGpuError
 from deepseek_triton.builders.tensorrt.inspector import EngineLayer, parse_layers
 from deepseek_triton.builders.tensorrt.progress import ProgressTracker
-from deepseek_triton.ensemble.artefacts.atomic_files import write_atomically
 from deepseek_triton.ensemble.artefacts.tensorrt_api import Messages
 from deepseek_triton.ensemble.engine.runners.cuda_runtime import device_compute_capability
 from tests.support.fake_tensorrt import FakeCudaRuntime

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from deepseek_triton.builders import cli
+from deepseek_triton.builders.atomic_files import write_atomically
 from deepseek_triton.builders.repository.check import CheckError, check_repository
 from deepseek_triton.builders.repository.pbtxt import to_text
 from deepseek_triton.builders.tune import repository as tuned_repository
@@ -18,7 +19,6 @@ from deepseek_triton.builders.tune.measurement import Measurement
 from deepseek_triton.builders.tune.repository import copied, finish_pending, put_configs, read_configs
 from deepseek_triton.builders.tune.search import Axis, is_better, search
 from deepseek_triton.builders.tune.space import Point, TuneError, read_point, space_of, with_point
-from deepseek_triton.ensemble.artefacts.atomic_files import write_atomically
 from deepseek_triton.ensemble.server import supervisor
 from tests.support.tuning import found, point_of, tiny_repository
 
