@@ -70,7 +70,8 @@ class Quality:
     """How near a model comes to the float one; averages over all predicted tokens.
 
     perplexity_ratio: the model's over the float model's. accuracy: how often the next token has the highest logit.
-    accuracy_kept: accuracy over the float model's. agreement: how often both models' first choices are the same.
+    accuracy_kept: accuracy over the float model's; None if that is 0. agreement: how often both models' first choices
+    are the same.
     mean_kl, p99_kl, worst_kl: KL(float || model) in nats, over positions.
     """
 
@@ -80,7 +81,7 @@ class Quality:
     perplexity_ratio: float
     float_accuracy: float
     accuracy: float
-    accuracy_kept: float
+    accuracy_kept: float | None
     agreement: float
     mean_kl: float
     p99_kl: float
@@ -154,7 +155,7 @@ def compare(reference: Final, candidate: Final, windows: Sequence[Ids]) -> Quali
         perplexity_ratio=float(np.exp(loss - float_loss)),
         float_accuracy=float_hit,
         accuracy=hit,
-        accuracy_kept=hit / float_hit if float_hit else float("nan"),
+        accuracy_kept=hit / float_hit if float_hit else None,
         agreement=agree,
         mean_kl=kl,
         p99_kl=float(np.quantile(rows[5], 0.99)),
