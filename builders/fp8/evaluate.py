@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek_triton.builders.checkpoint.spec import ModelSpec
 from deepseek_triton.builders.fp8.calibrate import CalibrationError, Report, check_finite
-from deepseek_triton.builders.fp8.layer_session import TAP_OF, Ids, embed, final_norm, layer_prefix, layer_session
+from deepseek_triton.builders.fp8.layer_session import Ids, embed, final_norm, layer_session
 from deepseek_triton.builders.graph.float8 import Float8Linear
+from deepseek_triton.ensemble.decoder.spec import ModelSpec, layer_prefix
 
 Float32 = NDArray[np.float32]
 POSITIONS = 128  # whose logits are in memory at a time
@@ -179,12 +179,12 @@ def _compare_positions(exact: Float32, rounded: Float32, targets: Ids) -> NDArra
 
 def module_errors(reference: Source, candidate: StoredSource, spec: ModelSpec, window: Ids) -> list[ModuleError]:
     """Each linear layer's error on one window of token ids [seq_len], in the order of the layers."""
-    names = tuple(TAP_OF)
     exact = embed(reference.read("model.embed_tokens.weight"), [window])[0]
     rounded = embed(candidate.read("model.embed_tokens.weight"), [window])[0]
     errors = []
     for layer in range(spec.num_layers):
         prefix, length = layer_prefix(layer), len(window)
+        names = tuple(module for tap in spec.taps(layer) for module in tap.modules)
         with layer_session(spec, layer, reference.read, max_seq_len=length, outputs=names) as session:
             next_exact, *wanted = session.run(exact, names)
         with layer_session(
