@@ -386,7 +386,7 @@ def test_a_directory_without_permission(checkpoint: Path, tmp_path: Path) -> Non
 
 
 def test_the_committed_demo_configuration_is_what_the_builders_write() -> None:
-    committed = Path(__file__).parent.parent / "model_repository"
+    committed = Path(__file__).parents[3] / "model_repository"
     configs = (
         pbtxt.tokenizer_config("smollm2"),
         pbtxt.engine_config("smollm2", EngineSettings().to_parameters()),
