@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.machine import describe
-from deepseek_triton.builders.checkpoint.spec import ModelSpec, from_hf
+from deepseek_triton.builders.checkpoint.hf_config import from_hf
+from deepseek_triton.ensemble.decoder.spec import ModelSpec
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30

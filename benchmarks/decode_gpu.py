@@ -27,6 +27,7 @@ from deepseek_triton.ensemble.engine.runners.base import LAST_TOKEN, DeviceSampl
 from deepseek_triton.ensemble.engine.runners.cuda.parallel import ParallelRunner
 from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
 from deepseek_triton.ensemble.engine.runners.cuda.weights import RandomWeights
+from deepseek_triton.extras import install_command
 
 RESULTS = Path(__file__).parent / "results"
 FILE = RESULTS / "decode-gpu.json"
@@ -173,7 +174,7 @@ def write(file: Path, name: str, figures: dict[str, Any]) -> None:
     try:
         plot(known, file.with_suffix(".png"))
     except ModuleNotFoundError as error:
-        print(f"no plot: {error.name} is not installed; pip install 'deepseek-triton[plot]'", file=sys.stderr)
+        print(f"no plot: {error.name} is not installed; run: {install_command('plot')}", file=sys.stderr)
 
 
 def plot(engines: dict[str, Any], file: Path) -> None:

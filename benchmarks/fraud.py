@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from benchmarks.machine import describe
 from benchmarks.payments import LABELS, Payment, make_payments
 from benchmarks.weights import smollm2
-from deepseek_triton.builders.commands.fit import measure
+from deepseek_triton.builders.commands.fitting import measure
 from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.builders.scoring.fit import Method, ScoredTexts, expected_calibration_error, fit

@@ -1,4 +1,4 @@
-"""Ready-to-paste examples for a running server, as `serve` prints them."""
+"""Examples to paste into a shell, as `serve` prints them."""
 
 from __future__ import annotations
 
@@ -48,18 +48,23 @@ SCORE_PYTHON = """\
 from deepseek_triton.clients.grpc import GrpcClient
 from deepseek_triton.clients.score import ScoreRequest
 with GrpcClient({grpc_url!r}, {model!r}) as client:
-    for score in client.score(ScoreRequest(texts=[{text!r}], labels={labels!r})):
+    for score in client.score(ScoreRequest({fields})):
         print(score.label, score.probabilities)"""
 
 
-def score_examples(model: str, http_url: str, grpc_url: str) -> dict[str, str]:
-    """A shell command for each way to ask scoring `model`: title → command."""
+def score_examples(model: str, http_url: str, grpc_url: str, *, has_labels: bool = False) -> dict[str, str]:
+    """A shell command for each way to ask scoring `model`: title → command.
+
+    has_labels: whether the model was built with labels, which then are the ones to choose among.
+    """
+    labels = () if has_labels else SCORED_LABELS
     command = str(Path(sys.executable).parent / "deepseek-triton")
-    console = [command, "score", model, SCORED_TEXT, "--labels", ",".join(SCORED_LABELS), "--url", grpc_url]
-    body = json.dumps({"text_input": SCORED_TEXT, "labels": SCORED_LABELS})
-    program = SCORE_PYTHON.format(grpc_url=grpc_url, model=model, text=SCORED_TEXT, labels=SCORED_LABELS)
+    console = [command, "score", model, SCORED_TEXT, *(("--labels", ",".join(labels)) if labels else ())]
+    body = {"text_input": SCORED_TEXT} | ({"labels": labels} if labels else {})
+    fields = f"texts=[{SCORED_TEXT!r}]" + (f", labels={labels!r}" if labels else "")
+    program = SCORE_PYTHON.format(grpc_url=grpc_url, model=model, fields=fields)
     return {
-        "gRPC": shlex.join(console),
-        "HTTP": shlex.join(["curl", "-s", f"{http_url}/v2/models/{model}/generate", "-d", body]),
+        "gRPC": shlex.join([*console, "--url", grpc_url]),
+        "HTTP": shlex.join(["curl", "-s", f"{http_url}/v2/models/{model}/generate", "-d", json.dumps(body)]),
         "Python": f"{shlex.quote(sys.executable)} - <<'END'\n{program}\nEND",
     }

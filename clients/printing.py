@@ -1,11 +1,17 @@
-"""Answers on a terminal or in a pipe: text to standard output and nothing else there; all the rest to standard error.
+"""Answers on a terminal or in a pipe: text goes to standard output, everything else to standard error.
 
-What a model thinks is dimmed on a terminal. It knows a client's answers and nothing of commands.
+Reasoning is dimmed on a terminal. It knows a client's answers and nothing of commands.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from deepseek_triton.clients.api import Generation
 
@@ -13,7 +19,7 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 class AnswerPrinter:
-    """Prints one answer as it comes. Reasoning may come in pieces, before the text or between pieces of it."""
+    """Prints one answer as it comes. Pieces of reasoning may come before the text or between pieces of it."""
 
     def __init__(self) -> None:
         self._is_in_reasoning = False
@@ -65,3 +71,20 @@ def figures(answers: tuple[Generation, ...], total_s: float, first_s: float | No
         f"{answers[0].num_input_tokens} tokens in, {num_output_tokens} out in {total_s:.2f} s "
         f"({num_output_tokens / total_s:.1f} tokens/s){first}, finish_reason {reasons}"
     )
+
+
+def json_line(value: Any) -> str:
+    """One line of JSON. Dataclasses become objects; numbers that JSON doesn't have (NaN, infinite) become null."""
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

@@ -1,56 +1,54 @@
 """The command `score`: a text and labels in, each label's probability out.
 
-Standard output gets the labels and nothing else; errors go to standard error. Exit status: 0; 1 for an error, told in
-one line; 130 when interrupted.
+Standard output gets the labels and nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from dataclasses import asdict
 
 from deepseek_triton.clients.base import BaseClient
-from deepseek_triton.clients.cli import OK, add_connection_arguments, with_client
+from deepseek_triton.clients.cli import add_connection_arguments, add_model_argument, with_client
 from deepseek_triton.clients.errors import ClientError
+from deepseek_triton.clients.line_input import read_lines
+from deepseek_triton.clients.printing import json_line
 from deepseek_triton.clients.score import Score, ScoreRequest
 
 
 def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `run_score` reads."""
-    parser.add_argument("model", help="name of the served scoring model")
+    add_model_argument(parser, "served scoring model")
     parser.add_argument("text", help="text to score; - scores each line of standard input but blank ones")
     parser.add_argument("--labels", metavar="A,B,…", help="labels to choose among (default: the model's own)")
-    parser.add_argument("--json", action="store_true", help="print everything about each text, a JSON line each")
+    parser.add_argument("--json", action="store_true", help="print everything about each text as one line of JSON")
     add_connection_arguments(parser)
 
 
 def run_score(args: argparse.Namespace) -> int:
-    """Print each label and its probability, the likeliest first. Gives the exit status."""
+    """Print each label and its probability, the likeliest first. Returns the exit status."""
 
     def run(client: BaseClient) -> int:
         labels = None if args.labels is None else [label.strip() for label in args.labels.split(",")]
         if args.text != "-":
             (score,) = client.score(ScoreRequest(texts=[args.text], labels=labels))
-            print(_told(score, as_json=args.json, is_brief=False))
-            return OK
-        for number, line in enumerate(sys.stdin, start=1):
+            print(_describe(score, as_json=args.json, is_brief=False))
+            return 0
+        for number, line in enumerate(read_lines(), start=1):
             if not line.strip():
                 continue
             try:
-                # A line each: an answer to one that doesn't wait for the next.
-                (score,) = client.score(ScoreRequest(texts=[line.removesuffix("\n")], labels=labels))
+                # One line in a request: its answer doesn't wait for the next line.
+                (score,) = client.score(ScoreRequest(texts=[line], labels=labels))
             except (ClientError, ValueError) as error:
                 raise type(error)(f"line {number}: {error}") from error
-            print(_told(score, as_json=args.json, is_brief=True), flush=True)
-        return OK
+            print(_describe(score, as_json=args.json, is_brief=True), flush=True)
+        return 0
 
     return with_client(args, run)
 
 
-def _told(score: Score, *, as_json: bool, is_brief: bool) -> str:
+def _describe(score: Score, *, as_json: bool, is_brief: bool) -> str:
     if as_json:
-        return json.dumps(asdict(score), ensure_ascii=False)
+        return json_line(score)
     ordered = sorted(score.probabilities.items(), key=lambda item: -item[1])
     return "\n".join(f"{label}\t{probability:.4f}" for label, probability in ordered[: 1 if is_brief else None])

@@ -1,4 +1,4 @@
-"""`deepseek-triton compare a.json b.json`: two results in, their differences with confidence intervals out.
+"""The differences between two results, with confidence intervals.
 
 How an interval is made is loadtest/intervals.py's. Where both runs are of one open-loop profile, the same arrivals fall
 in the same block of both, so blocks are drawn in pairs: what the schedule did to a block, a spike for one, then cancels
@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -34,7 +32,7 @@ from deepseek_triton.loadtest.intervals import (
     resample,
 )
 from deepseek_triton.loadtest.measure import counted, percentile
-from deepseek_triton.loadtest.result import LoadTestResult, ResultError, load
+from deepseek_triton.loadtest.result import LoadTestResult
 from deepseek_triton.loadtest.sample import Sample
 from deepseek_triton.loadtest.verdict import amount
 
@@ -117,17 +115,6 @@ def figures_of(samples: Sequence[Sample], duration_s: float, num_blocks: int) ->
         tokens=np.array([s.num_output_tokens * s.is_complete for s in kept], dtype=np.float64),
         failed=np.array([not s.is_complete for s in kept], dtype=np.float64),
     )
-
-
-def run(first: Path, second: Path) -> int:
-    """Print the table; 1 for a file that isn't a result."""
-    try:
-        a, b = load(first), load(second)
-    except ResultError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(table(a, b, compare(a, b)))
-    return 0
 
 
 def table(a: LoadTestResult, b: LoadTestResult, comparison: Comparison) -> str:

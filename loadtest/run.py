@@ -25,13 +25,14 @@ from typing import Any
 import gevent
 from locust.env import Environment
 
-from benchmarks.machine import describe
+from deepseek_triton.ensemble.processes.machine import describe
 from deepseek_triton.ensemble.server.tritonserver import ServerError, TritonServer
-from deepseek_triton.loadtest import profile
-from deepseek_triton.loadtest.profile import LoadProfileError
+from deepseek_triton.loadtest import profile, result
+from deepseek_triton.loadtest.against import judged_against, machine_name, without_foreign_levels
+from deepseek_triton.loadtest.profile import LoadProfile, LoadProfileError
 from deepseek_triton.loadtest.report.page import write_report
 from deepseek_triton.loadtest.report.text import table
-from deepseek_triton.loadtest.result import LoadTestResult, assemble
+from deepseek_triton.loadtest.result import LoadTestResult, ResultError, assemble
 from deepseek_triton.loadtest.session import Session
 from deepseek_triton.loadtest.status import Status, help_text, status_of
 from deepseek_triton.loadtest.target import ServerUnderTest
@@ -49,28 +50,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how supervisors say Ctrl-C: the server must stop too
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
-        chosen = profile.load(arguments.profile).scaled(arguments.scale)
+        machine = describe()
+        chosen = choose(arguments, machine)
         with (
             serve(arguments) as target,
             contextlib.closing(Session(chosen, target, may_be_shared=arguments.shared_machine)) as session,
         ):
             if not session.is_ready():
                 return _fail(f"no ready model {target.model!r} at {target.http_url} and {target.grpc_url}")
-            run = Run(session, arguments.output or default_output(chosen.name))
+            run = Run(session, machine, arguments.output or default_output(chosen.name))
             if arguments.page:
                 run.page(arguments.page)
                 return Status.OK
-            result = run.headless()
-    except (LoadProfileError, ServerError) as error:
+            finished = run.headless()
+    except (LoadProfileError, ResultError, ServerError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return Status.INTERRUPTED
-    return status_of(result)
+    return status_of(finished)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m deepseek_triton.loadtest.run",
         description="Load a served model with a profile, and report on it.",
         epilog=help_text(),
@@ -78,7 +81,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("profile", help=f"{', '.join(profile.names())}, or a .toml file")
     parser.add_argument("--model", default="smollm2", help="name of the served model (default: %(default)s)")
-    parser.add_argument("--scale", type=float, default=1.0, help="times the profile's rates or users")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="multiply the profile's rates or users (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="RESULT.json",
+        help="judge speed by this run of the same profile on this machine (default: by the profile's levels, if they "
+        "were measured on a machine like this one)",
+    )
     parser.add_argument("--output", type=Path, help="directory (default: build/loadtest/PROFILE-TIME)")
     parser.add_argument(
         "--page", type=int, metavar="PORT", help="open Locust's own page here instead; 8089 is its usual"
@@ -94,6 +106,20 @@ def make_parser() -> argparse.ArgumentParser:
     for protocol, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
         server.add_argument(f"--{protocol}-port", type=int, default=port, help="of --host (default: %(default)s)")
     return parser
+
+
+def choose(arguments: argparse.Namespace, machine: dict[str, Any]) -> LoadProfile:
+    """The profile, with the levels that it is judged by on this machine."""
+    named = profile.load(arguments.profile).scaled(arguments.scale)
+    if arguments.against:
+        return judged_against(named, result.load(arguments.against), arguments.model, machine)
+    chosen = without_foreign_levels(named, machine)
+    if chosen.levels != named.levels and named.basis:
+        _say(
+            f"speed isn't judged: the levels of {named.name} were measured on {named.basis.machine}, this is "
+            f"{machine_name(machine)}; --against RESULT.json judges it by a run of this machine"
+        )
+    return chosen
 
 
 @contextlib.contextmanager
@@ -114,11 +140,11 @@ def serve(arguments: argparse.Namespace) -> Iterator[ServerUnderTest]:
 class Run:
     """Locust's environment for one session, headless or with its page."""
 
-    def __init__(self, session: Session, output: Path) -> None:
+    def __init__(self, session: Session, machine: dict[str, Any], output: Path) -> None:
         self._session, self._output = session, output
         self._result: LoadTestResult | None = None
         self._started = ""
-        self._machine = describe()
+        self._machine = machine
         self._shape = ProfileShape(session)
         self._environment: Any = Environment(  # Any: much of Locust is untyped
             user_classes=user_classes(session),
@@ -175,13 +201,13 @@ class Run:
 
     def _on_stop(self, **_: Any) -> None:
         session = self._session
-        result = assemble(session.profile, session.target, self._started, self._machine, session.finish())
+        finished = assemble(session.profile, session.target, self._started, self._machine, session.finish())
         self._output.mkdir(parents=True, exist_ok=True)
-        result.save(self._output / "result.json")
-        write_report(result, self._output / "report.html")
-        print(table(result))
+        finished.save(self._output / "result.json")
+        write_report(finished, self._output / "report.html")
+        print(table(finished))
         print(f"wrote {self._output / 'result.json'} and {self._output / 'report.html'}", flush=True)
-        self._result = result
+        self._result = finished
 
     def _show_progress(self) -> None:
         while True:

@@ -1,113 +1,62 @@
-"""`deepseek-triton fit`: labelled examples through a running server, a calibration into the repository.
-
-It starts a server of its own on the repository, asks it about every example, and stops it.
-"""
+"""`deepseek-triton fit`: calibrate a scoring model on labelled examples."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-import numpy as np
+from deepseek_triton.builders.commands.models import add_repository_argument, suggest_model
+from deepseek_triton.builders.commands.progress import ProgressBar
+from deepseek_triton.builders.scoring.fit import METHODS
+from deepseek_triton.ensemble.scoring.calibration import ProbabilityCalibration
 
-from deepseek_triton.builders.repository.check import require_sound
-from deepseek_triton.builders.repository.options import Report
-from deepseek_triton.builders.scoring.fit import (
-    CONTENT_FREE,
-    Example,
-    FitError,
-    Method,
-    ScoredTexts,
-    fit,
-    read_examples,
-    read_profile,
-    write_calibration,
-)
-from deepseek_triton.builders.tune.repository import read_configs
-from deepseek_triton.clients.base import BaseClient
-from deepseek_triton.clients.errors import RequestRejected
-from deepseek_triton.clients.features import Features, read_features
-from deepseek_triton.clients.grpc import GrpcClient
-from deepseek_triton.ensemble.scoring.calibration import ProbabilityCalibration, label_scores
-from deepseek_triton.ensemble.scoring.profile import ScoringProfile
-from deepseek_triton.ensemble.server.tritonserver import TritonServer
-
-CHUNK = 8  # texts in a request, where the engine's batches have room for so many
+# Figure → whether more of it is better.
+FIGURES = {"expected_calibration_error": False, "negative_log_likelihood": False, "accuracy": True}
 
 
-def run_fit(arguments: argparse.Namespace, report: Report) -> tuple[ProbabilityCalibration, Path]:
-    """Fit and write; gives the calibration and where it lies.
-
-    Raises:
-        BuildError, ServerError, ClientError: with one line.
-    """
-    repository: Path = arguments.repository
-    require_sound(repository)
-    profile = read_profile(repository, arguments.model)
-    examples = read_examples(arguments.examples, profile.labels)
-    with (
-        TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0, models=[arguments.model]) as server,
-        GrpcClient(server.grpc_url, arguments.model) as client,
-    ):
-        most = read_configs(repository, arguments.model)[arguments.model].max_batch_size
-        # A plan's requests of several texts have a limit of their own.
-        chunk = 1 if profile.max_request_tokens else min(CHUNK, most)
-        calibration = fit_on(client, profile, arguments.method, examples, report, chunk=chunk)
-    return calibration, write_calibration(repository, arguments.model, calibration)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("model", help="name of the scoring model")
+    parser.add_argument("examples", type=Path, help='JSON lines of {"text": …, "label": …}')
+    add_repository_argument(parser)
+    parser.add_argument(
+        "--method",
+        default="bias",
+        choices=METHODS,
+        help="temperature: one factor; bias: and an offset for each label; contextual: offsets measured on texts "
+        "without content; head: a logistic regression on the hidden state (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
-def fit_on(
-    client: BaseClient,
-    profile: ScoringProfile,
-    method: Method,
-    examples: list[Example],
-    report: Report = lambda what, done, total: None,
-    *,
-    chunk: int = CHUNK,
-) -> ProbabilityCalibration:
-    """Ask the server behind `client` about every example, and fit."""
-    prior = measure(client, profile, list(CONTENT_FREE), chunk=chunk).scores if method == "contextual" else None
-    measured = measure(client, profile, [example.text for example in examples], report, chunk=chunk)
-    truth = np.array([profile.labels.index(example.label) for example in examples])
-    return fit(method, profile.labels, profile.normalisation, measured, truth, prior)
+def run(arguments: argparse.Namespace) -> int:
+    """Fit, write the calibration, and print what it changed."""
+    from deepseek_triton.builders.commands.fitting import fit_model
+    from deepseek_triton.clients.printing import json_line
+
+    suggest_model(arguments.repository, arguments.model)
+    with ProgressBar(is_quiet=arguments.quiet) as bar:
+        calibration, path = fit_model(
+            arguments.repository, arguments.model, arguments.examples, arguments.method, bar.report
+        )
+    if arguments.json:
+        print(json_line({"method": calibration.method, "report": calibration.report, "path": path}))
+        return 0
+    print(f"{describe(calibration)}\nwrote {path}; a running server reads it when it is started again")
+    return 0
 
 
-def measure(
-    client: BaseClient,
-    profile: ScoringProfile,
-    texts: list[str],
-    report: Report = lambda what, done, total: None,
-    *,
-    chunk: int = CHUNK,
-) -> ScoredTexts:
-    """Scores and hidden states of `texts`, `chunk` in a request.
-
-    Raises:
-        FitError: the server refuses some, for their length say; names which.
-    """
-    features: list[Features] = []
-    for start in range(0, len(texts), chunk):
-        asked = texts[start : start + chunk]
-        try:
-            features += read_features(client, asked)
-        except RequestRejected as error:
-            which = f"examples {start + 1} to {start + len(asked)}, of which the first begins {asked[0][:30]!r}"
-            raise FitError(f"{which}: {error}") from error
-        report("examples", len(features), len(texts))
-    scores = [
-        label_scores(np.array(own.log_probs), np.array(own.target_labels), len(profile.labels), profile.normalisation)[
-            1
-        ]
-        for own in features
-    ]
-    return ScoredTexts(np.stack(scores), np.array([own.hidden for own in features]))
-
-
-def told(calibration: ProbabilityCalibration) -> str:
-    """The report for a terminal."""
+def describe(calibration: ProbabilityCalibration) -> str:
+    """Each figure before and after, and a warning for those that became worse."""
     report = calibration.report
     lines = [f"{calibration.method}, fitted on {report['examples']:g} examples, judged on those held out:"]
-    for name in ("expected_calibration_error", "negative_log_likelihood", "accuracy"):
+    worse = []
+    for name, more_is_better in FIGURES.items():
         before, after = report[f"{name}_before"], report[f"{name}_after"]
-        lines.append(f"{name.replace('_', ' '):28} {before:.4f} before, {after:.4f} after")
+        words = name.replace("_", " ")
+        lines.append(f"{words:28} {before:.4f} before, {after:.4f} after")
+        if (after < before) if more_is_better else (after > before):
+            worse.append(words)
+    if worse:
+        lines.append(f"beware: the calibration made worse: {', '.join(worse)}; give more examples or another --method")
     return "\n".join(lines)

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from deepseek_triton.builders.atomic_files import write_atomically
 from deepseek_triton.builders.checkpoint.reader import Checkpoint
 from deepseek_triton.builders.errors import BuildError
-from deepseek_triton.builders.fp8.layer_session import TAPS, Ids, embed, layer_prefix, layer_session
+from deepseek_triton.builders.fp8.layer_session import Ids, embed, layer_session
+from deepseek_triton.ensemble.decoder.spec import layer_prefix
 
 MIN_TOKENS = 128  # fewer say too little about a range
 FORMAT = 1
@@ -45,7 +46,7 @@ class TapStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Statistics of every tap (`model.layers.N.TAP`, see `layers.TAPS`), and what they were taken on.
+    """Statistics of every tap (`model.layers.N.TAP`, see `ModelSpec.taps`), and what they were taken on.
 
     windows: token ids, each tuple one sequence. sources: what the text was, in words.
     """
@@ -118,11 +119,12 @@ def calibrate(
     taps: dict[str, TapStatistics] = {}
     for layer in range(spec.num_layers):
         report("calibrate", layer, spec.num_layers)
-        running = {tap: _Running() for tap in TAPS}
-        with layer_session(spec, layer, checkpoint.read, max_seq_len=longest, outputs=tuple(TAPS)) as session:
+        names = tuple(tap.value for tap in spec.taps(layer))
+        running = {name: _Running() for name in names}
+        with layer_session(spec, layer, checkpoint.read, max_seq_len=longest, outputs=names) as session:
             for i, window in enumerate(hidden):
-                hidden[i], *values = session.run(window, tuple(TAPS))
-                for name, value in zip(TAPS, values, strict=True):
+                hidden[i], *values = session.run(window, names)
+                for name, value in zip(names, values, strict=True):
                     running[name].add(value)
         taps |= {layer_prefix(layer) + name: r.result(layer_prefix(layer) + name) for name, r in running.items()}
     report("calibrate", spec.num_layers, spec.num_layers)

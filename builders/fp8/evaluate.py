@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek_triton.builders.checkpoint.spec import ModelSpec
 from deepseek_triton.builders.fp8.calibrate import CalibrationError, Report, check_finite
-from deepseek_triton.builders.fp8.layer_session import TAP_OF, Ids, embed, final_norm, layer_prefix, layer_session
+from deepseek_triton.builders.fp8.layer_session import Ids, embed, final_norm, layer_session
 from deepseek_triton.builders.graph.float8 import Float8Linear
+from deepseek_triton.ensemble.decoder.spec import ModelSpec, layer_prefix
 
 Float32 = NDArray[np.float32]
 POSITIONS = 128  # whose logits are in memory at a time
@@ -70,7 +70,8 @@ class Quality:
     """How near a model comes to the float one; averages over all predicted tokens.
 
     perplexity_ratio: the model's over the float model's. accuracy: how often the next token has the highest logit.
-    accuracy_kept: accuracy over the float model's. agreement: how often both models' first choices are the same.
+    accuracy_kept: accuracy over the float model's; None if that is 0. agreement: how often both models' first choices
+    are the same.
     mean_kl, p99_kl, worst_kl: KL(float || model) in nats, over positions.
     """
 
@@ -80,7 +81,7 @@ class Quality:
     perplexity_ratio: float
     float_accuracy: float
     accuracy: float
-    accuracy_kept: float
+    accuracy_kept: float | None
     agreement: float
     mean_kl: float
     p99_kl: float
@@ -154,7 +155,7 @@ def compare(reference: Final, candidate: Final, windows: Sequence[Ids]) -> Quali
         perplexity_ratio=float(np.exp(loss - float_loss)),
         float_accuracy=float_hit,
         accuracy=hit,
-        accuracy_kept=hit / float_hit if float_hit else float("nan"),
+        accuracy_kept=hit / float_hit if float_hit else None,
         agreement=agree,
         mean_kl=kl,
         p99_kl=float(np.quantile(rows[5], 0.99)),
@@ -178,12 +179,12 @@ def _compare_positions(exact: Float32, rounded: Float32, targets: Ids) -> NDArra
 
 def module_errors(reference: Source, candidate: StoredSource, spec: ModelSpec, window: Ids) -> list[ModuleError]:
     """Each linear layer's error on one window of token ids [seq_len], in the order of the layers."""
-    names = tuple(TAP_OF)
     exact = embed(reference.read("model.embed_tokens.weight"), [window])[0]
     rounded = embed(candidate.read("model.embed_tokens.weight"), [window])[0]
     errors = []
     for layer in range(spec.num_layers):
         prefix, length = layer_prefix(layer), len(window)
+        names = tuple(module for tap in spec.taps(layer) for module in tap.modules)
         with layer_session(spec, layer, reference.read, max_seq_len=length, outputs=names) as session:
             next_exact, *wanted = session.run(exact, names)
         with layer_session(

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepseek_triton.builders.checkpoint.reader import Checkpoint
-from deepseek_triton.builders.checkpoint.spec import ModelSpec
 from deepseek_triton.builders.fp8.calibrate import Report
 from deepseek_triton.builders.fp8.layer_session import runnable_opset
 from deepseek_triton.builders.graph.decoder import build_graph
+from deepseek_triton.ensemble.decoder.spec import ModelSpec
 
 PROMPT_LEN = 16  # tokens; all prompts have as many, so that they run as one batch
 TEMPERATURE = 0.8

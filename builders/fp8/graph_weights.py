@@ -14,10 +14,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from deepseek_triton.builders.checkpoint.spec import ModelSpec
 from deepseek_triton.builders.errors import BuildError
-from deepseek_triton.builders.fp8.layer_session import TAP_OF
 from deepseek_triton.builders.graph.float8 import Float8Linear
+from deepseek_triton.ensemble.decoder.architectures import TAP_OF
+from deepseek_triton.ensemble.decoder.spec import ModelSpec
 
 
 class ArtefactError(BuildError):

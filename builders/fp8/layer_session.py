@@ -15,35 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek_triton.builders.checkpoint.spec import ModelSpec
-from deepseek_triton.builders.graph.decoder import Quantized, Read, build_layer
+from deepseek_triton.builders.graph.decoder import build_layer
+from deepseek_triton.builders.graph.nodes import Quantized, Read
+from deepseek_triton.ensemble.decoder.spec import ModelSpec, layer_prefix
 
 Float32 = NDArray[np.float32]
 Ids = NDArray[np.int64]
-
-# What feeds the linear layers: a value of the layer's graph → the modules that read it.
-TAPS: dict[str, tuple[str, ...]] = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attn.attention_flat": ("self_attn.o_proj",),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.product": ("mlp.down_proj",),
-}
-TAP_OF = {module: tap for tap, modules in TAPS.items() for module in modules}
-
-
-def layer_prefix(layer: int) -> str:
-    """`model.layers.N.`, with which the names of everything in a layer begin."""
-    return f"model.layers.{layer}."
-
-
-def in_graph_order(names: Sequence[str]) -> list[str]:
-    """A layer's tensors as the float graph's builder reads them, so that both builds give one digest."""
-    modules = (
-        "input_layernorm", "self_attn.q_proj", "self_attn.q_norm", "self_attn.k_proj", "self_attn.k_norm",
-        "self_attn.v_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj",
-        "mlp.down_proj",
-    )  # fmt: skip
-    return sorted(names, key=lambda name: (modules.index(name.rsplit(".", 1)[0]), name.endswith(".bias")))
 
 
 def runnable_opset() -> int:
@@ -65,9 +42,10 @@ class LayerSession:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # NumPy needs the cores in between
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._prefix = layer_prefix(layer)
-        cache = np.zeros((1, spec.num_kv_heads, max_seq_len, spec.head_dim), np.float32)
         self._feeds: dict[str, Any] = {"start": np.zeros(1, np.int64)}
-        self._feeds |= {f"past_{kind}_{layer}": cache for kind in ("key", "value")}
+        for tensor in (tensor for part in spec.parts(layer) for tensor in part.cache):
+            cache = np.zeros((1, tensor.num_heads, max_seq_len, tensor.head_dim), np.float32)
+            self._feeds[f"past_{tensor.kind}_{layer}"] = cache
 
     def run(self, hidden: Float32, outputs: Sequence[str] = ()) -> tuple[Float32, ...]:
         """hidden [seq_len, hidden] of one window → the layer's own output, then `outputs`, each [seq_len, width]."""

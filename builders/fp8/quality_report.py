@@ -27,6 +27,7 @@ from deepseek_triton.builders.fp8.evaluate import (
 from deepseek_triton.builders.fp8.graph_weights import Artefact
 from deepseek_triton.builders.fp8.quantize import quantized_graph
 from deepseek_triton.builders.fp8.recipe import RECIPES, Recipe
+from deepseek_triton.extras import install_command
 
 TABLE_TOKENS = 256  # of the text, for the table of layers
 
@@ -74,7 +75,7 @@ class Evaluation:
         lines = [
             f"text              {self.text}, {q.num_tokens} tokens predicted",
             f"perplexity        {q.float_perplexity:.3f} float, {q.perplexity:.3f} here: x {q.perplexity_ratio:.4f}",
-            f"accuracy          {q.float_accuracy:.4f} float, {q.accuracy:.4f} here: {q.accuracy_kept:.2%} kept",
+            f"accuracy          {q.float_accuracy:.4f} float, {q.accuracy:.4f} here: {_kept(q)} kept",
             f"top-1 agreement   {q.agreement:.2%}",
             f"KL divergence     {q.mean_kl:.5f} mean, {q.p99_kl:.4f} 99th percentile, {q.worst_kl:.3f} worst (nats)",
             f"bytes             {self.float_bytes:,} float32, {self.artefact_bytes:,} here: "
@@ -132,12 +133,16 @@ def _quantise(options: EvaluateOptions, directory: Path, report: Report) -> Path
     return path
 
 
+def _kept(quality: Quality) -> str:
+    return "nothing to be" if quality.accuracy_kept is None else f"{quality.accuracy_kept:.2%}"
+
+
 def plot(evaluation: Evaluation, path: Path) -> None:
     """Each layer's error, own and accumulated, and the bytes of both artefacts, as PNG."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise BuildError("matplotlib is not installed: pip install matplotlib") from error
+        raise BuildError(f"matplotlib is not installed; run: {install_command('plot')}") from error
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     layers, size = figure.subplots(1, 2, width_ratios=[4, 1])
     kinds = list(dict.fromkeys(e.module.split(".", 3)[3] for e in evaluation.modules))
@@ -151,7 +156,7 @@ def plot(evaluation: Evaluation, path: Path) -> None:
     layers.legend(fontsize="small")
     q = evaluation.quality
     layers.set_title(
-        f"{evaluation.text}: perplexity x {q.perplexity_ratio:.4f}, accuracy kept {q.accuracy_kept:.2%}, "
+        f"{evaluation.text}: perplexity x {q.perplexity_ratio:.4f}, accuracy kept {_kept(q)}, "
         f"KL {q.mean_kl:.4f}", fontsize="medium",
     )  # fmt: skip
     sizes = (evaluation.float_bytes / 1e6, evaluation.artefact_bytes / 1e6)

@@ -18,12 +18,15 @@ from deepseek_triton.builders.checkpoint.reader import Checkpoint, open_checkpoi
 from deepseek_triton.builders.fp8.calibrate import Calibration, CalibrationError, Report, check_finite
 from deepseek_triton.builders.fp8.compensate import SecondMoment, compensated_codes
 from deepseek_triton.builders.fp8.e4m3 import Float32, encode, least_error_scale, max_scale, round_trip
-from deepseek_triton.builders.fp8.layer_session import TAP_OF, TAPS, embed, in_graph_order, layer_prefix, layer_session
+from deepseek_triton.builders.fp8.layer_session import embed, layer_session
 from deepseek_triton.builders.fp8.recipe import Recipe
 from deepseek_triton.builders.fp8.smooth import smooth_layer
 from deepseek_triton.builders.graph.builder import Progress
-from deepseek_triton.builders.graph.decoder import DTYPES, Logits, Read, build_graph
+from deepseek_triton.builders.graph.cached import Logits
+from deepseek_triton.builders.graph.decoder import DTYPES, ScoringMode, build_graph
 from deepseek_triton.builders.graph.float8 import E4M3_MAX, MIN_TOKEN_SCALE, Float8Linear
+from deepseek_triton.builders.graph.nodes import Read
+from deepseek_triton.ensemble.decoder.spec import layer_prefix
 
 NETWORK = "fp16"  # of what is not FP8: embedding, head, norms, cache
 
@@ -38,6 +41,7 @@ def quantized_graph(
     network: str = NETWORK,
     opset: int = 24,
     logits: Logits = "last",
+    scoring: ScoringMode | None = None,
     version: str = "",
     progress: Progress | None = None,
     report: Report = lambda what, done, total: None,
@@ -61,7 +65,7 @@ def quantized_graph(
     path = build_graph(
         checkpoint.spec, quantizer.read, directory,
         max_seq_len=max_seq_len, precision=network, quantized=quantizer.quantized,
-        opset=opset, logits=logits, version=version, progress=progress,
+        opset=opset, logits=logits, scoring=scoring, version=version, progress=progress,
     )  # fmt: skip
     return path, recipe
 
@@ -126,9 +130,9 @@ class Quantizer:
         return None if layer < 0 else self._at(layer).linears.get(short)
 
     def _check_calibration(self) -> None:
-        taps = {layer_prefix(i) + tap: tap for i in range(self.spec.num_layers) for tap in TAPS}
-        for name, tap in taps.items():
-            module = name.replace(tap, TAPS[tap][0]) + ".weight"
+        taps = [(layer_prefix(layer), tap) for layer in range(self.spec.num_layers) for tap in self.spec.taps(layer)]
+        for prefix, tap in taps:
+            name, module = prefix + tap.value, f"{prefix}{tap.modules[0]}.weight"
             statistics = self.calibration.taps.get(name)
             if statistics is None or len(statistics.channel_amax) != self._shapes[module][1]:
                 raise CalibrationError(f"the activation ranges lack {name} or have another shape: not of this model")
@@ -144,26 +148,30 @@ class Quantizer:
 
     def _load(self, layer: int) -> _Layer:
         prefix = layer_prefix(layer)
-        names = in_graph_order([name.removeprefix(prefix) for name in self._shapes if name.startswith(prefix)])
         # A copy, for smoothing works in place.
-        weights = {name: np.array(self._checkpoint.read(prefix + name), np.float32) for name in names}
+        weights = {
+            name: np.array(self._checkpoint.read(prefix + name), np.float32) for name in self.spec.layer_shapes(layer)
+        }
         for name, weight in weights.items():
             check_finite(prefix + name, weight)
-        amax = {tap: np.asarray(self.calibration.taps[prefix + tap].channel_amax, np.float32) for tap in TAPS}
+        taps = [tap.value for tap in self.spec.taps(layer)]
+        amax = {tap: np.asarray(self.calibration.taps[prefix + tap].channel_amax, np.float32) for tap in taps}
         if self.recipe.smoothing:
-            divided = smooth_layer(weights, amax, self.spec, self.recipe.smoothing)
-            amax = {tap: amax[tap] / divided[tap] for tap in TAPS}
+            divided = smooth_layer(weights, amax, self.spec.parts(layer), self.recipe.smoothing)
+            amax = {tap: amax[tap] / divided[tap] for tap in taps}
         return _Layer(weights, amax, {})
 
     def _quantize(self, layer: int, current: _Layer) -> None:
         prefix = layer_prefix(layer)
-        modules = [module for module in TAP_OF if self.recipe.precision_of(prefix + module) == "fp8"]
-        input_scales = {TAP_OF[module]: self._input_scale(current, TAP_OF[module]) for module in modules}
+        readers = {
+            tap.value: [module for module in tap.modules if self.recipe.precision_of(prefix + module) == "fp8"]
+            for tap in self.spec.taps(layer)
+        }
+        input_scales = {tap: self._input_scale(current, tap) for tap, modules in readers.items() if modules}
         is_compensated = self.recipe.rounding == "compensated"
         moments = self._moments(layer, current, input_scales) if is_compensated else {}
         for tap, input_scale in input_scales.items():
-            readers = [module for module in modules if TAP_OF[module] == tap]
-            current.linears |= self._linears(tap, readers, current, moments.get(tap), input_scale)
+            current.linears |= self._linears(tap, readers[tap], current, moments.get(tap), input_scale)
         if is_compensated:
             self._advance(layer, current)
 

@@ -11,18 +11,13 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from deepseek_triton.builders.errors import BuildError
+from deepseek_triton.ensemble.decoder.architectures import LINEAR_MODULES
 
 Precision = Literal["fp8", "network"]
 WeightScaling = Literal["per_channel", "per_tensor"]
 Activations = Literal["static", "dynamic"]
 Rounding = Literal["nearest", "compensated"]
 Scales = Literal["max", "least_error"]
-
-# The layers that may become FP8; embedding, head and norms are not among them.
-LINEAR_MODULES = (
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,6 +64,7 @@ class Recipe:
 
     def precision_of(self, module: str) -> Precision:
         """What a module, by its Hugging Face name without `.weight`, is stored and multiplied in."""
+        # Embedding, head and norms are not among these.
         is_linear = module.startswith("model.layers.") and module.endswith(LINEAR_MODULES)
         is_kept = any(fnmatchcase(module, pattern) for pattern in self.keep)
         return "fp8" if is_linear and not is_kept else "network"

@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from deepseek_triton.builders.checkpoint.reader import Checkpoint
-from deepseek_triton.builders.checkpoint.spec import ModelSpec
 from deepseek_triton.builders.fp8.calibrate import Calibration, Report
 from deepseek_triton.builders.fp8.e4m3 import Float32
 from deepseek_triton.builders.fp8.evaluate import Final, compare
-from deepseek_triton.builders.fp8.layer_session import TAPS, Ids, embed, final_norm, layer_prefix, layer_session
+from deepseek_triton.builders.fp8.layer_session import Ids, embed, final_norm, layer_session
 from deepseek_triton.builders.fp8.quantize import Quantizer
 from deepseek_triton.builders.fp8.recipe import Recipe
 from deepseek_triton.builders.graph.decoder import DTYPES
 from deepseek_triton.builders.graph.float8 import Float8Linear
+from deepseek_triton.ensemble.decoder.spec import ModelSpec, layer_prefix
 
 # What the ranking is measured on: little, for there are many models to run; of different texts, for they differ.
 NUM_WINDOWS = 4
@@ -66,8 +66,8 @@ def measure_sensitivity(
         with layer_session(spec, layer, quantizer.read, max_seq_len=WINDOW_LEN) as session:
             streams = [[session.run(hidden)[0] for hidden in stream] for stream in streams]
             next_exact = [session.run(hidden)[0] for hidden in exact]
-        for modules in TAPS.values():
-            names = (layer_prefix(layer) + module for module in modules)
+        for tap in spec.taps(layer):
+            names = (layer_prefix(layer) + module for module in tap.modules)
             group = tuple(name for name in names if recipe.precision_of(name) == "fp8")
             if not group:
                 continue

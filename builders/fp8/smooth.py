@@ -7,24 +7,16 @@ computes the same. Source: Xiao et al., arXiv 2211.10438.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek_triton.builders.checkpoint.spec import ModelSpec
 from deepseek_triton.builders.fp8.e4m3 import Float32
-from deepseek_triton.builders.fp8.layer_session import TAPS
+from deepseek_triton.ensemble.decoder.part import Part, SharedChannels
 
 MAX_FACTOR = 2.0**10  # either way; beyond it float16 would suffer
-
-# tap → the module whose output channels are divided
-PRODUCERS = {
-    "input_layernorm": "input_layernorm",
-    "self_attn.attention_flat": "self_attn.v_proj",
-    "post_attention_layernorm": "post_attention_layernorm",
-    "mlp.product": "mlp.up_proj",
-}
 
 
 def smoothing_factors(channel_amax: NDArray[Any], weights: list[Float32], exponent: float) -> Float32:
@@ -46,46 +38,43 @@ def smoothing_factors(channel_amax: NDArray[Any], weights: list[Float32], expone
 
 
 def smooth_layer(
-    weights: dict[str, Float32], amax: dict[str, NDArray[Any]], spec: ModelSpec, exponent: float
+    weights: dict[str, Float32], amax: dict[str, NDArray[Any]], parts: Sequence[Part], exponent: float
 ) -> dict[str, Float32]:
     """Smooth every tap of one layer; the weights are changed in place.
 
     Args:
         weights: name without the layer's prefix → array; linear layers [out, in].
         amax: tap → [in] largest magnitudes of the channels.
+        parts: of this layer.
 
     Returns:
         tap → what its channels were divided by, [in].
     """
     divided = {}
-    for tap, modules in TAPS.items():
-        readers = [weights[f"{module}.weight"] for module in modules]
-        divided[tap] = _fold(tap, amax[tap], readers, weights, spec, exponent)
+    for part, tap in ((owner, tap) for owner in parts for tap in owner.TAPS):
+        readers = [weights[f"{module}.weight"] for module in tap.modules]
+        shared = part.shared_channels(tap.value)
+        if shared is None:
+            factors = of_producer = smoothing_factors(amax[tap.value], readers, exponent)
+        else:
+            of_producer, factors = _shared_factors(amax[tap.value], readers, shared, exponent)
+        _divide(weights, tap.producer, of_producer)
         for weight in readers:
-            weight *= divided[tap]
+            weight *= factors
+        divided[tap.value] = factors
     return divided
 
 
-def _fold(
-    tap: str,
-    amax: NDArray[Any],
-    readers: list[Float32],
-    weights: dict[str, Float32],
-    spec: ModelSpec,
-    exponent: float,
-) -> Float32:
-    producer = PRODUCERS[tap]
-    if tap != "self_attn.attention_flat":
-        factors = smoothing_factors(amax, readers, exponent)
-        _divide(weights, producer, factors)
-        return factors
-    # Query heads of a group read the same value head, so its channels share a factor.
-    group, head_dim = spec.num_heads // spec.num_kv_heads, spec.head_dim
-    shared = amax.reshape(spec.num_kv_heads, group, head_dim).max(axis=1).reshape(-1)
-    columns = [np.abs(w).max(axis=0).reshape(spec.num_kv_heads, group, head_dim).max(axis=1) for w in readers]
-    factors = smoothing_factors(shared, [column.reshape(1, -1) for column in columns], exponent)
-    _divide(weights, producer, factors)
-    return np.repeat(factors.reshape(spec.num_kv_heads, 1, head_dim), group, axis=1).reshape(-1)
+def _shared_factors(
+    amax: NDArray[Any], readers: list[Float32], shared: SharedChannels, exponent: float
+) -> tuple[Float32, Float32]:
+    """Factors of the producer's channels [num_groups * width], and the same for each input channel [in]."""
+    shape = (shared.num_groups, shared.num_repeats, shared.width)
+    largest = amax.reshape(shape).max(axis=1).reshape(-1)
+    columns = [np.abs(weight).max(axis=0).reshape(shape).max(axis=1).reshape(1, -1) for weight in readers]
+    factors = smoothing_factors(largest, columns, exponent)
+    repeated = np.repeat(factors.reshape(shared.num_groups, 1, shared.width), shared.num_repeats, axis=1)
+    return factors, repeated.reshape(-1)
 
 
 def _divide(weights: dict[str, Float32], producer: str, factors: Float32) -> None:

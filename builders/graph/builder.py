@@ -28,9 +28,12 @@ Progress = Callable[[int], None]
 class GraphBuilder:
     """Collects nodes, inputs and outputs; owns the external data file until `finish`."""
 
-    def __init__(self, directory: Path, name: str, *, opset: int, progress: Progress | None = None) -> None:
-        self.opset = opset
-        self._path = directory / f"{name}.onnx"
+    def __init__(
+        self, directory: Path, name: str, *, opset: int, file: str = "", progress: Progress | None = None
+    ) -> None:
+        """name: of the graph and of `name.onnx.data`; file: of the graph's file, if it isn't `name.onnx`."""
+        self.opset, self._name = opset, name
+        self._path = directory / (file or f"{name}.onnx")
         self._data_name = f"{name}.onnx.data"
         # A new file, not the old one cut short: a session that maps the old one's pages would be killed by SIGBUS.
         (directory / self._data_name).unlink(missing_ok=True)
@@ -48,12 +51,12 @@ class GraphBuilder:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self._data.close()
 
-    def input(self, name: str, dtype: int, shape: Sequence[int | str], doc: str) -> str:
+    def input(self, name: str, dtype: int, shape: Sequence[int | str], doc: str = "") -> str:
         """Declare a graph input; a str in `shape` is a dynamic dimension."""
         self._inputs.append(helper.make_tensor_value_info(name, dtype, shape, doc_string=doc))
         return name
 
-    def output(self, name: str, dtype: int, shape: Sequence[int | str], doc: str) -> None:
+    def output(self, name: str, dtype: int, shape: Sequence[int | str], doc: str = "") -> None:
         """Declare that the value called `name` leaves the graph."""
         self._outputs.append(helper.make_tensor_value_info(name, dtype, shape, doc_string=doc))
 
@@ -117,9 +120,10 @@ class GraphBuilder:
             onnx.checker.ValidationError, onnx.shape_inference.InferenceError: the graph is malformed.
         """
         self._data.close()
-        graph = helper.make_graph(
-            self._nodes, self._path.stem, self._inputs, self._outputs, self._initializers, doc_string=doc
-        )
+        nodes = self._needed_nodes()
+        used = {name for node in nodes for name in node.input}
+        initializers = [tensor for tensor in self._initializers if tensor.name in used]
+        graph = helper.make_graph(nodes, self._name, self._inputs, self._outputs, initializers, doc_string=doc)
         model = helper.make_model(
             graph,
             producer_name=producer,
@@ -131,3 +135,12 @@ class GraphBuilder:
         onnx.save(model, self._path)
         onnx.checker.check_model(str(self._path), full_check=True)
         return self._path
+
+    def _needed_nodes(self) -> list[onnx.NodeProto]:
+        """The nodes that the outputs need, in their order; they were added in topological order."""
+        needed, kept = {value.name for value in self._outputs}, []
+        for node in reversed(self._nodes):
+            if needed & set(node.output):
+                needed |= set(node.input)
+                kept.append(node)
+        return kept[::-1]

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek_triton.builders.checkpoint.spec import RopeSpec
+from deepseek_triton.ensemble.decoder.rope import RopeSpec
 
 Float32 = NDArray[np.float32]
 

@@ -17,19 +17,19 @@ from typing import Any
 import onnx
 
 from deepseek_triton.builders.checkpoint.reader import Checkpoint
-from deepseek_triton.builders.checkpoint.spec import ModelSpec
 from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.builders.fp8.recipe import Recipe, recipe_named
 from deepseek_triton.builders.graph.builder import Progress
-from deepseek_triton.builders.graph.decoder import DTYPES, build_graph
+from deepseek_triton.builders.graph.decoder import DTYPES, ScoringMode, build_graph
 from deepseek_triton.builders.repository.options import BuildOptions, Report
 from deepseek_triton.ensemble.artefacts.manifest import ArtefactFile, Manifest, installed_versions
+from deepseek_triton.ensemble.decoder.spec import ModelSpec
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 
 PACKAGES = ("deepseek-triton", "numpy", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "tokenizers")
 # opset → the first ONNX Runtime that runs every operator of the graph in it
 ONNX_RUNTIME_FOR_OPSET = {24: (1, 24), 23: (1, 23)}
-TENSORRT_OPSET = STATELESS_OPSET = 24
+TENSORRT_OPSET = SCORING_OPSET = 24
 # What is not FP8 in an FP8 graph: embedding, head, norms and cache.
 NETWORK_OF = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "fp8": "fp16"}
 
@@ -85,8 +85,6 @@ def write_scoring_artefacts(
     Raises:
         BuildError: as `write_artefacts`.
     """
-    from deepseek_triton.builders.graph.stateless import GRAPH_FILE, stateless_widths, write_stateless
-
     spec = checkpoint.spec
     _require_means(spec, options, directory)
     engine: dict[str, Any] = {}
@@ -99,20 +97,18 @@ def write_scoring_artefacts(
         else:
             temporary = tempfile.TemporaryDirectory(prefix="graph-", dir=directory.parent)
             place = Path(stack.enter_context(temporary))
-        graph, recipe = _write_graph(checkpoint, options, max_seq_len, STATELESS_OPSET, place, report)
-        stateless = write_stateless(graph, graph.with_name(GRAPH_FILE), takes_prefix=options.target == "onnx")
-        _, hidden_size = stateless_widths(stateless)
-        shapes = _shapes(stateless)
+        mode = ScoringMode(takes_prefix=options.target == "onnx")
+        graph, recipe = _write_graph(checkpoint, options, max_seq_len, SCORING_OPSET, place, report, mode)
+        shapes = _shapes(graph)
         if options.target == "onnx":
-            files = (stateless, graph.with_name(graph.name + ".data"))
-            graph.unlink()  # its weights are the stateless graph's
+            files = (graph, graph.with_name("model.onnx.data"))
             engine = {"prefix_ids": list(prefix_ids)}
         else:
-            plan, engine = _compile_scoring(stateless, spec, options, recipe, max_seq_len, directory, report)
+            plan, engine = _compile_scoring(graph, spec, options, recipe, max_seq_len, directory, report)
             files = (plan,)
     manifest = _manifest(checkpoint, options, max_seq_len, recipe, engine, files, shapes)
     replace(manifest, requires=requires).save(directory)
-    return hidden_size
+    return spec.hidden_size
 
 
 def _compile_scoring(
@@ -144,9 +140,9 @@ def _compile_scoring(
 
 
 def _scoring_opset() -> int:
-    if _onnx_opset() < STATELESS_OPSET:
+    if _onnx_opset() < SCORING_OPSET:
         raise BuildError("task score needs onnxruntime 1.24 or later; pip install 'onnxruntime>=1.24'")
-    return STATELESS_OPSET
+    return SCORING_OPSET
 
 
 def _manifest(
@@ -184,7 +180,13 @@ def _fp8_modules(spec: ModelSpec, recipe: Recipe | None) -> list[str]:
 
 
 def _write_graph(
-    checkpoint: Checkpoint, options: BuildOptions, max_seq_len: int, opset: int, directory: Path, report: Report
+    checkpoint: Checkpoint,
+    options: BuildOptions,
+    max_seq_len: int,
+    opset: int,
+    directory: Path,
+    report: Report,
+    scoring: ScoringMode | None = None,
 ) -> tuple[Path, Recipe | None]:
     """The ONNX graph, and for FP8 the recipe with every kept layer named."""
     network, version = NETWORK_OF[options.precision], package_version("deepseek-triton")
@@ -192,7 +194,7 @@ def _write_graph(
     if options.precision != "fp8":
         path = build_graph(
             checkpoint.spec, checkpoint.read, directory,
-            max_seq_len=max_seq_len, precision=network, opset=opset, version=version, progress=advance,
+            max_seq_len=max_seq_len, precision=network, opset=opset, scoring=scoring, version=version, progress=advance,
         )  # fmt: skip
         return path, None
     from deepseek_triton.builders.fp8.calibration_text import load_or_calibrate
@@ -203,7 +205,8 @@ def _write_graph(
     calibration = load_or_calibrate(options.checkpoint, options.ranges, options.calibration_text, report)
     return quantized_graph(
         checkpoint, recipe, calibration, directory,
-        max_seq_len=max_seq_len, network=network, opset=opset, version=version, progress=advance, report=report,
+        max_seq_len=max_seq_len, network=network, opset=opset, scoring=scoring, version=version, progress=advance,
+        report=report,
     )  # fmt: skip
 
 

@@ -15,15 +15,14 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek_triton.builders.checkpoint.spec import ModelSpec
 from deepseek_triton.builders.errors import BuildError, CheckpointError
-from deepseek_triton.builders.fp8.layer_session import in_graph_order, layer_prefix
 from deepseek_triton.builders.fp8.recipe import Recipe
 from deepseek_triton.builders.graph.builder import Progress
-from deepseek_triton.builders.graph.decoder import Quantized, Read
+from deepseek_triton.builders.graph.nodes import Quantized, Read
 from deepseek_triton.builders.graph.rope import rope_tables
-from deepseek_triton.ensemble.artefacts.cuda_layout import GROUPS, WEIGHTS_FILE, DecoderShape
+from deepseek_triton.ensemble.artefacts.cuda_layout import WEIGHTS_FILE, DecoderShape, stored_norms
 from deepseek_triton.ensemble.artefacts.tensor_file import TensorEntry, write_tensors
+from deepseek_triton.ensemble.decoder.spec import ModelSpec, layer_prefix
 
 Array = NDArray[Any]
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -112,32 +111,34 @@ def write_weights(
 def _stored_as(spec: ModelSpec, recipe: Recipe | None) -> tuple[frozenset[str], frozenset[str]]:
     """The fused matrices in FP8, and those with a bias."""
     fp8, biased = set(), set()
-    shapes = spec.tensor_shapes()
     for layer in range(spec.num_layers):
-        for group, modules in GROUPS.items():
+        shapes = spec.layer_shapes(layer)
+        for matrix, modules in _fused(spec, layer).items():
             names = [layer_prefix(layer) + module for module in modules]
             is_fp8 = recipe is not None and all(recipe.precision_of(name) == "fp8" for name in names)
             if is_fp8:
-                fp8.add(f"layers.{layer}.{group}")
+                fp8.add(f"layers.{layer}.{matrix}")
             is_corrected = is_fp8 and recipe is not None and recipe.bias_correction
-            if is_corrected or any(f"{name}.bias" in shapes for name in names):
-                biased.add(f"layers.{layer}.{group}")
+            if is_corrected or any(f"{module}.bias" in shapes for module in modules):
+                biased.add(f"layers.{layer}.{matrix}")
     return frozenset(fp8), frozenset(biased)
+
+
+def _fused(spec: ModelSpec, layer: int) -> dict[str, tuple[str, ...]]:
+    """Stored matrix → the modules whose rows it holds."""
+    return {matrix: modules for part in spec.parts(layer) for matrix, modules in part.FUSED.items()}
 
 
 def _layer(
     spec: ModelSpec, layer: int, read: Read, quantized: Quantized, fp8: frozenset[str], biased: frozenset[str]
 ) -> Iterator[tuple[str, Array]]:
     prefix, stored = layer_prefix(layer), f"layers.{layer}."
-    names = [name.removeprefix(prefix) for name in spec.tensor_shapes() if name.startswith(prefix)]
-    weights = {name: read(prefix + name) for name in in_graph_order(names)}
-    norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    if spec.qk_norm:
-        norms |= {f"{name}_norm": f"self_attn.{name}_norm" for name in "qk"}
-    for name, module in norms.items():
-        yield stored + name, _bfloat16(f"{prefix}{module}.weight", weights[f"{module}.weight"])
-    for group, modules in GROUPS.items():
-        name = stored + group
+    weights = {name: read(prefix + name) for name in spec.layer_shapes(layer)}
+    for norm in stored_norms(spec.parts(layer)):
+        name = f"{norm.module}.weight"
+        yield stored + norm.stored, _bfloat16(prefix + name, weights[name])
+    for matrix, modules in _fused(spec, layer).items():
+        name = stored + matrix
         if name in fp8:
             linears = {module: quantized(prefix + module) for module in modules}
             codes, scales = [], []

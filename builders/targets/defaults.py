@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from deepseek_triton.builders.checkpoint.spec import ModelSpec
 from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.builders.targets.cuda_weights import decoder_shape
 from deepseek_triton.ensemble.artefacts.cuda_layout import LayoutError
 from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
+from deepseek_triton.ensemble.decoder.spec import ModelSpec
 from deepseek_triton.ensemble.protocol.settings import EngineSettings, SettingsError
 
 CUDA_MAX_NUM_SEQS = 64

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek_triton.builders.atomic_files import write_atomically
-from deepseek_triton.builders.graph.stateless import stateless_widths
 from deepseek_triton.builders.tensorrt.census import Census
 from deepseek_triton.builders.tensorrt.compile import CompileJob, compile_graph, read_graph
 from deepseek_triton.builders.tensorrt.compiler import resolve_target
@@ -60,7 +59,7 @@ class ScoringReport:
 
 
 def build_scoring_engine(
-    stateless_path: Path,
+    graph_path: Path,
     output_path: Path,
     limits: ScoringLimits,
     *,
@@ -71,19 +70,19 @@ def build_scoring_engine(
     timing_cache: Path | None = None,
     progress: CompileProgress | None = None,
 ) -> ScoringReport:
-    """Compile `write_stateless`'s graph; the arguments are build_engine's.
+    """Compile a graph that `build_graph` wrote for scoring; the arguments are build_engine's.
 
     Raises:
         EngineError: with one line; nothing was written.
     """
     settled = resolve_target(target, precision, compute_capability)
-    model = read_graph(stateless_path)
-    positions, _ = stateless_widths(stateless_path)
+    model = read_graph(graph_path)
+    positions = next(tensor.dims[0] for tensor in model.graph.initializer if tensor.name == "rope.cos")
     if limits.max_seq_len > positions:
         raise EngineError(f"max_seq_len is {limits.max_seq_len}, the graph has {positions} positions")
     compiled = compile_graph(
         CompileJob(
-            settled, model, stateless_path, precision, (limits.profile(),), STATELESS_FORMS[precision],
+            settled, model, graph_path, precision, (limits.profile(),), STATELESS_FORMS[precision],
             fp8_modules=fp8_modules, timing_cache=timing_cache, progress=progress,
         )
     )  # fmt: skip

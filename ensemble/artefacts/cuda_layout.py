@@ -7,20 +7,17 @@ no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from deepseek_triton.ensemble.artefacts.tensor_file import TensorEntry
+from deepseek_triton.ensemble.decoder.dense_mlp import DenseMlp
+from deepseek_triton.ensemble.decoder.gqa import GroupedQueryAttention
+from deepseek_triton.ensemble.decoder.part import Norm, Part, fused_shape
 
 WEIGHTS_FILE = "model.safetensors"
-# A fused matrix → the checkpoint's modules whose rows it holds, in order.
-GROUPS: dict[str, tuple[str, ...]] = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
 E4M3_MAX = 448.0
 MIN_TOKEN_SCALE = 2.0**-14  # as in the graph: a token's activation scale is never smaller
 
@@ -54,6 +51,16 @@ class DecoderShape:
         if self.num_heads % self.num_kv_heads:
             raise LayoutError(f"num_heads is {self.num_heads}, must be a multiple of num_kv_heads {self.num_kv_heads}")
 
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of a layer; biases are told by the stored tensors."""
+        return (
+            GroupedQueryAttention(
+                self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, qk_norm=self.qk_norm
+            ),
+            DenseMlp(self.hidden_size, self.intermediate_size),
+        )
+
     @property
     def q_size(self) -> int:
         """Width of all query heads."""
@@ -64,22 +71,19 @@ class DecoderShape:
         """Width of all key heads, and of all value heads."""
         return self.num_kv_heads * self.head_dim
 
-    def linear_shape(self, group: str) -> tuple[int, int]:
-        """[out, in] of a fused matrix."""
-        return {
-            "qkv": (self.q_size + 2 * self.kv_size, self.hidden_size),
-            "o": (self.hidden_size, self.q_size),
-            "gate_up": (2 * self.intermediate_size, self.hidden_size),
-            "down": (self.hidden_size, self.intermediate_size),
-        }[group]
+    @cached_property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """The fused matrices of a layer, [out, in], in the order in which they are used."""
+        return {name: fused_shape(part, name) for part in self.parts for name in part.FUSED}
 
-    def cache_bytes(self, max_num_seqs: int, itemsize: int = 2) -> int:
-        """Bytes of keys and values for `max_num_seqs` whole sequences."""
-        return 2 * self.num_layers * max_num_seqs * self.max_seq_len * self.kv_size * itemsize
+    def cache_bytes(self, num_sequences: int, itemsize: int = 2) -> int:
+        """Bytes that `num_sequences` whole sequences have in the caches of all layers."""
+        elements = sum(tensor.elements for part in self.parts for tensor in part.cache)
+        return self.num_layers * num_sequences * self.max_seq_len * elements * itemsize
 
     def linear_names(self) -> list[str]:
         """Every fused matrix, `layers.0.qkv` first."""
-        return [f"layers.{layer}.{group}" for layer in range(self.num_layers) for group in GROUPS]
+        return [f"layers.{layer}.{group}" for layer in range(self.num_layers) for group in self.matrices]
 
     def entries(self, fp8: frozenset[str], biased: frozenset[str]) -> dict[str, TensorEntry]:
         """The file's tensors in order. fp8, biased: the `linear_names` stored in FP8, and those that have a bias."""
@@ -87,12 +91,10 @@ class DecoderShape:
         entries = {"embedding": TensorEntry("BF16", (self.vocab_size, hidden))}
         for layer in range(self.num_layers):
             prefix = f"layers.{layer}."
-            entries[f"{prefix}attention_norm"] = TensorEntry("BF16", (hidden,))
-            entries[f"{prefix}mlp_norm"] = TensorEntry("BF16", (hidden,))
-            if self.qk_norm:
-                entries |= {f"{prefix}{name}_norm": TensorEntry("BF16", (self.head_dim,)) for name in "qk"}
-            for group in GROUPS:
-                name, shape = prefix + group, self.linear_shape(group)
+            for norm in stored_norms(self.parts):
+                entries[prefix + norm.stored] = TensorEntry("BF16", (norm.size,))
+            for matrix, shape in self.matrices.items():
+                name = prefix + matrix
                 entries[f"{name}.weight"] = TensorEntry("F8_E4M3" if name in fp8 else "BF16", shape)
                 if name in fp8:
                     entries[f"{name}.scale"] = TensorEntry("F32", shape[:1])
@@ -134,3 +136,9 @@ class DecoderShape:
         if odd := sorted({field.name for field in fields(cls)} ^ set(values)):
             raise LayoutError(f"the manifest's engine has missing or unknown fields {odd}; build the model again")
         return cls(**values)
+
+
+def stored_norms(parts: Sequence[Part]) -> list[Norm]:
+    """A layer's norms in the order in which they are stored: those before the parts, then those within them."""
+    norms = [[module for module in part.modules if isinstance(module, Norm)] for part in parts]
+    return [of_part[0] for of_part in norms] + [norm for of_part in norms for norm in of_part[1:]]

@@ -1,8 +1,8 @@
-"""The detokenizer's acknowledgements to the engine: a named pipe between two processes of one host.
+"""A named pipe by which the detokenizer acknowledges each response to the engine; both run on one host.
 
-Triton runs the later steps of an ensemble only while somebody waits for their result, and it tells the running engine
-nothing when nobody does. So the detokenizer acknowledges each response it receives, and an engine that hears nothing
-knows that its client has gone. A message is the 8-byte id of a sequence.
+Triton runs the later steps of an ensemble only while a client waits for the result, and it doesn't tell the engine when
+a client has gone. An engine that gets no acknowledgements for a sequence knows it from that. A message is the id of
+a sequence, 8 bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def pipe_path(name: str, version: str | int, server_pid: int | None = None) -> P
 
 
 class AcknowledgementReceiver:
-    """The engine's end."""
+    """The engine's end: creates the pipe and reads it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -38,7 +38,7 @@ class AcknowledgementReceiver:
         self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
 
     def drain(self) -> list[int]:
-        """Sequence ids, one for each response acknowledged since the last call; never waits."""
+        """Return the sequence ids of the responses acknowledged since the last call, without waiting."""
         try:
             data = os.read(self._fd, PIPE_BYTES)
         except BlockingIOError:
@@ -54,19 +54,19 @@ class AcknowledgementReceiver:
 
 
 class AcknowledgementSender:
-    """The detokenizer's end; opened when first needed, and again after the engine was restarted."""
+    """The detokenizer's end: opened at the first message, and again after the engine was restarted."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._fd: int | None = None
 
     def send(self, sequence_ids: Iterable[int]) -> None:
-        """Acknowledge one response of each sequence; never waits.
+        """Acknowledge one response of each sequence, without waiting.
 
-        A pipe that is full or has no reader drops the message: a reader 8,192 responses behind is not running.
+        The message is dropped if the pipe is full or has no reader: a reader 8,192 responses behind has stopped.
         """
         message = np.fromiter(sequence_ids, np.uint64).tobytes()
-        for _ in range(2):  # the second try is for a restarted engine's new pipe
+        for _ in range(2):  # the second try opens the new pipe of a restarted engine
             try:
                 if self._fd is None:
                     fd = os.open(self._path, os.O_WRONLY | os.O_NONBLOCK)

@@ -1,4 +1,4 @@
-"""A child process that ends when this one does, however this one ends, and its children with it.
+"""Start a child process that ends when this process ends, even by SIGKILL; its own children end with it.
 
 It knows commands and signals, nothing about servers. Linux only.
 """
@@ -51,7 +51,7 @@ def launch(
             is_started.set()
         process.wait()
 
-    # The signal comes when the starting *thread* ends: so let it be one that lasts as long as the child.
+    # Linux sends the signal when the *thread* that started the child ends, so this thread lasts as long as the child.
     threading.Thread(target=keep, name=f"keeper of {Path(command[0]).name}", daemon=True).start()
     is_started.wait()
     for error in errors:
@@ -60,17 +60,17 @@ def launch(
 
 
 def stat_fields(pid: int | str) -> list[str]:
-    """What /proc/PID/stat says from its third field on: the state, the parent's id, the process group's, …
+    """The fields of /proc/PID/stat from the third on: state, parent's id, process group's id, …
 
     Raises:
         FileNotFoundError, ProcessLookupError: there is no such process.
     """
-    # The second field is the command in brackets, which may hold anything.
+    # The second field is the command in parentheses, which may itself hold parentheses and spaces.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def has_dead_child(parent: int) -> bool:
-    """Whether a child of the process `parent` has ended without being asked how: it is a zombie."""
+    """Whether process `parent` has a zombie: a child that has ended and whose exit status was not read."""
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             state, its_parent = stat_fields(path.name)[:2]

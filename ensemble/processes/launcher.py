@@ -1,11 +1,12 @@
-"""Becomes a command that ends with the process that started it, and whose children end with it.
+"""A program that replaces itself by a command; the command ends with the process that started it.
 
     python -I -S launcher.py STARTER_PID GRACE_S COMMAND [ARGUMENT ...]
 
-The command gets SIGTERM when its starter has died, and `GRACE_S` seconds from then. Once it has ended, a guard kills
-what is left of its process group, which it must lead: Triton's stubs don't always notice that their server is gone.
+When its starter has died, the command gets SIGTERM, and SIGKILL `GRACE_S` seconds later. Once the command has ended, a
+guard process kills the rest of its process group, which the command must lead: Triton's stubs don't always notice that
+their server is gone.
 
-A program of its own, because a process with threads can't safely do this between fork and exec. Linux 5.3 or later.
+It is a separate program because a process with threads can't do this safely between fork and exec. Linux 5.3 or later.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def guard(starter_pid: int, grace_s: float) -> None:
-    """Wait for the group leader's end, or the starter's and then `grace_s` at most; kill the group, this one too."""
+    """Wait until the group's leader ends, at most `grace_s` after the starter has; then kill the whole group."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     try:
@@ -30,7 +31,7 @@ def guard(starter_pid: int, grace_s: float) -> None:
         if leader not in ended:
             select.select([leader], [], [], grace_s)
     except ProcessLookupError:
-        pass  # one of them was gone already
+        pass  # one of them has ended already
     os.killpg(0, signal.SIGKILL)
 
 

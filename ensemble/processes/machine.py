@@ -1,11 +1,26 @@
-"""What this machine is made of, as records of measurements name it. Linux only."""
+"""This machine's hardware and installed packages, as records of measurements name them. Linux only."""
 
 from __future__ import annotations
 
 import os
 import platform
+from datetime import date
 from pathlib import Path
 from typing import Any
+
+PACKAGES = ("numpy", "onnxruntime", "tokenizers", "torch", "transformers", "tritonclient", "nvidia-pytriton")
+
+
+def describe() -> dict[str, Any]:
+    """Processor, cores, memory in GiB, versions and date."""
+    from deepseek_triton.ensemble.artefacts.manifest import installed_versions
+
+    return {
+        **hardware(),
+        "python": platform.python_version(),
+        "versions": installed_versions(PACKAGES),
+        "date": date.today().isoformat(),
+    }
 
 
 def hardware() -> dict[str, Any]:
@@ -18,7 +33,7 @@ def hardware() -> dict[str, Any]:
 
 
 def read_field(path: Path, name: str) -> str:
-    """The value of the first line `name : value` of a file of /proc, or nothing."""
+    """The value of the first line `name : value` of a file of /proc; empty if there is none."""
     if not path.is_file():
         return ""
     pairs = (line.partition(":") for line in path.read_text(encoding="utf-8", errors="replace").splitlines())

@@ -1,4 +1,4 @@
-"""Temporary directories that carry their owner's process id, and their removal once a killed owner has left them.
+"""Temporary directories whose names hold their owner's process id, so that those of killed processes can be removed.
 
 It knows names and process ids, not what the directories hold. Linux only.
 """
@@ -16,13 +16,13 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def make_directory(prefix: str) -> Path:
-    """A new directory of this process; first, those of its kind whose processes have gone are removed."""
+    """Remove the directories with this prefix whose processes have ended, and make one for this process."""
     _sweep(Path(tempfile.gettempdir()), prefix)
     return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-"))
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove it and the shared memory that is named after it."""
+    """Remove a directory and the regions of shared memory that are named after it."""
     for region in SHARED_MEMORY.glob(f"{directory.name}-*"):
         region.unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)
@@ -30,7 +30,7 @@ def remove_directory(directory: Path) -> None:
 
 @contextlib.contextmanager
 def temporary_directory(prefix: str) -> Iterator[Path]:
-    """A directory for as long as it is needed."""
+    """A context manager: the directory exists inside it."""
     directory = make_directory(prefix)
     try:
         yield directory
@@ -41,6 +41,6 @@ def temporary_directory(prefix: str) -> Iterator[Path]:
 def _sweep(parent: Path, prefix: str) -> None:
     for path in parent.glob(f"{prefix}*-*"):
         owner = path.name.removeprefix(prefix).partition("-")[0]
-        with contextlib.suppress(OSError):  # another process may sweep too
+        with contextlib.suppress(OSError):  # another process may remove it at the same time
             if owner.isdecimal() and not Path(f"/proc/{owner}").exists() and path.stat().st_uid == os.getuid():
                 remove_directory(path)

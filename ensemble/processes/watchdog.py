@@ -1,10 +1,9 @@
-"""The processes of one served model: where they meet, and what happens when one of them is killed.
+"""The processes of one served model watch each other: one that finds another one dead ends the server.
 
-All are children of one tritonserver. Triton 2.51 neither restarts a model whose process has died nor answers its
-requests: they would hang for ever, and every later one fail, while the server calls itself ready. So each process
-watches the others, and one that finds another dead ends the server: its clients get an error at once, and whoever runs
-the server (`deepseek-triton serve`, a container's restart policy) starts it again. And one that finds the server dead
-ends itself: Triton's own code in it may wait for ever for a lock that the server held.
+All are children of one tritonserver. Triton 2.51 doesn't restart a model whose process has died: the requests in flight
+hang for ever and later ones fail, while the server calls itself ready. When the server ends, clients get an error at
+once, and whoever runs it (`deepseek-triton serve`, a container's restart policy) starts it again. A process that finds
+the server dead ends itself: Triton's code in it may wait for ever for a lock that the server held.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ PARTS = ("tokenizer", "engine", "detokenizer")
 
 
 def meeting_point(name: str, version: str | int, what: str, server_pid: int | None = None) -> Path:
-    """The file `what` of version `version` of the served model `name` under this process's server.
+    """The path of the file `what` that the processes of version `version` of the served model `name` share.
 
     Raises:
         PermissionError: the directory belongs to another user.
@@ -42,7 +41,7 @@ def meeting_point(name: str, version: str | int, what: str, server_pid: int | No
 
 
 def watch(name: str, version: str | int, part: str) -> Watchdog:
-    """Start the watchdog of `part`, one of PARTS, over the others of version `version` of the served model `name`."""
+    """Start the watchdog of process `part`, one of PARTS, of version `version` of the served model `name`."""
     own, *others = (meeting_point(name, version, what) for what in (part, *(p for p in PARTS if p != part)))
     watchdog = Watchdog(own, others)
     watchdog.start()
@@ -50,9 +49,9 @@ def watch(name: str, version: str | int, part: str) -> Watchdog:
 
 
 def find_server() -> int:
-    """The id of the server that started this process, which may have died since; then somebody has adopted it.
+    """The process id of the server that started this process. It may have died; this process then has another parent.
 
-    Triton tells a stub its own id: the fifth argument, as in stub_launcher.cc of the python backend.
+    Triton passes its id to a stub as the fifth argument (stub_launcher.cc of the Python backend).
     """
     parent = os.getppid()
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -65,12 +64,12 @@ def find_server() -> int:
 
 
 class Watchdog:
-    """Says that this process lives, ends the server when one of the others has died, and this process after the server.
+    """Ends the server when another process of the model has died, and this process when the server has died.
 
     Args:
-        own: where this process writes its id; removed by `close`, which a process that is killed doesn't reach.
-        others: where the others write theirs.
-        end_server: what to do then; None: kill this process's parent, which is the server.
+        own: the file that this process writes its id to. `close` removes it; a killed process leaves it.
+        others: the files that the other processes write theirs to.
+        end_server: ends the server; None: kill it, by its process id.
     """
 
     def __init__(self, own: Path, others: Sequence[Path], end_server: Callable[[], None] | None = None) -> None:
@@ -86,18 +85,18 @@ class Watchdog:
         part.replace(own)
 
     def start(self) -> None:
-        """Watch, on a thread of its own."""
+        """Watch, on a separate thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Stop watching, and being watched."""
+        """Stop watching, and remove the file by which the others watch this process."""
         self._is_closed.set()
         self._own.unlink(missing_ok=True)
         if self._thread.is_alive():
             self._thread.join()
 
     def find_dead(self) -> Path | None:
-        """The file of a process that has died without a word, if there is one."""
+        """The file of a process that has died without removing it, if there is one."""
         return next((path for path in self._others if _is_dead(path)), None)
 
     def _run(self) -> None:
@@ -113,7 +112,7 @@ class Watchdog:
                 return
 
     def _kill_server(self) -> None:
-        # Not SIGTERM: it waits for the requests in flight, which never end.
+        # Not SIGTERM: the server would wait for the requests in flight, which never end.
         os.kill(self._server_pid, signal.SIGKILL)
 
 
@@ -121,7 +120,7 @@ def _is_dead(path: Path) -> bool:
     try:
         pid = int(path.read_text())
     except FileNotFoundError:
-        return False  # not there yet, or gone in good order
+        return False  # it hasn't started yet, or has ended regularly
     try:
         state = stat_fields(pid)[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -130,7 +129,7 @@ def _is_dead(path: Path) -> bool:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """Remove what processes of servers that have gone left behind."""
+    """Remove the files of processes whose servers have ended."""
     for path in directory.iterdir():
         pid = path.name.partition("-")[0]
         if pid.isdecimal() and not Path(f"/proc/{pid}").exists():

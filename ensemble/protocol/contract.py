@@ -64,7 +64,7 @@ PROBABILITIES = TensorSpec("probabilities", "FP32", (-1,))
 LOG_PROBS = TensorSpec("log_probs", "FP32", (-1,))  # of each label as a continuation: the sum over its tokens
 IS_CALIBRATED = TensorSpec("is_calibrated", "BOOL")
 
-# Scoring: between the models (builders/graph/stateless.py says what they mean)
+# Scoring: between the models (builders/graph/scoring.py says what they mean)
 SCORE_IDS = TensorSpec("input_ids", "INT32", (-1,))
 BRANCH_IDS = TensorSpec("branch_ids", "INT32", (-1,))
 LOGIT_POSITIONS = TensorSpec("logit_positions", "INT32", (-1,))

@@ -1,9 +1,9 @@
-"""Where a stock tritonserver is on this machine, and what it needs around it.
+"""Find the stock tritonserver of this machine, and what it needs to run.
 
     a container's tritonserver   on PATH or in /opt/tritonserver/bin; has its own backends
     the nvidia-pytriton wheel    a tritonserver and the Python backend, one stub for each version of Python
 
-The wheel is looked at, never imported: its other dependencies need not be there. Nothing is started here.
+The wheel's files are used without importing it: its other dependencies need not be installed. Nothing is started here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 class ServerError(Exception):
-    """The server can't be found, started or kept up; one line: what is wrong and what to do."""
+    """The server can't be found, started or kept running; the message is one line: what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Installation:
         """The server's environment: this process's, with this Python and the libraries first."""
         environment = dict(os.environ)
         if self.python_backend is not None or _stub_python() in (None, PYTHON):
-            # The stub embeds an interpreter, which takes the first python3 on PATH for its own and so finds
-            # this environment's packages. One of another version would find none.
+            # The interpreter in the stub takes the first python3 on PATH for its own, and so finds this environment's
+            # packages. A stub of another Python version would find none, so PATH stays as it is there.
             _put_first(environment, "PATH", Path(sys.executable).parent)
         for directory in reversed(self.library_dirs):
             _put_first(environment, "LD_LIBRARY_PATH", directory)
@@ -93,7 +93,7 @@ def _wheel() -> Installation:
             raise ServerError(f"{needed} is missing; run: pip install --force-reinstall --no-deps {WHEEL}")
     stub = server / "python_backend_stubs" / PYTHON / STUB
     libraries = package.parent / "nvidia_pytriton.libs"
-    # No numpy that the stubs work with has wheels for 3.13.
+    # The stubs need numpy 1, which has no wheels for Python 3.13.
     if not stub.exists() or sys.version_info >= (3, 13):
         raise ServerError(f"the tritonserver of {WHEEL} can't run Python {PYTHON} models; use Python 3.10 to 3.12")
     _check_numpy()
@@ -102,7 +102,7 @@ def _wheel() -> Installation:
 
 
 def _check_numpy() -> None:
-    """The wheel's stubs read numpy 2's arrays as garbage, and abort at the first text."""
+    """Refuse numpy 2: the wheel's stubs misread its arrays, and abort at the first text."""
     try:
         version = importlib.metadata.version("numpy")
     except importlib.metadata.PackageNotFoundError:
@@ -112,7 +112,7 @@ def _check_numpy() -> None:
 
 
 def _python_library_dir() -> Path:
-    """Where this Python's shared library is; the stub is linked to it."""
+    """The directory of this Python's shared library, which the stub is linked to."""
     name = f"libpython{PYTHON}.so.1.0"
     for directory in _library_dirs():
         if (directory / name).exists():

@@ -1,7 +1,6 @@
-"""What tritonserver's log says: which models are loaded, and why a start failed.
+"""tritonserver's log → which models are loaded, and why a start failed.
 
-What enters is the log's text. The patterns are those of Triton 2.51; where none of them fits, the last lines
-are the reason.
+The patterns are those of Triton 2.51; where none of them matches, the last lines are the reason.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import re
 
 _LOADED = re.compile(r"successfully loaded '([^']+)'")
 
-# The lines that say why a start failed, the most telling kind first.
+# The lines that say why a start failed, the most specific pattern first.
 _REASONS = tuple(
     re.compile(pattern, re.MULTILINE)
     for pattern in (
@@ -34,7 +33,7 @@ def loaded_models(log: str) -> list[str]:
 
 
 def failure(log: str) -> str:
-    """Why the server ended, on one line: each failed model's own error, or the nearest thing to it."""
+    """Why the server ended, on one line: each failed model's error, else the last lines of the log."""
     for reason in _REASONS:
         if found := [_plain(match["why"]) for match in reason.finditer(log)]:
             return "; ".join(dict.fromkeys(found))

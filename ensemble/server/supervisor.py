@@ -1,6 +1,6 @@
-"""A tritonserver that is started again when it ends by itself.
+"""Start a tritonserver again when it ends by itself, up to a number of restarts in a time.
 
-It knows how often is too often, and nothing of what the server serves.
+It knows nothing of what the server serves.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ def supervise(
     on_restart: Callable[[str], None],
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Run `server` until interrupted, the ports staying the same.
+    """Run `server` until interrupted; a restarted server keeps its ports.
 
     Args:
-        on_ready: called once, when it first answers.
-        on_restart: told why it is started again.
+        on_ready: called once, when the server first answers.
+        on_restart: called with the reason before each restart.
 
     Raises:
-        ServerError: it can't be started, or has ended MAX_RESTARTS + 1 times within WINDOW_S seconds.
+        ServerError: the server can't be started, or has ended MAX_RESTARTS + 1 times within WINDOW_S seconds.
     """
     ends: deque[float] = deque(maxlen=MAX_RESTARTS)
     with server:

@@ -1,7 +1,7 @@
-"""A stock tritonserver on a model repository, from start to stop.
+"""Run a stock tritonserver on a model repository: start, wait until it is ready, restart, stop.
 
-What enters is a repository's path, what leaves is a running server's addresses, or one line that says why
-there is none. It knows Triton's options and life cycle, not what the models do. Standard library only.
+A repository's path enters; a running server's addresses leave, or an error of one line. It knows Triton's options and
+life cycle, not what the models do. Standard library only.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from deepseek_triton.ensemble.server.log import failure, loaded_models
 
 __all__ = ["Installation", "ServerError", "TritonServer", "find_tritonserver"]
 
-EXIT_TIMEOUT_S = 10  # for requests in flight; then the server ends them
-KILL_MARGIN_S = 10.0  # what unloading the models may take on top
-DEAD_CHILD_TIMEOUT_S = 5.0  # for Triton to say why a model's process is dead; it waits for some that are, for ever
+EXIT_TIMEOUT_S = 10  # how long a stopping server waits for the requests in flight
+KILL_MARGIN_S = 10.0  # longest time to unload the models after that
+DEAD_CHILD_TIMEOUT_S = 5.0  # for Triton to report that a model's process died at load; some it never reports
 POLL_S = 0.1
-LOOK_S = 1.0  # at all of the machine's processes, for one of the server's that is dead
+LOOK_S = 1.0  # between two searches of /proc for a dead child of the server
 UNUSABLE_IN_PATHS = re.compile(r"[^\w./+@%:,=~-]")
 
-# A gRPC client that is frozen, or whose network has gone, answers no ping: its connection is closed, its requests end.
+# A gRPC client that is frozen or unreachable answers no ping: its connection is closed, and its requests end.
 KEEPALIVE_OPTIONS = (
     "--grpc-keepalive-time=1000",  # ms without traffic
     "--grpc-keepalive-timeout=1000",  # ms for the answer
     "--grpc-http2-max-pings-without-data=0",  # no limit
 )
 
-# APIs that inference doesn't need and a stranger shouldn't have.
+# APIs that inference doesn't need; only requests with the administrator's header may use them.
 RESTRICTED_APIS = "shared-memory,model-config,model-repository,statistics,trace,logging"
 ADMIN_HEADER = "x-triton-admin"
 
@@ -49,11 +49,11 @@ ADMIN_HEADER = "x-triton-admin"
 class TritonServer:
     """One tritonserver process, its stubs and its temporary files; a context manager.
 
-    A port of 0 is a free one. `models` are loaded, with the models that they are made of, instead of all.
-    `log_file` is kept; without it the log goes with the server. `is_restricted` keeps RESTRICTED_APIS for
-    requests that carry `admin_headers` (gRPC: with "triton-grpc-protocol-" before the name). `progress` is
-    called with each model's name once it is loaded. `extra_args` go to tritonserver. Configurations must be
-    complete: Triton's auto-completion, which starts each model twice, is off.
+    Port 0 means any free one. Only `models` and their parts are loaded; empty: all. `log_file` is kept; without one the
+    log is removed when the server stops. `is_restricted` reserves RESTRICTED_APIS for requests with `admin_headers`
+    (gRPC: with "triton-grpc-protocol-" before the name). `progress` is called with each model's name once it is loaded.
+    `extra_args` are passed to tritonserver. Configurations must be complete: Triton's auto-completion, which would
+    start each model twice, is off.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class TritonServer:
         progress: Callable[[str], None] | None = None,
         installation: Installation | None = None,
     ) -> None:
+        check_ports({"HTTP": http_port, "gRPC": grpc_port, "metrics": metrics_port})
         self.repository = repository
         self.host = host
         self.http_port = http_port
@@ -179,12 +180,12 @@ class TritonServer:
         return self._running().wait(timeout_s)
 
     def stop(self) -> None:
-        """End the server and its stubs, and remove the temporary files; does nothing if it isn't running."""
+        """End the server and its stubs, and remove the temporary files; nothing happens if it isn't running."""
         if self._process is not None:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(EXIT_TIMEOUT_S + KILL_MARGIN_S)
-            # The stubs share the server's process group; after a clean exit nobody is left in it.
+            # The stubs share the server's process group, which is empty after a clean exit.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -194,7 +195,7 @@ class TritonServer:
             self._directory = None
 
     def restart(self) -> None:
-        """Stop what is left of the server and start it on the same ports; its log so far is kept beside the new one.
+        """Stop the server if it still runs, and start it on the same ports; the old log is kept as LOG.previous.
 
         Raises:
             ServerError: as `start`.
@@ -227,7 +228,7 @@ class TritonServer:
 
     @property
     def _shm_prefix(self) -> str:
-        """The start of the names of the stubs' regions in /dev/shm: a stub that is killed leaves its own."""
+        """Prefix of the stubs' shared-memory names, so that regions left by killed stubs can be removed."""
         assert self._directory is not None
         return f"{self._directory.name}-"
 
@@ -250,7 +251,7 @@ class TritonServer:
         return [*options, *self._extra_args]
 
     def _wait_until_ready(self) -> None:
-        # Triton opens its ports only when all models are loaded: until then only its log tells how far it is.
+        # Triton opens its ports only when all models are loaded; until then its log is the only source of progress.
         deadline = time.monotonic() + self._start_timeout_s
         next_look = 0.0
         died_at: float | None = None
@@ -284,13 +285,28 @@ class TritonServer:
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
     def why_it_ended(self, status: int) -> str:
-        """One line about an end with exit status `status`, from the log."""
+        """One line that explains exit status `status` by the log."""
         log = f" (log: {self._log_file})" if self._log_file else ""
         return f"tritonserver ended with status {status}: {failure(self._read_log())}{log}"
 
 
+def check_ports(ports: dict[str, int]) -> None:
+    """Refuse a port that two protocols share; 0, any free one, is no port.
+
+    Raises:
+        ServerError: names both.
+    """
+    owners: dict[int, str] = {}
+    for protocol, port in ports.items():
+        if port and port in owners:
+            raise ServerError(
+                f"{owners[port]} and {protocol} port are both {port}; give each its own (0: any free one)"
+            )
+        owners[port] = protocol
+
+
 def _claim_ports(host: str, wanted: dict[str, int]) -> list[int]:
-    """The wanted ports, with free ones for those that are 0; all are free now, which is all one can know."""
+    """The wanted ports, with free ones for those that are 0. They are free now; another process may still take one."""
     with contextlib.ExitStack() as stack:
         sockets = []
         for protocol, port in wanted.items():

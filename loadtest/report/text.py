@@ -45,6 +45,8 @@ def headline(result: LoadTestResult) -> str:
         return f"MISSED: {result.missed[0].sentence()}" + _and_more(len(result.missed) - 1, "level")
     if not result.levels:
         return "DONE: the run is valid; the profile promises no service level"
+    if len(result.levels) == 1:
+        return f"MET: {result.levels[0].sentence()}; the run is valid"
     return f"MET: all {len(result.levels)} service levels hold, and the run is valid"
 
 

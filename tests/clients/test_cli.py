@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -17,18 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_triton.clients import cli
+from deepseek_triton.builders.cli import main
+from deepseek_triton.extras import install_command
 from tests.clients.test_fakes import MODEL, Fail, FakeGrpcServer, Received, Reply, reply, rows, say, wait_until
 
 COMMAND = """
-import argparse, fcntl, sys, termios
-from deepseek_triton.clients import cli
+import fcntl, sys, termios
+from deepseek_triton.builders.cli import main
 if sys.stdin.isatty():
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches this process
-parser = argparse.ArgumentParser()
-name = sys.argv[1]
-getattr(cli, f"add_{name}_arguments")(parser)
-sys.exit(getattr(cli, f"run_{name}")(parser.parse_args(sys.argv[2:])))
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -39,13 +36,7 @@ def server() -> Iterator[FakeGrpcServer]:
 
 
 def run(command: str, *arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    add, run_command = {
-        "generate": (cli.add_generate_arguments, cli.run_generate),
-        "chat": (cli.add_chat_arguments, cli.run_chat),
-    }[command]
-    add(parser)
-    return run_command(parser.parse_args(arguments))
+    return main([command, *arguments])
 
 
 def sent_messages(server: FakeGrpcServer) -> list[list[tuple[str, str]]]:
@@ -89,6 +80,33 @@ def test_generate_sends_its_options(server: FakeGrpcServer) -> None:
         "guided_decoding_guide": '["yes", "no"]',
         "num_top_log_probs": 3,
     }
+
+
+def test_everything_as_json(server: FakeGrpcServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", MODEL, "x", "--url", server.url, "--json") == 0
+    out, err = capsys.readouterr()
+    answer = json.loads(out)
+    assert (answer["text"], answer["finish_reason"], answer["num_output_tokens"], err) == ("Paris 🗼", "stop", 2, "")
+    assert answer["total_s"] > 0
+    server.script = lambda received: iter(
+        [rows(reply("a", "stop", sequence_index=0), reply("b", "length", sequence_index=1))]
+    )
+    assert run("generate", MODEL, "x", "--url", server.url, "--json", "--n=2") == 0
+    assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == ["a", "b"]
+
+
+def test_the_environment_names_server_and_model(
+    server: FakeGrpcServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_TRITON_URL", f"grpc://{server.url}")
+    assert run("generate", MODEL, "x") == 0
+    monkeypatch.setenv("DEEPSEEK_TRITON_MODEL", MODEL)
+    assert run("generate", "y") == 0
+    assert run("generate", "another", "z") == 0
+    assert [received.inputs["text_input"] for received in server.generated] == ["x", "y"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
+    assert run("chat") == 0
+    assert capsys.readouterr().out == "Paris 🗼\n" * 4
 
 
 def test_a_schema_comes_from_its_file(
@@ -185,8 +203,13 @@ def test_verbose_prints_figures_to_stderr(server: FakeGrpcServer, capsys: pytest
     [
         (("--max-tokens", "0"), "error: max_tokens must be at least 1, got 0\n"),
         (("--timeout", "0"), "error: timeout_s must be finite and above 0, got 0.0\n"),
-        (("--url", "http://x"), "error: url must be host:port for gRPC, got 'http://x'\n"),
-        (("--protocol", "http", "--url", "x:1"), "error: url must start with http:// or https://"),
+        (
+            ("--url", "ftp://x"),
+            "error: url must be host:port, or begin with grpc://, http://, https://; got 'ftp://x'\n",
+        ),
+        (("--protocol", "grpc", "--url", "https://x"), "error: url must not begin with https:// for gRPC"),
+        (("--protocol", "http", "--url", "127.0.0.1:1"), "error: no server at http://127.0.0.1:1"),
+        (("--url", "http://127.0.0.1:1"), "error: no server at http://127.0.0.1:1"),
         (("--url", "127.0.0.1:1"), "error: no server at 127.0.0.1:1"),
     ],
 )
@@ -204,6 +227,9 @@ def test_an_error_of_the_server_says_what_to_do(server: FakeGrpcServer, capsys: 
     out, err = capsys.readouterr()
     assert out == "Par"
     assert err == "error: out of slots; check the model's name and the options, or the server's log\n"
+    server.script = lambda received: iter([Fail("max_tokens is 0; give at least 1")])
+    assert run("generate", MODEL, "x", "--url", server.url) == 1
+    assert capsys.readouterr().err == "error: max_tokens is 0; give at least 1\n", "the server's advice is enough"
 
 
 def test_a_timeout_says_what_to_do(server: FakeGrpcServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,7 +247,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.delitem(sys.modules, "deepseek_triton.clients.http", raising=False)
     monkeypatch.setitem(sys.modules, "httpx", None)
     assert run("generate", MODEL, "x", "--protocol", "http") == 1
-    assert capsys.readouterr().err == "error: httpx is missing: pip install 'deepseek-triton[client]'\n"
+    assert capsys.readouterr().err == f"error: httpx is not installed; run: {install_command('client')}\n"
 
 
 def test_chat_keeps_the_history(

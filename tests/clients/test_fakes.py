@@ -93,6 +93,7 @@ class FakeServer(ABC):
     def __init__(self, script: Script, on_stop: Fail | None = None, port: int = 0) -> None:
         self.script = script
         self.on_stop = on_stop
+        self.ready_models = {MODEL}
         self.port = port
         self.hang = threading.Event()
         self._received: list[Received] = []
@@ -142,7 +143,7 @@ class FakeGrpcServer(FakeServer):
                 service_pb2.ModelStreamInferResponse.SerializeToString,
             ),
             "ModelReady": grpc.unary_unary_rpc_method_handler(
-                lambda request, context: service_pb2.ModelReadyResponse(ready=request.name == MODEL),
+                lambda request, context: service_pb2.ModelReadyResponse(ready=request.name in self.ready_models),
                 service_pb2.ModelReadyRequest.FromString,
                 service_pb2.ModelReadyResponse.SerializeToString,
             ),

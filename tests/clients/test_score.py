@@ -25,6 +25,7 @@ from deepseek_triton.clients.errors import (
     RequestTimeout,
     ServerUnavailable,
 )
+from deepseek_triton.clients.examples import score_examples
 from deepseek_triton.clients.grpc import GrpcClient
 from deepseek_triton.clients.http import HttpClient
 from deepseek_triton.clients.score import Score, ScoreRequest, Tensor
@@ -291,3 +292,9 @@ def test_errors_are_one_line(client: FakeClient, capsys: pytest.CaptureFixture[s
     client.error = RequestRejected("labels holds 1 label")
     assert cli.main(["score", "m", "x", "--labels", "a"]) == 1
     assert capsys.readouterr().err.startswith("error: labels holds 1 label; ")
+
+
+def test_examples_use_the_models_own_labels() -> None:
+    for has_labels in (True, False):
+        ways = score_examples("m", "http://a:1", "a:2", has_labels=has_labels)
+        assert [("labels" in command) for command in ways.values()] == [not has_labels] * 3

@@ -99,7 +99,10 @@ def test_a_basis_is_checked(basis: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("name", profile.names())
 def test_every_level_of_the_projects_profiles_follows_from_its_basis(name: str) -> None:
     read = profile.load(name)
-    assert read.basis is not None
     promised = {level: limit for level, limit in vars(read.levels).items() if limit is not None}
     assert promised.pop("max_error_ratio") == 0
+    if name == "smoke":
+        assert promised == {} and read.basis is None, "it judges whether everything works, on any machine"
+        return
+    assert read.basis is not None
     assert promised == {level: read.basis.limit(level) for level in read.basis.runs}

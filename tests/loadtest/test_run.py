@@ -94,12 +94,12 @@ def fake_options(ports: Ports) -> list[str]:
 
 
 def run_on_fake(
-    ports: Ports, profile: Path, module: str = "deepseek_triton.loadtest.run"
+    ports: Ports, profile: Path, *options: str, module: str = "deepseek_triton.loadtest.run", output: str = "output"
 ) -> tuple[subprocess.CompletedProcess[str], LoadTestResult]:
-    output = profile.parent / "output"
-    done = run(str(profile), *fake_options(ports), "--output", str(output), module=module)
-    assert (output / "result.json").is_file(), done.stderr
-    return done, load(output / "result.json")
+    directory = profile.parent / output
+    done = run(str(profile), *fake_options(ports), "--output", str(directory), *options, module=module)
+    assert (directory / "result.json").is_file(), done.stderr
+    return done, load(directory / "result.json")
 
 
 def met(result: LoadTestResult, name: str) -> bool:
@@ -177,6 +177,27 @@ def test_levels_that_hold_and_a_client_with_headroom_make_a_run_that_counts(tmp_
         check.value for check in result.checks if check.name == "load generator's CPU, of one core, busiest 5 s"
     )
     assert share is not None and 0 < share < 50
+
+
+def test_speed_is_judged_against_a_recorded_run(tmp_path: Path) -> None:
+    profile = write_profile(tmp_path, level=4)
+    recorded = tmp_path / "recorded" / "result.json"
+    with fake_triton(Behaviour(first_s=0.5)) as ports:
+        _, first = run_on_fake(ports, profile, output="recorded")
+    assert [level.name for level in first.levels] == ["requests without a complete answer"]
+    with fake_triton(Behaviour(first_s=1.5)) as ports:
+        done, result = run_on_fake(ports, profile, "--against", str(recorded))
+        if not first.is_valid:  # the tests' machine was too busy
+            pytest.skip("the recorded run is invalid")
+    assert "latency, 99th percentile" in [level.name for level in result.missed]
+    assert done.returncode == status_of(result)
+
+
+def test_a_run_is_not_judged_against_what_is_no_result(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    done = run("smoke", "--host", "127.0.0.1", "--against", str(tmp_path / "a.json"))
+    assert done.returncode == Status.ERROR
+    assert done.stderr.startswith("error: ") and "must be a load test's result" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,9 @@ ARROWS = {
         allowed=("loadtest.intervals",),  # figures alone
     ),
     "load tests know the rest as a user does: clients, and a server to start": Arrow(
-        ("loadtest",), ("builders", "ensemble"), allowed=("ensemble.server.tritonserver",)
+        ("loadtest",),
+        ("builders", "ensemble"),
+        allowed=("ensemble.server.tritonserver", "ensemble.processes.machine"),  # a server, and what it runs on
     ),
     "nothing that serves or calls knows the load tests": Arrow(("ensemble", "clients"), ("loadtest",)),
     "only what Locust runs may import what gevent patches": Arrow(

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_triton.builders.cli import make_parser
+from deepseek_triton.builders.cli import parse
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
 from tests.project.test_dockerfile import STAGES
 from tests.project.test_layout import checkout
@@ -148,7 +148,7 @@ def test_the_two_commands_come_first() -> None:
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith(PARSED)])
 def test_a_line_that_is_only_parsed_has_the_options_that_the_command_has(line: str) -> None:
-    arguments = make_parser().parse_args(shlex.split(line, comments=True)[1:])
+    arguments = parse(shlex.split(line, comments=True)[1:])
     assert arguments.run
 
 

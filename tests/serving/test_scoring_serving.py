@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from deepseek_triton.builders import cli
-from deepseek_triton.builders.commands.fit import fit_on
+from deepseek_triton.builders.commands.fitting import fit_on
 from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.builders.scoring.fit import Example, read_profile, write_calibration

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from deepseek_triton.builders.checkpoint.spec import ModelSpec, from_hf
+from deepseek_triton.builders.checkpoint.hf_config import from_hf
+from deepseek_triton.ensemble.decoder.spec import ModelSpec
 
 SMALL: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3,

@@ -12,10 +12,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek_triton.builders.checkpoint.spec import ModelSpec
 from deepseek_triton.builders.graph.decoder import build_graph
 from deepseek_triton.builders.graph.float8 import Float8Linear
 from deepseek_triton.builders.tensorrt.build import EngineReport, build_engine
+from deepseek_triton.ensemble.decoder.spec import ModelSpec
 
 E4M3_MAX = 448.0
 SLOTS, CHUNK = 4, 32

@@ -9,6 +9,7 @@ from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.artefacts.tensorrt_api import PLAN_FILE, TARGETS, PlanInfo, TensorRTError
 from deepseek_triton.ensemble.engine.runners.base import Runner, RunnerError
 from deepseek_triton.ensemble.protocol.settings import EngineSettings, SettingsError
+from deepseek_triton.extras import install_command
 
 
 def load_runner(directory: Path, settings: EngineSettings) -> tuple[Manifest, Runner]:
@@ -59,7 +60,7 @@ def _load_cuda(directory: Path, manifest: Manifest, settings: EngineSettings) ->
         from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
         from deepseek_triton.ensemble.engine.runners.cuda.weights import StoredWeights
     except ModuleNotFoundError as error:
-        raise RunnerError(f"{error.name} is not installed; pip install 'deepseek-triton[cuda]'") from error
+        raise RunnerError(f"{error.name} is not installed; run: {install_command('cuda')}") from error
     options: dict[str, Any] = {
         "max_num_seqs": settings.max_num_seqs,
         "max_num_batched_tokens": min(

@@ -1,6 +1,6 @@
 """The runner of a stateless engine on a CPU: rows in, their targets' log-probabilities out.
 
-It runs the graph of `builders/graph/stateless.py`, feeding it what Triton's own backends would: every row's values
+It runs the graph of `builders/graph/scoring.py`, feeding it what Triton's own backends would: every row's values
 one behind the other. The beginning that a template gives all its prompts is computed when the model is loaded, and
 never again. It knows nothing of text, labels or Triton.
 """

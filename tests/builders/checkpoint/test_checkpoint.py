@@ -18,9 +18,11 @@ from gguf import GGMLQuantizationType as Quantization
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_triton.builders.checkpoint.reader import Checkpoint, open_checkpoint, read_safetensors_header
-from deepseek_triton.builders.checkpoint.spec import ModelSpec, from_hf
+from deepseek_triton.builders.checkpoint.hf_config import from_hf
+from deepseek_triton.builders.checkpoint.reader import Checkpoint, open_checkpoint
+from deepseek_triton.builders.checkpoint.safetensors import read_safetensors_header
 from deepseek_triton.builders.errors import BuildError, CheckpointError, UnsupportedError
+from deepseek_triton.ensemble.decoder.spec import ModelSpec
 from tests.support.checkpoints import (
     TINY,
     Array,

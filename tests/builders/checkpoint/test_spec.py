@@ -6,9 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deepseek_triton.builders.checkpoint.spec import ARCHITECTURES, ModelSpec, RopeSpec, from_gguf, from_hf
+from deepseek_triton.builders.checkpoint.gguf_metadata import from_gguf
+from deepseek_triton.builders.checkpoint.hf_config import from_hf
 from deepseek_triton.builders.errors import BuildError, CheckpointError, UnsupportedError
 from deepseek_triton.builders.graph.rope import inverse_frequencies, rope_tables
+from deepseek_triton.ensemble.decoder.architectures import ARCHITECTURES
+from deepseek_triton.ensemble.decoder.errors import SpecError
+from deepseek_triton.ensemble.decoder.rope import RopeSpec
+from deepseek_triton.ensemble.decoder.spec import ModelSpec
 from tests.support.checkpoints import SMALL
 
 LLAMA3: dict[str, Any] = {
@@ -294,9 +299,9 @@ def test_default_rope_is_the_formula() -> None:
 
 
 def test_specs_that_contradict_themselves_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="'yarn' needs original_max_position_embeddings"):
+    with pytest.raises(SpecError, match="'yarn' needs original_max_position_embeddings"):
         RopeSpec(scaling="yarn", factor=2.0)
-    with pytest.raises(CheckpointError, match="belong together"):
+    with pytest.raises(SpecError, match="belong together"):
         RopeSpec(scaling="factors")
-    with pytest.raises(CheckpointError, match="belong together"):
+    with pytest.raises(SpecError, match="belong together"):
         RopeSpec(frequency_factors=(1.0,))

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import os
-import signal
+import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +17,9 @@ from deepseek_triton.builders.repository.options import ENGINE_OPTIONS, BuildOpt
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from deepseek_triton.ensemble.server import tritonserver as server
 from deepseek_triton.ensemble.server.installation import Installation, ServerError
-from tests.support.checkpoints import make_tokenizer, write_tiny
+from deepseek_triton.extras import install_command
 
 SMALL_ENGINE = ("--max-seq-len", "32", "--max-num-batched-tokens", "8", "--max-num-seqs", "2")
-
-
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """`serve` takes over the process's signals; give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return make_tokenizer(write_tiny(tmp_path / "tiny", vocab_size=320, eos_token_id=319))
-
-
-@pytest.fixture
-def built(checkpoint: Path, tmp_path: Path) -> Path:
-    settings = {"max_num_seqs": 2, "max_num_batched_tokens": 8}
-    repository.build(BuildOptions(checkpoint, "m", tmp_path / "models", max_seq_len=32, settings=settings))
-    return tmp_path / "models"
 
 
 class Run:
@@ -68,7 +46,11 @@ def test_build_then_check(run: Any, checkpoint: Path, tmp_path: Path) -> None:
     models = tmp_path / "models"
     for version in (1, 2):
         result = run("build", checkpoint, "--name", "m", "--repository", models, *SMALL_ENGINE)
-        assert (result.status, result.out) == (0, f"built {models / 'm'}, version {version}\n")
+        first, took, serve, restart = result.out.splitlines()
+        assert (result.status, first) == (0, f"built {models / 'm'}, version {version}")
+        assert re.fullmatch(r"it took \d+\.\d s", took)
+        assert serve == f"serve it with: deepseek-triton serve {models}"
+        assert restart == f"a server that is running already must be restarted to serve version {version}"
         assert "weights" in result.err and "error" not in result.err, "a progress bar"
     result = run("check", models)
     assert (result.status, result.out, result.err) == (0, f"{models}: sound\n", "")
@@ -127,11 +109,13 @@ def test_wrong_usage_is_status_2(arguments: tuple[str, ...], capsys: pytest.Capt
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2
-    assert "usage: deepseek-triton" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "deepseek-triton" in error and "--help" in error
+    assert not arguments or (error.startswith("error: ") and error.count("\n") == 2), "no list of every option"
 
 
 def test_defaults_are_the_dataclasses_own() -> None:
-    arguments = cli.make_parser().parse_args(["build", "c", "--name", "m"])
+    arguments = cli.parse(["build", "c", "--name", "m"])
     for name, (_, what) in ENGINE_OPTIONS.items():
         assert getattr(arguments, name) is None, "the target's own"
         default = getattr(EngineSettings, name)
@@ -232,7 +216,7 @@ sys.exit(main({list(command)!r}))
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1, result.stderr
     assert result.stderr.startswith(f"error: {module}")
-    assert f"pip install 'deepseek-triton[{extra}]'" in result.stderr
+    assert result.stderr.endswith(f"; run: {install_command(extra)}\n")
 
 
 def test_a_missing_module_of_nobody_s_extra_is_a_fault_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:

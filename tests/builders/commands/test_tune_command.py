@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from deepseek_triton.builders import cli
-from deepseek_triton.builders.commands import tune as command
 from deepseek_triton.builders.commands import tune_load
-from deepseek_triton.builders.commands.tune import tune
+from deepseek_triton.builders.commands import tuning as command
 from deepseek_triton.builders.commands.tune_load import TuneLoad, measure, read_texts, run
+from deepseek_triton.builders.commands.tuning import tune
 from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.builders.scoring.options import Batching, ScoringOptions

@@ -17,7 +17,7 @@ from deepseek_triton.builders.fp8 import calibration_text
 from deepseek_triton.builders.fp8.calibrate import Calibration, CalibrationError, calibrate
 from deepseek_triton.builders.fp8.calibration_text import calibration_windows, read_text
 from deepseek_triton.builders.fp8.generated_text import PROMPT_LEN, generate_windows
-from deepseek_triton.builders.fp8.layer_session import TAPS, layer_prefix
+from deepseek_triton.ensemble.decoder.spec import layer_prefix
 from tests.support.checkpoints import load_reference, make_checkpoint
 
 Array = np.ndarray[Any, Any]
@@ -63,9 +63,9 @@ def test_ranges_are_those_of_the_reference_model(checkpoint: Path, calibration: 
             model(torch.tensor(window)[None])
     assert len(calibration.taps) == 4 * 3
     for layer in range(3):
-        for tap, modules in TAPS.items():
-            statistics = calibration.taps[layer_prefix(layer) + tap]
-            for module in modules:
+        for tap in open_checkpoint(checkpoint).spec.taps(layer):
+            statistics = calibration.taps[layer_prefix(layer) + tap.value]
+            for module in tap.modules:
                 values = np.concatenate(seen[layer_prefix(layer) + module])
                 assert statistics.amax == pytest.approx(np.abs(values).max(), rel=1e-3)
                 np.testing.assert_allclose(statistics.channel_amax, np.abs(values).max(axis=0), rtol=1e-2, atol=1e-4)

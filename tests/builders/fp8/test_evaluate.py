@@ -171,10 +171,12 @@ def test_the_command_evaluates_an_artefact_and_draws_it(
         == 0
     )
     printed = capsys.readouterr().out
-    assert "perplexity" in printed and "% kept" in printed and "mlp.down_proj" in printed
+    assert "perplexity" in printed and "nothing to be kept" in printed and "mlp.down_proj" in printed
+    assert "nan" not in printed
     result = json.loads((output / "quality.json").read_text())
     assert result["artefact_bytes"] == artefact.num_bytes and len(result["modules"]) == 21
     assert 0 < result["quality"]["mean_kl"] < 1
+    assert result["quality"]["accuracy_kept"] is None, "the float model predicts no token of the text"
     assert (output / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 

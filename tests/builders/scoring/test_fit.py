@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from deepseek_triton.builders.commands.fit import measure
+from deepseek_triton.builders.commands.fitting import measure
 from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.builders.scoring.fit import (

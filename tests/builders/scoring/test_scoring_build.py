@@ -225,7 +225,7 @@ def test_options_at_fault(checkpoint: Path) -> None:
         options(checkpoint, target="tensorrt-rtx", precision="fp16")
     with pytest.raises(BuildError, match="target is 'cuda', which task score doesn't have"):
         options(checkpoint, target="cuda", precision="fp8")
-    for settings, option in (({"max_num_seqs": 3}, "max-num-seqs"), ({"max_num_batched_tokens": 3}, "prefill-")):
+    for settings, option in (({"max_num_seqs": 3}, "max-num-seqs"), ({"max_num_batched_tokens": 3}, "max-num-batched")):
         with pytest.raises(BuildError, match=f"--{option}.* is for task generate"):
             options(checkpoint, settings=settings)
     with pytest.raises(BuildError, match="scoring options are for task score, this is generate"):
@@ -262,8 +262,8 @@ def test_the_command_builds_what_the_manifest_says_it_built(
     command = Manifest.load(directory / "1").command
     import shlex
 
-    parsed = cli.make_parser().parse_args(shlex.split(command)[1:])
-    first = cli.make_parser().parse_args(arguments)
+    parsed = cli.parse(shlex.split(command)[1:])
+    first = cli.parse(arguments)
     first.template, first.labels, first.run = "Is {text} good?", "yes,no", parsed.run
     first.precision = parsed.precision
     assert vars(parsed) == vars(first)

@@ -12,7 +12,6 @@ import pytest
 from numpy.typing import NDArray
 
 from deepseek_triton.builders.checkpoint.reader import open_checkpoint
-from deepseek_triton.builders.checkpoint.spec import ModelSpec
 from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.builders.fp8.calibrate import calibrate
 from deepseek_triton.builders.fp8.quantize import Quantizer
@@ -25,6 +24,7 @@ from deepseek_triton.builders.targets.defaults import engine_settings
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape, LayoutError
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.artefacts.tensor_file import TensorEntry, TensorFile, TensorFileError, write_tensors
+from deepseek_triton.ensemble.decoder.spec import ModelSpec
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from tests.support.checkpoints import make_checkpoint, make_tokenizer
 

@@ -10,12 +10,13 @@ import onnx
 import pytest
 from google.protobuf.json_format import MessageToDict
 
-from deepseek_triton.builders.checkpoint.spec import ModelSpec
-from deepseek_triton.builders.graph.stateless import stateless_widths, write_stateless
+from deepseek_triton.builders.errors import BuildError
+from deepseek_triton.builders.graph.decoder import ScoringMode
 from deepseek_triton.builders.repository.pbtxt import parse_text, score_engine_config, score_plan_config, to_text
 from deepseek_triton.builders.scoring.options import Batching
 from deepseek_triton.builders.tensorrt.errors import EngineError
 from deepseek_triton.builders.tensorrt.scoring import ScoringLimits, build_scoring_engine
+from deepseek_triton.ensemble.decoder.spec import ModelSpec
 from deepseek_triton.ensemble.protocol.contract import HIDDEN_STATE, SCORE_ROW, TOKEN_LOG_PROBS
 from deepseek_triton.ensemble.scoring.rows import (
     LOGIT_COUNTS,
@@ -35,10 +36,10 @@ VOCAB_SIZE = 320
 Floats = np.ndarray[Any, Any]
 
 
-def write(spec: ModelSpec, directory: Path, precision: str) -> Path:
+def write(spec: ModelSpec, directory: Path, precision: str, scoring: ScoringMode | None = None) -> Path:
     if precision == "fp8":
-        return write_fp8_graph(spec, directory)
-    return write_graph(spec, directory, precision=precision)
+        return write_fp8_graph(spec, directory, scoring=scoring)
+    return write_graph(spec, directory, precision=precision, scoring=scoring)
 
 
 def session(path: Path) -> Any:
@@ -82,9 +83,9 @@ def random_ids(seed: int, *lengths: int) -> list[Any]:
 def test_each_target_has_the_log_probability_that_it_has_after_its_own_tokens_alone(
     precision: str, tmp_path: Path
 ) -> None:
-    graph = write(small_spec(qkv_bias=True, qk_norm=True), tmp_path, precision)
-    stateless = write_stateless(graph, graph.with_name("scoring.onnx"))
-    reference = Reference(graph)
+    spec = small_spec(qkv_bias=True, qk_norm=True)
+    stateless = write(spec, tmp_path / "scoring", precision, ScoringMode())
+    reference = Reference(write(spec, tmp_path / "cached", precision))
     prompts = random_ids(0, 20, 7, 1)
     candidates = [random_ids(1, 1, 3), random_ids(2, 2, 2, 4, 1), random_ids(3, 5)]
     rows = [make_row(prompt, own)[0] for prompt, own in zip(prompts, candidates, strict=True)]
@@ -99,7 +100,6 @@ def test_each_target_has_the_log_probability_that_it_has_after_its_own_tokens_al
     assert np.ptp(expected) > 0.5
     assert hidden.shape == (3, 128) and np.ptp(hidden) > 0.5
     assert not [name for name in names(stateless) if "past_" in name or "present_" in name]
-    assert stateless_widths(stateless) == (256, 128)
 
 
 def names(path: Path) -> set[str]:
@@ -108,8 +108,7 @@ def names(path: Path) -> set[str]:
 
 
 def test_a_row_scores_the_same_alone_in_a_batch_and_padded_within_a_request(tmp_path: Path) -> None:
-    graph = write_graph(small_spec(), tmp_path, precision="fp32")
-    stateless = write_stateless(graph, tmp_path / "scoring.onnx")
+    stateless = write_graph(small_spec(), tmp_path, precision="fp32", scoring=ScoringMode())
     made = [make_row(prompt, random_ids(4, 1, 2)) for prompt in random_ids(5, 3, 40, 11)]
     rows = [row for row, _ in made]
     alone = [score(stateless, [row]) for row in rows]
@@ -124,8 +123,7 @@ def test_a_row_scores_the_same_alone_in_a_batch_and_padded_within_a_request(tmp_
 
 
 def test_the_batch_is_padded_to_its_longest_row_and_no_further(tmp_path: Path) -> None:
-    graph = write_graph(small_spec(), tmp_path, precision="fp32")
-    stateless = write_stateless(graph, tmp_path / "scoring.onnx")
+    stateless = write_graph(small_spec(), tmp_path, precision="fp32", scoring=ScoringMode())
     model = onnx.load(stateless)
     looked_at = {"mask": "BOOL", "padded_places": "INT64", "model.layers.0.mlp_residual": "FLOAT"}
     for name, dtype in looked_at.items():
@@ -140,21 +138,15 @@ def test_the_batch_is_padded_to_its_longest_row_and_no_further(tmp_path: Path) -
         assert feeds["input_ids"][line[: len(row)]].tolist() == row.input_ids.tolist()
 
 
-def test_a_graph_that_is_not_a_decoder_with_a_cache_is_refused(tmp_path: Path) -> None:
-    graph = write_graph(small_spec(), tmp_path, opset=23)
-    with pytest.raises(EngineError, match="is not a decoder's graph with a cache in opset 24"):
-        write_stateless(graph, tmp_path / "scoring.onnx")
-    with pytest.raises(EngineError, match="giving the last logits"):
-        write_stateless(write_graph(small_spec(), tmp_path, logits="all"), tmp_path / "scoring.onnx")
-    with pytest.raises(EngineError, match="must lie beside"):
-        write_stateless(graph, tmp_path.parent / "scoring.onnx")
+def test_a_scoring_graph_in_another_opset_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="needs opset 24, not 23"):
+        write_graph(small_spec(), tmp_path, opset=23, scoring=ScoringMode())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "fp8"])
 def test_it_builds(precision: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="pip install 'tensorrt-rtx>=1.7'", exc_type=ImportError)
-    graph = write(small_spec(), tmp_path, precision)
-    stateless = write_stateless(graph, graph.with_name("scoring.onnx"))
+    stateless = write(small_spec(), tmp_path, precision, ScoringMode())
     modules = linear_modules(small_spec()) if precision == "fp8" else []
     report = build_scoring_engine(
         stateless, tmp_path / "model.plan", LIMITS,
@@ -167,8 +159,7 @@ def test_it_builds(precision: str, tmp_path: Path) -> None:
 
 def test_a_profile_longer_than_the_positions_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="pip install 'tensorrt-rtx>=1.7'", exc_type=ImportError)
-    graph = write_graph(small_spec(), tmp_path)
-    stateless = write_stateless(graph, tmp_path / "scoring.onnx")
+    stateless = write_graph(small_spec(), tmp_path, scoring=ScoringMode())
     with pytest.raises(EngineError, match="max_seq_len is 257, the graph has 256 positions"):
         build_scoring_engine(
             stateless, tmp_path / "model.plan", ScoringLimits(1, 257),
@@ -196,7 +187,7 @@ def test_the_plans_tensors_are_those_of_the_engine_on_a_cpu(tmp_path: Path) -> N
 
 
 def test_the_plans_inputs_are_the_requests_and_what_triton_adds_to_the_batch(tmp_path: Path) -> None:
-    stateless = write_stateless(write_graph(small_spec(), tmp_path), tmp_path / "scoring.onnx")
+    stateless = write_graph(small_spec(), tmp_path, scoring=ScoringMode())
     config = score_plan_config("s", 128, Batching(max_batch_size=6))
     added = {entry.target_name[0]: entry.source_input[0] for entry in config.batch_input}
     assert added == {

@@ -42,7 +42,7 @@ class DecodeGemv:
     ) -> torch.Tensor:
         """Logits [1, vocab_size] float32, or this rank's, of the embedded token `hidden` [1, hidden_size]."""
         empty, shape, weights = self._launch.empty, self._shape, self._weights
-        qkv = empty(1, 1, shape.linear_shape("qkv")[0])
+        qkv = empty(1, 1, shape.matrices["qkv"][0])
         attended, product = empty(1, shape.q_size), empty(1, shape.intermediate_size)
         for index, layer in enumerate(weights.layers):
             self.norm_gemv(hidden, layer.attention_norm, layer.qkv, qkv, self.mlp_amax)

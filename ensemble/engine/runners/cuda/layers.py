@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deepseek_triton.ensemble.artefacts.cuda_layout import GROUPS, DecoderShape
+from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
 from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightSource
 
@@ -84,7 +84,7 @@ class DecoderWeights:
             norms = None
             if shape.qk_norm:
                 norms = torch.stack([load(f"{prefix}q_norm", dtype), load(f"{prefix}k_norm", dtype)])
-            matrices = [linear(prefix + group) for group in GROUPS]
+            matrices = [linear(prefix + matrix) for matrix in shape.matrices]
             return Layer(load(f"{prefix}attention_norm"), load(f"{prefix}mlp_norm"), norms, *matrices)
 
         embedding = load("embedding", dtype)

@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
-from deepseek_triton.ensemble.artefacts.cuda_split import WHOLE, Cut, ShardedDecoder
+from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
 from deepseek_triton.ensemble.artefacts.tensor_file import TensorEntry, TensorFile
+from deepseek_triton.ensemble.decoder.part import WHOLE, Shard
 
 DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -26,7 +27,7 @@ class WeightSource(Protocol):
     def entries(self) -> Mapping[str, TensorEntry]:
         """What there is."""
 
-    def load(self, name: str, device: torch.device, cut: Cut = WHOLE) -> torch.Tensor:
+    def load(self, name: str, device: torch.device, shard: Shard = WHOLE) -> torch.Tensor:
         """The tensor `name`, or a part of it, on `device`."""
 
 
@@ -37,16 +38,16 @@ class StoredWeights:
         self._file = TensorFile(path)
         self.entries = self._file.entries
 
-    def load(self, name: str, device: torch.device, cut: Cut = WHOLE) -> torch.Tensor:
+    def load(self, name: str, device: torch.device, shard: Shard = WHOLE) -> torch.Tensor:
         entry = self.entries[name]
-        target = torch.empty(cut.shape(entry.shape), dtype=DTYPES[entry.dtype], device=device)
+        target = torch.empty(shard.shape(entry.shape), dtype=DTYPES[entry.dtype], device=device)
         itemsize = target.element_size()
         source = self._file.read(name).reshape(entry.shape[0], -1)  # bytes of each row
-        if cut.columns is not None:
-            source = source[:, cut.columns.start * itemsize : cut.columns.stop * itemsize]
+        if shard.columns is not None:
+            source = source[:, shard.columns.start * itemsize : shard.columns.stop * itemsize]
         flat = target.view(-1).view(torch.uint8).view(len(target), -1)
         block, row = max(1, BLOCK_BYTES // source.shape[1]), 0
-        for rows in cut.rows or (slice(0, entry.shape[0]),):
+        for rows in shard.rows or (slice(0, entry.shape[0]),):
             for start in range(rows.start, rows.stop, block):  # no second whole copy in memory
                 part = source[start : min(start + block, rows.stop)].copy()
                 flat[row : row + len(part)].copy_(torch.from_numpy(part))
@@ -61,9 +62,9 @@ class SplitWeights:
         self._source, self._split = source, split
         self.entries = {name: split.entry(name, entry) for name, entry in source.entries.items()}
 
-    def load(self, name: str, device: torch.device, cut: Cut = WHOLE) -> torch.Tensor:
-        assert cut == WHOLE, "a part isn't split again"
-        return self._source.load(name, device, self._split.cut(name))
+    def load(self, name: str, device: torch.device, shard: Shard = WHOLE) -> torch.Tensor:
+        assert shard == WHOLE, "a part isn't split again"
+        return self._source.load(name, device, self._split.shard(name))
 
 
 class RandomWeights:
@@ -78,11 +79,11 @@ class RandomWeights:
         self.entries = shape.entries(frozenset(names) if is_fp8 else frozenset(), biased)
         self._seed = seed
 
-    def load(self, name: str, device: torch.device, cut: Cut = WHOLE) -> torch.Tensor:
+    def load(self, name: str, device: torch.device, shard: Shard = WHOLE) -> torch.Tensor:
         whole = self._make(name, device)
-        if cut.rows is not None:
-            whole = torch.cat([whole[rows] for rows in cut.rows])
-        return whole if cut.columns is None else whole[:, cut.columns].contiguous()
+        if shard.rows is not None:
+            whole = torch.cat([whole[rows] for rows in shard.rows])
+        return whole if shard.columns is None else whole[:, shard.columns].contiguous()
 
     def _make(self, name: str, device: torch.device) -> torch.Tensor:
         entry = self.entries[name]

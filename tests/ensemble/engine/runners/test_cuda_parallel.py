@@ -31,9 +31,10 @@ from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.clients.api import GenerateRequest
 from deepseek_triton.clients.grpc import GrpcClient
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape, LayoutError
-from deepseek_triton.ensemble.artefacts.cuda_split import WHOLE, Cut, ShardedDecoder
+from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.artefacts.tensor_file import TensorEntry, write_tensors
+from deepseek_triton.ensemble.decoder.part import WHOLE, Shard
 from deepseek_triton.ensemble.engine.runners.base import (
     LAST_TOKEN,
     DeviceSampling,
@@ -82,8 +83,8 @@ class Biased(RandomWeights):
         names = frozenset(shape.linear_names())
         self.entries = shape.entries(names if is_fp8 else frozenset(), names)
 
-    def load(self, name: str, device: torch.device, cut: Cut = WHOLE) -> torch.Tensor:
-        return super().load(name, CPU, cut).to(device)
+    def load(self, name: str, device: torch.device, shard: Shard = WHOLE) -> torch.Tensor:
+        return super().load(name, CPU, shard).to(device)
 
 
 @dataclass
@@ -93,10 +94,10 @@ class Spoilt:
     entries: dict[str, TensorEntry]
     pid: int
 
-    def load(self, name: str, device: torch.device, cut: Cut = WHOLE) -> torch.Tensor:
+    def load(self, name: str, device: torch.device, shard: Shard = WHOLE) -> torch.Tensor:
         if os.getpid() != self.pid:
             raise RunnerError("the GPU has 3 MiB free")
-        return torch.zeros(cut.shape(self.entries[name].shape), device=device)
+        return torch.zeros(shard.shape(self.entries[name].shape), device=device)
 
 
 def require(size: int) -> None:
@@ -198,9 +199,9 @@ def test_a_rank_reads_its_part_of_a_file(tmp_path: Path, monkeypatch: pytest.Mon
         split = ShardedDecoder(SHAPE, rank, 4)
         part = SplitWeights(stored, split)
         for name, tensor in whole.items():
-            cut, read = split.cut(name), part.load(name, CPU)
-            wanted = tensor if cut.rows is None else torch.cat([tensor[rows] for rows in cut.rows])
-            wanted = wanted if cut.columns is None else wanted[:, cut.columns].contiguous()
+            shard, read = split.shard(name), part.load(name, CPU)
+            wanted = tensor if shard.rows is None else torch.cat([tensor[rows] for rows in shard.rows])
+            wanted = wanted if shard.columns is None else wanted[:, shard.columns].contiguous()
             assert (read.dtype, read.shape) == (wanted.dtype, wanted.shape)
             assert torch.equal(read.view(torch.uint8), wanted.view(torch.uint8)), name
 

@@ -21,8 +21,8 @@ from benchmarks.cuda_reference import Reference
 from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
-from deepseek_triton.ensemble.artefacts.cuda_split import WHOLE, Cut
 from deepseek_triton.ensemble.artefacts.tensor_file import TensorEntry
+from deepseek_triton.ensemble.decoder.part import WHOLE, Shard
 from deepseek_triton.ensemble.engine.runners.base import (
     LAST_TOKEN,
     DeviceSampling,
@@ -59,8 +59,8 @@ class Biased(RandomWeights):
         names = frozenset(shape.linear_names())
         self.entries = shape.entries(names if is_fp8 else frozenset(), names)
 
-    def load(self, name: str, device: torch.device, cut: Cut = WHOLE) -> torch.Tensor:
-        return super().load(name, DEVICE, cut).to(device)
+    def load(self, name: str, device: torch.device, shard: Shard = WHOLE) -> torch.Tensor:
+        return super().load(name, DEVICE, shard).to(device)
 
 
 def make(shape: DecoderShape = SHAPE, *, is_fp8: bool = True, max_num_seqs: int = 5, **more: Any) -> CudaRunner:

@@ -1,0 +1,58 @@
+"""The table of decoder architectures: what sets one apart from another, and the parts that its layers are made of.
+
+A new dense architecture is one entry here. One with a new kind of part is that part's file, an entry, and a forward
+pass each in the graph builder and in the cuda runner (docs/extending.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deepseek_triton.ensemble.decoder.dense_mlp import DenseMlp
+from deepseek_triton.ensemble.decoder.gqa import GroupedQueryAttention
+from deepseek_triton.ensemble.decoder.part import Part
+
+if TYPE_CHECKING:
+    from deepseek_triton.ensemble.decoder.spec import ModelSpec
+
+# Every kind of part, so that what depends on names alone (a recipe's patterns, say) needs no model.
+PARTS: tuple[type[Part], ...] = (GroupedQueryAttention, DenseMlp)
+TAP_OF = {module: tap.value for part in PARTS for tap in part.TAPS for module in tap.modules}
+LINEAR_MODULES = tuple(TAP_OF)
+
+
+def dense_layer(spec: ModelSpec, layer: int) -> tuple[Part, ...]:
+    """Grouped-query attention and a dense MLP, the same in every layer."""
+    return (
+        GroupedQueryAttention(
+            spec.hidden_size, spec.num_heads, spec.num_kv_heads, spec.head_dim,
+            qkv_bias=spec.qkv_bias, o_bias=spec.o_bias, qk_norm=spec.qk_norm,
+        ),
+        DenseMlp(spec.hidden_size, spec.intermediate_size, spec.mlp_bias),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One decoder architecture.
+
+    qkv_bias: q, k and v always have biases. qk_norm: each head of q and k is normalised. reads_attention_bias:
+    config.json's `attention_bias` means biases on q, k, v and o. gguf_interleaves_heads: GGUF files hold the rows of q
+    and k in llama.cpp's order, in which the two halves of a head alternate. parts: a layer's parts, by its index.
+    """
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    reads_attention_bias: bool = True
+    gguf_interleaves_heads: bool = False
+    parts: Callable[[ModelSpec, int], tuple[Part, ...]] = dense_layer
+
+
+# The `model_type` of config.json and the `general.architecture` of GGUF agree for these.
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(gguf_interleaves_heads=True),  # DeepSeek-LLM, DeepSeek-Coder, R1-Distill-Llama
+    "qwen2": Architecture(qkv_bias=True, reads_attention_bias=False),  # R1-Distill-Qwen
+    "qwen3": Architecture(qk_norm=True),  # R1-0528-Qwen3
+}

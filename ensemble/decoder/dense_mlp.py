@@ -1,0 +1,76 @@
+"""The gated MLP (SwiGLU): down(silu(gate(x)) * up(x)).
+
+Source: Shazeer, arXiv 2002.05202.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from deepseek_triton.ensemble.decoder.part import (
+    WHOLE,
+    CacheTensor,
+    Linear,
+    Norm,
+    Shard,
+    SharedChannels,
+    Tap,
+    part_of,
+)
+
+NORM = "post_attention_layernorm"
+GATE, UP, DOWN = (f"mlp.{name}_proj" for name in ("gate", "up", "down"))
+PRODUCT = "mlp.product"  # silu(gate(x)) * up(x)
+ALIGNMENT = 16  # elements of a matrix's inner dimension that FP8 matrix products read together
+
+
+@dataclass(frozen=True)
+class DenseMlp:
+    """Dimensions in elements."""
+
+    hidden_size: int
+    intermediate_size: int
+    has_bias: bool = False
+
+    FUSED: ClassVar[dict[str, tuple[str, ...]]] = {"gate_up": (GATE, UP), "down": (DOWN,)}
+    TAPS: ClassVar[tuple[Tap, ...]] = (Tap(NORM, (GATE, UP), producer=NORM), Tap(PRODUCT, (DOWN,), producer=UP))
+
+    @property
+    def modules(self) -> tuple[Norm | Linear, ...]:
+        """See `Part`."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        return (
+            Norm(NORM, "ffn_norm", "mlp_norm", hidden),
+            Linear(GATE, "ffn_gate", inner, hidden, self.has_bias),
+            Linear(UP, "ffn_up", inner, hidden, self.has_bias),
+            Linear(DOWN, "ffn_down", hidden, inner, self.has_bias),
+        )
+
+    @property
+    def cache(self) -> tuple[CacheTensor, ...]:
+        """Nothing."""
+        return ()
+
+    def shared_channels(self, tap: str) -> SharedChannels | None:
+        """None: every channel is its own."""
+        return None
+
+    def reason_against(self, size: int) -> str | None:
+        """See `Part`."""
+        if self.intermediate_size % size:
+            return f"intermediate_size {self.intermediate_size} can't be shared out evenly"
+        if size > 1 and (width := self.intermediate_size // size) % ALIGNMENT:
+            return f"each rank's part of intermediate_size is {width}, must be a multiple of {ALIGNMENT}"
+        return None
+
+    def sharded(self, size: int) -> DenseMlp:
+        """Columns of the intermediate state."""
+        return replace(self, intermediate_size=self.intermediate_size // size)
+
+    def shard(self, matrix: str, kind: str, rank: int, size: int) -> Shard:
+        """Rows of gate and of up; columns of down, so that each rank has a part of every sum."""
+        width = self.intermediate_size // size
+        if matrix == "gate_up":
+            return Shard(tuple(part_of(start, rank, width) for start in (0, self.intermediate_size)))
+        return Shard(columns=part_of(0, rank, width)) if kind == "weight" else WHOLE
