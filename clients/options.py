@@ -23,7 +23,7 @@ from deepseek_triton.ensemble.protocol.tensor_spec import DType
 GUIDES: tuple[GuideType, ...] = ("json_schema", "regex", "choice")
 KINDS: dict[DType, type] = {"INT32": int, "UINT64": int, "FP32": float, "STRING": str}
 METAVARS: dict[DType, str] = {"INT32": "N", "UINT64": "N", "FP32": "X", "STRING": "TEXT"}
-# What the commands ask for in an argument group of its own, or in one command alone.
+# Options of an argument group of their own, and of one command alone.
 BESIDE_THE_TEXT = ("thinking_token_budget", "num_top_log_probs")
 ONE_COMMANDS = ("enable_thinking", "num_return_sequences")
 
@@ -45,10 +45,10 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
         add_option(more, field)
 
 
-def add_option(parser: argparse._ActionsContainer, field: str) -> None:
-    """Add one request option as its row of the table describes it. A BOOL's flag switches it off."""
+def add_option(parser: argparse._ActionsContainer, field: str, text: str | None = None) -> None:
+    """Add one request option; `text` None: its help is its meaning. A BOOL's flag switches it off."""
     option = OPTIONS_BY_FIELD[field]
-    text = _help(option)
+    text = _help(option) if text is None else text
     if option.dtype == "BOOL":
         parser.add_argument(option.flag, action="store_false", default=None, dest=field, help=text)
         return

@@ -27,7 +27,7 @@ from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 
 
 class OptionError(ValueError):
-    """An option has a value that it can't have, or that the model has no use for; one line for the client."""
+    """An option has an invalid value, or one that this model can't use; the message is one line for the client."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ class RequestOptions:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, allowed = getattr(self, field.name), RANGES.get(field.name)
-            if value is not None and allowed is not None and not allowed.holds(value):
+            if value is None or allowed is None or field.name == "priority":  # the engine's levels bound it
+                continue
+            if not allowed.holds(value):
                 raise OptionError(f"{field.name} is {value}, must be {allowed.broken_rule(value)}")
         if self.guide is not None and self.guide_type is None:
             raise OptionError("guided_decoding_guide is given without guided_decoding_guide_type; give both")
@@ -95,7 +97,7 @@ class Admission:
         """The request of `prompt_ids` [n], which has arrived at `now`, in seconds.
 
         Raises:
-            OptionError, GuideError, SamplingError, ValueError: an option is at fault.
+            OptionError, GuideError, SamplingError, ValueError: an option is invalid.
         """
         params, info, settings = options.params, options.prompt_info, self._settings
         if params.end_id is not None and params.end_id >= self._vocab_size:
@@ -151,7 +153,7 @@ class Admission:
 
     def _priority(self, priority: int | None) -> int:
         levels = self._settings.priority_levels
-        if priority is None or priority == 0:  # Triton's word for the default
+        if priority is None or priority == 0:  # 0 means the default, as in Triton
             return self._settings.default_priority
         if not 1 <= priority <= levels:
             raise OptionError(f"priority is {priority}, must be 1 (most urgent) to {levels}, or 0 for the default")

@@ -84,7 +84,7 @@ ASKED_OUTPUTS = (
 
 @dataclass(frozen=True)
 class ModelContract:
-    """What one Triton model takes and gives."""
+    """The inputs and outputs of one Triton model."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 MAX_INT32 = 2**31 - 1
 MAX_UINT64 = 2**64 - 1
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
+DTYPE_LIMITS = (MAX_INT32, MAX_UINT64, MAX_FLOAT32)  # rules don't mention them
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class Range:
 
     def broken_rule(self, value: float) -> str:
         """The rule that a value outside the range breaks, in words that follow "must be "."""
-        is_too_large = self.high < value < math.inf and "at most" not in self.rule and " to " not in self.rule
-        return f"at most {self.high}" if is_too_large else self.rule
+        if self.high in DTYPE_LIMITS and self.high < value < math.inf:
+            return f"at most {self.high}"
+        return self.rule
 
 
 def at_least(low: int) -> Range:

@@ -222,8 +222,8 @@ REQUEST_OPTIONS: tuple[RequestOption, ...] = (
         "schedule", "priority", "INT32",
         range=Range(0, at_least(0).high, "at least 1 (most urgent), or 0 for the default"),
         meaning="The request's place in the queue: 1 is the most urgent of the engine's `priority_levels`, 0 the "
-        "default one.",
-        default_note="the engine's `default_priority`",
+        "middle one.",
+        default_note="the middle level",
     ),
     RequestOption(
         "schedule", "queue_timeout_ms", "INT32", range=at_least(0),

@@ -20,7 +20,7 @@ from deepseek_triton.ensemble.sampling.errors import SamplingError
 
 __all__ = ["MAX_FLOAT32", "MAX_LOG_PROBS", "MAX_RETURN_SEQUENCES", "SamplingParams"]
 
-MIN_TEMPERATURE = 1e-5  # below it float32 would overflow, and only the likeliest token is left anyway
+MIN_TEMPERATURE = 1e-5  # below it float32 would overflow, and only the likeliest token would be sampled anyway
 
 
 @dataclass(frozen=True)
