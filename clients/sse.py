@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 
 class EventReader:
@@ -28,10 +28,3 @@ class EventReader:
                 data, self._data = self._data, []
                 if data:
                     yield b"\n".join(data).decode()
-
-
-def iter_events(pieces: Iterable[bytes]) -> Iterator[str]:
-    """Give the data of each complete event of a whole stream. Raises `UnicodeDecodeError`."""
-    reader = EventReader()
-    for piece in pieces:
-        yield from reader.push(piece)
