@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.engine.admission import Admission
 from deepseek_triton.ensemble.engine.loop import EngineLoop, QueueFullError
 from deepseek_triton.ensemble.engine.runners.load import load_runner
@@ -29,7 +30,7 @@ from deepseek_triton.ensemble.processes.acknowledgements import AcknowledgementR
 from deepseek_triton.ensemble.processes.watchdog import watch
 from deepseek_triton.ensemble.protocol import contract
 from deepseek_triton.ensemble.protocol.progress import Progress, Update
-from deepseek_triton.ensemble.protocol.settings import EngineSettings
+from deepseek_triton.ensemble.protocol.settings import EngineSettings, SettingsError
 from deepseek_triton.ensemble.text.errors import one_line
 
 log = logging.getLogger(__name__)
@@ -49,9 +50,13 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the artefacts that lie beside this file and start the loop."""
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
-        settings = EngineSettings.from_model_config(args["model_config"])
         version = args["model_version"]
         directory = Path(args["model_repository"]) / version
+        try:
+            settings = EngineSettings.from_model_config(args["model_config"])
+        except SettingsError:
+            Manifest.load(directory)  # raises if an earlier version, which had other settings, built the model
+            raise
         served_name = args["model_name"].removesuffix("-engine")
         manifest, runner = load_runner(directory, settings)
         self._admission = Admission(directory, runner.vocab_size, manifest.end_ids, settings)

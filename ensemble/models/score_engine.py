@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from deepseek_triton.ensemble.engine.runners.scoring import RowScores, load_scoring_runner
+from deepseek_triton.ensemble.engine.runners.load import load_scoring_runner
+from deepseek_triton.ensemble.engine.runners.scoring import RowScores
 from deepseek_triton.ensemble.models.tensors import read_inputs
 from deepseek_triton.ensemble.protocol import contract
 from deepseek_triton.ensemble.scoring.rows import RowError, ScoreRow, split_rows
