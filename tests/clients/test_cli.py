@@ -288,7 +288,7 @@ def think(received: Received) -> Iterator[Reply]:
 
 
 def popen(*arguments: str, **options: object) -> subprocess.Popen[bytes]:
-    repository = Path(__file__).parent.parent
+    repository = Path(__file__).parents[2]
     return subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], cwd=repository, **options)  # type: ignore[call-overload, no-any-return]
 
 
