@@ -211,6 +211,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     shutil.rmtree(root)  # hundreds of MB
 
 
+@pytest.mark.slow
 def test_the_builder_builds(builder: Image) -> None:
     assert "--max-seq-len" in builder.run("python", "-m", "deepseek_triton.builders.cli", "build", "--help")
     # The entrypoint itself, on real weights: every import that a build makes is made.
@@ -252,6 +253,7 @@ print(np.__version__, tokenizer.decode([int(logits.argmax())]))
 """
 
 
+@pytest.mark.slow
 def test_serve_imports_every_module_of_the_models_and_has_nothing_else(serve: Image) -> None:
     absent = (
         "torch",
@@ -269,6 +271,7 @@ def test_serve_imports_every_module_of_the_models_and_has_nothing_else(serve: Im
     assert with_torch and set(imported) == modules - with_torch - {"deepseek_triton.ensemble"}
 
 
+@pytest.mark.slow
 def test_serve_runs_the_model_with_the_numpy_that_it_gets(serve: Image, smollm2_repository: Path) -> None:
     engine, tokenizer = (smollm2_repository / f"{NAME}-{part}" / "1" for part in ("engine", "tokenizer"))
     numpy, answer = serve.run("python", "-c", ANSWER, str(engine), str(tokenizer)).split()

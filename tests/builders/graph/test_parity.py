@@ -101,6 +101,7 @@ def test_half_precision_and_sharded_checkpoints(dtype: str, shard: str, build: B
     assert_agrees(runner, load_reference(directory), prompt())
 
 
+@pytest.mark.slow
 def test_smollm2_from_gguf(tmp_path: Path) -> None:
     path = smollm2_path()
     reference = load_reference(path.parent, gguf=path.name)
