@@ -22,6 +22,8 @@ SHARED = ("server", "smollm2_repository")  # fixtures that are dear: one worker 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep a file's tests on one worker, and all tests of the shared server on one; start with the longest groups."""
     for item in items:
+        if item.get_closest_marker("xdist_group") is not None:
+            continue
         shares = not set(SHARED).isdisjoint(getattr(item, "fixturenames", ()))
         item.add_marker(pytest.mark.xdist_group("server" if shares else item.nodeid.partition("::")[0]))
     items.sort(key=rank)

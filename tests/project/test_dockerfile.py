@@ -27,6 +27,8 @@ from tests.conftest import NAME
 from tests.support.checkpoints import smollm2_path
 
 ROOT = Path(__file__).parents[2]
+# A second build of SmolLM2 takes less than to install the images twice, or to have the server's worker install them.
+pytestmark = pytest.mark.xdist_group("dockerfile")
 PACKAGES = "/opt/deepseek-triton"
 OLDEST_TAG = (26, 7)
 KEY = "only-for-this-test"
