@@ -731,7 +731,7 @@ class TestWithAGate:
         refused = request({contract.INPUT_IDS: PROMPT})
         engine.execute([refused])
         error = refused.sender.responses[0].error
-        assert error is not None and error.code_ == TritonError.UNAVAILABLE and "wait already" in error.message_
+        assert error is not None and error.code_ == TritonError.UNAVAILABLE and "queue is full" in error.message_
         runner.is_open = True
 
 
