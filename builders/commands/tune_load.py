@@ -1,4 +1,4 @@
-"""One measurement for `deepseek-triton tune`: a server of its own for a point, clients that ask it, their latencies.
+"""One measurement of `deepseek-triton tune`: serve a configuration, load it with clients, return their latencies.
 
 TuneLoad is closed-loop: a client asks again when it has its answer.
 """
@@ -39,7 +39,7 @@ Ask = Callable[[BaseClient, str], Any]
 
 @dataclass(frozen=True)
 class TuneLoad:
-    """How one point is loaded: by so many clients at once, measured for `seconds` after a warm-up."""
+    """The load for one measurement: `clients` ask at the same time, measured for `seconds` after a warm-up."""
 
     texts: Sequence[str]
     clients: int
@@ -48,14 +48,14 @@ class TuneLoad:
 
     @property
     def seconds_in_all(self) -> float:
-        """With the warm-up, without the server's start."""
+        """Seconds of a measurement with its warm-up, without the server's start."""
         return self.seconds * (1 + WARM_UP_SHARE)
 
 
 def read_texts(path: Path | None) -> list[str]:
-    """What clients send: a text a line, as it is; without a file, passages that all begin differently.
+    """The texts that clients send: each line of a file; without a file, passages that all begin differently.
 
-    A generator continues from what an earlier prompt left in its slot, so prompts that repeat measure that instead.
+    A generator reuses the cached prefix of an earlier prompt, so prompts that repeat would measure that reuse.
 
     Raises:
         TuneError: the file can't be read, or holds none.
@@ -67,7 +67,7 @@ def read_texts(path: Path | None) -> list[str]:
         raise TuneError(f"texts {file} can't be read: {error}") from error
     if path is None:
         words = whole.split()
-        # A stride that shares no divisor with their number: neighbours in the list are far apart in the text.
+        # The stride has no common divisor with their number: neighbours in the list are far apart in the text.
         starts = [i * 101 % len(words) for i in range(len(words))]
         return [" ".join(words[i : i + PASSAGE_WORDS]) for i in starts if i + PASSAGE_WORDS <= len(words)]
     texts = [line.strip() for line in whole.splitlines() if line.strip()]
@@ -77,7 +77,7 @@ def read_texts(path: Path | None) -> list[str]:
 
 
 def asker(name: str, configs: Configs, labels: tuple[str, ...], max_tokens: int) -> Ask:
-    """One request to model `name`.
+    """A function that sends one request to model `name`.
 
     Raises:
         TuneError: labels for a model that generates.
@@ -90,10 +90,10 @@ def asker(name: str, configs: Configs, labels: tuple[str, ...], max_tokens: int)
 
 
 def measure(repository: Path, name: str, configs: Configs, load: TuneLoad) -> Measurement:
-    """Serve model `name` with these configurations and load it; what can't be served is a result too.
+    """Serve model `name` with these configurations and load it; configurations that can't be served give a failure.
 
     Raises:
-        TuneError: not the configurations are at fault, but this machine.
+        TuneError: this machine is at fault, not the configurations.
     """
     try:
         with (
@@ -108,7 +108,7 @@ def measure(repository: Path, name: str, configs: Configs, load: TuneLoad) -> Me
 
 
 def run(load: TuneLoad, url: str, model: str) -> Measurement:
-    """Let the clients ask, and take the latencies of the answers that come after the warm-up."""
+    """Run the clients, and return the latencies of the answers that come after the warm-up."""
     start = time.perf_counter()
     counted_from, end = start + load.seconds_in_all - load.seconds, start + load.seconds_in_all
     latencies: list[float] = []
@@ -124,14 +124,14 @@ def run(load: TuneLoad, url: str, model: str) -> Measurement:
                 return one_line(error)
             index += load.clients
             finished = time.perf_counter()
-            # By their ends: counting only those that also began here would leave out the slow ones.
+            # Answers count by their ends: counting those that also began here would leave out the slow ones.
             if counted_from <= finished <= end:
                 with lock:
                     latencies.append(round((finished - began) * 1e3, DECIMALS))
         return ""
 
     with ThreadPoolExecutor(load.clients) as pool, contextlib.ExitStack() as stack:
-        # Closed before the pool waits for its threads: an interrupt ends what they wait for.
+        # This runs before the pool waits for its threads, so an interrupt ends what they wait for.
         stack.callback(is_over.set)
         clients = [stack.enter_context(GrpcClient(url, model, REQUEST_TIMEOUT_S)) for _ in range(load.clients)]
         failure = next((told for told in pool.map(ask, range(load.clients), clients) if told), "")

@@ -104,7 +104,7 @@ def tune(
 
 
 def conclusion(tuned: Tuned) -> str:
-    """What came of it, in a few words."""
+    """The outcome of tuning, in a few words."""
     if tuned.changed:
         return "start the server again"
     if tuned.decision is None:
@@ -115,7 +115,7 @@ def conclusion(tuned: Tuned) -> str:
 
 
 class _Bench:
-    """Measures points of one model, each once, by the clock, and tells of them."""
+    """Measures configurations of one model within the budget, and prints each result."""
 
     def __init__(
         self,
@@ -150,10 +150,10 @@ class _Bench:
 
 
 def _search(bench: _Bench, space: list[Parameter], start: Point) -> tuple[list[Measured], bool]:
-    """The points that were measured, and whether the search came to its end.
+    """Return the points that were measured, and whether the search was finished within the budget.
 
     Raises:
-        TuneError: the start can't be measured: there is nothing to compare with.
+        TuneError: the start can't be measured, so there is nothing to compare with.
     """
     is_complete, num_known = True, 0
 
@@ -182,7 +182,7 @@ def _search(bench: _Bench, space: list[Parameter], start: Point) -> tuple[list[M
 
 
 def _confirm(bench: _Bench, points: Sequence[Point]) -> list[list[Measurement]]:
-    """Rounds in which every point is measured: as many as were asked for, or as there was time for."""
+    """Measure every point in each round, for as many rounds as were asked for or fit into the budget."""
     digests = [bench.digest(point) for point in points]
     rounds: list[list[Measurement]] = []
     known = [bench.journal.get_round(number, digests) for number in range(bench.options.rounds)]
@@ -226,7 +226,7 @@ def _engine_version(options: TuneOptions) -> Path:
 
 
 def _require_writable(repository: Path, configs: Configs) -> None:
-    """Now, not after a quarter of an hour."""
+    """Refuse a repository that a winner couldn't be written to, before anything is measured."""
     for directory in (repository, *(repository / name for name in configs)):
         if not os.access(directory, os.W_OK):
             raise TuneError(f"{directory} can't be written to, so a winner couldn't be: --dry-run only measures")

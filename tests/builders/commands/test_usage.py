@@ -17,6 +17,7 @@ import pytest
 from deepseek_triton.builders import cli
 from deepseek_triton.builders.commands.fit import describe
 from deepseek_triton.builders.commands.models import suggest_model
+from deepseek_triton.builders.commands.table import COMMANDS
 from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.clients.options import add_request_arguments
 from deepseek_triton.ensemble.scoring.calibration import ProbabilityCalibration
@@ -32,7 +33,7 @@ def usage_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     out, err = capsys.readouterr()
     assert out == ""
     error, see = err.splitlines()
-    command = arguments[0] if arguments[0] in cli.COMMANDS else ""
+    command = arguments[0] if arguments[0] in COMMANDS else ""
     assert see == f"see: {' '.join(['deepseek-triton', command]).strip()} --help"
     return error.removeprefix("error: ")
 
@@ -42,7 +43,7 @@ def test_a_bare_call_prints_help_and_is_wrong_usage(capsys: pytest.CaptureFixtur
         cli.main([])
     assert caught.value.code == 2
     err = capsys.readouterr().err
-    assert all(f"  {name}" in err for name in cli.COMMANDS)
+    assert all(f"  {name}" in err for name in COMMANDS)
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +53,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("deepseek-triton ")
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_described(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     from deepseek_triton.builders.commands import parser
 
