@@ -119,7 +119,7 @@ def _check_outputs(at: str, step: ModelConfig, model: ModelConfig, wires: _Wires
             continue
         if tensor in wires.ends:
             what = f"output {name!r} is mapped to {tensor!r}, which {wires.ends[tensor].owner} produces already"
-            yield Problem(at, f"{what}; give it another name")
+            yield Problem(at, f"{what}; give it a name of its own")
             continue
         wires.ends[tensor] = ends[name]
         if behind:

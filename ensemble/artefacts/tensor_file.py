@@ -92,7 +92,7 @@ class TensorFile:
             raise TensorFileError(f"{path} is not a tensor file, or was cut short; build the model again") from error
         for name, (begin, end) in self._places.items():
             if end - begin != self.entries[name].num_bytes or not 0 <= begin <= end <= len(self._data):
-                raise TensorFileError(f"{path}: {name} isn't where the header says; build the model again")
+                raise TensorFileError(f"{path}: {name} doesn't lie where the header says; build the model again")
 
     def read(self, name: str) -> NDArray[np.uint8]:
         """The tensor's bytes, flat and read-only."""
