@@ -22,10 +22,13 @@ def main() -> None:
     rows = []
     for number, line in enumerate(wrapped(lines)):
         spans, column = [], 0
-        is_answer = not line.startswith(("[", " ", "built", "it took"))
+        is_answer = not line.startswith(
+            ("[", " ", "$", "built", "it took", "serve it", "a server", "time to", "server")
+        )
         for word in line.split(" ") if is_answer else [line]:
             x, y = 16 + column * CHARACTER, 28 + number * LINE_HEIGHT
-            spans.append(f'<text class="w" style="animation-delay:{at:.2f}s" x="{x:.1f}" y="{y}">{escape(word)}</text>')
+            style = f"animation-delay:{at:.2f}s"
+            spans.append(f'<text class="w" style="{style}" x="{x:.1f}" y="{y}">{escape(word)}</text>')
             column += len(word) + 1
             at += 0.06 if is_answer else 0.4
         rows += spans

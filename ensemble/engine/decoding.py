@@ -1,6 +1,6 @@
 """Who chooses a sequence's next token: the runner, by a DeviceSampling, or the host, from logits.
 
-A sequence that needs nothing else is drawn where its logits are; one with a guide, bad words, penalties or a forced
+A sequence that needs nothing else is sampled where its logits are; one with a guide, bad words, penalties or a forced
 token is not. It knows neither slots nor clients.
 """
 
@@ -20,7 +20,7 @@ from deepseek_triton.ensemble.sampling import Sampled, SamplingError, choose
 Outcome = Sampled | Exception
 
 
-def draw_of(sequence: TokenSequence) -> DeviceSampling | None:
+def sampling_of(sequence: TokenSequence) -> DeviceSampling | None:
     """How a runner may choose the token behind those that the sequence awaits, whatever these are; None: it may not."""
     num_awaited = sequence.num_awaited
     if sequence.bad_words is not None or (sequence.guide is not None and (num_awaited or sequence.is_guided)):
@@ -30,8 +30,8 @@ def draw_of(sequence: TokenSequence) -> DeviceSampling | None:
     return sequence.sampler.draw(num_awaited)
 
 
-def drawn(sequence: TokenSequence, token: int, log_prob: float) -> Outcome:
-    """What the runner drew for the sequence, as its sampler's choice."""
+def sampled(sequence: TokenSequence, token: int, log_prob: float) -> Outcome:
+    """What the runner sampled for the sequence, as its sampler's choice."""
     if not math.isfinite(log_prob):
         return SamplingError.not_finite()
     sequence.sampler.push(token)

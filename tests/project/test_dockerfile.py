@@ -27,6 +27,8 @@ from tests.conftest import NAME
 from tests.support.checkpoints import smollm2_path
 
 ROOT = Path(__file__).parents[2]
+# A second build of SmolLM2 takes less than to install the images twice, or to have the server's worker install them.
+pytestmark = pytest.mark.xdist_group("dockerfile")
 PACKAGES = "/opt/deepseek-triton"
 OLDEST_TAG = (26, 7)
 KEY = "only-for-this-test"
@@ -214,6 +216,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     shutil.rmtree(root)  # hundreds of MB
 
 
+@pytest.mark.slow
 def test_the_builder_builds(builder: Image) -> None:
     assert "--max-seq-len" in builder.run("python", "-m", "deepseek_triton.builders.cli", "build", "--help")
     # The entrypoint itself, on real weights: every import that a build makes is made.
@@ -255,6 +258,7 @@ print(np.__version__, tokenizer.decode([int(logits.argmax())]))
 """
 
 
+@pytest.mark.slow
 def test_serve_imports_every_module_of_the_models_and_has_nothing_else(serve: Image) -> None:
     absent = (
         "torch",
@@ -272,6 +276,7 @@ def test_serve_imports_every_module_of_the_models_and_has_nothing_else(serve: Im
     assert with_torch and set(imported) == modules - with_torch - {"deepseek_triton.ensemble"}
 
 
+@pytest.mark.slow
 def test_serve_runs_the_model_with_the_numpy_that_it_gets(serve: Image, smollm2_repository: Path) -> None:
     engine, tokenizer = (smollm2_repository / f"{NAME}-{part}" / "1" for part in ("engine", "tokenizer"))
     numpy, answer = serve.run("python", "-c", ANSWER, str(engine), str(tokenizer)).split()

@@ -94,13 +94,13 @@ class Decoded:
 class SamplingRunner(Runner, Protocol):
     """A runner that samples on the device, and computes while the caller does something else."""
 
-    def can_draw(self, draw: DeviceSampling) -> bool:
+    def can_sample(self, sampling: DeviceSampling) -> bool:
         """Whether this runner can sample that way; if it can't, ask for the row's logits."""
 
     def start_decode(
-        self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+        self, ids: Ids, positions: Ids, samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
-        """Begin a `decode` and return without waiting; draws[i] is row i's sampling, None for a row without."""
+        """Begin a `decode` and return without waiting; samplings[i] is row i's sampling, None for a row without."""
 
     def finish_decode(self) -> Decoded:
         """Wait for the step that `start_decode` began; `Decoded` has the logits of its `logits_rows`."""
@@ -120,11 +120,11 @@ class PipelinedRunner(Protocol):
     steps_in_flight: int
     packs_prompts: bool
 
-    def can_draw(self, draw: DeviceSampling) -> bool:
+    def can_sample(self, sampling: DeviceSampling) -> bool:
         """See SamplingRunner."""
 
     def start_decode(
-        self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+        self, ids: Ids, positions: Ids, samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
         """See SamplingRunner.
 
@@ -136,9 +136,9 @@ class PipelinedRunner(Protocol):
         """Wait for the decode that was begun first; see SamplingRunner."""
 
     def start_prefill(
-        self, chunks: Sequence[PromptChunk], draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+        self, chunks: Sequence[PromptChunk], samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
-        """Begin a `prefill` of chunks of different slots; draws[i] and the rows belong to the chunks' last tokens.
+        """Begin a `prefill` of chunks of different slots; samplings[i] and the rows belong to the chunks' last tokens.
 
         All chunks together hold at most the `max_num_batched_tokens` tokens that the runner was made for.
         """
