@@ -1,4 +1,4 @@
-"""What a builder raises when its input is at fault.
+"""The errors of a builder whose input is at fault.
 
 BuildError             shown to the user as one line: what is wrong, and what to do
 ├── CheckpointError    a file of the checkpoint is missing, unreadable or not what it claims

@@ -1,7 +1,7 @@
 """Contracts, pipelines and settings → config.pbtxt, through Triton's own ModelConfig protobuf.
 
-A field that Triton doesn't have fails here, at build time. What enters is typed data, what leaves is a
-ModelConfig or its text; it reads and writes no files.
+A field that Triton doesn't have fails here, at build time. What enters is typed data, what leaves is a ModelConfig or
+its text; this module reads and writes no files.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ HEADER = "# Written by `deepseek-triton build`: change the builder, not this fil
 
 
 class PbtxtError(BuildError):
-    """A configuration that Triton couldn't read."""
+    """The configuration is one that Triton couldn't read."""
 
 
 def tokenizer_config(served_name: str, parameters: Mapping[str, str] | None = None) -> ModelConfig:
@@ -76,7 +76,7 @@ def tokenizer_config(served_name: str, parameters: Mapping[str, str] | None = No
 def detokenizer_config(served_name: str, parameters: Mapping[str, str] | None = None) -> ModelConfig:
     """The configuration of `served_name`'s detokenizer."""
     config = _text_model(model_name(served_name, DETOKENIZER_SUFFIX), DETOKENIZER, parameters)
-    config.model_transaction_policy.decoupled = True  # a heartbeat is answered with nothing
+    config.model_transaction_policy.decoupled = True  # a heartbeat has no answer
     return config
 
 
@@ -85,7 +85,7 @@ def engine_config(served_name: str, parameters: Mapping[str, str]) -> ModelConfi
     return _model_config(
         {
             **_python_model(model_name(served_name, ENGINE_SUFFIX), ENGINE, parameters),
-            # The engine batches by itself, step by step: Triton hands it one sequence at a time.
+            # The engine forms its own batches, so Triton gives it one sequence at a time.
             "max_batch_size": 1,
             "model_transaction_policy": {"decoupled": True},
         }
@@ -106,16 +106,16 @@ def scorer_config(served_name: str, hidden_size: int) -> ModelConfig:
 def score_engine_config(
     served_name: str, hidden_size: int, batching: Batching, parameters: Mapping[str, str]
 ) -> ModelConfig:
-    """The configuration of a stateless engine on a CPU; `parameters` are ScoringSettings.to_parameters()."""
+    """The configuration of a scoring engine that a Python model runs; `parameters` are its settings'."""
     contract = _with_hidden_size(SCORE_ENGINE, hidden_size)
     model = _python_model(model_name(served_name, ENGINE_SUFFIX), contract, parameters)
     return _model_config(_batched(_ragged(model), batching))
 
 
 def score_plan_config(served_name: str, hidden_size: int, batching: Batching) -> ModelConfig:
-    """The configuration of a stateless engine whose plan Triton's own tensorrt backend runs: the same tensors.
+    """The configuration of a scoring engine whose plan Triton's tensorrt backend runs.
 
-    Triton concatenates ragged requests; what it adds to the batch says where each row ends.
+    Triton concatenates the rows of ragged requests; the batch inputs say where each row ends.
     """
     contract = _with_hidden_size(SCORE_ENGINE, hidden_size)
     batch_inputs = (
@@ -146,7 +146,7 @@ def score_plan_config(served_name: str, hidden_size: int, batching: Batching) ->
 
 
 def ensemble_config(served_name: str, pipeline: EnsemblePipeline, max_batch_size: int = 1) -> ModelConfig:
-    """The configuration of the ensemble that clients call; Triton derives itself that it is decoupled."""
+    """The configuration of the ensemble that clients call; Triton finds out that it is decoupled."""
     return _model_config(
         {
             "name": served_name,
@@ -197,7 +197,7 @@ def _text_model(name: str, contract: ModelContract, parameters: Mapping[str, str
         {
             **_python_model(name, contract, parameters or {}),
             "max_batch_size": TEXT_MAX_BATCH_SIZE,
-            # No delay: take what has queued up while the last batch ran, never wait for more.
+            # Without a delay a batch takes what has queued up while the last one ran, and doesn't wait for more.
             "dynamic_batching": {"max_queue_delay_microseconds": 0},
         }
     )
@@ -212,7 +212,7 @@ def _ragged_text_model(name: str, contract: ModelContract) -> dict[str, Any]:
 
 
 def _ragged(model: dict[str, Any]) -> dict[str, Any]:
-    """Requests of different lengths may share a batch: Triton would keep them apart."""
+    """Let requests of different lengths share a batch; by default Triton keeps them apart."""
     return {**model, "input": [{**tensor, "allow_ragged_batch": tensor["dims"] == [-1]} for tensor in model["input"]]}
 
 
@@ -236,7 +236,7 @@ def _batched(model: dict[str, Any], batching: Batching) -> dict[str, Any]:
 
 
 def _with_hidden_size(contract: ModelContract, hidden_size: int) -> ModelContract:
-    """The contract with the one width that depends on the model."""
+    """The contract with the width of the hidden state, which depends on the model."""
 
     def sized(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
         return tuple(replace(spec, dims=(hidden_size,)) if spec == HIDDEN_STATE else spec for spec in specs)
@@ -258,7 +258,7 @@ def _python_model(name: str, contract: ModelContract, parameters: Mapping[str, s
 def _tensors(contract: ModelContract) -> dict[str, Any]:
     return {
         "input": [{**tensor, "optional": spec.optional} for spec, tensor in _described(contract.inputs)],
-        # Only inputs can be optional: a model may always leave an output out.
+        # Only inputs are declared optional: a model may leave out any output.
         "output": [tensor for _, tensor in _described(contract.outputs)],
     }
 

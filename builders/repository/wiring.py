@@ -1,8 +1,8 @@
-"""How an ensemble's steps are wired: which tensor goes where, and whether it fits.
+"""Check the connections between an ensemble's steps: that each tensor exists, and that its two ends fit.
 
-What enters are parsed configurations, what leaves are problems; it opens no files. The rules are Triton's,
-but stricter in one place: two ends of a connection must have equal dims, where Triton lets -1 meet any number
-and fails at the first request.
+What enters are parsed configurations, what leaves are problems; this module opens no files. The rules are Triton's, but
+stricter in one place: the two ends of a connection must have equal dims. Triton accepts -1 with any number, and fails
+at the first request.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that keeps a repository from being served: where it is, what it is and what to do."""
+    """A reason why a repository can't be served: the place, and what is wrong with it and what to do."""
 
     where: str
     what: str
@@ -26,7 +26,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class _End:
-    """One end of a connection: whose tensor it is, and what it carries (dims with the batch dimension)."""
+    """One end of a connection: the model whose tensor it is, and its type and dims with the batch dimension."""
 
     owner: str
     dtype: str
@@ -36,12 +36,12 @@ class _End:
 
 @dataclass
 class _Wires:
-    """The ensemble's tensors, by name, as far as the steps have been followed."""
+    """The ensemble's tensors by name, after the steps that were checked so far."""
 
-    makers: Mapping[str, str]  # every tensor that some step produces → that step's model
-    ends: dict[str, _End]  # what exists so far
-    streamed: dict[str, str] = field(default_factory=dict)  # what a decoupled model is behind → that model
-    faulty: set[str] = field(default_factory=set)  # what a step can't produce for a reason already reported
+    makers: Mapping[str, str]  # tensor → the model of the step that produces it
+    ends: dict[str, _End]  # the tensors that exist so far
+    streamed: dict[str, str] = field(default_factory=dict)  # tensor → the decoupled model that it comes from
+    faulty: set[str] = field(default_factory=set)  # tensors that a step can't produce for a reason that was reported
     used: set[str] = field(default_factory=set)
 
 
@@ -118,7 +118,7 @@ def _check_outputs(at: str, step: ModelConfig, model: ModelConfig, wires: _Wires
             wires.faulty.add(tensor)
             continue
         if tensor in wires.ends:
-            what = f"output {name!r} is mapped to {tensor!r}, which {wires.ends[tensor].owner} gives already"
+            what = f"output {name!r} is mapped to {tensor!r}, which {wires.ends[tensor].owner} produces already"
             yield Problem(at, f"{what}; give it a name of its own")
             continue
         wires.ends[tensor] = ends[name]

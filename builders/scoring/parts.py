@@ -1,4 +1,4 @@
-"""The parts of a scoring model that are data: its profile, tried with its own tokenizer, and its configurations."""
+"""Write a scoring model's profile, after trying it with the model's tokenizer, and make its configurations."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def scoring_configs(options: BuildOptions, hidden_size: int) -> tuple[pbtxt.Mode
 def write_profile(
     scoring: ScoringOptions, max_seq_len: int, *, is_plan: bool, tokenizer: Path, scorer: Path
 ) -> list[int]:
-    """Write scoring.json beside the tokenizer and the scorer, after first prompts have been made with it.
+    """Write scoring.json beside the tokenizer and the scorer, after making a prompt with it.
 
     Returns:
-        The ids that the prompts of all texts begin with.
+        The token ids that the prompts of all texts begin with.
 
     Raises:
         BuildError: the template or the labels are at fault, or leave no room for a text.
@@ -48,7 +48,7 @@ def write_profile(
         prompter = Prompter(profile, Tokenizer.from_directory(tokenizer))
         prompter.row("x", None, profile.labels or ("a", "b"))
         prefix_ids = prompter.prefix_ids()
-    except ValueError as error:  # ProfileError, TextError: one line each
+    except ValueError as error:  # ScoringProfileError or TextError, one line each
         raise BuildError(f"the scoring prompt can't be made: {error}") from error
     for directory in (tokenizer, scorer):
         profile.save(directory)

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.builders.targets.artefacts.target import Artefacts, BuildJob, CacheBudget, Target
-from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape, LayoutError
-from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.protocol.settings import EngineSettings, target_defaults
 
@@ -43,6 +41,8 @@ class CudaTarget(Target):
             BuildError: the model can't be split over so many GPUs.
         """
         from deepseek_triton.builders.targets.artefacts.cuda_weights import decoder_shape
+        from deepseek_triton.ensemble.artefacts.cuda_layout import LayoutError
+        from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
 
         size = EngineSettings(**options.settings).tensor_parallel_size
         try:
@@ -59,6 +59,9 @@ class CudaTarget(Target):
 
     def check(self, manifest: Manifest, settings: EngineSettings) -> Iterator[str]:
         """See Target: the model must be divisible among the GPUs too."""
+        from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape, LayoutError
+        from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
+
         try:
             ShardedDecoder(DecoderShape.from_dict(manifest.engine), 0, settings.tensor_parallel_size)
         except LayoutError as error:

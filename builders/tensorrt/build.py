@@ -1,7 +1,7 @@
-"""A decoder's ONNX graph → a TensorRT plan with its cache, and a report of what is in it.
+"""Compile a decoder's ONNX graph into a TensorRT plan with a KV cache, and report what is in it.
 
-One path for both TensorRTs and for float32, float16 and FP8 graphs: types come from the graph. It knows
-nothing of checkpoints or of the model repository.
+Both TensorRTs and float32, float16 and FP8 graphs take the same path, since the types come from the graph. This module
+knows nothing about checkpoints or the model repository.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from deepseek_triton.ensemble.artefacts.tensorrt_api import PlanInfo
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What was built.
+    """The plan that was built.
 
     plan: for the manifest. census: of the network that was compiled. plan_bytes: the file's length. seconds:
-    how long it took. layers: the compiled layers, where a GPU of the right kind is here to load the plan;
-    else None.
+    how long it took. layers: the compiled layers, if this machine has a GPU that can load the
+    plan, else None.
     """
 
     path: Path
@@ -60,13 +60,13 @@ def build_engine(
     Args:
         onnx_path: decoder.py's graph with the last logits, quantised or not.
         target: "tensorrt" or "tensorrt-rtx".
-        precision: what the graph is in: "fp32", "fp16" or "fp8".
+        precision: the graph's: "fp32", "fp16" or "fp8".
         max_num_seqs: sequences decoded at once, at most. max_num_batched_tokens: prompt tokens in one call, at most.
         max_seq_len: positions in a slot's cache; the graph's own.
         compute_capability: the GPU's that will serve, as "8.9"; None: this machine's.
         fp8_modules: linear layers that must be FP8 in TensorRT's network.
         timing_cache: a file that spares later builds the timing of kernels; TensorRT for RTX times none.
-        progress: called with what is done, and thousandths of it.
+        progress: called with the name of the step, and thousandths of it.
 
     Raises:
         EngineError: with one line; nothing was written.

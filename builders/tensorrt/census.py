@@ -1,4 +1,4 @@
-"""What is in a network: counted before it is compiled, so that a build proves what it built.
+"""Count the layers of a network before it is compiled, so that a build can prove what it built.
 
 What enters is TensorRT's network definition, what leaves is a Census. TensorRT networks are strongly typed:
 a matrix multiply whose two operands are dequantised FP8 is an FP8 matrix multiply, and nothing else can be
@@ -16,16 +16,15 @@ from typing import Any
 from deepseek_triton.builders.tensorrt.errors import NotQuantizedError
 
 ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
-# Layers between a matrix multiply and the dequantisation that feeds it: they move values, they don't change
-# them.
+# Layers that may stand between a dequantisation and its matrix multiply: they move values and don't change them.
 TRANSPARENT = ("SHUFFLE", "IDENTITY", "UNSQUEEZE", "SQUEEZE")
-# A linear layer's node is named after its module, or "<module>.<what>" where more nodes make it up.
+# A linear layer's node is named after its module, or "<module>.<suffix>" where it consists of several nodes.
 NODE_SUFFIXES = (".scaled", ".product")
 
 
 @dataclass(frozen=True)
 class Census:
-    """Layers of a network.
+    """The numbers of a network's layers.
 
     attention, cache_updates, rotary_embeddings: how many of each. fp8, not_fp8: modules of the linear layers
     by Hugging Face's names, in the network's order.

@@ -1,7 +1,7 @@
-"""One compilation: graph in, plan out, whole or not at all.
+"""Compile one graph into one plan.
 
-It knows TensorRT's builder, its timing cache and how to stop it. What a plan is for, and what becomes of it,
-is its callers' business.
+This module knows TensorRT's builder, its timing cache and how to stop it. It doesn't know what a plan is for, and it
+writes no plan.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class CompileJob:
     """What to compile.
 
-    model: the graph without its weights, which lie beside `path`. precision: what the graph is in. forms: of
+    model: the graph without its weights, which lie beside `path`. precision: the graph's. forms: of
     attention, in the order in which to try them. gives_best_token: whether greedy decoding's outputs are
     added. fp8_modules: linear layers that must be FP8 in the network. timing_cache: a file kept from build to
     build.
@@ -111,7 +111,7 @@ def _compile(job: CompileJob, form: AttentionForm) -> Compiled:
 
 
 def read_graph(path: Path) -> onnx.ModelProto:
-    """The graph without its weights.
+    """Read the graph without its weights.
 
     Raises:
         EngineError: the file isn't there or isn't ONNX.
@@ -125,7 +125,7 @@ def read_graph(path: Path) -> onnx.ModelProto:
 
 
 def _load_timing_cache(config: Any, job: CompileJob) -> Any:
-    """The job's timing cache; an empty one where there is none or another TensorRT wrote it; None: not wanted."""
+    """The job's timing cache, empty if the file is missing or another TensorRT wrote it; None if it has none."""
     path = job.timing_cache
     if path is None or job.target.cross_compiles:
         return None

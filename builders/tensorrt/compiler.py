@@ -1,7 +1,6 @@
-"""Which TensorRT builds, and for which GPU.
+"""Decide which TensorRT compiles, and for which GPU.
 
-What enters is a target's name, a precision and perhaps a compute capability; what leaves has all three
-settled.
+What enters is a target's name, a precision and perhaps a compute capability; what leaves has all three.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ class CompileTarget:
 
     @property
     def cross_compiles(self) -> bool:
-        """Whether it builds for GPUs that aren't here; then it times nothing, and has no timing cache."""
+        """Whether it builds for GPUs of other machines; then it measures no kernels and has no timing cache."""
         return hasattr(self.api, "ComputeCapability")
 
 
 def resolve_target(name: str, precision: str, compute_capability: str | None = None) -> CompileTarget:
-    """Settle what to build with and for; without a `compute_capability`, for this machine's GPU.
+    """Decide what to build with and for; without a `compute_capability`, for this machine's GPU.
 
     Raises:
         UnsupportedGpuError: FP8 before 8.9, or a GPU that this TensorRT can't build for.
@@ -89,8 +88,7 @@ def _check_fp8(precision: str, compute_capability: str) -> None:
 
 
 def _known(api: Any) -> list[str]:
-    """The compute capabilities that `api` builds for without such a GPU: SM89 → "8.9"; none for datacenter
-    TensorRT."""
+    """The compute capabilities that `api` builds for without a GPU (SM89 → "8.9"); none for datacenter TensorRT."""
     names = (name for name in dir(getattr(api, "ComputeCapability", None)) if name.startswith("SM"))
     numbers = sorted(int(name[2:]) for name in names)
     return [f"{number // 10}.{number % 10}" for number in numbers]

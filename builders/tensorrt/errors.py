@@ -1,9 +1,9 @@
-"""What can go wrong while an engine is built.
+"""The errors of compiling an engine.
 
 BuildError
-└── EngineError               an option, the graph or TensorRT itself
-    ├── UnsupportedGpuError   this GPU can't run what was asked for, or none is here to build on ├──
-    GraphError            TensorRT can't read the graph, or can't compile it; names the node where it can
+└── EngineError               an option, the graph or TensorRT itself is at fault
+    ├── UnsupportedGpuError   the GPU can't run what was asked for, or this machine has none to build on
+    ├── GraphError            TensorRT can't read or compile the graph; names the node if it can
     └── NotQuantizedError     a layer that should be FP8 is not
 """
 
@@ -17,7 +17,7 @@ class EngineError(BuildError):
 
 
 class UnsupportedGpuError(EngineError):
-    """The GPU asked for can't run this, or a GPU is needed and none is here."""
+    """The chosen GPU can't run this, or a GPU is needed and this machine has none."""
 
 
 class GraphError(EngineError):
@@ -25,4 +25,4 @@ class GraphError(EngineError):
 
 
 class NotQuantizedError(EngineError):
-    """The recipe says FP8, the network says otherwise."""
+    """A layer that the recipe makes FP8 isn't FP8 in the network."""

@@ -1,4 +1,4 @@
-"""The compiled layers of a plan, as TensorRT's engine inspector tells them; only where a GPU can load it."""
+"""List the compiled layers of a plan with TensorRT's engine inspector, which needs a GPU that can load the plan."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineLayer:
-    """One compiled layer. inputs, outputs: each tensor's format and datatype in TensorRT's words."""
+    """One compiled layer. inputs, outputs: each tensor's format and datatype by TensorRT's names."""
 
     name: str
     kind: str
@@ -27,7 +27,7 @@ class EngineLayer:
 
 
 def inspect_plan(target: CompileTarget, path: Path) -> tuple[EngineLayer, ...] | None:
-    """The layer table of the plan at `path`; None where no GPU that it was built for is here."""
+    """The layers of the plan at `path`; None if this machine has no GPU that it was built for."""
     if device_compute_capability() != target.compute_capability:
         return None
     api, messages = target.api, Messages()

@@ -1,7 +1,7 @@
-"""The ONNX graph inside TensorRT: parsed, its attention made exact, its profiles set.
+"""Parse the ONNX graph into a TensorRT network, correct its attention, and set its profiles.
 
-What enters is the graph's protobuf and TensorRT's objects; what leaves is a network ready to compile. It
-builds and writes nothing.
+What enters is the graph's protobuf and TensorRT's objects; what leaves is a network that is ready to compile. This
+module compiles and writes nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MASK = "mask"  # decoder.py's causal mask over the whole cache
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """How attention is told what it may look at, and whether TensorRT may break it up into single operations.
+    """How attention is masked, and whether TensorRT must run it as one fused kernel.
 
     name: "lengths" (key/value lengths and lower-right causality) or "mask".
     """
@@ -31,8 +31,8 @@ class AttentionForm:
     is_fused: bool
 
 
-# Tried in this order. Where no fused kernel takes the lengths, one may take the mask; broken-up attention is
-# the last resort, except in float32, for which TensorRT has no fused kernel at all.
+# They are tried in this order. If no fused kernel takes the lengths, one may take the mask; decomposed attention is
+# the last resort, except in float32, for which TensorRT has no fused kernel.
 ATTENTION_FORMS: dict[str, tuple[AttentionForm, ...]] = {
     "fp32": (AttentionForm("lengths", False), AttentionForm("mask", False)),
     "fp16": (AttentionForm("lengths", True), AttentionForm("mask", True), AttentionForm("lengths", False)),
@@ -60,7 +60,7 @@ class OptimizationProfile:
 
 @dataclass(frozen=True)
 class RaggedProfile:
-    """A profile of inputs whose first dimension alone is dynamic: each one's lowest, best and highest size."""
+    """A profile of inputs whose first dimension is the only dynamic one: the lowest, best and highest size of each."""
 
     name: str
     sizes: Mapping[str, tuple[int, int, int]]
@@ -71,16 +71,16 @@ class RaggedProfile:
 
 
 def decoder_profiles(max_num_seqs: int, max_num_batched_tokens: int) -> tuple[OptimizationProfile, OptimizationProfile]:
-    """Prefill: one slot, up to a chunk; decode: one token for up to all slots. In the order of their numbers."""
+    """The profiles of a decoder, in the order of their numbers: prefill of one slot, decode of up to all slots."""
     return (
         OptimizationProfile("prefill", (1, 1, 1), (1, max_num_batched_tokens, max_num_batched_tokens)),
-        # A sequence length that can only be 1 makes TensorRT take its decode kernel.
+        # With a sequence length that is fixed to 1 TensorRT chooses its decode kernel.
         OptimizationProfile("decode", (1, max_num_seqs, max_num_seqs), (1, 1, 1)),
     )
 
 
 class Network:
-    """TensorRT's builder, network and parser: they must live as long as each other."""
+    """TensorRT's builder, network and parser, which must be kept alive together."""
 
     def __init__(self, target: CompileTarget) -> None:
         self.messages = Messages()
@@ -123,7 +123,7 @@ class Network:
         for index in range(self.network.num_layers):
             layer = self.network.get_layer(index)
             if layer.type == self.api.LayerType.ATTENTION_INPUT:
-                # get_layer gives the base class; this is how TensorRT's Python API casts.
+                # get_layer returns the base class; assigning the class is how TensorRT's Python API casts.
                 layer.__class__ = self.api.IAttentionInputLayer
                 found.append(layer.attention)
         return found
@@ -149,8 +149,8 @@ class Network:
     def _key_value_lengths(self) -> Any:
         """start + seq_len [batch], int32.
 
-        Lower-right causality lets query i see the keys up to i + length - seq_len, which is start + i: what
-        the mask says, in padded rows too. (With start + num_tokens a padded row would lose keys.)
+        With lower-right causality query i attends to the keys up to i + length - seq_len = start + i, as with the mask,
+        in padded rows too. With start + num_tokens a padded row would lose keys.
         """
         api, network, inputs = self.api, self.network, self.inputs()
         shape = network.add_shape(inputs["input_ids"]).get_output(0)  # [2] int64: batch, seq_len
@@ -191,13 +191,13 @@ def _fill(shape: Sequence[int], batch: int, seq_len: int) -> tuple[int, ...]:
 
 
 def has_causal_mask(model: onnx.ModelProto) -> bool:
-    """Whether every attention takes the decoder's own causal mask, which lengths can stand for."""
+    """Whether every attention takes the decoder's own causal mask, which lengths can replace."""
     attentions = [node for node in model.graph.node if node.op_type == "Attention"]
     return bool(attentions) and all(len(node.input) == 4 and node.input[3] == MASK for node in attentions)
 
 
 def without_mask(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose attentions take no mask: TensorRT can't remove one after parsing."""
+    """A copy of the graph without attention masks, which TensorRT can't remove after parsing."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for node in copy.graph.node:

@@ -1,7 +1,7 @@
-"""TensorRT's progress, as one number that only grows; and a build that Ctrl-C stops.
+"""Report TensorRT's progress as one growing number, and let Ctrl-C stop a build.
 
-TensorRT reports nested phases from its own threads. The tracker turns them into thousandths of the whole; it
-knows nothing of what is built.
+TensorRT reports nested phases from its own threads. The tracker turns them into thousandths of the whole; it doesn't
+know what is built.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-# As builders/repository/build.py has it: what is done now, its progress and total.
+# As `Report` of builders/repository/options.py: the name of what is done now, its progress and total.
 CompileProgress = Callable[[str, int, int], None]
 TOTAL = 1000
 T = TypeVar("T")
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass
 class Phase:
-    """One phase under way: its parent's name, how many steps it has and how many are done."""
+    """A phase that has begun: its parent's name, its number of steps, and how many of them are done."""
 
     parent: str | None
     num_steps: int
@@ -27,7 +27,7 @@ class Phase:
 
 
 class ProgressTracker:
-    """Takes TensorRT's calls, gives `report` the fraction done; `cancel` ends the build at its next step."""
+    """Pass the fraction that is done to `report`; `cancel` ends the build at its next step."""
 
     def __init__(self, report: CompileProgress | None = None, what: str = "engine") -> None:
         self._report, self._what = report, what
@@ -42,12 +42,12 @@ class ProgressTracker:
         self._is_cancelled = True
 
     def phase_start(self, name: str, parent: str | None, num_steps: int) -> None:
-        """A phase begins."""
+        """Record that a phase begins."""
         with self._lock:
             self._phases[name] = Phase(parent or None, max(1, num_steps))
 
     def step_complete(self, name: str, step: int) -> bool:
-        """A step of a phase is done; False stops the build."""
+        """Record that a step of a phase is done; returning False stops the build."""
         with self._lock:
             if name in self._phases:
                 self._phases[name].num_done = step + 1
@@ -55,7 +55,7 @@ class ProgressTracker:
         return not self._is_cancelled
 
     def phase_finish(self, name: str) -> None:
-        """A phase ends, whether all its steps were done or not."""
+        """Record that a phase ends, whether all its steps were done or not."""
         with self._lock:
             phase = self._phases.pop(name, None)
             if phase is not None and phase.parent is None and not self._is_cancelled:
@@ -111,7 +111,7 @@ def make_monitor(api: Any, tracker: ProgressTracker) -> Any:
 def run_cancellable(work: Callable[[], T], tracker: ProgressTracker) -> T:
     """Run `work` on another thread; an interrupt here cancels it and waits until it has ended.
 
-    Python handles signals on the main thread only, and that one would sit in C++ for minutes.
+    Python handles signals on the main thread alone, which would otherwise be in C++ for minutes.
 
     Raises:
         KeyboardInterrupt, or whatever `work` or the progress callback raised.

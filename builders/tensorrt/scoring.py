@@ -1,6 +1,6 @@
-"""A scoring plan for Triton's own tensorrt backend: the stateless graph, compiled.
+"""Compile the scoring graph into a plan for Triton's own tensorrt backend.
 
-One profile covers every batch up to the limits, so any that the dynamic batcher forms can run.
+One profile covers every batch up to the limits, so the plan can run any batch that the dynamic batcher forms.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from deepseek_triton.ensemble.scoring.rows import LOGIT_COUNTS, LONGEST_ROW, ROW
 
 @dataclass(frozen=True)
 class ScoringLimits:
-    """What a scoring plan takes.
+    """The largest input of a scoring plan.
 
     max_batch_size: rows in one pass. max_seq_len: tokens in each, and for each no more targets than that.
     """
@@ -36,7 +36,7 @@ class ScoringLimits:
                 raise EngineError(f"{name} is {getattr(self, name)}, must be at least 1")
 
     def profile(self) -> RaggedProfile:
-        """The plan's one profile: fastest for a full batch of rows a quarter as long as may be, of two labels each."""
+        """The plan's one profile, best for a full batch of rows of a quarter of max_seq_len with two labels each."""
         batch, seq_len = self.max_batch_size, self.max_seq_len
         best = max(1, seq_len // 4)
         sizes = {name.name: (1, batch * best, batch * seq_len) for name in SCORE_ROW}
@@ -49,7 +49,7 @@ class ScoringLimits:
 
 @dataclass(frozen=True)
 class ScoringReport:
-    """What was built: the plan's file and length in bytes, and the network's census."""
+    """The plan that was built: its file and length in bytes, and the network's census."""
 
     path: Path
     census: Census

@@ -1,7 +1,7 @@
-"""A safetensors file: tensors by name, written one after another and read by memory map.
+"""Safetensors files: tensors by name, written one after another and read through a memory map.
 
-It knows bytes, shapes and dtype names; it knows nothing of models. NumPy holds what NumPy can; E4M3 codes and bfloat16
-travel as raw bytes, so that neither torch nor ml_dtypes is needed here.
+This module knows bytes, shapes and dtype names; it knows nothing about models. It reads and writes raw bytes, so that
+E4M3 and bfloat16 need neither torch nor ml_dtypes.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ITEM_BYTES = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4}
-ALIGNMENT = 256  # bytes; of the header's end, and so of everything whose size is a multiple of it
+ALIGNMENT = 256  # bytes; the tensors begin at a multiple of it
 
 
 class TensorFileError(Exception):
@@ -43,10 +43,10 @@ class TensorEntry:
 
 
 def write_tensors(path: Path, entries: Mapping[str, TensorEntry], arrays: Iterable[tuple[str, NDArray[Any]]]) -> None:
-    """Write `arrays`, in the order of `entries` and of their very dtypes and shapes, to `path`.
+    """Write `arrays` to `path`; they have the order, dtypes and shapes of `entries`.
 
     Raises:
-        TensorFileError: an array is missing, left over, or not as its entry says.
+        TensorFileError: an array is missing, surplus, or unlike its entry.
     """
     header: dict[str, Any] = {}
     offset = 0
@@ -55,7 +55,7 @@ def write_tensors(path: Path, entries: Mapping[str, TensorEntry], arrays: Iterab
         header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)  # the format allows spaces behind the header
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)  # the format allows spaces after the header
     expected = iter(entries.items())
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
@@ -71,10 +71,10 @@ def write_tensors(path: Path, entries: Mapping[str, TensorEntry], arrays: Iterab
 
 
 class TensorFile:
-    """A file's tensors, mapped into memory: `entries` by name.
+    """A file's tensors, mapped into memory; `entries` has them by name.
 
     Raises:
-        TensorFileError: it can't be read, or its header doesn't fit its size.
+        TensorFileError: the file can't be read, or its header doesn't fit its size.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Which TensorRT is which, and what a plan must say about itself.
+"""Load either TensorRT, and describe a plan.
 
-Two packages share one Python API: `tensorrt` (datacenter, from NVIDIA's containers) and `tensorrt-rtx`
-(GeForce and RTX cards; builds without a GPU). This is the only module that imports either; builders and the
-runner get the module as a value and never ask which one it is. It knows nothing of graphs, files or CUDA.
+Two packages share one Python API: `tensorrt` (datacenter, from NVIDIA's containers) and `tensorrt-rtx` (GeForce and RTX
+cards; builds without a GPU). No other module imports either: builders and the runner get the package as a value, and
+don't know which one it is. This module knows nothing about graphs, files or CUDA.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from typing import Any
 # Profiles of a decoder's plan, in the order in which they are added.
 PREFILL_PROFILE, DECODE_PROFILE = 0, 1
 PLAN_FILE = "model.plan"
-# What the builder adds to the graph's outputs, so that greedy decoding copies 8 bytes a row instead of a
-# vocabulary.
+# Outputs that the builder adds to the graph, so that greedy decoding copies 8 bytes a row instead of all logits.
 BEST_ID, BEST_LOG_PROB = "best_id", "best_log_prob"
-# Without a GPU each object that TensorRT makes logs this; it keeps nothing from being built.
+# Each object that TensorRT makes without a GPU logs this; the build works all the same.
 NO_GPU_MESSAGE = "CUDA driver version is insufficient"
 
-PARSER_CHATTER = "ModelImporter.cpp"  # prints the node at fault over several messages; the parser's errors name it
-# What precedes and follows the reason in TensorRT's messages, in the order in which it is taken away.
+PARSER_CHATTER = "ModelImporter.cpp"  # its messages repeat in parts what the parser's errors say
+# Patterns of what surrounds the reason in TensorRT's messages, in the order in which they are removed.
 NOISE = tuple(
     re.compile(pattern)
     for pattern in (
@@ -42,7 +41,7 @@ class TensorRTError(Exception):
 
 @dataclass(frozen=True)
 class TensorRTDistribution:
-    """One of the two packages: what to import, the lowest version that has what is used here, how to install it."""
+    """One of the two packages: its module, the lowest version that works, and how to install it."""
 
     module: str
     minimum: tuple[int, int]
@@ -59,7 +58,7 @@ DISTRIBUTIONS: dict[str, TensorRTDistribution] = {
 
 @dataclass(frozen=True)
 class PlanInfo:
-    """What a decoder's plan was built with and for; kept in the manifest, checked before the plan is loaded.
+    """What a decoder's plan was built with and for. The manifest has it, and it is checked before the plan is loaded.
 
     version: TensorRT's, exactly; a plan loads in no other. compute_capability: the GPU's, as "8.9".
     attention: "lengths" (true key/value lengths, lower-right causality) or "mask"; attention_is_fused:
@@ -119,13 +118,13 @@ def load_tensorrt(target: str) -> Any:
 
 @dataclass
 class Messages:
-    """What TensorRT logged: errors and warnings, oldest first."""
+    """The errors and warnings that TensorRT logged, oldest first."""
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def add(self, severity: str, text: str) -> None:
-        """Take one message in; anything milder than a warning is dropped."""
+        """Record a message, unless it is less severe than a warning."""
         if NO_GPU_MESSAGE in text:
             return
         if severity in ("ERROR", "INTERNAL_ERROR"):
@@ -134,7 +133,7 @@ class Messages:
             self.warnings.append(text)
 
     def reason(self) -> str:
-        """The first error on one line: the later ones only say what failed because of it."""
+        """The first error on one line; the later errors are its consequences."""
         causes = [text for text in self.errors if not text.startswith(PARSER_CHATTER)] or self.errors[-1:]
         return one_line(causes[0]) if causes else "TensorRT gave no reason"
 

@@ -1,8 +1,8 @@
-"""Checkpoint → the `cuda` target's weights: fused matrices in E4M3 or bfloat16.
+"""Write the weights of target cuda: fused matrices in E4M3 or bfloat16.
 
-`ensemble/artefacts/cuda_layout.py` has the file's layout. What enters answers the two questions that the graph's
-builder asks, a weight and an FP8 layer by name; what leaves is one file. A matrix is FP8 if all its modules are: those
-that read one input are multiplied at once. One decoder layer is in memory at a time.
+`ensemble/artefacts/cuda_layout.py` has the file's layout. What enters are the functions that the graph's builder calls
+too, which return a weight or an FP8 layer by name; what leaves is one file. Modules that read the same input are fused
+into one matrix, which is FP8 if all of them are. One decoder layer is in memory at a time.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def decoder_shape(spec: ModelSpec, max_seq_len: int) -> DecoderShape:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Can the kernels carry out `recipe`?
+    """Check that the kernels can carry out `recipe`.
 
     Raises:
         BuildError: it has static activation scales.

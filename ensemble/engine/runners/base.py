@@ -1,6 +1,6 @@
-"""What a runner is: the only thing the scheduler, the loop and their tests know of a model.
+"""The interface of a runner, which is all that the scheduler, the loop and their tests know about a model.
 
-A runner owns `max_num_seqs` caches of `max_seq_len` positions. It knows nothing of requests, sampling or text.
+A runner owns `max_num_seqs` caches of `max_seq_len` positions. It knows nothing about requests or text.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
-LAST_TOKEN = -1  # as an id: the token that the slot sampled last, which need not be known yet
+LAST_TOKEN = -1  # in place of a token id: the token that the slot sampled last, which the host may not know yet
 
 
 class RunnerError(Exception):
-    """The runner can't be loaded, or a step failed; the message is one line."""
+    """The runner can't be loaded, or a step failed; one line."""
 
 
 class OutOfMemoryError(RunnerError):
-    """A step doesn't fit into memory; the runner can go on with smaller ones."""
+    """A step doesn't fit into memory; smaller steps still run."""
 
 
 class Runner(Protocol):
@@ -33,16 +33,16 @@ class Runner(Protocol):
     vocab_size: int
 
     def prefill(self, slot: int, ids: Ids, start: int) -> Logits:
-        """Put `ids` [n] into `slot` at positions start, start + 1, … and return the last one's logits [vocab_size].
+        """Compute `ids` [n] in `slot` at positions start, start + 1, … and return the last one's logits [vocab_size].
 
         The result is valid until the next call.
         """
 
     def decode(self, ids: Ids, positions: Ids) -> Logits:
-        """Put ids[i] into slot i at positions[i], for slots 0 … n - 1, and return their logits [n, vocab_size].
+        """Compute ids[i] in slot i at positions[i], for slots 0 … n - 1, and return their logits [n, vocab_size].
 
-        An idle slot within the range is written too: give it a position past what it must keep. The result is valid
-        until the next call.
+        An idle slot within the range is written too: give it a position after the ones that it must keep. The result is
+        valid until the next call.
         """
 
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
@@ -63,10 +63,10 @@ class PromptChunk:
 
 @dataclass(frozen=True)
 class DeviceSampling:
-    """How a runner chooses one row's token where its logits are; fields as in SamplingParams, temperature 0 is greedy.
+    """How a runner samples one row's token on the device; the fields are SamplingParams', temperature 0 is greedy.
 
-    The random number is a function of `seed` and `step`, the count of tokens that the sequence has generated, and of
-    nothing else: a sequence gets the same tokens alone and in a full batch.
+    The random number is a function of `seed` and `step`, the number of tokens that the sequence has generated. So a
+    sequence has the same tokens alone and in a full batch.
     """
 
     temperature: float
@@ -79,10 +79,10 @@ class DeviceSampling:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a step gave. Valid until the next call.
+    """The result of a step, valid until the next call.
 
-    tokens [n] and their log probabilities [n]: meaningful where a DeviceSampling was given. logits [k, vocab_size]: of
-    the k rows that were asked for.
+    tokens [n] and log_probs [n]: meaningful for rows that had a DeviceSampling. logits [k, vocab_size]: of the k rows
+    whose logits were asked for.
     """
 
     tokens: Ids
@@ -92,29 +92,29 @@ class Decoded:
 
 @runtime_checkable
 class SamplingRunner(Runner, Protocol):
-    """A runner that chooses tokens itself and computes while the caller does something else."""
+    """A runner that samples on the device, and computes while the caller does something else."""
 
     def can_sample(self, sampling: DeviceSampling) -> bool:
-        """Whether this runner can choose a token that way; where it can't, ask for the row's logits."""
+        """Whether this runner can sample that way; if it can't, ask for the row's logits."""
 
     def start_decode(
         self, ids: Ids, positions: Ids, samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
-        """Begin a `decode` and return without waiting; samplings[i] is row i's, None for a row that samples nothing."""
+        """Begin a `decode` and return without waiting; samplings[i] is row i's sampling, None for a row without."""
 
     def finish_decode(self) -> Decoded:
-        """Wait for the step that `start_decode` began; its `logits_rows`' logits are those of `Decoded`."""
+        """Wait for the step that `start_decode` began; `Decoded` has the logits of its `logits_rows`."""
 
 
 @runtime_checkable
 class PipelinedRunner(Protocol):
-    """What `Pipeline` drives: calls that are begun now and finished later, each kind in the order of its beginning.
+    """A runner for `Pipeline`: calls are begun now and finished later, decodes in order and prefills in order.
 
-    Whatever is begun, and `copy_prefix` too, reads and writes the caches as if it had run when it was called: what a
-    slot's last owner still writes lies before what its next owner writes.
+    Every call, `copy_prefix` included, reads and writes the caches as if it had run when it was made. So the last
+    writes of a slot's old owner come before the writes of its new owner.
 
     steps_in_flight: how many decodes, and how many prefills, may be begun before the first of them is finished.
-    packs_prompts: whether `start_prefill` takes more than one chunk, and samples; else one chunk, for its logits.
+    packs_prompts: whether `start_prefill` takes several chunks and samples; otherwise it takes one, for its logits.
     """
 
     steps_in_flight: int
@@ -128,23 +128,23 @@ class PipelinedRunner(Protocol):
     ) -> None:
         """See SamplingRunner.
 
-        An id may be LAST_TOKEN where the decode begun before this one samples a token for the slot, or a prefill begun
-        since.
+        An id may be LAST_TOKEN if the decode begun before this one, or a prefill begun since, samples a token for the
+        slot.
         """
 
     def finish_decode(self) -> Decoded:
-        """See SamplingRunner: the decode that was begun first."""
+        """Wait for the decode that was begun first; see SamplingRunner."""
 
     def start_prefill(
         self, chunks: Sequence[PromptChunk], samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
-        """Begin a `prefill` of different slots' chunks; samplings[i] and the rows are those of the chunks' last tokens.
+        """Begin a `prefill` of chunks of different slots; samplings[i] and the rows belong to the chunks' last tokens.
 
-        The chunks together hold at most the `max_num_batched_tokens` tokens that the runner was made for.
+        All chunks together hold at most the `max_num_batched_tokens` tokens that the runner was made for.
         """
 
     def finish_prefill(self) -> Decoded:
         """Wait for the prefill that was begun first."""
 
     def abandon(self) -> None:
-        """Forget every call that was begun and not finished; what these write is written when this returns."""
+        """Drop every call that was begun and not finished; their writes are complete when this returns."""

@@ -1,7 +1,7 @@
-"""CUDA's runtime in a dozen calls: memory, one stream, graphs; every error is an exception.
+"""Memory, streams and graphs of the CUDA runtime, with exceptions for its errors.
 
-It wraps `cuda.bindings.runtime`, whose functions return (error, values…). Addresses are plain ints. It knows
-nothing of TensorRT or of models.
+This module wraps `cuda.bindings.runtime`, whose functions return (error, values…). Addresses are plain ints. It knows
+nothing about TensorRT or models.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NON_BLOCKING = 1  # cudaStreamNonBlocking: no implicit order with the default st
 
 
 class CudaError(Exception):
-    """No CUDA here, or a call failed; one line."""
+    """This machine has no CUDA, or a call failed; one line."""
 
 
 def load_cuda() -> Cuda:
@@ -34,7 +34,7 @@ def load_cuda() -> Cuda:
 
 
 def device_compute_capability() -> str | None:
-    """This machine's GPU's, as "8.9"; None where there is no GPU or no way to ask it."""
+    """The compute capability of this machine's GPU, as "8.9"; None without a GPU or without CUDA's bindings."""
     try:
         return load_cuda().compute_capability()
     except CudaError:
@@ -42,7 +42,7 @@ def device_compute_capability() -> str | None:
 
 
 class Cuda:
-    """The current device. One thread uses it at a time."""
+    """The current device; one thread may use it at a time."""
 
     def __init__(self, runtime: Any) -> None:
         self._runtime = runtime
@@ -60,14 +60,14 @@ class Cuda:
         return values[0] if len(values) == 1 else tuple(values)
 
     def compute_capability(self) -> str:
-        """The device's, as "8.9"."""
+        """The device's compute capability, as "8.9"."""
         attributes = self._runtime.cudaDeviceAttr
         device = self.call("cudaGetDevice")
         parts = (attributes.cudaDevAttrComputeCapabilityMajor, attributes.cudaDevAttrComputeCapabilityMinor)
         return ".".join(str(self.call("cudaDeviceGetAttribute", part, device)) for part in parts)
 
     def free_bytes(self) -> int:
-        """Device memory that is free now."""
+        """Bytes of device memory that are free now."""
         return int(self.call("cudaMemGetInfo")[0])
 
     def allocate(self, num_bytes: int) -> int:
@@ -77,19 +77,18 @@ class Cuda:
         return address
 
     def free(self, address: int) -> None:
-        """Give device memory back."""
+        """Free device memory."""
         self.call("cudaFree", address)
 
     def pinned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
-        """A page-locked array on the host: copies to and from it run beside the GPU's work. Freed with
-        `free_pinned`."""
+        """A page-locked host array, with which copies overlap the GPU's work; free it with `free_pinned`."""
         num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         address = int(self.call("cudaMallocHost", num_bytes))
         memory = memoryview((ctypes.c_byte * num_bytes).from_address(address))
         return np.ndarray(shape, dtype, buffer=memory)
 
     def free_pinned(self, array: NDArray[Any]) -> None:
-        """Give `pinned`'s memory back; the array must not be used again."""
+        """Free the memory of an array from `pinned`; the array must not be used again."""
         self.call("cudaFreeHost", array.ctypes.data)
 
     def to_device(self, address: int, array: NDArray[Any], stream: Any) -> None:
@@ -120,13 +119,13 @@ class Cuda:
         self.call("cudaStreamDestroy", stream)
 
     def capture(self, stream: Any, work: Callable[[], None]) -> Any:
-        """What `work` queues on `stream`, as a graph that can be launched; nothing runs now."""
-        # Thread-local: another thread's cudaMalloc must not break this capture.
+        """Capture what `work` queues on `stream` as a graph that can be launched; nothing runs now."""
+        # In thread-local mode another thread's cudaMalloc doesn't break this capture.
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.call("cudaStreamBeginCapture", stream, mode)
         try:
             work()
-        finally:  # or the stream would stay in capture for good
+        finally:  # otherwise the stream would stay in capture
             graph = self.call("cudaStreamEndCapture", stream)
         executable = self.call("cudaGraphInstantiate", graph, 0)
         self.call("cudaGraphDestroy", graph)

@@ -1,6 +1,7 @@
-"""Any runner as a PipelinedRunner that has one step in flight.
+"""Adapt any runner to PipelinedRunner, with one step in flight.
 
-What such a runner can't begin without waiting is computed when it is finished, so that the loop knows one way only.
+A call that such a runner can't begin without waiting is computed when it is finished, so the loop has one path for all
+runners.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ NO_TOKENS, NO_LOG_PROBS = np.empty(0, np.int64), np.empty(0, np.float32)
 
 
 class OneStep:
-    """Decodes as `runner` does, sampling if it can; prefills one chunk at a time, and hands out its logits."""
+    """Decode as `runner` does, sampling on the device if it can; prefill one chunk at a time, for its logits."""
 
     steps_in_flight = 1
     packs_prompts = False
@@ -76,5 +77,5 @@ class OneStep:
 
 
 def pipelined(runner: Runner) -> PipelinedRunner:
-    """`runner` itself, if it can have several steps in flight."""
+    """`runner` itself if it can have several steps in flight, else its adapter."""
     return runner if isinstance(runner, PipelinedRunner) else OneStep(runner)

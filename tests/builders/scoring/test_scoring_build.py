@@ -231,7 +231,7 @@ def test_options_at_fault(checkpoint: Path) -> None:
             options(checkpoint, settings=settings)
     with pytest.raises(BuildError, match="scoring options are for task score, this is generate"):
         options(checkpoint, task="generate")
-    with pytest.raises(BuildError, match="max_batch_size is 0, must be at least 1"):
+    with pytest.raises(BuildError, match="max_batch_size is 0, must be an integer of at least 1"):
         Batching(max_batch_size=0)
     with pytest.raises(BuildError, match="preferred_batch_sizes has 9"):
         Batching(max_batch_size=8, preferred_batch_sizes=(9,))
