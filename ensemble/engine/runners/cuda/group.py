@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
 from deepseek_triton.ensemble.engine.runners.cuda.driver import KernelError
-from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import PeerBuffers, SharedBoxes
+from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import PeerBuffers, SharedBuffers
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Group:
         self._device, self._rendezvous, self._meet = device, rendezvous, meet
         self._timeout = timedelta(seconds=timeout_s)
         self._is_invariant = is_invariant
-        self._shared: SharedBoxes | None = None
+        self._shared: SharedBuffers | None = None
         self._given_up: torch.Tensor | None = None
 
     def join(self) -> None:
@@ -93,7 +93,7 @@ class Group:
         if self._device.type != "cuda":
             return None
         self._given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        self._shared = SharedBoxes(num_bytes, self._device)
+        self._shared = SharedBuffers(num_bytes, self._device)
         handles, peer_buffers = self._gather(self._shared.handle[None])[:, 0], None
         try:
             addresses = self._shared.open(self.split.rank, handles)

@@ -14,7 +14,7 @@ import torch
 from deepseek_triton.ensemble.engine.runners.cuda.driver import KernelError, call
 
 LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-MOST_ROWS = 64  # that are summed over ranks by words in peer_buffers; of more, collectives move half the bytes
+MAX_PEER_ROWS = 64  # that are summed over ranks by words in peer_buffers; of more, collectives move half the bytes
 
 
 class _Handle(ctypes.Structure):
@@ -44,7 +44,7 @@ class PeerBuffers:
 
 @dataclass(frozen=True)
 class RowPeerBuffers:
-    """Where all ranks' parts of up to `MOST_ROWS` rows meet: peer_buffers, and [MOST_ROWS] int32, the sums of each so
+    """Where all ranks' parts of up to `MAX_PEER_ROWS` rows meet: peer_buffers, and [MAX_PEER_ROWS] int32, the sums of each so
     far."""
 
     peer_buffers: PeerBuffers
@@ -53,16 +53,16 @@ class RowPeerBuffers:
     @classmethod
     def of(cls, peer_buffers: PeerBuffers, offset: int) -> RowPeerBuffers:
         """Behind the first `offset` bytes of `peer_buffers`, which hold zeros yet."""
-        counts = torch.zeros(MOST_ROWS, dtype=torch.int32, device=peer_buffers.addresses.device)
+        counts = torch.zeros(MAX_PEER_ROWS, dtype=torch.int32, device=peer_buffers.addresses.device)
         return cls(replace(peer_buffers, addresses=peer_buffers.addresses + offset), counts)
 
     @staticmethod
     def num_bytes(size: int, width: int) -> int:
         """Of each rank's box, for rows of `width` elements: two words for each rank's, up to a power of two."""
-        return 2 * size * MOST_ROWS * (1 << (width - 1).bit_length()) * 8
+        return 2 * size * MAX_PEER_ROWS * (1 << (width - 1).bit_length()) * 8
 
 
-class SharedBoxes:
+class SharedBuffers:
     """This rank's box, and the others' once they are opened, each in a process and on a GPU of its own.
 
     Every rank makes one, gives the others its `handle` and opens theirs, whatever fails: what did is raised by `open`.

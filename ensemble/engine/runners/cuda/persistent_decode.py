@@ -105,7 +105,7 @@ class PersistentDecode:
 
     Args:
         shape, weights, caches: in bfloat16, matrices all FP8 or none; of a model on several GPUs, this rank's part.
-        peer_buffers: of `peer_buffer_bytes`, where the model is on several GPUs: all ranks must make the same calls.
+        peer_buffers: of `persistent_buffer_bytes`, where the model is on several GPUs: all ranks must make the same calls.
         blocks: as many as the GPU has multiprocessors, unless tests want two kernels side by side.
 
     Raises:
@@ -122,7 +122,7 @@ class PersistentDecode:
         blocks: int | None = None,
     ) -> None:
         device, head = weights.embedding.device, weights.head.weight
-        is_fp8 = weights.layers[0].qkv.is_fp8
+        is_fp8 = weights.layers[0].attention.qkv.is_fp8
         self._blocks = blocks or torch.cuda.get_device_properties(device).multi_processor_count
         memory = Memory.of(shape, is_fp8=is_fp8, blocks=self._blocks, limit=shared_bytes(device))
         macros = {
@@ -171,12 +171,12 @@ class PersistentDecode:
 
 def _addresses(layer: Layer, keys: torch.Tensor, values: torch.Tensor) -> list[int]:
     """Where its tensors begin, in the order of the source's `Layer`; 0 for what isn't there."""
-    tensors = [layer.attention_norm, layer.mlp_norm, layer.qk_norms]
+    tensors = [layer.attention.norm, layer.mlp.norm, layer.attention.qk_norms]
     tensors += [tensor for linear in layer.matrices for tensor in (linear.weight, linear.scale, linear.bias)]
     return [0 if tensor is None else tensor.data_ptr() for tensor in [*tensors, keys, values]]
 
 
-def peer_buffer_bytes(shape: DecoderShape, num_ranks: int) -> int:
+def persistent_buffer_bytes(shape: DecoderShape, num_ranks: int) -> int:
     """Of a rank's box: two words of eight bytes for each rank and element of the hidden state."""
     return 2 * num_ranks * shape.hidden_size * 8
 

@@ -165,7 +165,7 @@ class CudaRunner(PackingRunner):
         self._pending.clear()
         self._pending_prefills.clear()
         for name in (
-            "_decoder", "_caches", "_inputs", "_tokens", "_log_probs", "_arrived", "_slots", "_first_tokens",
+            "_decoder", "_caches", "_inputs", "_tokens", "_log_probs", "_finished_splits", "_slots", "_first_tokens",
             "_prompt_logits",
         ):  # fmt: skip
             self.__dict__.pop(name, None)
@@ -272,7 +272,7 @@ class CudaRunner(PackingRunner):
     def _step(self, size: int) -> torch.Tensor:
         inputs = {name: tensor[:size] for name, tensor in self._inputs.tensors.items()}
         logits = self._decoder.decode(
-            inputs["ids"], inputs["positions"], self._tokens[:size], self._caches, self._arrived
+            inputs["ids"], inputs["positions"], self._tokens[:size], self._caches, self._finished_splits
         )
         scanned = Scanned.empty(self._decoder.launch, *logits.shape)
         sample_rows(self._decoder.launch, logits, inputs, scanned, self._tokens, self._log_probs)
@@ -289,7 +289,7 @@ class CudaRunner(PackingRunner):
         self._inputs = StepInputs(slots, device)
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=device)
         self._log_probs = torch.zeros(slots, dtype=torch.float32, device=device)
-        self._arrived = torch.zeros(slots, shape.num_kv_heads, dtype=torch.int32, device=device)
+        self._finished_splits = torch.zeros(slots, shape.num_kv_heads, dtype=torch.int32, device=device)
         self._slots = deque(StepSlot.make(slots, is_pinned=self._is_cuda) for _ in range(STEPS_IN_FLIGHT))
         self._first_tokens = FirstTokens(self._decoder.launch, slots, shape.vocab_size, device)
         self._prompt_logits = torch.zeros(slots, shape.vocab_size, dtype=torch.float32, device=device)
@@ -297,7 +297,7 @@ class CudaRunner(PackingRunner):
     def _addresses(self) -> tuple[int, ...]:
         """Where a graph finds what outlives it."""
         tensors = (
-            self._caches.keys, self._caches.values, self._inputs.block, self._tokens, self._log_probs, self._arrived,
+            self._caches.keys, self._caches.values, self._inputs.block, self._tokens, self._log_probs, self._finished_splits,
             self._prompt_logits,
         )  # fmt: skip
         return tuple(tensor.data_ptr() for tensor in tensors)

@@ -7,6 +7,7 @@ has; of a GPU it knows the device to put them on.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +30,29 @@ class WeightSource(Protocol):
 
     def load(self, name: str, device: torch.device, shard: Shard = WHOLE) -> torch.Tensor:
         """The tensor `name`, or a part of it, on `device`."""
+
+
+@dataclass(frozen=True)
+class WeightLoader:
+    """Reads the tensors of `source` whose names begin with `prefix` onto `device`; dtype: of what isn't FP8."""
+
+    source: WeightSource
+    device: torch.device
+    dtype: torch.dtype
+    prefix: str = ""
+
+    def under(self, prefix: str) -> WeightLoader:
+        """The loader of the tensors below `prefix`."""
+        return replace(self, prefix=self.prefix + prefix)
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor `name`, converted to `dtype` where one is given."""
+        tensor = self.source.load(self.prefix + name, self.device)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def optional(self, name: str) -> torch.Tensor | None:
+        """The tensor `name`; None: it isn't stored."""
+        return self.tensor(name) if self.prefix + name in self.source.entries else None
 
 
 class StoredWeights:

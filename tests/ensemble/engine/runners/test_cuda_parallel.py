@@ -364,7 +364,7 @@ def test_gpus_exchange_their_parts_within_the_kernels(is_fp8: bool) -> None:
     prompts = [text(length, length) for length in (300, 7, 40)]
     with ParallelRunner(source, shape, size=2, **given) as two:
         decoder = two._runner._decoder
-        assert decoder._one is not None and decoder.linear_ops.row_peer_buffers.peer_buffers.size == 2
+        assert decoder._persistent is not None and decoder.linear_ops.row_peer_buffers.peer_buffers.size == 2
         for runner in (one, two):
             for slot, ids in enumerate(prompts):
                 runner.prefill(slot, ids, 0)

@@ -359,7 +359,7 @@ class TestGpu:
         np.testing.assert_array_equal(runner.prefill(1, text, 0), first)
 
     def test_a_graph_whose_memory_moved_is_not_replayed(self, runner: CudaRunner) -> None:
-        runner._arrived = runner._arrived.clone()
+        runner._finished_splits = runner._finished_splits.clone()
         with pytest.raises(AssertionError, match="moved"):
             runner.decode(np.array([1]), np.array([0]))
 

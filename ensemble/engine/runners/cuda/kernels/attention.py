@@ -58,7 +58,7 @@ def decode_attention(
     partial,  # [M, KV_HEADS, SPLITS, GROUP, D] float32
     partial_max,  # [M, KV_HEADS, SPLITS, GROUP] float32
     partial_sum,
-    arrived,  # [M, KV_HEADS] int32, 0 before and after
+    finished_splits,  # [M, KV_HEADS] int32, 0 before and after
     out,  # [M, HEADS, D]
     amax,  # [M] float32, raised to the largest |out|
     part_stride,
@@ -173,9 +173,9 @@ def decode_attention(
                 tl.store(partial + (rows + g) * D + d, low, mask=q_mask)
                 tl.store(partial + (rows + g) * D + d + HALF, high, mask=q_mask)
                 tl.debug_barrier()  # all threads' stores come before the one thread's atomic
-                is_last = tl.atomic_add(arrived + group, 1, sem="acq_rel") == num_splits - 1
+                is_last = tl.atomic_add(finished_splits + group, 1, sem="acq_rel") == num_splits - 1
                 if is_last:
-                    tl.store(arrived + group, 0)
+                    tl.store(finished_splits + group, 0)
                     others = tl.arange(0, SPLITS)[:, None]
                     each = (group * SPLITS + others) * GROUP + lane[None, :]
                     maxima = tl.load(

@@ -27,33 +27,33 @@ def _send(addresses, words, mask):
 @triton.jit
 def over_ranks(
     own,  # [BLOCK] float32, this rank's part of row m
-    peer_buffers,  # [RANKS] int64, addresses of [2, RANKS, MOST_ROWS, BLOCK] 64-bit words
-    counts,  # [MOST_ROWS] int32, of the sums of each row so far, the same on all ranks; it may wrap around
+    peer_buffers,  # [RANKS] int64, addresses of [2, RANKS, MAX_PEER_ROWS, BLOCK] 64-bit words
+    counts,  # [MAX_PEER_ROWS] int32, of the sums of each row so far, the same on all ranks; it may wrap around
     given_up,  # [1] int32, not 0: nobody is waited for
     m,
     column,
     mask,
     BLOCK: tl.constexpr,
-    MOST_ROWS: tl.constexpr,
+    MAX_PEER_ROWS: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
 ):
     """The sum of all ranks' parts, added in the order of the ranks: the same bits on each."""
     count = tl.load(counts + m) + 1
-    half = (count & 1).to(tl.int64) * (RANKS * MOST_ROWS * BLOCK)
+    half = (count & 1).to(tl.int64) * (RANKS * MAX_PEER_ROWS * BLOCK)
     # A thread has up to 16 neighbours of a row. Neighbouring threads' words lie side by side, to travel together.
     place = half + m * BLOCK + column % 16 * (BLOCK // 16) + column // 16
     tag = count.to(tl.int64) << 32
     word = tag | (own.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
     for rank in tl.static_range(RANKS):
         if rank != RANK:
-            _send(tl.load(peer_buffers + rank) + 8 * (place + RANK * MOST_ROWS * BLOCK), word, mask)
+            _send(tl.load(peer_buffers + rank) + 8 * (place + RANK * MAX_PEER_ROWS * BLOCK), word, mask)
     total = tl.zeros_like(own)
     for rank in tl.static_range(RANKS):
         if rank == RANK:
             total += own
         else:
-            pointers = tl.load(peer_buffers + RANK).to(tl.pointer_type(tl.int64)) + place + rank * MOST_ROWS * BLOCK
+            pointers = tl.load(peer_buffers + RANK).to(tl.pointer_type(tl.int64)) + place + rank * MAX_PEER_ROWS * BLOCK
             found, tries, waiting = word, count * 0, count * 0 + 1  # of the types that the loop goes on with
             while waiting > 0:
                 found = tl.load(pointers, mask=mask, other=tag, volatile=True)

@@ -60,7 +60,7 @@ def norm_rows(
     HAS_BIAS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     FP8: tl.constexpr,
-    MOST_ROWS: tl.constexpr,
+    MAX_PEER_ROWS: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
     PDL: tl.constexpr,
@@ -79,7 +79,9 @@ def norm_rows(
     if NUM_PARTS:
         added = sum_of_parts(parts, m * H + column, mask, part_stride, NUM_PARTS)
         if RANKS > 1:
-            added = over_ranks(added, peer_buffers, counts, given_up, m, column, mask, BLOCK, MOST_ROWS, RANK, RANKS)
+            added = over_ranks(
+                added, peer_buffers, counts, given_up, m, column, mask, BLOCK, MAX_PEER_ROWS, RANK, RANKS
+            )
         x += added
         if HAS_BIAS:
             x += tl.load(bias + column, mask=mask, other=0.0)
