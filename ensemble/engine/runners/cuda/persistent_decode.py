@@ -105,7 +105,7 @@ class PersistentDecode:
 
     Args:
         shape, weights, caches: in bfloat16, matrices all FP8 or none; of a model on several GPUs, this rank's part.
-        peer_buffers: of `persistent_buffer_bytes`, where the model is on several GPUs: all ranks must make the same calls.
+        peer_buffers: `persistent_buffer_bytes` each, for a model on several GPUs; all ranks make the same calls.
         blocks: as many as the GPU has multiprocessors, unless tests want two kernels side by side.
 
     Raises:

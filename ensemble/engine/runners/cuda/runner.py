@@ -297,8 +297,8 @@ class CudaRunner(PackingRunner):
     def _addresses(self) -> tuple[int, ...]:
         """Where a graph finds what outlives it."""
         tensors = (
-            self._caches.keys, self._caches.values, self._inputs.block, self._tokens, self._log_probs, self._finished_splits,
-            self._prompt_logits,
+            self._caches.keys, self._caches.values, self._inputs.block, self._tokens, self._log_probs,
+            self._finished_splits, self._prompt_logits,
         )  # fmt: skip
         return tuple(tensor.data_ptr() for tensor in tensors)
 

@@ -239,8 +239,8 @@ def test_decode_attention_at_every_kind_of_length(qk_norm: bool, splits: int) ->
     qkv, bias = random(2, len(positions), 10 * 24, seed=4), random(240, seed=3)
     out = torch.full((len(positions), shape.q_size), torch.nan, device=DEVICE)
     d.attention.decode(
-        Parts(qkv), bias, d.weights.layers[0].attention.qk_norms, torch.tensor(positions, device=DEVICE), cache.layer(0),
-        finished_splits, out, d.decode_gemv.attention_amax,
+        Parts(qkv), bias, d.weights.layers[0].attention.qk_norms,
+        torch.tensor(positions, device=DEVICE), cache.layer(0), finished_splits, out, d.decode_gemv.attention_amax,
     )  # fmt: skip
     for slot, position in enumerate(positions):
         if position < 0:

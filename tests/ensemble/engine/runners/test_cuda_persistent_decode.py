@@ -144,7 +144,7 @@ def test_ranks_side_by_side_compute_what_one_does(size: int, is_fp8: bool) -> No
     peer_buffers = [
         torch.zeros(persistent_buffer_bytes(shape, size) // 8, dtype=torch.int64, device="cuda") for _ in range(size)
     ]
-    addresses = torch.tensor([box.data_ptr() for box in peer_buffers], device="cuda")
+    addresses = torch.tensor([buffer.data_ptr() for buffer in peer_buffers], device="cuda")
     given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
     ranks: list[PersistentDecode] = []
     streams: list[Any] = [torch.cuda.Stream() for _ in range(size)]  # type: ignore[no-untyped-call]
@@ -194,7 +194,7 @@ def test_a_rank_whose_others_are_gone_can_be_told_not_to_wait() -> None:
         torch.zeros(persistent_buffer_bytes(shape, 2) // 8, dtype=torch.int64, device="cuda") for _ in range(2)
     ]
     given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-    addresses = torch.tensor([box.data_ptr() for box in peer_buffers], device="cuda")
+    addresses = torch.tensor([buffer.data_ptr() for buffer in peer_buffers], device="cuda")
     kernel = PersistentDecode(own, weights, caches, peer_buffers=PeerBuffers(0, 2, addresses, given_up))
     zero = torch.zeros(1, dtype=torch.int64, device="cuda")
     done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
