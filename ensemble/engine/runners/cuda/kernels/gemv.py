@@ -12,9 +12,9 @@ import triton.language as tl
 
 from deepseek_triton.ensemble.engine.runners.cuda.kernels.common import begin, to_codes, token_scale, wait
 
-# `columns` equals K, but is an argument, so that the compiler doesn't know it. ptxas (CUDA 12.8) miscompiles packing two
-# pairs of equal constants into E4M3 codes: if it knows that the columns from K on are zeros, their codes are the contents
-# of an arbitrary register, even NaN.
+# `columns` equals K, but is an argument, so that the compiler doesn't know it. ptxas (CUDA 12.8) miscompiles packing
+# two pairs of equal constants into E4M3 codes: if it knows that the columns from K on are zeros, their codes are the
+# contents of an arbitrary register, even NaN.
 VECTOR = tl.constexpr(16)  # neighbouring elements of a row in one thread
 
 
