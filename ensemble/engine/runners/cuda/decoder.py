@@ -1,7 +1,7 @@
-"""The decoder's forward pass: kernels in order, over tensors that its caller owns.
+"""The decoder's forward pass over its layers' parts; the caller owns inputs and caches.
 
-It holds the weights; it knows nothing of slots' owners, graphs or the host. Every function only launches: nothing
-waits, and nothing depends on a value on the device, so that a call can be captured.
+It holds the weights, and knows nothing of requests, CUDA graphs or host memory. Every call only launches kernels: none
+waits or depends on a value on the device, so that it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Decoder:
     """A decoder on one device.
 
     Args:
-        dtype: of embedding, head, cache and whatever isn't FP8: bfloat16; float32 for checks.
+        dtype: of embedding, head, cache and what isn't FP8: bfloat16; float32 for checks.
         pdl: let kernels start while their predecessors end (Hopper and later).
-        group: where this is one rank of several; shape and source are then its own part's.
+        group: for one of several tensor-parallel ranks; shape and source are then the rank's own.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class Decoder:
         caches: Caches,
         finished_splits: torch.Tensor,
     ) -> torch.Tensor:
-        """One token for slots 0 … n − 1: logits [n, vocab_size] float32.
+        """Run one token of each of slots 0 … n − 1: logits [n, vocab_size] float32.
 
         Args:
             ids: [n] int64; a negative one stands for the slot's entry in `last_tokens`.
-            positions: [n] int64, where each token goes; negative: the row has none, and its logits mean nothing.
+            positions: [n] int64, where each token goes; negative: the row has no token, and its logits are undefined.
             finished_splits: [slots, kv_heads] int32 zeros, and zeros again afterwards.
         """
         if len(ids) == 1 and self._persistent is not None:
@@ -88,18 +88,18 @@ class Decoder:
         return self._decode_many(hidden, positions, caches, finished_splits)
 
     def prepare(self, caches: Caches) -> None:
-        """Compile the single kernel of batch 1 for these caches, if it can run here; else batch 1 takes several.
+        """Compile the persistent kernel of batch 1 for these caches if it can run; else batch 1 uses the GEMV kernels.
 
-        The ranks of a group call it together, and none has the kernel unless all have.
+        All ranks of a group call this together; they use the kernel only if all of them can.
         """
         weights, device, dtype = self.weights, self.launch.device, self.launch.dtype
         is_fp8 = [linear.is_fp8 for layer in weights.layers for linear in layer.matrices]
         peer_buffers = PeerBuffers.alone(device) if self._group is None else self._share_buffers(self._group)
         reason = reason_against(self.shape, is_fp8, device, dtype)
         if not self.plan.gemv:
-            reason = "the plan has no kernels for one row"
+            reason = "the plan has no GEMV kernels"
         if peer_buffers is None:
-            reason = "the ranks share no memory"
+            reason = "the ranks have no peer access"
         elif self._agreed(reason is None):
             try:
                 self._persistent = PersistentDecode(self.shape, weights, caches, peer_buffers=peer_buffers)
@@ -108,10 +108,10 @@ class Decoder:
             if not self._agreed(self._persistent is not None):
                 self._persistent = None
         if self._persistent is None:
-            log.info("batch 1 runs by several kernels: %s", reason or "another rank can't do otherwise")
+            log.info("batch 1 doesn't use the persistent kernel: %s", reason or "another rank can't")
 
     def _share_buffers(self, group: Group) -> PeerBuffers | None:
-        """One box a rank: the single kernel's words, then those of rows."""
+        """Allocate one buffer a rank: first the persistent kernel's part, then that of `LinearOps.norm`."""
         size, width = group.split.size, self.shape.hidden_size
         own = persistent_buffer_bytes(self.shape, size)
         peer_buffers = group.peer_buffers(own + RowPeerBuffers.num_bytes(size, width))
@@ -120,11 +120,11 @@ class Decoder:
         return peer_buffers
 
     def _agreed(self, is_so: bool) -> bool:
-        """Whether it is so on every rank."""
+        """Whether `is_so` on every rank."""
         return is_so if self._group is None else self._group.agreed(is_so)
 
     def prefill(self, prompts: Prompts, caches: Caches) -> torch.Tensor:
-        """Several slots' chunks, packed: logits [len(last_rows), vocab_size] float32 of their last tokens."""
+        """Run several slots' packed chunks: logits [len(last_rows), vocab_size] float32 of their last tokens."""
         residual = Residual(self._embed(prompts.ids, None))
         attention = GqaPrefill(self.linear_ops, self.attention, prompts)
         mlp = DenseMlpForward(self.linear_ops)
@@ -178,5 +178,5 @@ class Decoder:
         return self._gather_logits(self.linear_ops.head(normed, self.weights.head))
 
     def _gather_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of this rank's tokens → of the vocabulary."""
+        """This rank's logits [rows, vocab_width] → all ranks' [rows, vocab_size]."""
         return logits if self._group is None else self._group.gather_logits(logits)
