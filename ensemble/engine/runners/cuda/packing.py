@@ -37,7 +37,7 @@ class PackingRunner(ABC):
     def start_decode(
         self, ids: Ids, positions: Ids, samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
-        """See SamplingRunner; a second step may begin before the first is finished; ids −1 stand for the first's tokens."""
+        """See SamplingRunner; a second step may begin before the first is finished, ids −1 for the first's tokens."""
 
     @abstractmethod
     def finish_decode(self) -> Decoded:

@@ -2,8 +2,8 @@
 
 Decode replays one CUDA graph for each batch size, sampling included; prefill one for each of a few dozen sizes. All GPU
 memory is allocated when the model is loaded: a step allocates none. Everything runs in order on one stream, and the
-host waits only for results. A step may be begun before the previous one's tokens are known: an id of −1 stands for the token
-that the slot sampled last.
+host waits only for results. A step may be begun before the previous one's tokens are known: an id of −1 stands for
+the token that the slot sampled last.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ class CudaRunner(PackingRunner):
     def start_decode(
         self, ids: Ids, positions: Ids, samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
-        """See SamplingRunner; a second step may begin before the first is finished; ids −1 stand for the first's tokens."""
+        """See SamplingRunner; a second step may begin before the first is finished, ids −1 for the first's tokens."""
         self.check_start_decode(ids, positions)
         n = len(ids)
         size = captured_size(n, self.max_num_seqs)

@@ -331,7 +331,7 @@ def kept_tokens(logits: torch.Tensor, one: DeviceSampling) -> set[int]:
         DeviceSampling(1.1, 20, 0.8, 0.05, 0, 0),
     ],
 )
-def test_tokens_are_drawn_from_what_is_kept_and_by_their_probabilities(one: DeviceSampling) -> None:
+def test_tokens_are_sampled_from_what_is_kept_and_by_their_probabilities(one: DeviceSampling) -> None:
     d, logits = decoder(), random(1, 300, seed=11) * 2
     n = 2000 if HAS_GPU else 60
     tokens, log_probs = sample(d, logits.expand(n, -1).contiguous(), [replace(one, seed=s) for s in range(n)])
@@ -348,7 +348,7 @@ def test_tokens_are_drawn_from_what_is_kept_and_by_their_probabilities(one: Devi
     np.testing.assert_allclose(log_probs, expected, atol=1e-4)
 
 
-def test_a_draw_depends_on_seed_and_step_and_on_no_neighbour() -> None:
+def test_a_sampled_token_depends_on_seed_and_step_and_on_no_other_row() -> None:
     d, logits = decoder(), random(6, 300, seed=12)
     samplings = [
         DeviceSampling(1.0, 0, 1.0, 0.0, seed, step)
@@ -380,7 +380,7 @@ def test_greedy_rows_take_the_first_of_the_likeliest() -> None:
     np.testing.assert_allclose(log_probs, wanted, atol=1e-4)
 
 
-def test_logits_that_are_not_numbers_are_told_by_the_log_probability() -> None:
+def test_logits_that_are_not_numbers_make_the_log_probability_nan() -> None:
     logits = random(1, 300)
     logits[0, 5] = torch.nan
     _, log_probs = sample(decoder(), logits, [DeviceSampling(0.0, 0, 1.0, 0.0, 0, 0)])

@@ -86,7 +86,9 @@ def test_every_rank_finds_its_own_box_and_the_others(driver: Driver) -> None:
 
 
 @pytest.mark.parametrize("function", ["cuMemAlloc_v2", "cuIpcGetMemHandle", "cuIpcOpenMemHandle_v2"])
-def test_what_fails_is_told_when_the_others_boxes_are_opened_and_nothing_is_left(function: str, driver: Driver) -> None:
+def test_a_failure_is_raised_when_the_other_buffers_are_opened_and_nothing_stays_allocated(
+    function: str, driver: Driver
+) -> None:
     driver.fails.add(function)
     one = SharedBuffers(1000, CPU)
     assert one.handle.shape == (64,), "the others wait for it"
