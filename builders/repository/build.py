@@ -49,6 +49,7 @@ def build(
     Raises:
         BuildError: the checkpoint, an option or the result is at fault; the repository is untouched.
     """
+    target_named(options.target).require_packages()
     checkpoint = open_checkpoint(options.checkpoint)
     chosen = choose_max_seq_len(options, checkpoint.spec)
     if options.max_seq_len is None:

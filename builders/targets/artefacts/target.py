@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -124,6 +125,14 @@ class Target(ABC):
     def disk_bytes(self, options: BuildOptions, spec: ModelSpec) -> int:
         """Bytes that the build takes on the disk at most."""
         return spec.num_parameters() * (4 if options.precision == "fp32" else 2)
+
+    def require_packages(self) -> None:
+        """Import what writing needs, so that a missing package is reported before anything else.
+
+        Raises:
+            ModuleNotFoundError: a package is missing.
+        """
+        importlib.import_module("deepseek_triton.builders.targets.artefacts.graph")
 
     def preflight(self, options: BuildOptions, spec: ModelSpec, directory: Path) -> None:
         """Find out before the minutes of quantising whether the build can succeed.

@@ -222,7 +222,7 @@ def test_a_build_at_fault_leaves_nothing(scoring: ScoringOptions, message: str, 
 
 
 def test_options_at_fault(checkpoint: Path) -> None:
-    with pytest.raises(BuildError, match="use target tensorrt or onnx"):
+    with pytest.raises(BuildError, match="use target onnx or tensorrt"):
         options(checkpoint, target="tensorrt-rtx", precision="fp16")
     with pytest.raises(BuildError, match="target is 'cuda', which task score doesn't have"):
         options(checkpoint, target="cuda", precision="fp8")

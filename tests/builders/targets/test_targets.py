@@ -99,7 +99,7 @@ def test_a_new_target_is_two_files(toy: str, tmp_path: Path) -> None:
     assert config.read_text().count('string_value: "3"') == 2, "its own default of max_num_seqs, and priority_levels"
     loaded: Any
     _, loaded = load_runner(directory, EngineSettings(max_num_seqs=2, max_num_batched_tokens=8))
-    assert (loaded.beads, loaded.max_num_seqs) == ("2 rows for 3", 2)
+    assert (loaded.beads, loaded.max_num_seqs) == ("3 rows for 3", 2)
     with pytest.raises(RunnerError, match="Triton's own backend runs it"):
         load_scoring_runner(directory, ScoringSettings())
     config.write_text(config.read_text().replace('string_value: "3"', 'string_value: "10"'))

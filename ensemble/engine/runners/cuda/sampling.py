@@ -23,7 +23,7 @@ SAMPLE_BLOCK = 4096
 
 @dataclass(frozen=True)
 class Scanned:
-    """What scan_logits finds, each [≥ rows, chunks of the vocabulary]: largest logit, its token, sum of exponentials."""
+    """What scan_logits finds, each [≥ rows, vocabulary chunks]: largest logit, its token, sum of exponentials."""
 
     best: torch.Tensor
     where: torch.Tensor
