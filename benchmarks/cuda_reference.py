@@ -1,4 +1,4 @@
-"""A decoder in plain torch, float64 unless told otherwise: what the cuda runner is measured against."""
+"""The reference for the cuda runner: a decoder in plain torch, in float64 by default."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention over the slots' caches: what decode and prefill launch for it."""
+"""Attention over the slots' KV caches: the kernels that prefill and decode launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import triton
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import attention, rows
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
-from deepseek_triton.ensemble.engine.runners.cuda.layers import Layer
 from deepseek_triton.ensemble.engine.runners.cuda.linear import Parts
 from deepseek_triton.ensemble.engine.runners.cuda.plan import KernelPlan
 
@@ -27,30 +26,39 @@ class Caches:
     keys: torch.Tensor
     values: torch.Tensor
 
+    def layer(self, index: int) -> Caches:
+        """One layer's, each [slots, kv_heads, max_seq_len, head_dim]."""
+        return Caches(self.keys[index], self.values[index])
+
 
 class Attention:
-    """Rotary embedding, the caches' update and attention itself; cos and sin: [max_seq_len, head_dim / 2]."""
+    """Rotary embedding, the update of the caches, and attention; cos and sin: [max_seq_len, head_dim / 2]."""
 
     def __init__(
         self, launch: Launcher, plan: KernelPlan, shape: DecoderShape, cos: torch.Tensor, sin: torch.Tensor
     ) -> None:
-        self.plan = plan
-        self._launch, self._shape, self._cos, self._sin = launch, shape, cos, sin
+        self.plan, self.shape = plan, shape
+        self._launch, self._cos, self._sin = launch, cos, sin
 
     def decode(
         self,
         qkv: Parts,
         bias: torch.Tensor | None,
-        layer: Layer,
+        qk_norms: torch.Tensor | None,
         positions: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        arrived: torch.Tensor,
+        cache: Caches,
+        finished_splits: torch.Tensor,
         out: torch.Tensor,
         amax: torch.Tensor,
     ) -> None:
-        """One token of each slot, into `out` [rows, q_size] float32; of a single row its largest into `amax` [1]."""
-        launch, shape, count = self._launch, self._shape, len(positions)
+        """Attend with one token of each slot, into `out` [rows, q_size] float32; write its key and value to the cache.
+
+        Args:
+            cache: one layer's.
+            finished_splits: [slots, kv_heads] int32 zeros, and zeros again afterwards.
+            amax: [1], raised to the largest magnitude of `out` where it is a single row.
+        """
+        launch, shape, count = self._launch, self.shape, len(positions)
         shared = shape.num_heads // shape.num_kv_heads
         group, half = max(16, triton.next_power_of_2(shared)), max(16, triton.next_power_of_2(shape.head_dim // 2))
         splits = self.plan.num_splits(count, shape.num_kv_heads, launch.processors)
@@ -58,8 +66,8 @@ class Attention:
         partial_max, partial_sum = (launch.empty(count * shape.num_kv_heads * splits * group) for _ in range(2))
         launch(
             attention.decode_attention, (splits, shape.num_kv_heads, count),
-            qkv.tensor, launch.or_nothing(bias), launch.or_nothing(layer.qk_norms), self._cos, self._sin, positions,
-            keys, values, partial, partial_max, partial_sum, arrived, out, amax,
+            qkv.tensor, launch.or_nothing(bias), launch.or_nothing(qk_norms), self._cos, self._sin, positions,
+            cache.keys, cache.values, partial, partial_max, partial_sum, finished_splits, out, amax,
             qkv.stride, shape.max_seq_len, shape.head_dim**-0.5 * LOG2_E, shape.rms_norm_eps,
             HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, D=shape.head_dim, GROUP=group, BLOCK_HALF=half,
             BLOCK=DECODE_BLOCK, SPLITS=splits, NUM_PARTS=qkv.count, HAS_BIAS=bias is not None, QK_NORM=shape.qk_norm,
@@ -69,33 +77,31 @@ class Attention:
     def rope(
         self,
         qkv: Parts,
-        layer: Layer,
+        bias: torch.Tensor | None,
+        qk_norms: torch.Tensor | None,
         slots: torch.Tensor,
         positions: torch.Tensor,
         q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        cache: Caches,
     ) -> None:
-        """Of packed prompts: queries into `q`, keys and values into the caches."""
-        launch, shape = self._launch, self._shape
+        """Rotate packed prompts' queries into `q` [tokens, q_size], and write their keys and values to the cache."""
+        launch, shape = self._launch, self.shape
         launch(
             rows.rope_rows, (len(slots),),
-            qkv.tensor, launch.or_nothing(layer.qkv.bias), launch.or_nothing(layer.qk_norms), self._cos, self._sin,
-            slots, positions, q, keys, values, qkv.stride, shape.max_seq_len, shape.rms_norm_eps,
+            qkv.tensor, launch.or_nothing(bias), launch.or_nothing(qk_norms), self._cos, self._sin,
+            slots, positions, q, cache.keys, cache.values, qkv.stride, shape.max_seq_len, shape.rms_norm_eps,
             HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, D=shape.head_dim,
             BLOCK_HEADS=triton.next_power_of_2(shape.num_heads + 2 * shape.num_kv_heads),
             BLOCK_HALF=triton.next_power_of_2(shape.head_dim // 2), NUM_PARTS=qkv.count,
-            HAS_BIAS=layer.qkv.bias is not None, QK_NORM=shape.qk_norm, num_warps=4,
+            HAS_BIAS=bias is not None, QK_NORM=shape.qk_norm, num_warps=4,
         )  # fmt: skip
 
-    def prefill(
-        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """Of packed prompts, after `rope`, into `out` [tokens, q_size]."""
-        shape = self._shape
+    def prefill(self, q: torch.Tensor, cache: Caches, tiles: torch.Tensor, out: torch.Tensor) -> None:
+        """Attend with the queries `q` that `rope` gave, into `out` [tokens, q_size]; tiles: of `PackedPrompts`."""
+        shape = self.shape
         self._launch(
             attention.prefill_attention, (shape.num_heads, len(tiles)),
-            q, keys, values, tiles, out, shape.max_seq_len, shape.head_dim**-0.5 * LOG2_E,
+            q, cache.keys, cache.values, tiles, out, shape.max_seq_len, shape.head_dim**-0.5 * LOG2_E,
             HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, D=shape.head_dim,
             BLOCK_D=max(16, triton.next_power_of_2(shape.head_dim)), BM=PREFILL_TILE, BN=64,
             PRECISION=self._launch.precision, num_warps=8, num_stages=3,

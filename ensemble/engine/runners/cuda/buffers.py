@@ -1,7 +1,7 @@
-"""What goes to the GPU and comes back in each step: page-locked host memory beside fixed device memory.
+"""Inputs and outputs of a step: page-locked host memory, and device memory at fixed addresses.
 
-A decode step's inputs are one block of bytes, so that one copy carries them all; there are two blocks of everything
-on the host, so that a step can be prepared while the one before it runs. It knows nothing of models.
+A decode step's inputs are one block of bytes, copied at once. The host has two of each buffer, so that it can prepare a
+step while the previous one runs. It knows nothing of models.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ class StepInputs:
             offset = end
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
-        """The tensors as NumPy sees them; for a block on the host."""
+        """The tensors as NumPy arrays; for a block on the host."""
         return {name: tensor.numpy() for name, tensor in self.tensors.items()}
 
 
 @dataclass
 class StepSlot:
-    """The host's side of one decode step."""
+    """Host memory of one decode step."""
 
     inputs: StepInputs
     arrays: dict[str, NDArray[np.generic]]
     tokens: torch.Tensor  # [rows] int64
     log_probs: torch.Tensor  # [rows] float32
-    logits: torch.Tensor | None = None  # [k, vocab_size] float32, made when first asked for
+    logits: torch.Tensor | None = None  # [k, vocab_size] float32, allocated on first use
 
     @classmethod
     def make(cls, num_rows: int, *, is_pinned: bool) -> StepSlot:
-        """Host memory for steps of up to `num_rows` rows."""
+        """Allocate for steps of up to `num_rows` rows."""
         host = torch.device("cpu")
         inputs = StepInputs(num_rows, host, is_pinned=is_pinned)
         tokens = torch.zeros(num_rows, dtype=torch.int64, pin_memory=is_pinned)
@@ -63,7 +63,7 @@ class StepSlot:
         return cls(inputs, inputs.arrays(), tokens, log_probs)
 
     def fill(self, ids: Ids, positions: Ids, samplings: Sequence[DeviceSampling | None], size: int) -> None:
-        """Set rows 0 … size − 1; those behind `ids` have no token. A row that draws nothing is greedy."""
+        """Set rows 0 … size − 1; rows after those of `ids` have no token. A row without sampling is greedy."""
         n = len(ids)
         self.arrays["ids"][:n], self.arrays["positions"][:n] = ids, positions
         self.arrays["ids"][n:size], self.arrays["positions"][n:size] = 0, NO_TOKEN
@@ -91,12 +91,12 @@ class StepSlot:
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A step that was begun: where its results arrive, and when."""
+    """A step in flight: the host memory of its results, and the event after their copy."""
 
     slot: StepSlot
     num_rows: int
     logits: torch.Tensor
-    done: torch.cuda.Event | None  # None: they are there
+    done: torch.cuda.Event | None  # None: the results are there already
 
     @classmethod
     def fetch(
@@ -107,7 +107,7 @@ class PendingStep:
         logits: torch.Tensor,
         logits_rows: Sequence[int],
     ) -> PendingStep:
-        """Begin to bring tokens and log probabilities [n], and `logits_rows` of the logits, into the host's `slot`."""
+        """Start copying tokens and log probabilities [n], and `logits_rows` of the logits, to the host's `slot`."""
         n = len(tokens)
         slot.tokens[:n].copy_(tokens, non_blocking=True)
         slot.log_probs[:n].copy_(log_probs, non_blocking=True)
@@ -121,7 +121,7 @@ class PendingStep:
         return cls(slot, n, target, done)
 
     def wait(self) -> Decoded:
-        """The results, once they have arrived."""
+        """Wait for the copies; the results."""
         if self.done is not None:
             self.done.synchronize()
         tokens, log_probs = self.slot.tokens[: self.num_rows], self.slot.log_probs[: self.num_rows]
@@ -140,20 +140,20 @@ class Prompts:
 
     @classmethod
     def of(cls, packed: PackedPrompts, device: torch.device) -> Prompts:
-        """New tensors on `device`; nothing waits."""
+        """New tensors on `device`; doesn't wait for the copies."""
         return cls(
             *(_staged(getattr(packed, field.name), device).to(device, non_blocking=True) for field in fields(cls))
         )
 
     def fill(self, packed: PackedPrompts) -> None:
-        """Overwrite with prompts of the same sizes; nothing waits."""
+        """Overwrite with prompts of the same sizes; doesn't wait for the copies."""
         for field in fields(self):
             tensor = getattr(self, field.name)
             tensor.copy_(_staged(getattr(packed, field.name), tensor.device), non_blocking=True)
 
 
 def _staged(array: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """`array` where a copy to `device` needn't wait: page-locked, and kept by torch until the copy is done."""
+    """`array` in page-locked memory, which torch keeps until an asynchronous copy to `device` is done."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory() if device.type == "cuda" else tensor
 

@@ -1,4 +1,4 @@
-"""CUDA's driver, called through ctypes: what torch has no function for. It knows no kernel and no model."""
+"""Calls to the CUDA driver API through ctypes, for functions that torch doesn't offer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 class KernelError(Exception):
-    """A kernel could not be compiled, loaded or launched here, or has no memory that it needs; one line."""
+    """A kernel can't be compiled, loaded or launched, or its memory can't be allocated; the message is one line."""
 
 
 def call(function: str, *arguments: Any) -> None:
-    """Call a function of the driver's API in the current context, which is torch's once torch has used the device.
+    """Call a function of the driver API in the current context: torch's, once torch has used the device.
 
     Raises:
-        KernelError: in the driver's words.
+        KernelError: with the driver's error text.
     """
     library = _library()
     if result := getattr(library, function)(*arguments):

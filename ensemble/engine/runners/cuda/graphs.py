@@ -1,6 +1,6 @@
-"""Captured steps: a CUDA graph for each size, none replayed when what it reads or writes has moved.
+"""CUDA graphs of steps, one for each size; replay checks that the graph's inputs and outputs haven't moved.
 
-It knows sizes and addresses; what a step computes is its caller's.
+It knows sizes and addresses; the caller defines what a step computes.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from deepseek_triton.ensemble.engine.runners.base import PromptChunk
 from deepseek_triton.ensemble.engine.runners.cuda.attention import PREFILL_TILE
 from deepseek_triton.ensemble.engine.runners.cuda.prompts import PackedPrompts, pack
 
-FEWEST_TOKENS = 16  # that a captured prefill computes
-EVEN_TOKENS = 128  # as many as a matrix product's tile has rows: sizes closer to each other would save nothing
-# Chunks that a captured prefill may hold, if there are so many slots: one for each token up to the first, and one for
-# so many tokens. Each has a row in the head's product, but of few rows reading its weights is what costs.
+FEWEST_TOKENS = 16  # of the smallest captured prefill
+EVEN_TOKENS = 128  # rows of a matrix product's tile: sizes closer to each other would save nothing
+# Maximum number of chunks in a captured prefill: one a token up to CHEAP_CHUNKS, beyond that one for TOKENS_A_CHUNK
+# tokens, and at most one a slot. Each chunk is a row of the head's product; reading the head costs more than few rows.
 CHEAP_CHUNKS, TOKENS_A_CHUNK = 64, 16
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph, and what it reads and writes: none of it may move while the graph lives."""
+    """A graph, its output, and the addresses that it reads and writes; these may not move while the graph lives."""
 
     graph: torch.cuda.CUDAGraph
     logits: torch.Tensor
     addresses: tuple[int, ...]
 
     def replay(self, addresses: tuple[int, ...]) -> torch.Tensor:
-        """Run it: its logits. addresses: where those things are now."""
+        """Run the graph: its logits. addresses: today's, to compare."""
         assert self.addresses == addresses, "a captured graph's memory has moved"
         self.graph.replay()
         return self.logits
 
 
 class Capturer:
-    """Captures on `stream`, all graphs' scratch memory in one pool.
+    """Captures graphs on `stream`; their scratch memory is one pool.
 
     Args:
         addresses: as `Captured` has them.
-        has_collectives: other threads may call CUDA during a capture, as NCCL's watchdog does.
+        has_collectives: NCCL's watchdog thread may call CUDA during a capture.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Capturer:
     def capture(self, runs: Sequence[Callable[[], torch.Tensor]]) -> list[Captured]:
         """Run each of `runs` once, which compiles its kernels, then capture them all; the largest should come first.
 
-        What the first runs took is given back before the captures take the same again, for as long as they live.
+        The memory of the first runs is freed before the captures allocate theirs, which they keep while they live.
         """
         for run in runs:
             run()
@@ -83,7 +83,7 @@ def captured_size(n: int, max_num_seqs: int) -> int:
 
 @dataclass(frozen=True)
 class PromptSizes:
-    """The prefills that have a graph: so many tokens, in so many chunks at most, by tokens, smallest first.
+    """The captured prefills: number of tokens → maximum number of chunks, smallest first.
 
     The tokens are 16, 32, 64, then two sizes for each doubling, from 1,024 on eight. The last holds
     `max_num_batched_tokens` tokens and a chunk of every slot, so that every prefill finds its graph.
@@ -93,7 +93,7 @@ class PromptSizes:
 
     @classmethod
     def of(cls, max_num_batched_tokens: int, max_num_seqs: int) -> PromptSizes:
-        """Those of a runner."""
+        """The sizes that a runner captures."""
         most = -(-max_num_batched_tokens // FEWEST_TOKENS) * FEWEST_TOKENS
         sizes, size = list[int](), FEWEST_TOKENS
         while size < most:
@@ -104,11 +104,11 @@ class PromptSizes:
         return cls({size: min(max_num_seqs, count) for size, count in chunks.items()} | {most: max_num_seqs})
 
     def fitting(self, chunks: Sequence[PromptChunk]) -> int:
-        """The smallest that holds `chunks`."""
+        """Number of tokens of the smallest graph that holds `chunks`."""
         total = sum(len(chunk.ids) for chunk in chunks)
         return next(size for size, most in self.chunks.items() if size >= total and most >= len(chunks))
 
     def pack(self, chunks: Sequence[PromptChunk], size: int) -> PackedPrompts:
-        """`chunks` in the arrays of that size."""
+        """Pack `chunks` into the arrays of the graph for `size` tokens."""
         most = self.chunks[size]
         return pack(chunks, tile=PREFILL_TILE, num_tokens=size, num_tiles=size // PREFILL_TILE + most, num_logits=most)

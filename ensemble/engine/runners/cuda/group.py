@@ -1,7 +1,7 @@
-"""What the ranks of one model say to each other on their devices: sums of partial linear_ops, and gathered logits.
+"""Collectives of the tensor-parallel ranks: all-reduce of partial sums, all-gather of logits.
 
-Every call is a collective: all ranks make the same ones in the same order. With NCCL a call only launches, so that it
-can be captured; with gloo, on the CPU, it waits.
+All ranks make the same calls in the same order. With NCCL a call only launches, so that it can be captured in a CUDA
+graph; with gloo, on the CPU, it waits.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch.distributed as dist
 
 from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
 from deepseek_triton.ensemble.engine.runners.cuda.driver import KernelError
-from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import PeerBuffers, SharedBoxes
+from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import PeerBuffers, SharedBuffers
 
 log = logging.getLogger(__name__)
 
 
 class Group:
-    """This process's place among the ranks of `split`.
+    """This process as one rank of `split`.
 
     Args:
-        rendezvous: a file that is not there yet, on a path that all ranks know.
-        meet: called before the ranks connect; returns when all of them are about to.
-        is_invariant: sums in one order, however many rows there are.
+        rendezvous: path of a file that doesn't exist yet, the same on all ranks.
+        meet: called before connecting; returns when all ranks are about to connect.
+        is_invariant: add in rank order, whatever the number of rows.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Group:
         self._device, self._rendezvous, self._meet = device, rendezvous, meet
         self._timeout = timedelta(seconds=timeout_s)
         self._is_invariant = is_invariant
-        self._shared: SharedBoxes | None = None
+        self._shared: SharedBuffers | None = None
         self._given_up: torch.Tensor | None = None
 
     def join(self) -> None:
@@ -70,68 +70,68 @@ class Group:
                 dist.destroy_process_group()
 
     def free(self) -> None:
-        """Give back the memory that other ranks had access to, once they are gone; a second call does nothing."""
+        """Free the memory that other ranks mapped, once they are gone; a second call does nothing."""
         if self._shared is not None:
             self._shared.free()
             self._shared = None
 
     def abort(self) -> None:
-        """Disconnect from ranks that are gone: what waits for them, in any thread, goes on or fails."""
+        """Disconnect from ranks that are gone: calls that wait for them, in any thread, return or fail."""
         if self._given_up is not None:
             self._given_up[0] = 1
         if dist.is_initialized() and self._device.type == "cuda":  # gloo fails by itself
             dist.distributed_c10d._abort_process_group()
 
     def agreed(self, is_so: bool) -> bool:
-        """Whether it is so on every rank; waits."""
+        """Whether `is_so` on every rank; waits for all of them."""
         answer = torch.tensor([is_so], dtype=torch.int32, device=self._device)
         dist.all_reduce(answer, dist.ReduceOp.MIN)
         return bool(answer.item())
 
     def peer_buffers(self, num_bytes: int) -> PeerBuffers | None:
-        """Memory of every rank that all ranks' kernels reach, until `leave`; None: there can be none."""
+        """Buffers of `num_bytes` on every rank, mapped by all ranks until `leave`; None: there is no peer access."""
         if self._device.type != "cuda":
             return None
         self._given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        self._shared = SharedBoxes(num_bytes, self._device)
+        self._shared = SharedBuffers(num_bytes, self._device)
         handles, peer_buffers = self._gather(self._shared.handle[None])[:, 0], None
         try:
             addresses = self._shared.open(self.split.rank, handles)
             peer_buffers = PeerBuffers(self.split.rank, self.split.size, addresses, self._given_up)
         except KernelError as error:
-            log.warning("rank %d's GPU doesn't reach the others' memory: %s", self.split.rank, error)
+            log.warning("rank %d has no peer access to the other GPUs: %s", self.split.rank, error)
         return peer_buffers if self.agreed(peer_buffers is not None) else None
 
     def add(self, part: torch.Tensor) -> None:
-        """Replace `part` by the sum of all ranks' parts: the same bits everywhere."""
-        if self._is_invariant and self.split.size > 2:  # of two numbers every order gives the same sum
+        """All-reduce `part` in place; every rank gets the same bits."""
+        if self._is_invariant and self.split.size > 2:  # two numbers have the same sum in either order
             part.copy_(_in_order(self._gather(part)))
         else:
             dist.all_reduce(part)
 
     def sum_parts(self, parts: torch.Tensor) -> torch.Tensor:
-        """A product's parts [n, rows, out] → the sum [rows, out] of all ranks' parts; overwrites its own."""
+        """Partial sums [n, rows, out] → the sum [rows, out] over all ranks; overwrites `parts`."""
         total = _in_order(parts) if self._is_invariant or len(parts) == 1 else parts.sum(0)
         self.add(total)
         return total
 
     def gather_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """All ranks' logits [rows, vocab_width] → [rows, vocab_size], in the order of the vocabulary."""
+        """All ranks' logits [rows, vocab_width] → [rows, vocab_size], in vocabulary order."""
         joined = self._gather(logits).transpose(0, 1).reshape(len(logits), -1)
         return joined[:, : self.split.whole.vocab_size].contiguous()
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[size, *tensor.shape]."""
+        """All-gather: [size, *tensor.shape]."""
         size, tensor = self.split.size, tensor.contiguous()
         gathered = tensor.new_empty((size * len(tensor), *tensor.shape[1:]))
-        # torch 2.13's name for it; torch before has the other alone
+        # torch 2.13 renames all_gather_into_tensor
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gather(gathered, tensor)
         return gathered.view(size, *tensor.shape)
 
 
 def _in_order(parts: torch.Tensor) -> torch.Tensor:
-    """The sum of `parts` [n, …], in the first one's memory."""
+    """The sum of `parts` [n, …] in order, in place of the first."""
     total = parts[0]
     for part in parts[1:]:
         total.add_(part)

@@ -1,4 +1,4 @@
-"""How every kernel is launched on one device: its options, its scratch memory, and what stands for an absent tensor."""
+"""Kernel launches on one device: common options, scratch memory, and the placeholder for an absent tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def shared_bytes(device: torch.device) -> int:
-    """The most shared memory that a block may have on a CUDA device."""
+    """Bytes of shared memory that a block may have at most on a CUDA device."""
     properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.shared_memory_per_block_optin)
 
@@ -34,14 +34,14 @@ class Launcher:
         self._nothing = torch.zeros(1, dtype=torch.float32, device=device)
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        """Launch `kernel` with the options that all have."""
+        """Launch `kernel` with the options that all kernels have."""
         launch: Callable[..., None] = kernel[grid]
         launch(*arguments, PDL=self._pdl, **constants, **self._options)
 
     def empty(self, *size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Memory for a kernel's result."""
+        """Uninitialised memory for a kernel's result."""
         return torch.empty(size, dtype=dtype, device=self.device)
 
     def or_nothing(self, tensor: torch.Tensor | None) -> torch.Tensor:
-        """What a kernel that takes an absent tensor is pointed to."""
+        """`tensor`, or a placeholder that the kernel doesn't read."""
         return self._nothing if tensor is None else tensor

@@ -1,4 +1,4 @@
-"""A decoder's weights as they lie on the device: what is read from a source, module by module."""
+"""A decoder's weights on the device, as its layers' parts read them."""
 
 from __future__ import annotations
 
@@ -8,48 +8,31 @@ import torch
 
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
-from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightSource
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A fused matrix: weight [out, in], E4M3 codes where there is a scale [out]; bias [out] or None."""
-
-    name: str
-    weight: torch.Tensor
-    scale: torch.Tensor | None
-    bias: torch.Tensor | None
-
-    @property
-    def is_fp8(self) -> bool:
-        """Whether it is multiplied in E4M3."""
-        return self.scale is not None
+from deepseek_triton.ensemble.engine.runners.cuda.linear import Linear
+from deepseek_triton.ensemble.engine.runners.cuda.parts.dense_mlp import DenseMlpWeights
+from deepseek_triton.ensemble.engine.runners.cuda.parts.gqa import GqaWeights
+from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightLoader, WeightSource
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer. qk_norms: [2, head_dim], of q and of k."""
+    """One decoder layer: the weights of its parts."""
 
-    attention_norm: torch.Tensor
-    mlp_norm: torch.Tensor
-    qk_norms: torch.Tensor | None
-    qkv: Linear
-    o: Linear
-    gate_up: Linear
-    down: Linear
+    attention: GqaWeights
+    mlp: DenseMlpWeights
 
     @property
     def matrices(self) -> tuple[Linear, ...]:
-        """In the order in which they are used."""
-        return self.qkv, self.o, self.gate_up, self.down
+        """The matrices in the order in which they are used."""
+        return *self.attention.matrices, *self.mlp.matrices
 
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """All of a decoder, or one rank's part of it.
+    """The weights of a decoder, or one rank's share of them.
 
-    embedding: [vocab_size, hidden_size]. norm: [hidden_size]. head: of a rank's vocab_width tokens. cos and sin:
-    [max_seq_len, head_dim / 2].
+    embedding: [vocab_size, hidden_size]. norm: [hidden_size]. head: [vocab_size, hidden_size], of a rank [vocab_width,
+    hidden_size]. cos and sin: [max_seq_len, head_dim / 2] float32.
     """
 
     embedding: torch.Tensor
@@ -68,33 +51,20 @@ class DecoderWeights:
         dtype: torch.dtype,
         split: ShardedDecoder | None = None,
     ) -> DecoderWeights:
-        """Read `source`, a `SplitWeights` where there is a split; whatever isn't FP8 or a table becomes `dtype`."""
-
-        def load(name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-            tensor = source.load(name, device)
-            return tensor if dtype is None else tensor.to(dtype)
-
-        def linear(name: str) -> Linear:
-            scale = load(f"{name}.scale") if f"{name}.scale" in source.entries else None
-            bias = load(f"{name}.bias") if f"{name}.bias" in source.entries else None
-            weight = load(f"{name}.weight", dtype if scale is None else None)
-            return Linear(name.rsplit(".", 1)[-1], weight, scale, bias)
+        """Read `source`, a `SplitWeights` where there is a split; matrices that aren't FP8 are converted to `dtype`."""
+        loader = WeightLoader(source, device, dtype)
 
         def layer(prefix: str) -> Layer:
-            norms = None
-            if shape.qk_norm:
-                norms = torch.stack([load(f"{prefix}q_norm", dtype), load(f"{prefix}k_norm", dtype)])
-            matrices = [linear(prefix + matrix) for matrix in shape.matrices]
-            return Layer(load(f"{prefix}attention_norm"), load(f"{prefix}mlp_norm"), norms, *matrices)
+            own = loader.under(prefix)
+            return Layer(GqaWeights.load(own, qk_norm=shape.qk_norm), DenseMlpWeights.load(own))
 
-        embedding = load("embedding", dtype)
+        embedding = loader.tensor("embedding", dtype)
         layers = [layer(f"layers.{i}.") for i in range(shape.num_layers)]
-        head = embedding if shape.tie_word_embeddings else load("head", dtype)
+        head = embedding if shape.tie_word_embeddings else loader.tensor("head", dtype)
         if split is not None:
             if shape.tie_word_embeddings:
                 head = embedding[split.vocab_rows]
-            if missing := split.vocab_width - len(head):  # at the vocabulary's end
+            if missing := split.vocab_width - len(head):  # the last ranks' rows are padded
                 head = torch.nn.functional.pad(head, (0, 0, 0, missing))
-        return cls(
-            embedding, layers, load("norm"), Linear("head", head, None, None), load("rope.cos"), load("rope.sin")
-        )
+        norm, cos, sin = (loader.tensor(name) for name in ("norm", "rope.cos", "rope.sin"))
+        return cls(embedding, layers, norm, Linear("head", head, None, None), cos, sin)

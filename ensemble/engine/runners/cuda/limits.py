@@ -1,4 +1,4 @@
-"""What a runner was made for: what doesn't fit is refused before anything is launched or written."""
+"""A runner's limits: calls that exceed them are refused before anything is launched or written."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from deepseek_triton.ensemble.engine.runners.base import Ids, PromptChunk, Runne
 
 @dataclass(frozen=True)
 class Limits:
-    """Slots, positions in each, and tokens of prompts at once."""
+    """Number of slots, positions of a slot, and prompt tokens of one prefill."""
 
     max_num_seqs: int
     max_seq_len: int
     max_num_batched_tokens: int
 
     def check_prefill(self, chunks: Sequence[PromptChunk]) -> None:
-        """Can they be computed at once?
+        """Check that `chunks` fit into one prefill.
 
         Raises:
-            RunnerError: they are too many, or too many tokens, or end behind their slot.
+            RunnerError: too many chunks, too many tokens, or a chunk that ends past its slot.
         """
         if len(chunks) > self.max_num_seqs:
             raise RunnerError(f"{len(chunks)} chunks of prompts at once, there are {self.max_num_seqs} slots")
@@ -36,10 +36,10 @@ class Limits:
                 )
 
     def check_decode(self, ids: Ids, positions: Ids) -> None:
-        """Are there so many slots, and are they so long?
+        """Check a decode's slots and positions.
 
         Raises:
-            RunnerError: they aren't.
+            RunnerError: there are fewer slots, or they are shorter.
         """
         if not 0 < len(ids) <= self.max_num_seqs or int(positions.max()) >= self.max_seq_len:
             raise RunnerError(

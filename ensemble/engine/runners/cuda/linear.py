@@ -1,6 +1,7 @@
-"""Rows through norms and matrices: any number of them, by the kernel that the plan has for it.
+"""Norms, matrix products and activations of any number of rows, by the kernels that the plan names.
 
-A product may come in parts that are still to be added up; whoever reads it next adds them, and the bias.
+A matrix product may come in parts (split along the inner dimension); the kernel that reads it adds them up, and the
+bias.
 """
 
 from __future__ import annotations
@@ -10,48 +11,73 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from deepseek_triton.ensemble.engine.runners.cuda.group import Group
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import rows, small_m_gemm
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
-from deepseek_triton.ensemble.engine.runners.cuda.layers import Layer, Linear
-from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import MOST_ROWS, PeerBuffers, RowPeerBuffers
+from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import MAX_PEER_ROWS, PeerBuffers, RowPeerBuffers
 from deepseek_triton.ensemble.engine.runners.cuda.plan import KernelPlan
+from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightLoader
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A stored matrix: weight [out, in], E4M3 codes where there is a scale [out]; bias [out] or None.
+
+    name: of the matrix within its layer, by which the plan knows it.
+    """
+
+    name: str
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    @classmethod
+    def load(cls, loader: WeightLoader, name: str) -> Linear:
+        """Read the matrix `name`; a weight without a scale is converted to the loader's dtype."""
+        scale, bias = loader.optional(f"{name}.scale"), loader.optional(f"{name}.bias")
+        return cls(name, loader.tensor(f"{name}.weight", loader.dtype if scale is None else None), scale, bias)
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether it is multiplied in E4M3."""
+        return self.scale is not None
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A matrix product in parts [n, rows, out], still to be added up; `is_of_rank`: over all ranks too."""
+    """A matrix product as partial sums [n, rows, out]; is_of_rank: the other ranks' partial sums belong to it too."""
 
     tensor: torch.Tensor
     is_of_rank: bool = False
 
     @property
     def count(self) -> int:
-        """How many parts there are."""
+        """Number of partial sums."""
         return self.tensor.shape[0]
 
     @property
     def stride(self) -> int:
-        """Elements from one part to the next."""
+        """Elements from one partial sum to the next."""
         return int(self.tensor.stride(0))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a matrix is multiplied with: [rows, in], E4M3 codes where there is a scale [rows]."""
+    """Activations that a matrix is multiplied with: [rows, in], E4M3 codes where there is a scale [rows]."""
 
     values: torch.Tensor
     scale: torch.Tensor | None
 
 
 class LinearOps:
-    """What a layer does to rows, attention aside.
+    """The operations of a layer on rows, attention aside.
 
-    row_peer_buffers: where `norm` sums up what each rank has a part of.
+    row_peer_buffers: where `norm` adds up the partial sums of all ranks.
     """
 
-    def __init__(self, launch: Launcher, plan: KernelPlan, rms_norm_eps: float) -> None:
-        self.plan = plan
-        self._launch, self._eps = launch, rms_norm_eps
+    def __init__(self, launch: Launcher, plan: KernelPlan, rms_norm_eps: float, group: Group | None = None) -> None:
+        self.plan, self.launch = plan, launch
+        self._eps, self._group = rms_norm_eps, group
         self.row_peer_buffers = RowPeerBuffers.of(PeerBuffers.alone(launch.device), 0)
 
     def norm(
@@ -63,8 +89,8 @@ class LinearOps:
         is_fp8: bool,
         chosen: torch.Tensor | None = None,
     ) -> Rows:
-        """RMS norm of the residual stream, or of its `chosen` rows, after what is still to be added to it."""
-        launch, width = self._launch, hidden.shape[1]
+        """Add `parts` and `bias` to the residual stream `hidden`; the RMS norm of it, or of its `chosen` rows."""
+        launch, width = self.launch, hidden.shape[1]
         count = len(hidden) if chosen is None else len(chosen)
         out, scale = self._rows(count, width, is_fp8)
         block = triton.next_power_of_2(width)
@@ -76,34 +102,33 @@ class LinearOps:
             0 if parts is None else parts.stride, self._eps,
             peer_buffers.addresses, self.row_peer_buffers.counts, peer_buffers.given_up,
             H=width, BLOCK=block, NUM_PARTS=0 if parts is None else parts.count,
-            HAS_BIAS=bias is not None, HAS_ROWS=chosen is not None, FP8=is_fp8, MOST_ROWS=MOST_ROWS,
+            HAS_BIAS=bias is not None, HAS_ROWS=chosen is not None, FP8=is_fp8, MAX_PEER_ROWS=MAX_PEER_ROWS,
             RANK=peer_buffers.rank, RANKS=peer_buffers.size if parts is not None and parts.is_of_rank else 1,
             num_warps=max(1, min(8, block // 512)),
         )  # fmt: skip
         return Rows(out, scale)
 
     def quantise(self, x: torch.Tensor, linear: Linear) -> Rows:
-        """`x` [rows, in] as `linear` reads it."""
+        """`x` [rows, in] in the dtype in which `linear` is multiplied."""
         if not linear.is_fp8:
-            return Rows(x.to(self._launch.dtype), None)
-        out, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), self._launch.empty(len(x))
+            return Rows(x.to(self.launch.dtype), None)
+        out, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), self.launch.empty(len(x))
         block = triton.next_power_of_2(x.shape[1])
-        self._launch(
+        self.launch(
             rows.quantise_rows, (len(x),), x, out, scale,
             K=x.shape[1], BLOCK=block, num_warps=max(1, min(8, block // 512)),
         )  # fmt: skip
         return Rows(out, scale)
 
-    def silu(self, parts: Parts, layer: Layer) -> Rows:
-        """silu(gate) * up of gate_up's product, as `down` reads it."""
-        launch, count, width = self._launch, parts.tensor.shape[1], parts.tensor.shape[2] // 2
-        bias = layer.gate_up.bias
-        out, scale = self._rows(count, width, layer.down.is_fp8)
+    def silu(self, parts: Parts, bias: torch.Tensor | None, is_fp8: bool) -> Rows:
+        """silu(gate) * up of the product [gate, up]; is_fp8: as E4M3 codes."""
+        launch, count, width = self.launch, parts.tensor.shape[1], parts.tensor.shape[2] // 2
+        out, scale = self._rows(count, width, is_fp8)
         block = min(4096, triton.next_power_of_2(width))
         launch(
             rows.silu_rows, (count,),
             parts.tensor, launch.or_nothing(bias), out, launch.or_nothing(scale), parts.stride,
-            I=width, BLOCK=block, NUM_PARTS=parts.count, HAS_BIAS=bias is not None, FP8=layer.down.is_fp8,
+            I=width, BLOCK=block, NUM_PARTS=parts.count, HAS_BIAS=bias is not None, FP8=is_fp8,
             num_warps=max(1, min(16, block // 256)),
         )  # fmt: skip
         return Rows(out, scale)
@@ -115,13 +140,13 @@ class LinearOps:
             return Parts(_library_product(x, linear)[None])
         tile = self.plan.small_m[linear.name]
         bm = min(64, max(16, triton.next_power_of_2(count)))
-        parts = self._launch.empty(tile.num_parts, count, n)
-        self._launch(
+        parts = self.launch.empty(tile.num_parts, count, n)
+        self.launch(
             small_m_gemm.small_m_gemm, (triton.cdiv(count, bm), triton.cdiv(n, tile.bn), tile.num_parts),
-            x.values, self._launch.or_nothing(x.scale), linear.weight, self._launch.or_nothing(linear.scale), parts,
+            x.values, self.launch.or_nothing(x.scale), linear.weight, self.launch.or_nothing(linear.scale), parts,
             count,
             N=n, K=k, BM=bm, BN=tile.bn, BK=tile.row_bytes // linear.weight.element_size(),
-            NUM_PARTS=tile.num_parts, FP8=linear.is_fp8, PRECISION=self._launch.precision, num_warps=tile.num_warps,
+            NUM_PARTS=tile.num_parts, FP8=linear.is_fp8, PRECISION=self.launch.precision, num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )  # fmt: skip
         return Parts(parts)
@@ -132,10 +157,18 @@ class LinearOps:
             return torch.mm(normed.values, head.weight.t(), out_dtype=torch.float32)
         return self.multiply(normed, head).tensor[0]
 
+    def sum_over_ranks(self, parts: Parts) -> Parts:
+        """A product of this rank's columns → of all ranks'; of few rows, `norm` adds the ranks' partial sums up."""
+        if self._group is None:
+            return parts
+        if self.row_peer_buffers.peer_buffers.size > 1 and parts.tensor.shape[1] <= MAX_PEER_ROWS:
+            return Parts(parts.tensor, is_of_rank=True)
+        return Parts(self._group.sum_parts(parts.tensor)[None])
+
     def _rows(self, count: int, width: int, is_fp8: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Memory for `Rows`."""
-        out = self._launch.empty(count, width, dtype=torch.float8_e4m3fn if is_fp8 else self._launch.dtype)
-        return out, self._launch.empty(count) if is_fp8 else None
+        """Uninitialised memory for `Rows`."""
+        out = self.launch.empty(count, width, dtype=torch.float8_e4m3fn if is_fp8 else self.launch.dtype)
+        return out, self.launch.empty(count) if is_fp8 else None
 
 
 def _library_product(x: Rows, linear: Linear) -> torch.Tensor:

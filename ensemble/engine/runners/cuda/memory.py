@@ -1,4 +1,4 @@
-"""Does the model fit: bytes needed against bytes free, before anything is allocated."""
+"""The memory check before loading: bytes needed against bytes free."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from deepseek_triton.ensemble.artefacts.tensor_file import TensorEntry
 from deepseek_triton.ensemble.engine.runners.base import RunnerError
 
 MIB = 2**20
-RESERVE = 512 * MIB  # the library's workspaces, kernels, and what the allocator can't hand out
+RESERVE = 512 * MIB  # cuBLAS workspaces, kernels, fragmentation
 COLLECTIVES = 512 * MIB  # NCCL's buffers
 
 
@@ -19,7 +19,7 @@ def weight_bytes(entries: Iterable[TensorEntry]) -> int:
 
 
 def step_bytes(shape: DecoderShape, max_num_seqs: int, max_num_batched_tokens: int, num_ranks: int = 1) -> int:
-    """About what the largest steps hold besides weights and caches."""
+    """Estimate of the bytes that the largest steps need besides weights and caches."""
     widest = 2 * shape.intermediate_size + shape.intermediate_size + 6 * shape.hidden_size
     prefill = max_num_batched_tokens * 4 * (widest + 2 * shape.q_size)
     logits = 5 * max_num_seqs * shape.vocab_size * 4  # each decode graph has its own, some 3.5 times max_num_seqs rows
@@ -40,7 +40,7 @@ def check_fits(
 
     Args:
         shape, weights: this rank's own.
-        num_ranks: of the model, which is split over so many GPUs.
+        num_ranks: tensor-parallel ranks.
 
     Raises:
         RunnerError: names what is needed, what is free, and the most slots, or tokens a slot, that would fit.

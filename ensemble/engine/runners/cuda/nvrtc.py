@@ -1,6 +1,6 @@
-"""CUDA C++ compiled and launched at run time, by the compiler library and the driver that torch uses anyway.
+"""Compile and launch CUDA C++ at run time, with the NVRTC library and the driver that torch uses.
 
-Nothing beyond torch has to be installed: no toolkit, no headers. It knows no model.
+It needs neither a CUDA toolkit nor headers. It knows no model.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Kernel:
 
     Args:
         source: CUDA C++ that includes nothing and holds `extern "C"` kernels.
-        name: of the kernel.
-        macros: what the source is compiled with.
+        name: the kernel's.
+        macros: defined for the compilation.
         shared_bytes: dynamic shared memory of a block.
 
     Raises:
-        KernelError: with the compiler's first complaint.
+        KernelError: with the compiler's first error.
     """
 
     def __init__(self, source: str, name: str, macros: Mapping[str, object], *, shared_bytes: int) -> None:
@@ -44,7 +44,7 @@ class Kernel:
         call("cuFuncSetAttribute", self._function, MAX_DYNAMIC_SHARED_SIZE_BYTES, ctypes.c_int(shared_bytes))
 
     def launch(self, blocks: int, threads: int, arguments: Sequence[torch.Tensor]) -> None:
-        """Launch on the current stream; every argument is a tensor's address. All blocks run at once, or none."""
+        """Launch on the current stream, cooperatively: all blocks run at once. Arguments are the tensors' addresses."""
         values = [ctypes.c_void_p(tensor.data_ptr()) for tensor in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -57,7 +57,7 @@ class Kernel:
 def _compile(source: str, name: str, options: Sequence[str]) -> bytes:
     library, program, size = _library(), ctypes.c_void_p(), ctypes.c_size_t()
     if library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None):
-        raise KernelError(f"{name}: no program could be made")
+        raise KernelError(f"{name}: NVRTC can't create a program")
     try:
         encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if library.nvrtcCompileProgram(program, len(options), encoded):

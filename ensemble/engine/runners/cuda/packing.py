@@ -1,4 +1,4 @@
-"""What every runner that packs prompts and draws on the GPU does alike, on one GPU or on several."""
+"""The base class of runners that pack prompts and sample on the GPU, on one GPU or on several."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from deepseek_triton.ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT
 
 
 class PackingRunner(ABC):
-    """`Runner`'s calls as those of a `PipelinedRunner` that takes several slots' prompts at once."""
+    """Implements `Runner`'s calls by those of a `PipelinedRunner` that packs several slots' prompts."""
 
     steps_in_flight = STEPS_IN_FLIGHT
     packs_prompts = True
@@ -26,7 +26,7 @@ class PackingRunner(ABC):
         return self.finish_decode().logits
 
     def can_sample(self, sampling: DeviceSampling) -> bool:
-        """See SamplingRunner: every DeviceSampling."""
+        """See SamplingRunner: always True."""
         return True
 
     @abstractmethod
@@ -37,7 +37,7 @@ class PackingRunner(ABC):
     def start_decode(
         self, ids: Ids, positions: Ids, samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
-        """See SamplingRunner; a second step may be begun before the first is finished, ids −1 its tokens."""
+        """See SamplingRunner; a second step may begin before the first is finished, ids −1 for the first's tokens."""
 
     @abstractmethod
     def finish_decode(self) -> Decoded:

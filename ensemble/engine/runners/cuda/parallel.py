@@ -1,7 +1,7 @@
-"""A decoder split over several GPUs behind the interface of one: this process is rank 0, and starts the others.
+"""Tensor parallelism behind the interface of one runner: this process is rank 0 and starts the other ranks.
 
-Every rank runs a `CudaRunner` on its part, and is told of each call before rank 0 makes it. All get the same logits and
-draw the same tokens from them, so that nothing has to come back.
+Every rank runs a `CudaRunner` on its shards. Rank 0 broadcasts each call before it makes the call itself. All ranks
+compute the same logits and sample the same tokens, so nothing has to be sent back.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from deepseek_triton.ensemble.processes.temp_dirs import make_directory, remove_
 class ParallelRunner(PackingRunner):
     """A `CudaRunner` on `size` GPUs. Implements `SamplingRunner` and `PipelinedRunner`.
 
-    A matrix that is split by columns scales each rank's part of a token by that part's own largest value: at least as
-    fine as one scale for the whole.
+    With FP8 each rank scales its own columns of a token's activation by their largest magnitude: at least as fine as
+    one scale for the whole.
 
     Args:
         source, shape, max_num_seqs, max_num_batched_tokens, is_invariant, dtype: as CudaRunner's; the source
             must be picklable.
-        size: how many ranks, one for each of the first devices.
+        size: number of ranks, one for each of the first devices.
         device_type: "cuda" with NCCL; "cpu" with gloo, for tests under Triton's interpreter.
-        on_failure: called, with the reason in one line, when a rank has failed, died or hung: nothing can go on, and
+        on_failure: called with the reason in one line when a rank failed, died or hangs: the model can't go on, and
             this process may hang in a call.
         start_s, step_s: seconds that loading, twice, and any call may take.
 
     Raises:
-        RunnerError: the model can't be split so, there are too few GPUs, this process runs another such, or what a
-            rank's CudaRunner raises.
+        RunnerError: the model can't be split over `size` ranks, there are too few GPUs, this process runs another
+            ParallelRunner, or a rank's CudaRunner fails.
     """
 
     def __init__(
@@ -108,8 +108,8 @@ class ParallelRunner(PackingRunner):
 
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         """See Runner."""
-        with self._ranks.together():
-            self._ranks.tell("copy_prefix", source, target, num_tokens)
+        with self._ranks.collective():
+            self._ranks.broadcast("copy_prefix", source, target, num_tokens)
             self._runner.copy_prefix(source, target, num_tokens)
 
     def close(self) -> None:
@@ -117,7 +117,7 @@ class ParallelRunner(PackingRunner):
         self._ranks.close()
         if "_runner" in self.__dict__:
             runner = self.__dict__.pop("_runner")
-            if not runner.ends_within(END_S):  # a step that was begun waits for a rank that has gone
+            if not runner.ends_within(END_S):  # a step in flight waits for a rank that is gone
                 self._group.abort()
             runner.close()
         self._ranks.wait_until_gone()
@@ -125,7 +125,7 @@ class ParallelRunner(PackingRunner):
         remove_directory(self._directory)
 
     def _end(self, reason: str) -> None:
-        # In a thread of its own: whoever is told must be, even if NCCL can't be got out of what it waits for.
+        # In a thread of its own: on_failure must be called even if aborting NCCL hangs.
         threading.Thread(target=self._group.abort, name="abort", daemon=True).start()
         if self._on_failure is not None:
             self._on_failure(reason)
@@ -135,8 +135,8 @@ class ParallelRunner(PackingRunner):
     def prefill_many(self, chunks: Sequence[PromptChunk]) -> Logits:
         """See CudaRunner."""
         self._limits.check_prefill(chunks)
-        with self._ranks.together():
-            self._ranks.tell("prefill_many", chunks)
+        with self._ranks.collective():
+            self._ranks.broadcast("prefill_many", chunks)
             return self._runner.prefill_many(chunks)
 
     def start_decode(
@@ -144,13 +144,13 @@ class ParallelRunner(PackingRunner):
     ) -> None:
         """See SamplingRunner."""
         self._runner.check_start_decode(ids, positions)
-        with self._ranks.together():
-            self._ranks.tell("start_decode", ids, positions, list(samplings))
+        with self._ranks.collective():
+            self._ranks.broadcast("start_decode", ids, positions, list(samplings))
             self._runner.start_decode(ids, positions, samplings, logits_rows)
 
     def finish_decode(self) -> Decoded:
         """See SamplingRunner."""
-        with self._ranks.together(is_launching=False):
+        with self._ranks.collective(is_launching=False):
             return self._runner.finish_decode()
 
     # ---- PipelinedRunner
@@ -160,16 +160,16 @@ class ParallelRunner(PackingRunner):
     ) -> None:
         """See PipelinedRunner."""
         self._runner.check_start_prefill(chunks)
-        with self._ranks.together():
-            self._ranks.tell("start_prefill", chunks, list(samplings))
+        with self._ranks.collective():
+            self._ranks.broadcast("start_prefill", chunks, list(samplings))
             self._runner.start_prefill(chunks, samplings, logits_rows)
 
     def finish_prefill(self) -> Decoded:
         """See PipelinedRunner."""
-        with self._ranks.together(is_launching=False):
+        with self._ranks.collective(is_launching=False):
             return self._runner.finish_prefill()
 
     def abandon(self) -> None:
-        """See PipelinedRunner; the other ranks finish what was begun."""
-        with self._ranks.together():
+        """See PipelinedRunner; the other ranks finish the steps in flight."""
+        with self._ranks.collective():
             self._runner.abandon()

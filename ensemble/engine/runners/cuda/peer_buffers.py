@@ -1,6 +1,6 @@
-"""Memory in which the kernels of one model's ranks leave numbers for each other: a box on each GPU, open to all.
+"""CUDA IPC buffers for the tensor-parallel all-reduce: one per GPU, mapped by every rank.
 
-The memory and its addresses alone; what is left in it, and when, is the kernels' business.
+This module owns the memory and its addresses; the kernels define what is stored in it.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import torch
 from deepseek_triton.ensemble.engine.runners.cuda.driver import KernelError, call
 
 LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-MOST_ROWS = 64  # that are summed over ranks by words in peer_buffers; of more, collectives move half the bytes
+MAX_PEER_ROWS = 64  # summed through peer buffers at most; for more rows NCCL moves half the bytes
 
 
 class _Handle(ctypes.Structure):
-    """CUipcMemHandle: names memory of one process for another."""
+    """CUipcMemHandle: identifies one process's memory to another."""
 
     _fields_ = [("reserved", ctypes.c_ubyte * 64)]
 
 
 @dataclass(frozen=True)
 class PeerBuffers:
-    """All ranks' peer_buffers, as kernels of rank `rank` of `size` find them.
+    """The peer buffers of all ranks, as rank `rank` of `size` maps them.
 
-    addresses: [size] int64, on the device. given_up: [1] int32, page-locked on the host: not 0 once nobody should wait
-    for the others any more.
+    addresses: [size] int64, on the device. given_up: [1] int32, page-locked on the host: once it isn't 0, kernels stop
+    waiting for other ranks.
     """
 
     rank: int
@@ -38,37 +38,37 @@ class PeerBuffers:
 
     @classmethod
     def alone(cls, device: torch.device) -> PeerBuffers:
-        """Of a model on one GPU, whose kernels leave nothing to anybody: none looks at them."""
+        """Placeholders for a model on one GPU, whose kernels exchange nothing."""
         return cls(0, 1, *(torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32)))
 
 
 @dataclass(frozen=True)
 class RowPeerBuffers:
-    """Where all ranks' parts of up to `MOST_ROWS` rows meet: peer_buffers, and [MOST_ROWS] int32, the sums of each so
-    far."""
+    """Peer buffers for sums of up to `MAX_PEER_ROWS` rows; counts: [MAX_PEER_ROWS] int32, sums of each row so far."""
 
     peer_buffers: PeerBuffers
     counts: torch.Tensor
 
     @classmethod
     def of(cls, peer_buffers: PeerBuffers, offset: int) -> RowPeerBuffers:
-        """Behind the first `offset` bytes of `peer_buffers`, which hold zeros yet."""
-        counts = torch.zeros(MOST_ROWS, dtype=torch.int32, device=peer_buffers.addresses.device)
+        """The part of `peer_buffers` from byte `offset` on, which must hold zeros."""
+        counts = torch.zeros(MAX_PEER_ROWS, dtype=torch.int32, device=peer_buffers.addresses.device)
         return cls(replace(peer_buffers, addresses=peer_buffers.addresses + offset), counts)
 
     @staticmethod
     def num_bytes(size: int, width: int) -> int:
-        """Of each rank's box, for rows of `width` elements: two words for each rank's, up to a power of two."""
-        return 2 * size * MOST_ROWS * (1 << (width - 1).bit_length()) * 8
+        """Bytes of each rank's buffer: two words a row, rank and element, `width` rounded up to a power of two."""
+        return 2 * size * MAX_PEER_ROWS * (1 << (width - 1).bit_length()) * 8
 
 
-class SharedBoxes:
-    """This rank's box, and the others' once they are opened, each in a process and on a GPU of its own.
+class SharedBuffers:
+    """This rank's buffer, and the other ranks' once they are opened; each rank is a process with a GPU of its own.
 
-    Every rank makes one, gives the others its `handle` and opens theirs, whatever fails: what did is raised by `open`.
+    Every rank allocates a buffer, sends its `handle` to the others and opens theirs, even if its allocation failed:
+    `open` raises that failure.
 
     Args:
-        num_bytes: of each box; zeros at first.
+        num_bytes: of each buffer; zeros at first.
     """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
@@ -82,14 +82,14 @@ class SharedBoxes:
             call("cuIpcGetMemHandle", ctypes.byref(handle), self._own)
         except KernelError as error:
             self._failure = error
-        torch.cuda.synchronize(device)  # the zeros are there before anybody else is
+        torch.cuda.synchronize(device)  # the buffer is zeroed before another rank can map it
         self.handle = torch.tensor(list(handle.reserved), dtype=torch.uint8, device=device)  # [64]
 
     def open(self, rank: int, handles: torch.Tensor) -> torch.Tensor:
-        """Every rank's handle [size, 64] uint8 → where its box lies for this one's kernels: [size] int64.
+        """Map every rank's handle [size, 64] uint8 to the address of its buffer in this process: [size] int64.
 
         Raises:
-            KernelError: there was no memory, or one GPU can't reach another's.
+            KernelError: the allocation failed, or this GPU has no peer access to another.
         """
         if self._failure is not None:
             raise self._failure
@@ -98,7 +98,7 @@ class SharedBoxes:
         return torch.tensor(addresses, dtype=torch.int64, device=self._device)
 
     def close(self) -> None:
-        """Let go of the others' peer_buffers; no kernel may use them any more. A second call does nothing."""
+        """Unmap the other ranks' buffers; no kernel may use them any more. A second call does nothing."""
         with torch.cuda.device(self._device):
             for address in self._opened:
                 with contextlib.suppress(KernelError):
@@ -106,7 +106,7 @@ class SharedBoxes:
         self._opened.clear()
 
     def free(self) -> None:
-        """Give this rank's box back, once the others have let go of it; the end of the process does too."""
+        """Free this rank's buffer, once the others have unmapped it; the end of the process does so too."""
         with torch.cuda.device(self._device):
             if self._own.value:
                 with contextlib.suppress(KernelError):

@@ -1,7 +1,6 @@
-"""Batch 1 in a single kernel (kernels/persistent_decode.cu): what it needs, and which decoders it can run.
+"""Batch 1 in a single persistent kernel (kernels/persistent_decode.cu): its requirements, arguments and launch.
 
-One row through the whole decoder, on GPUs that copy to shared memory in bulk (Hopper and later). Where it can't run,
-the kernels of gemv.py do the same.
+It needs bulk copies to shared memory (Hopper and later). Where it can't run, the kernels of gemv.py compute the same.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ SOURCE = Path(__file__).parent / "kernels" / "persistent_decode.cu"
 CAPABILITY = (9, 0)
 # As in the source.
 WARPS, MAX_PAIRS, SHARED_HEADS_LIMIT, KV_BLOCK_LIMIT = 8, 160, 16, 32
-STAGE_BYTES = 16384  # at most: what travels together
+STAGE_BYTES = 16384  # of a stage, at most
 ALIGNMENT = 128
 MIN_STAGES = 3
-# That a block has on their way at once, at most. On an H100 5.7 MB keep memory busy; more only delay what the blocks
-# tell each other (benchmarks/decode_gpu_notes.md).
+# Bytes that a block has in flight at most. On an H100 5.7 MB in flight saturate memory; more only delay the messages
+# between blocks (benchmarks/decode_gpu_notes.md).
 IN_FLIGHT_BYTES = 3 * 14336
 
 
 @dataclass(frozen=True)
 class Memory:
-    """How a block's shared memory is divided, in bytes but for `kv_block`: positions of the cache in a stage.
+    """Layout of a block's shared memory in bytes. kv_block: cached positions in a stage.
 
-    in_flight: stages that may be on their way at once.
+    in_flight: stages that are being copied at a time, at most.
     """
 
     stages: int
@@ -48,7 +47,7 @@ class Memory:
 
     @classmethod
     def of(cls, shape: DecoderShape, *, is_fp8: bool, blocks: int, limit: int) -> Memory:
-        """As many stages as `limit` bytes have room for."""
+        """The layout with as many stages as fit into `limit` bytes."""
         row = shape.hidden_size * (1 if is_fp8 else 2)
         rows = next((rows for rows in (8, 4, 2) if rows * row <= STAGE_BYTES), 0)
         stage = _aligned(rows * row) if rows * row > STAGE_BYTES // 2 else STAGE_BYTES
@@ -105,8 +104,8 @@ class PersistentDecode:
 
     Args:
         shape, weights, caches: in bfloat16, matrices all FP8 or none; of a model on several GPUs, this rank's part.
-        peer_buffers: of `peer_buffer_bytes`, where the model is on several GPUs: all ranks must make the same calls.
-        blocks: as many as the GPU has multiprocessors, unless tests want two kernels side by side.
+        peer_buffers: `persistent_buffer_bytes` each, for a model on several GPUs; all ranks make the same calls.
+        blocks: None: one a multiprocessor. Tests run two kernels side by side with fewer.
 
     Raises:
         KernelError: the kernel can't be compiled or loaded.
@@ -122,7 +121,7 @@ class PersistentDecode:
         blocks: int | None = None,
     ) -> None:
         device, head = weights.embedding.device, weights.head.weight
-        is_fp8 = weights.layers[0].qkv.is_fp8
+        is_fp8 = weights.layers[0].attention.qkv.is_fp8
         self._blocks = blocks or torch.cuda.get_device_properties(device).multi_processor_count
         memory = Memory.of(shape, is_fp8=is_fp8, blocks=self._blocks, limit=shared_bytes(device))
         macros = {
@@ -148,7 +147,7 @@ class PersistentDecode:
             "SCRATCH_BYTES": memory.scratch_bytes,
         }
         self._kernel = Kernel(SOURCE.read_text("utf-8"), "persistent_decode", macros, shared_bytes=memory.total)
-        self._held = weights, caches  # what the table points to
+        self._held = weights, caches  # keeps alive what the table points to
         table = [
             address
             for index, layer in enumerate(weights.layers)
@@ -170,14 +169,14 @@ class PersistentDecode:
 
 
 def _addresses(layer: Layer, keys: torch.Tensor, values: torch.Tensor) -> list[int]:
-    """Where its tensors begin, in the order of the source's `Layer`; 0 for what isn't there."""
-    tensors = [layer.attention_norm, layer.mlp_norm, layer.qk_norms]
+    """Addresses of the layer's tensors in the order of the source's `Layer`; 0: no such tensor."""
+    tensors = [layer.attention.norm, layer.mlp.norm, layer.attention.qk_norms]
     tensors += [tensor for linear in layer.matrices for tensor in (linear.weight, linear.scale, linear.bias)]
     return [0 if tensor is None else tensor.data_ptr() for tensor in [*tensors, keys, values]]
 
 
-def peer_buffer_bytes(shape: DecoderShape, num_ranks: int) -> int:
-    """Of a rank's box: two words of eight bytes for each rank and element of the hidden state."""
+def persistent_buffer_bytes(shape: DecoderShape, num_ranks: int) -> int:
+    """Bytes of a rank's buffer: two words of eight bytes for each rank and element of the hidden state."""
     return 2 * num_ranks * shape.hidden_size * 8
 
 

@@ -1,22 +1,22 @@
-"""Which kernel multiplies how many rows, in tiles of what size: settled before the first step, the same ever after.
+"""The kernel and tile size for each matrix and number of rows, fixed when the model is loaded.
 
-Measured on an H100 (benchmarks/decode_gpu_notes.md). Nothing here changes what is computed, except the order in which
-sums are taken; the `invariant` plan takes them in one order for every batch.
+The figures were measured on an H100 (benchmarks/decode_gpu_notes.md). A plan changes only the order of sums; the
+INVARIANT plan has one order for every batch size.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-MAX_SMALL_M_ROWS = 64  # above, the library's GEMM
-OTHER_SHARED_BYTES = 8192  # what a kernel needs besides, for its sums
+MAX_SMALL_M_ROWS = 64  # more rows use cuBLAS
+OTHER_SHARED_BYTES = 8192  # shared memory of a kernel besides its tiles, for reductions
 
 
 @dataclass(frozen=True)
 class Gemv:
-    """One row: tiles of `bn` weight rows, `bk` columns at a time where a row isn't read whole.
+    """Tiles of a GEMV kernel: `bn` weight rows, `bk` columns at a time where a row isn't read whole.
 
-    programs: for each multiprocessor, that go through tiles with `stages` of them on their way; 0: one program a tile.
+    programs: persistent programs a multiprocessor, each prefetching `stages` tiles; 0: one program a tile.
     """
 
     bn: int
@@ -26,9 +26,9 @@ class Gemv:
     stages: int = 0
 
     def fitting(self, row_bytes: int, shared_bytes: int) -> Gemv:
-        """With fewer rows a tile, then fewer tiles on their way, if they wouldn't fit into a block's shared memory.
+        """A plan that fits into a block's shared memory: first with fewer rows a tile, then with fewer stages.
 
-        row_bytes: of all matrices that are read side by side, as far as a tile reads them.
+        row_bytes: bytes of a tile's row, summed over the matrices that the kernel reads at once.
         """
         tile = self
         while tile.stages > 1 and (tile.stages - 1) * tile.bn * row_bytes + OTHER_SHARED_BYTES > shared_bytes:
@@ -38,7 +38,7 @@ class Gemv:
 
 @dataclass(frozen=True)
 class SmallMTile:
-    """A few rows: tiles of `bn` weight rows and `row_bytes` of each, the inner dimension split into `num_parts`."""
+    """Tiles of the small_m_gemm kernel: `bn` weight rows, `row_bytes` of each; num_parts: split-K."""
 
     num_parts: int
     bn: int = 64
@@ -49,10 +49,10 @@ class SmallMTile:
 
 @dataclass(frozen=True)
 class KernelPlan:
-    """gemv: by fused matrix, for batch 1; gemv empty: batch 1 goes the way of others. small_m: by fused matrix.
+    """gemv: tiles of each fused matrix for batch 1; empty: batch 1 uses small_m_gemm too. small_m: tiles, likewise.
 
-    max_small_m_rows: above it the library's GEMM is used; None: never. splits: programs that share a slot's cache;
-    None: by batch.
+    max_small_m_rows: more rows use cuBLAS; None: no number does. splits: programs a slot and key head in decode
+    attention; None: by batch size.
     """
 
     gemv: dict[str, Gemv] = field(default_factory=dict)
@@ -61,11 +61,11 @@ class KernelPlan:
     splits: int | None = None
 
     def use_library(self, rows: int) -> bool:
-        """Whether `rows` are more than the small_m kernel is for."""
+        """Whether `rows` are multiplied by cuBLAS."""
         return self.max_small_m_rows is not None and rows > self.max_small_m_rows
 
     def num_splits(self, rows: int, num_kv_heads: int, num_processors: int) -> int:
-        """Programs for each slot and key head, a power of two: together some two for each multiprocessor."""
+        """Programs a slot and key head, a power of two: in total about two a multiprocessor."""
         if self.splits is not None:
             return self.splits
         wanted = max(1, 2 * num_processors // (rows * num_kv_heads))

@@ -1,4 +1,4 @@
-"""Several slots' chunks of prompts as one batch of tokens: plain arrays, ready to be copied to the GPU."""
+"""Packs several slots' chunks of prompts into one batch of tokens: NumPy arrays, to be copied to the GPU."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Array = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class PackedPrompts:
-    """ids, slots, positions: [num_tokens], chunk after chunk; positions −1 behind the last: no token.
+    """ids, slots, positions: [num_tokens], chunk after chunk; position −1: padding after the last.
 
-    tiles: [num_tiles, 4] int32, at most `tile` queries of one chunk each: slot, position of the first, its row, how
-    many; all zero behind the last. last_rows: [num_logits], the row of each chunk's last token; 0 behind the last.
+    tiles: [num_tiles, 4] int32, at most `tile` queries of one chunk each: slot, position of the first query, its row,
+    number of queries; zeros after the last. last_rows: [num_logits], the row of each chunk's last token, then zeros.
     """
 
     ids: Ids
@@ -31,7 +31,7 @@ class PackedPrompts:
 def pack(
     chunks: Sequence[PromptChunk], *, tile: int, num_tokens: int = 0, num_tiles: int = 0, num_logits: int = 0
 ) -> PackedPrompts:
-    """Chunks end to end, padded to at least the given sizes."""
+    """Concatenate the chunks, padded to at least the given sizes."""
     lengths = [len(chunk.ids) for chunk in chunks]
     total = max(sum(lengths), num_tokens)
     ids, slots = np.zeros(total, np.int64), np.zeros(total, np.int64)
@@ -47,7 +47,7 @@ def pack(
             tiles.append((chunk.slot, chunk.start + first, row + first, min(tile, length - first)))
         last_rows.append(end - 1)
         row = end
-    # Tiles that read the most of the cache begin first: the short ones fill the gaps at the end.
+    # The tiles that read the most cache start first; short ones fill the gaps at the end.
     tiles.sort(key=lambda entry: -(entry[1] + entry[3]))
     padded = np.zeros((max(len(tiles), num_tiles), 4), np.int32)
     padded[: len(tiles)] = tiles

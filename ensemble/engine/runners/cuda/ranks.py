@@ -1,8 +1,8 @@
-"""The processes of a model that is split over several GPUs, as their first one sees them.
+"""Rank 0's view of the other tensor-parallel ranks' processes.
 
-It starts the others, tells them what it is about to do, and watches them: a rank that fails, dies or hangs ends all of
-them, with one line that says which and why. They end by themselves when the first one is gone (worker.py). It knows
-nothing of what is computed.
+It starts them, sends them each call, and watches them: if a rank fails, dies or hangs, all ranks end, with one line
+that names the rank and the reason. They end by themselves when rank 0 is gone (worker.py). It knows nothing of what is
+computed.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ log = logging.getLogger(__name__)
 WORKER = "deepseek_triton.ensemble.engine.runners.cuda.worker"
 POLL_S = 0.1
 END_S = 5.0  # for a rank to end by itself when it is told to
-STUCK_S = 30.0  # after which this process, loading beside a rank that has failed, is taken to hang
+STUCK_S = 30.0  # after a rank failed during loading, this process is taken to hang
 START_S = 900.0  # to read the weights; and again to compile and capture
 STEP_S = 60.0  # for one call
 
 
 @dataclass
 class _Rank:
-    """A process, the pipe to it, and the pipe whose end it takes for ours."""
+    """A rank's process, the pipe to it, and the pipe whose closing tells it that rank 0 ended."""
 
     number: int
     process: subprocess.Popen[bytes]
     pipe: Connection
     lifeline: int
-    said: list[Any] = field(default_factory=list)
+    messages: list[Any] = field(default_factory=list)
 
     def read(self) -> None:
-        """Take in what it has said since the last time."""
+        """Receive the messages sent since the last call."""
         with contextlib.suppress(EOFError, OSError):
             while self.pipe.poll():
-                self.said.append(self.pipe.recv())
+                self.messages.append(self.pipe.recv())
 
-    def complaint(self) -> str | None:
-        """Why it can't go on, in one line; None: it can."""
+    def failure(self) -> str | None:
+        """Why the rank failed, in one line; None: it hasn't."""
         status = self.process.poll()
         self.read()
-        for what, text in self.said:
+        for what, text in self.messages:
             if what == "failed":
                 return f"rank {self.number}: {text}"
         if status is None:
@@ -66,8 +66,8 @@ class Ranks:
     """Ranks 1 … n of a model; this process is rank 0.
 
     Args:
-        jobs: what each of them is given, picklable; see worker.py.
-        on_failure: called, with the line, when one has failed after `ready`, or before if this process hangs with it.
+        jobs: the `RankJob` of each, picklable; see worker.py.
+        on_failure: called with the reason when a rank failed after `ready`; before it, only if this process hangs.
         start_s, step_s: seconds that loading, twice, and any call may take.
     """
 
@@ -101,15 +101,15 @@ class Ranks:
         return [rank.process.pid for rank in self._ranks]
 
     def meet(self) -> None:
-        """Wait until every rank has its weights, and let all connect.
+        """Wait until every rank has loaded its weights, and let all connect.
 
         Raises:
             RunnerError: one failed or took too long.
         """
         self._wait_for("loaded")
         self._deadline = time.monotonic() + self._start_s
-        self._watcher.start()  # from here on this process may hang when one of them fails
-        self.tell("join")
+        self._watcher.start()  # from here on this process may hang when a rank fails
+        self.broadcast("join")
 
     def ready(self) -> None:
         """Wait until every rank can run.
@@ -122,8 +122,8 @@ class Ranks:
             self._is_ready, self._deadline = True, None
         self.check()
 
-    def tell(self, name: str, *arguments: Any) -> None:
-        """Tell every rank what this one does now.
+    def broadcast(self, name: str, *arguments: Any) -> None:
+        """Send a call to every other rank.
 
         Raises:
             RunnerError: a rank has failed.
@@ -133,24 +133,24 @@ class Ranks:
             try:
                 rank.pipe.send((name, arguments))
             except OSError as error:
-                self._fail(self._first_cause() or f"rank {rank.number} takes no calls: {error}")
+                self._fail(self._settled_failure() or f"rank {rank.number} can't be reached: {error}")
                 self.check()
 
     def check(self) -> None:
-        """Raise what has gone wrong, if something has.
+        """Raise the failure, if there is one.
 
         Raises:
-            RunnerError: that.
+            RunnerError: a rank has failed.
         """
         if self._failure is not None:
             raise RunnerError(self._failure)
 
     @contextlib.contextmanager
-    def together(self, *, is_launching: bool = True) -> Iterator[None]:
-        """Around what all ranks do: it takes its time at most, and when it fails here all of them end.
+    def collective(self, *, is_launching: bool = True) -> Iterator[None]:
+        """A context for a call that all ranks make: it has a time limit, and if it fails here, all ranks end.
 
         Args:
-            is_launching: False: what is done here launches nothing, and may be refused without harm.
+            is_launching: False: the call launches nothing, so a RunnerError leaves the ranks in step.
 
         Raises:
             RunnerError: a rank has failed, this one among them.
@@ -163,8 +163,8 @@ class Ranks:
         except Exception as error:
             if not is_launching and isinstance(error, RunnerError):
                 raise
-            self.check()  # what has failed is known
-            message = self._first_cause() or f"rank 0: {one_line(error)}"
+            self.check()  # a failure that is known already
+            message = self._settled_failure() or f"rank 0: {one_line(error)}"
             self._fail(message)
             raise RunnerError(self._failure or message) from error
         finally:
@@ -199,10 +199,10 @@ class Ranks:
         deadline = time.monotonic() + self._start_s
         while True:
             self.check()
-            if (complaint := self._complaint()) is not None:
-                self._fail(complaint)
+            if (failure := self._failure_of_ranks()) is not None:
+                self._fail(failure)
                 continue
-            late = [rank.number for rank in self._ranks if (word, "") not in rank.said]
+            late = [rank.number for rank in self._ranks if (word, "") not in rank.messages]
             if not late:
                 return
             if time.monotonic() > deadline:
@@ -210,30 +210,30 @@ class Ranks:
                 continue
             time.sleep(POLL_S)
 
-    def _first_cause(self) -> str | None:
-        """When another rank goes, what this one does fails too, maybe before the other is seen to have gone."""
+    def _settled_failure(self) -> str | None:
+        """Why another rank failed. Its failure makes this rank's call fail too, maybe before its end is seen."""
         time.sleep(2 * POLL_S)
-        return self._complaint()
+        return self._failure_of_ranks()
 
-    def _complaint(self) -> str | None:
-        """What one of the ranks can't go on for: rather one that was killed than one that misses it."""
+    def _failure_of_ranks(self) -> str | None:
+        """A rank's failure; that of a killed rank before those of ranks that fail because of it."""
         with self._lock:
-            complaints = [(rank.process.poll(), text) for rank in self._ranks if (text := rank.complaint()) is not None]
-        return min(complaints, key=lambda entry: entry[0] is None or entry[0] >= 0)[1] if complaints else None
+            failures = [(rank.process.poll(), text) for rank in self._ranks if (text := rank.failure()) is not None]
+        return min(failures, key=lambda entry: entry[0] is None or entry[0] >= 0)[1] if failures else None
 
     def _watch(self) -> None:
         while not self._is_closed.wait(POLL_S):
-            complaint = self._complaint()
+            failure = self._failure_of_ranks()
             deadline = self._deadline
-            if complaint is None and deadline is not None and time.monotonic() > deadline:
+            if failure is None and deadline is not None and time.monotonic() > deadline:
                 limit = self._step_s if self._is_ready else self._start_s
-                complaint = f"a rank hangs: a call has taken more than {limit:.0f} s"
-            if complaint is not None:
-                self._fail(complaint)
+                failure = f"a rank hangs: a call has taken more than {limit:.0f} s"
+            if failure is not None:
+                self._fail(failure)
                 return
 
     def _fail(self, message: str) -> None:
-        """End all other ranks, which then can't go on, and say why."""
+        """Kill all other ranks, and report why."""
         with self._lock:
             if self._failure is not None or self._is_closed.is_set():
                 return
@@ -246,21 +246,21 @@ class Ranks:
         if self._is_ready:
             self._on_failure(message)
         elif threading.current_thread() is self._watcher and not self._is_closed.wait(STUCK_S):
-            self._on_failure(message)  # loading neither goes on nor fails: this process is stuck
+            self._on_failure(message)  # loading hangs
 
 
 def _start(number: int) -> _Rank:
     ours, theirs = Pipe()
     read_end, write_end = os.pipe()
     command = [python(), "-m", WORKER, str(theirs.fileno()), str(read_end)]
-    # The path of this process: in a Python model of Triton's it isn't the environment's alone.
+    # sys.path of this process: in a Python model inside Triton it has more than PYTHONPATH.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)}
     try:
         process = subprocess.Popen(
             command,
             env=environment,
             pass_fds=(theirs.fileno(), read_end),
-            start_new_session=True,  # a terminal's Ctrl-C is for this process, which tells them
+            start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which ends the ranks
         )
     except OSError:
         os.close(write_end)
@@ -272,7 +272,7 @@ def _start(number: int) -> _Rank:
 
 
 def python() -> str:
-    """This process's interpreter; where it is embedded in another program, its environment's."""
+    """Path of this process's Python interpreter; if it is embedded in another program, that of its environment."""
     name = f"python{sys.version_info.major}"
     candidates = (sys.executable, f"{sys.prefix}/bin/{name}", f"{sys.exec_prefix}/bin/{name}")
     is_python = (path for path in candidates if path and Path(path).name.startswith("python"))
@@ -280,5 +280,5 @@ def python() -> str:
 
 
 def end_process(message: str) -> None:
-    """End this process at once, for it may be waiting on its GPU for ever; whoever watches it ends the server."""
+    """Kill this process, which may wait for its GPU for ever; the watchdog then ends the server."""
     os.kill(os.getpid(), signal.SIGKILL)

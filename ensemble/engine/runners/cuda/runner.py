@@ -1,9 +1,9 @@
-"""The CUDA runner: a decoder on one GPU, in torch and Triton's compiler alone.
+"""The CUDA runner: a decoder on one GPU, with torch and Triton's compiler.
 
-Decoding replays one CUDA graph for each batch size, sampling included, prefill one for each of a few dozen sizes. What
-they need they took when the model was loaded: a step takes no memory of the GPU. Everything runs on one stream, in
-order; the host waits for results only. A step may be begun before the last one's tokens are known: an id of −1 stands
-for the token that the slot drew last.
+Decode replays one CUDA graph for each batch size, sampling included; prefill one for each of a few dozen sizes. All GPU
+memory is allocated when the model is loaded: a step allocates none. Everything runs in order on one stream, and the
+host waits only for results. A step may be begun before the previous one's tokens are known: an id of −1 stands for
+the token that the slot sampled last.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ class CudaRunner(PackingRunner):
     Args:
         source: the weights.
         shape: the decoder's dimensions.
-        max_num_seqs: how many sequences have a cache at once.
-        max_num_batched_tokens: the most tokens that `prefill` and `prefill_many` will be given at once.
-        is_invariant: sums in one order for every batch: a sequence's tokens don't depend on its neighbours. Slower.
+        max_num_seqs: number of sequences that have a cache.
+        max_num_batched_tokens: maximum number of tokens of one `prefill` or `prefill_many`.
+        is_invariant: sum in one order for every batch size: a sequence's tokens don't depend on the others. Slower.
         device: a CUDA device; the CPU, for tests under Triton's interpreter, has no graphs.
-        dtype: of what isn't FP8, the caches among it; None: bfloat16.
-        group: where this is one rank of several; the others must be given the same calls.
+        dtype: of what isn't FP8, and of the caches.
+        group: for one of several tensor-parallel ranks; all ranks must get the same calls.
 
     Raises:
-        RunnerError: the weights aren't this shape's, the GPU can't run them, or they don't fit into its memory.
+        RunnerError: the weights have other shapes, the GPU can't run them, or they don't fit into its memory.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class CudaRunner(PackingRunner):
         self._pending_prefills: deque[PendingStep] = deque()
         try:
             with self._on_stream():
-                # Between collectives kernels wait for their predecessors' end.
+                # No programmatic dependent launch with collectives: kernels wait for their predecessors' end.
                 pdl = self._is_cuda and group is None and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
                 chosen = plan or (INVARIANT if is_invariant else FAST)
                 self._decoder = Decoder(shape, source, chosen, self._device, dtype=dtype, pdl=pdl, group=group)
@@ -148,7 +148,7 @@ class CudaRunner(PackingRunner):
                 cache[:, target, :, :num_tokens].copy_(cache[:, source, :, :num_tokens])
 
     def ends_within(self, seconds: float) -> bool:
-        """Whether everything that was begun ends in so many seconds."""
+        """Wait for all launched work, at most so many seconds; whether it ended."""
         deadline = time.monotonic() + seconds
         while self._stream is not None and not self._stream.query():
             if time.monotonic() > deadline:
@@ -165,7 +165,7 @@ class CudaRunner(PackingRunner):
         self._pending.clear()
         self._pending_prefills.clear()
         for name in (
-            "_decoder", "_caches", "_inputs", "_tokens", "_log_probs", "_arrived", "_slots", "_first_tokens",
+            "_decoder", "_caches", "_inputs", "_tokens", "_log_probs", "_finished_splits", "_slots", "_first_tokens",
             "_prompt_logits",
         ):  # fmt: skip
             self.__dict__.pop(name, None)
@@ -177,7 +177,7 @@ class CudaRunner(PackingRunner):
     # ---- SamplingRunner
 
     def prefill_many(self, chunks: Sequence[PromptChunk]) -> Logits:
-        """`prefill` of several slots' chunks at once: the logits [len(chunks), vocab_size] of each one's last token."""
+        """`prefill` of several slots' chunks at once: logits [len(chunks), vocab_size] of their last tokens."""
         self._limits.check_prefill(chunks)
         with self._on_stream(), self._attributed():
             logits: Logits = self._prefill(chunks)[: len(chunks)].to("cpu", copy=True).numpy()
@@ -207,7 +207,7 @@ class CudaRunner(PackingRunner):
             self._stream.synchronize()
 
     def _prefill(self, chunks: Sequence[PromptChunk]) -> torch.Tensor:
-        """Launch a prefill: logits [len(chunks) or more, vocab_size], which the next overwrites."""
+        """Launch a prefill: logits [≥ len(chunks), vocab_size], which the next prefill overwrites."""
         size = self._prompt_sizes.fitting(chunks)
         packed = self._prompt_sizes.pack(chunks, size)
         if not self._is_cuda:
@@ -221,20 +221,20 @@ class CudaRunner(PackingRunner):
         return logits.copy_(self._decoder.prefill(prompts, self._caches))
 
     def check_start_prefill(self, chunks: Sequence[PromptChunk]) -> None:
-        """Can `start_prefill` begin one?
+        """Check that `start_prefill` can begin this prefill.
 
         Raises:
-            RunnerError: too many are in flight, or it is more than this runner was made for.
+            RunnerError: too many are in flight, or it exceeds the runner's limits.
         """
         if len(self._pending_prefills) == STEPS_IN_FLIGHT:
             raise RunnerError(f"{STEPS_IN_FLIGHT} prefills are in flight; finish one first")
         self._limits.check_prefill(chunks)
 
     def check_start_decode(self, ids: Ids, positions: Ids) -> None:
-        """Can `start_decode` begin one?
+        """Check that `start_decode` can begin this step.
 
         Raises:
-            RunnerError: too many are in flight, or it is more than this runner was made for.
+            RunnerError: too many are in flight, or it exceeds the runner's limits.
         """
         if len(self._pending) == STEPS_IN_FLIGHT:
             raise RunnerError(f"{STEPS_IN_FLIGHT} steps are in flight; finish one first")
@@ -243,7 +243,7 @@ class CudaRunner(PackingRunner):
     def start_decode(
         self, ids: Ids, positions: Ids, samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
-        """See SamplingRunner; a second step may be begun before the first is finished, ids −1 its tokens."""
+        """See SamplingRunner; a second step may begin before the first is finished, ids −1 for the first's tokens."""
         self.check_start_decode(ids, positions)
         n = len(ids)
         size = captured_size(n, self.max_num_seqs)
@@ -264,7 +264,7 @@ class CudaRunner(PackingRunner):
     # ---- decode
 
     def _run(self, size: int) -> torch.Tensor:
-        """The step of `size` rows, by its graph: logits [size, vocab_size]."""
+        """Replay the graph of a step of `size` rows: logits [size, vocab_size]."""
         if not self._is_cuda:
             return self._step(size)
         return self._graphs[size].replay(self._addresses())
@@ -272,7 +272,7 @@ class CudaRunner(PackingRunner):
     def _step(self, size: int) -> torch.Tensor:
         inputs = {name: tensor[:size] for name, tensor in self._inputs.tensors.items()}
         logits = self._decoder.decode(
-            inputs["ids"], inputs["positions"], self._tokens[:size], self._caches, self._arrived
+            inputs["ids"], inputs["positions"], self._tokens[:size], self._caches, self._finished_splits
         )
         scanned = Scanned.empty(self._decoder.launch, *logits.shape)
         sample_rows(self._decoder.launch, logits, inputs, scanned, self._tokens, self._log_probs)
@@ -289,21 +289,21 @@ class CudaRunner(PackingRunner):
         self._inputs = StepInputs(slots, device)
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=device)
         self._log_probs = torch.zeros(slots, dtype=torch.float32, device=device)
-        self._arrived = torch.zeros(slots, shape.num_kv_heads, dtype=torch.int32, device=device)
+        self._finished_splits = torch.zeros(slots, shape.num_kv_heads, dtype=torch.int32, device=device)
         self._slots = deque(StepSlot.make(slots, is_pinned=self._is_cuda) for _ in range(STEPS_IN_FLIGHT))
         self._first_tokens = FirstTokens(self._decoder.launch, slots, shape.vocab_size, device)
         self._prompt_logits = torch.zeros(slots, shape.vocab_size, dtype=torch.float32, device=device)
 
     def _addresses(self) -> tuple[int, ...]:
-        """Where a graph finds what outlives it."""
+        """Addresses of the tensors that graphs read and write."""
         tensors = (
-            self._caches.keys, self._caches.values, self._inputs.block, self._tokens, self._log_probs, self._arrived,
-            self._prompt_logits,
+            self._caches.keys, self._caches.values, self._inputs.block, self._tokens, self._log_probs,
+            self._finished_splits, self._prompt_logits,
         )  # fmt: skip
         return tuple(tensor.data_ptr() for tensor in tensors)
 
     def _warm_up(self) -> None:
-        """Compile every kernel and capture every graph: no request waits for it, and no step takes memory after it."""
+        """Compile every kernel and capture every graph: no request waits for it, and no step allocates memory."""
         if self._stream is None:
             return
         self._inputs.tensors["positions"].fill_(-1)
@@ -332,7 +332,7 @@ class CudaRunner(PackingRunner):
 
     @contextmanager
     def _attributed(self) -> Iterator[None]:
-        """Tell a lack of memory from other failures, and leave what was taken for the step."""
+        """Turn torch's out-of-memory error into ours, and free cached memory."""
         try:
             yield
         except torch.OutOfMemoryError as error:

@@ -1,6 +1,6 @@
-"""Tokens drawn where their logits are: of a decode's rows, and the first tokens of prompts. Launches only.
+"""Sampling on the GPU: the rows of a decode, and the first tokens after prompts. Calls only launch.
 
-It knows neither the model nor who owns a slot.
+It knows neither the model nor requests.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from deepseek_triton.ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import sampling
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
 
-SCAN_CHUNK = 4096  # logits that one program looks through
+SCAN_CHUNK = 4096  # logits that one program of scan_logits reads
 SAMPLE_BLOCK = 4096
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """What looking through logits finds, each [≥ rows, chunks of the vocabulary]."""
+    """What scan_logits finds, each [≥ rows, vocabulary chunks]: largest logit, its token, sum of exponentials."""
 
     best: torch.Tensor
     where: torch.Tensor
@@ -31,7 +31,7 @@ class Scanned:
 
     @classmethod
     def empty(cls, launch: Launcher, num_rows: int, vocab_size: int) -> Scanned:
-        """Memory for `num_rows`."""
+        """Uninitialised memory for `num_rows`."""
         chunks = int(triton.cdiv(vocab_size, SCAN_CHUNK))
         best, total = launch.empty(num_rows, chunks), launch.empty(num_rows, chunks)
         return cls(best, launch.empty(num_rows, chunks, dtype=torch.int32), total)
@@ -45,7 +45,7 @@ def sample_rows(
     tokens: torch.Tensor,
     log_probs: torch.Tensor,
 ) -> None:
-    """Draw a token for each row of `logits` [n, vocab_size] as `inputs` say, into `tokens` and `log_probs` [≥ n]."""
+    """Sample a token for each row of `logits` [n, vocab_size] into `tokens` and `log_probs` [≥ n]; inputs: `INPUTS`."""
     size, vocab_size = logits.shape
     chunks = scanned.best.shape[1]
     best, where, total = scanned.best, scanned.where, scanned.total
@@ -62,7 +62,7 @@ def sample_rows(
 
 
 class FirstTokens:
-    """Draws the tokens that follow prompts; its memory is its own, for a prefill may be in flight beside decodes."""
+    """Samples the first tokens after prompts. It has buffers of its own: a prefill may be in flight beside decodes."""
 
     def __init__(self, launch: Launcher, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
         self._launch = launch
@@ -81,10 +81,10 @@ class FirstTokens:
         logits_rows: Sequence[int],
         last_tokens: torch.Tensor,
     ) -> PendingStep:
-        """Begin to draw from rows 0 … n - 1 of `logits` for `slots` [n].
+        """Start sampling from rows 0 … n − 1 of `logits` for `slots` [n].
 
         Args:
-            last_tokens: [max_num_seqs], where the slots' entries become what is drawn; nonsense where nothing is.
+            last_tokens: [max_num_seqs]; the slots' entries become the sampled tokens, undefined without sampling.
         """
         n = len(slots)
         step = self._slots[0]

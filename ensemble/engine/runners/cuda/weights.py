@@ -1,12 +1,12 @@
-"""Where the runner's weights come from: a built artefact, or random numbers of the same shape.
+"""Sources of the runner's weights: a built artefact, or random numbers of the same shapes.
 
-A source gives tensors by the names of `ensemble/artefacts/cuda_layout.py`, whole or the part that one of several ranks
-has; of a GPU it knows the device to put them on.
+A source loads tensors by their names in `ensemble/artefacts/cuda_layout.py`, whole or one rank's shard.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -25,10 +25,33 @@ class WeightSource(Protocol):
 
     @property
     def entries(self) -> Mapping[str, TensorEntry]:
-        """What there is."""
+        """The stored tensors by name."""
 
     def load(self, name: str, device: torch.device, shard: Shard = WHOLE) -> torch.Tensor:
-        """The tensor `name`, or a part of it, on `device`."""
+        """Load the tensor `name`, or its `shard`, onto `device`."""
+
+
+@dataclass(frozen=True)
+class WeightLoader:
+    """Reads the tensors of `source` whose names begin with `prefix` onto `device`; dtype: of what isn't FP8."""
+
+    source: WeightSource
+    device: torch.device
+    dtype: torch.dtype
+    prefix: str = ""
+
+    def under(self, prefix: str) -> WeightLoader:
+        """The loader of the tensors below `prefix`."""
+        return replace(self, prefix=self.prefix + prefix)
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor `name`, converted to `dtype` where one is given."""
+        tensor = self.source.load(self.prefix + name, self.device)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def optional(self, name: str) -> torch.Tensor | None:
+        """The tensor `name`; None: it isn't stored."""
+        return self.tensor(name) if self.prefix + name in self.source.entries else None
 
 
 class StoredWeights:
@@ -48,7 +71,9 @@ class StoredWeights:
         flat = target.view(-1).view(torch.uint8).view(len(target), -1)
         block, row = max(1, BLOCK_BYTES // source.shape[1]), 0
         for rows in shard.rows or (slice(0, entry.shape[0]),):
-            for start in range(rows.start, rows.stop, block):  # no second whole copy in memory
+            for start in range(
+                rows.start, rows.stop, block
+            ):  # in blocks, so that there is no second copy of the whole in memory
                 part = source[start : min(start + block, rows.stop)].copy()
                 flat[row : row + len(part)].copy_(torch.from_numpy(part))
                 row += len(part)
@@ -56,7 +81,7 @@ class StoredWeights:
 
 
 class SplitWeights:
-    """One rank's part of a source."""
+    """One rank's shards of a source."""
 
     def __init__(self, source: WeightSource, split: ShardedDecoder) -> None:
         self._source, self._split = source, split

@@ -1,10 +1,10 @@
-"""A rank but the first of a model that is split over several GPUs: a process that does what the first one does.
+"""The process of tensor-parallel rank 1 or higher: it repeats the calls of rank 0.
 
     python -m deepseek_triton.ensemble.engine.runners.cuda.worker PIPE LIFELINE
 
-Started by ranks.py with two file descriptors. Through PIPE come a `Job`, then calls by name; what goes back is
-"loaded", "ready", or "failed" with the reason in one line. LIFELINE says nothing: its end is the end of the first
-process, and of this one.
+ranks.py starts it with two file descriptors. PIPE brings a `RankJob`, then calls by name; the process answers "loaded",
+"ready", or "failed" with the reason in one line. LIFELINE carries no data: when it closes, rank 0 has ended, and this
+process ends too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from deepseek_triton.ensemble.text.errors import one_line
 
 @dataclass(frozen=True)
 class RankJob:
-    """What one rank runs; the fields are CudaRunner's and Group's."""
+    """Arguments of one rank's CudaRunner and Group."""
 
     source: WeightSource
     split: ShardedDecoder
@@ -43,14 +43,14 @@ class RankJob:
     timeout_s: float
 
     def group(self, meet: Callable[[], None]) -> Group:
-        """The rank's place among the others, whom it hasn't met."""
+        """The rank's Group, not yet connected."""
         return Group(
             self.split, torch.device(self.device), self.rendezvous,
             meet=meet, timeout_s=self.timeout_s, is_invariant=self.is_invariant,
         )  # fmt: skip
 
     def make(self, group: Group) -> CudaRunner:
-        """Load the rank's part, meet the others, and warm up.
+        """Load the rank's shards, connect to the other ranks, and warm up.
 
         Raises:
             RunnerError: as CudaRunner.
@@ -64,7 +64,7 @@ class RankJob:
 
 
 class Mirror:
-    """The first rank's calls on this one's runner: begun alike, their results left alone."""
+    """Repeats rank 0's calls on this rank's runner; their results are not read."""
 
     def __init__(self, runner: CudaRunner) -> None:
         self._runner = runner
@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
         pipe.send(("ready", ""))
         _mirror(runner, pipe)
         runner.close()
-    except EOFError:  # the first rank has gone
+    except EOFError:  # rank 0 has ended
         return 1
     except RunnerError as error:
         pipe.send(("failed", str(error)))
@@ -122,7 +122,7 @@ def _meet(pipe: Connection) -> None:
     pipe.send(("loaded", ""))
     name, _ = pipe.recv()
     if name != "join":
-        raise RunnerError(f"expected the others to join, the first rank said {name}")
+        raise RunnerError(f"expected the call join from rank 0, got {name}")
 
 
 def _mirror(runner: CudaRunner, pipe: Connection) -> None:
@@ -139,10 +139,12 @@ def _mirror(runner: CudaRunner, pipe: Connection) -> None:
 
 def _end_with(lifeline: int) -> None:
     os.read(lifeline, 1)
-    os._exit(1)  # whatever the main thread waits for, in the GPU's driver perhaps
+    os._exit(1)  # the main thread may hang in the driver
 
 
 if __name__ == "__main__":
-    from deepseek_triton.ensemble.engine.runners.cuda import worker  # the RankJob that is unpickled is that module's
+    from deepseek_triton.ensemble.engine.runners.cuda import (
+        worker,
+    )  # so that the unpickled RankJob is that module's, not __main__'s
 
     sys.exit(worker.main(sys.argv[1:]))

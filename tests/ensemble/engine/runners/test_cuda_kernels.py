@@ -24,8 +24,7 @@ from deepseek_triton.ensemble.engine.runners.cuda.buffers import Prompts
 from deepseek_triton.ensemble.engine.runners.cuda.decoder import Decoder
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import sampling
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
-from deepseek_triton.ensemble.engine.runners.cuda.layers import Linear
-from deepseek_triton.ensemble.engine.runners.cuda.linear import LinearOps, Parts, Rows
+from deepseek_triton.ensemble.engine.runners.cuda.linear import Linear, LinearOps, Parts, Rows
 from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import PeerBuffers, RowPeerBuffers
 from deepseek_triton.ensemble.engine.runners.cuda.plan import FAST, INVARIANT, Gemv
 from deepseek_triton.ensemble.engine.runners.cuda.prompts import pack
@@ -157,7 +156,7 @@ def test_the_residual_takes_in_the_parts_of_all_ranks(size: int) -> None:
     peer_buffers = [
         torch.zeros(RowPeerBuffers.num_bytes(size, width) // 8, dtype=torch.int64, device=DEVICE) for _ in range(size)
     ]
-    addresses = torch.tensor([box.data_ptr() for box in peer_buffers], device=DEVICE)
+    addresses = torch.tensor([buffer.data_ptr() for buffer in peer_buffers], device=DEVICE)
     given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
     streams: list[Any] = [torch.cuda.Stream() for _ in range(size)]  # type: ignore[no-untyped-call]
     ranks = [LinearOps(Launcher(DEVICE, DTYPE, pdl=False), FAST, 1e-5) for _ in range(size)]
@@ -195,7 +194,7 @@ def test_the_residual_takes_in_the_parts_of_all_ranks(size: int) -> None:
 def test_silu_of_the_parts(is_fp8: bool) -> None:
     d = decoder(is_fp8=is_fp8)
     parts = random(2, 5, 224)
-    out = d.linear_ops.silu(Parts(parts), d.weights.layers[0])
+    out = d.linear_ops.silu(Parts(parts), d.weights.layers[0].mlp.gate_up.bias, is_fp8)
     gate, up = parts.double().sum(0).chunk(2, dim=-1)
     exact = torch.nn.functional.silu(gate) * up
     found = out.values.double() * (1 if out.scale is None else out.scale.double()[:, None])
@@ -212,7 +211,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 
 def split_heads(row: torch.Tensor, d: Decoder, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A projection's row [width] → q, k rotated and normed, and v: [heads, d] each."""
-    shape, layer = d.shape, d.weights.layers[0]
+    shape, layer = d.shape, d.weights.layers[0].attention
     q, k, v = torch.split(row.double().reshape(-1, shape.head_dim), [shape.num_heads, *[shape.num_kv_heads] * 2])
     if layer.qk_norms is not None:
         q, k = (rms_norm(x, layer.qk_norms[i].double(), shape.rms_norm_eps) for i, x in enumerate((q, k)))
@@ -232,13 +231,16 @@ def test_decode_attention_at_every_kind_of_length(qk_norm: bool, splits: int) ->
     d = decoder(shape=shape)
     d.attention.plan = replace(FAST, splits=splits)
     positions = [0, 1, 63, 64, -1, 65, 127, 200, shape.max_seq_len - 1]
-    cache, arrived = caches(shape, len(positions)), torch.zeros(len(positions), 2, dtype=torch.int32, device=DEVICE)
+    cache, finished_splits = (
+        caches(shape, len(positions)),
+        torch.zeros(len(positions), 2, dtype=torch.int32, device=DEVICE),
+    )
     before = Caches(cache.keys.clone(), cache.values.clone())
     qkv, bias = random(2, len(positions), 10 * 24, seed=4), random(240, seed=3)
     out = torch.full((len(positions), shape.q_size), torch.nan, device=DEVICE)
     d.attention.decode(
-        Parts(qkv), bias, d.weights.layers[0], torch.tensor(positions, device=DEVICE), cache.keys[0], cache.values[0],
-        arrived, out, d.decode_gemv.attention_amax,
+        Parts(qkv), bias, d.weights.layers[0].attention.qk_norms,
+        torch.tensor(positions, device=DEVICE), cache.layer(0), finished_splits, out, d.decode_gemv.attention_amax,
     )  # fmt: skip
     for slot, position in enumerate(positions):
         if position < 0:
@@ -251,7 +253,7 @@ def test_decode_attention_at_every_kind_of_length(qk_norm: bool, splits: int) ->
         assert error(out[slot].view(shape.num_heads, -1), wanted) < TOLERANCE, position
         assert error(cache.keys[0, slot], keys) < TOLERANCE
         assert error(cache.values[0, slot], values) < TOLERANCE
-    assert not arrived.any()
+    assert not finished_splits.any()
 
 
 def test_prefill_attention_over_several_slots_chunks() -> None:
@@ -264,9 +266,9 @@ def test_prefill_attention_over_several_slots_chunks() -> None:
     qkv = random(1, 288, 240, seed=4)
     q = torch.zeros(288, shape.q_size, dtype=DTYPE, device=DEVICE)
     out = torch.full_like(q, torch.nan)
-    layer = d.weights.layers[0]
-    d.attention.rope(Parts(qkv), layer, prompts.slots, prompts.positions, q, cache.keys[0], cache.values[0])
-    d.attention.prefill(q, cache.keys[0], cache.values[0], prompts.tiles, out)
+    layer = d.weights.layers[0].attention
+    d.attention.rope(Parts(qkv), layer.qkv.bias, layer.qk_norms, prompts.slots, prompts.positions, q, cache.layer(0))
+    d.attention.prefill(q, cache.layer(0), prompts.tiles, out)
     row, bias = 0, layer.qkv.bias
     assert bias is not None
     for slot, (start, count) in lengths.items():
@@ -329,7 +331,7 @@ def kept_tokens(logits: torch.Tensor, one: DeviceSampling) -> set[int]:
         DeviceSampling(1.1, 20, 0.8, 0.05, 0, 0),
     ],
 )
-def test_tokens_are_drawn_from_what_is_kept_and_by_their_probabilities(one: DeviceSampling) -> None:
+def test_tokens_are_sampled_from_what_is_kept_and_by_their_probabilities(one: DeviceSampling) -> None:
     d, logits = decoder(), random(1, 300, seed=11) * 2
     n = 2000 if HAS_GPU else 60
     tokens, log_probs = sample(d, logits.expand(n, -1).contiguous(), [replace(one, seed=s) for s in range(n)])
@@ -346,7 +348,7 @@ def test_tokens_are_drawn_from_what_is_kept_and_by_their_probabilities(one: Devi
     np.testing.assert_allclose(log_probs, expected, atol=1e-4)
 
 
-def test_a_draw_depends_on_seed_and_step_and_on_no_neighbour() -> None:
+def test_a_sampled_token_depends_on_seed_and_step_and_on_no_other_row() -> None:
     d, logits = decoder(), random(6, 300, seed=12)
     samplings = [
         DeviceSampling(1.0, 0, 1.0, 0.0, seed, step)
@@ -378,7 +380,7 @@ def test_greedy_rows_take_the_first_of_the_likeliest() -> None:
     np.testing.assert_allclose(log_probs, wanted, atol=1e-4)
 
 
-def test_logits_that_are_not_numbers_are_told_by_the_log_probability() -> None:
+def test_logits_that_are_not_numbers_make_the_log_probability_nan() -> None:
     logits = random(1, 300)
     logits[0, 5] = torch.nan
     _, log_probs = sample(decoder(), logits, [DeviceSampling(0.0, 0, 1.0, 0.0, 0, 0)])

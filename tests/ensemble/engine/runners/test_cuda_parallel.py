@@ -134,8 +134,8 @@ def wait_until_dead(pids: list[int], seconds: float = 10.0) -> None:
         time.sleep(0.05)
 
 
-def told(failures: list[str], seconds: float = 20.0) -> str:
-    """The one failure that whoever watches is told of: after the call that failed, in a thread of its own."""
+def reported_failure(failures: list[str], seconds: float = 20.0) -> str:
+    """The one failure that on_failure got: after the call that failed, in a thread of its own."""
     deadline = time.monotonic() + seconds
     while not failures and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -364,7 +364,7 @@ def test_gpus_exchange_their_parts_within_the_kernels(is_fp8: bool) -> None:
     prompts = [text(length, length) for length in (300, 7, 40)]
     with ParallelRunner(source, shape, size=2, **given) as two:
         decoder = two._runner._decoder
-        assert decoder._one is not None and decoder.linear_ops.row_peer_buffers.peer_buffers.size == 2
+        assert decoder._persistent is not None and decoder.linear_ops.row_peer_buffers.peer_buffers.size == 2
         for runner in (one, two):
             for slot, ids in enumerate(prompts):
                 runner.prefill(slot, ids, 0)
@@ -436,7 +436,7 @@ def test_a_rank_that_is_killed_ends_the_model_with_one_line() -> None:
     with pytest.raises(RunnerError, match=r"^rank 1's process was killed by SIGKILL$"):
         for _ in range(50):
             runner.decode(np.array([1]), np.array([5]))
-    assert told(failures) == "rank 1's process was killed by SIGKILL"
+    assert reported_failure(failures) == "rank 1's process was killed by SIGKILL"
     with pytest.raises(RunnerError, match="rank 1's process was killed by SIGKILL"):
         runner.decode(np.array([1]), np.array([5]))
     runner.close()
@@ -467,7 +467,7 @@ def test_a_rank_that_hangs_ends_the_model() -> None:
     with pytest.raises(RunnerError, match="a rank hangs: a call has taken more than 8 s"):
         for _ in range(50):
             runner.decode(np.array([1]), np.array([5]))
-    assert told(failures) == "a rank hangs: a call has taken more than 8 s"
+    assert reported_failure(failures) == "a rank hangs: a call has taken more than 8 s"
     runner.close()
     wait_until_dead(pids)
 
@@ -483,7 +483,7 @@ def test_what_fails_in_rank_0_ends_the_others(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(runner._runner, "start_decode", fails)
     with pytest.raises(RunnerError, match="rank 0: an illegal memory access"):
         runner.decode(np.array([1]), np.array([5]))
-    assert "an illegal memory access" in told(failures)
+    assert "an illegal memory access" in reported_failure(failures)
     runner.close()
     wait_until_dead(pids)
 
@@ -498,7 +498,7 @@ def test_a_rank_that_cannot_load_says_why_and_leaves_nothing_behind() -> None:
     assert not [pid for pid in children if b"cuda.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-def test_rank_0_s_own_reason_is_told_too() -> None:
+def test_rank_0_s_own_failure_is_reported_too() -> None:
     source = Biased(replace(SHAPE, num_layers=1), is_fp8=False)
     with pytest.raises(RunnerError, match=r"^rank \d: tensor .* build the model again$"):
         parallel(2, source)

@@ -13,10 +13,10 @@ import torch
 from deepseek_triton.ensemble.engine.runners.cuda import peer_buffers as peer_buffers_module
 from deepseek_triton.ensemble.engine.runners.cuda.driver import KernelError
 from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import (
-    MOST_ROWS,
+    MAX_PEER_ROWS,
     PeerBuffers,
     RowPeerBuffers,
-    SharedBoxes,
+    SharedBuffers,
 )
 
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 
 
 def test_every_rank_finds_its_own_box_and_the_others(driver: Driver) -> None:
-    shared = [SharedBoxes(1000, CPU) for _ in range(3)]
+    shared = [SharedBuffers(1000, CPU) for _ in range(3)]
     handles = torch.stack([one.handle for one in shared])
     assert handles.shape == (3, 64) and handles.dtype == torch.uint8
     for rank, one in enumerate(shared):
@@ -86,9 +86,11 @@ def test_every_rank_finds_its_own_box_and_the_others(driver: Driver) -> None:
 
 
 @pytest.mark.parametrize("function", ["cuMemAlloc_v2", "cuIpcGetMemHandle", "cuIpcOpenMemHandle_v2"])
-def test_what_fails_is_told_when_the_others_boxes_are_opened_and_nothing_is_left(function: str, driver: Driver) -> None:
+def test_a_failure_is_raised_when_the_other_buffers_are_opened_and_nothing_stays_allocated(
+    function: str, driver: Driver
+) -> None:
     driver.fails.add(function)
-    one = SharedBoxes(1000, CPU)
+    one = SharedBuffers(1000, CPU)
     assert one.handle.shape == (64,), "the others wait for it"
     with pytest.raises(KernelError, match=f"^CUDA's driver: {function}: not here$"):
         one.open(0, torch.zeros(2, 64, dtype=torch.uint8))
@@ -100,6 +102,6 @@ def test_rows_meet_behind_what_the_single_kernel_has_of_a_box() -> None:
     alone = PeerBuffers(1, 2, torch.tensor([1000, 2000]), torch.zeros(1, dtype=torch.int32))
     rows = RowPeerBuffers.of(alone, 64)
     assert rows.peer_buffers.addresses.tolist() == [1064, 2064] and alone.addresses.tolist() == [1000, 2000]
-    assert rows.counts.tolist() == [0] * MOST_ROWS
-    assert RowPeerBuffers.num_bytes(2, 3584) == 2 * 2 * MOST_ROWS * 4096 * 8
-    assert RowPeerBuffers.num_bytes(3, 64) == 2 * 3 * MOST_ROWS * 64 * 8
+    assert rows.counts.tolist() == [0] * MAX_PEER_ROWS
+    assert RowPeerBuffers.num_bytes(2, 3584) == 2 * 2 * MAX_PEER_ROWS * 4096 * 8
+    assert RowPeerBuffers.num_bytes(3, 64) == 2 * 3 * MAX_PEER_ROWS * 64 * 8

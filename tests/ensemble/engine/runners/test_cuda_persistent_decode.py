@@ -22,7 +22,7 @@ from deepseek_triton.ensemble.engine.runners.cuda.persistent_decode import (
     WARPS,
     Memory,
     PersistentDecode,
-    peer_buffer_bytes,
+    persistent_buffer_bytes,
     reason_against,
 )
 from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
@@ -101,7 +101,7 @@ def test_it_computes_what_the_kernels_of_many_launches_do(name: str, is_fp8: boo
         device="cuda",
     )
     decoder = runner._decoder
-    one = decoder._one
+    one = decoder._persistent
     assert one is not None, "the kernel was refused"
     ids = np.random.default_rng(0).integers(0, shape.vocab_size, 1000)
     last = torch.zeros(1, dtype=torch.int64, device="cuda")
@@ -114,8 +114,8 @@ def test_it_computes_what_the_kernels_of_many_launches_do(name: str, is_fp8: boo
             found = []
             with runner._on_stream():
                 for kernel in (one, one, None):
-                    decoder._one = kernel
-                    logits = decoder.decode(token, where, last, runner._caches, runner._arrived).double()
+                    decoder._persistent = kernel
+                    logits = decoder.decode(token, where, last, runner._caches, runner._finished_splits).double()
                     cached = [
                         cache[:, 0, :, position].double() for cache in (runner._caches.keys, runner._caches.values)
                     ]
@@ -142,9 +142,9 @@ def test_ranks_side_by_side_compute_what_one_does(size: int, is_fp8: bool) -> No
     ids = np.random.default_rng(0).integers(0, shape.vocab_size, 340)
     whole.prefill(0, ids[:300], 0)
     peer_buffers = [
-        torch.zeros(peer_buffer_bytes(shape, size) // 8, dtype=torch.int64, device="cuda") for _ in range(size)
+        torch.zeros(persistent_buffer_bytes(shape, size) // 8, dtype=torch.int64, device="cuda") for _ in range(size)
     ]
-    addresses = torch.tensor([box.data_ptr() for box in peer_buffers], device="cuda")
+    addresses = torch.tensor([buffer.data_ptr() for buffer in peer_buffers], device="cuda")
     given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
     ranks: list[PersistentDecode] = []
     streams: list[Any] = [torch.cuda.Stream() for _ in range(size)]  # type: ignore[no-untyped-call]
@@ -190,9 +190,11 @@ def test_a_rank_whose_others_are_gone_can_be_told_not_to_wait() -> None:
     own = split.shape
     size = (own.num_layers, 1, own.num_kv_heads, own.max_seq_len, own.head_dim)
     caches = Caches(*(torch.zeros(size, dtype=torch.bfloat16, device="cuda") for _ in range(2)))
-    peer_buffers = [torch.zeros(peer_buffer_bytes(shape, 2) // 8, dtype=torch.int64, device="cuda") for _ in range(2)]
+    peer_buffers = [
+        torch.zeros(persistent_buffer_bytes(shape, 2) // 8, dtype=torch.int64, device="cuda") for _ in range(2)
+    ]
     given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-    addresses = torch.tensor([box.data_ptr() for box in peer_buffers], device="cuda")
+    addresses = torch.tensor([buffer.data_ptr() for buffer in peer_buffers], device="cuda")
     kernel = PersistentDecode(own, weights, caches, peer_buffers=PeerBuffers(0, 2, addresses, given_up))
     zero = torch.zeros(1, dtype=torch.int64, device="cuda")
     done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]

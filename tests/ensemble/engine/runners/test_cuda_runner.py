@@ -161,7 +161,7 @@ def test_a_step_may_begin_before_the_last_ones_tokens_are_known(runner: CudaRunn
     assert [token, *found] == one_by_one
 
 
-def test_a_prompt_s_first_token_is_drawn_where_its_logits_are_and_decoded_before_it_is_known(
+def test_a_prompt_s_first_token_is_sampled_on_the_gpu_and_decoded_before_it_is_known(
     runner: CudaRunner,
 ) -> None:
     assert isinstance(runner, PipelinedRunner)
@@ -185,7 +185,7 @@ def test_a_prompt_s_first_token_is_drawn_where_its_logits_are_and_decoded_before
     ahead = runner.finish_decode().tokens.copy()
     last = runner.finish_prefill().logits.copy()
     np.testing.assert_allclose(last[0], runner.prefill(2, c[8:], 8), rtol=1e-5, atol=1e-5)
-    # The same, one after the other: the first token's draw is a decode's, of the same seed and step.
+    # The same, one after the other: the first token is sampled as a decode samples it, with the same seed and step.
     runner.prefill(3, a, 0)
     runner.prefill(0, b[:-1], 0)
     runner.start_decode(np.array([b[-1]]), np.array([8]), [warm], [])
@@ -347,7 +347,7 @@ class TestGpu:
             assert walk() == first
         runner.close()
 
-    def test_a_lack_of_memory_is_told_from_other_failures(
+    def test_out_of_memory_is_distinguished_from_other_failures(
         self, runner: CudaRunner, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         text = texts(10)[0]
@@ -359,7 +359,7 @@ class TestGpu:
         np.testing.assert_array_equal(runner.prefill(1, text, 0), first)
 
     def test_a_graph_whose_memory_moved_is_not_replayed(self, runner: CudaRunner) -> None:
-        runner._arrived = runner._arrived.clone()
+        runner._finished_splits = runner._finished_splits.clone()
         with pytest.raises(AssertionError, match="moved"):
             runner.decode(np.array([1]), np.array([0]))
 
@@ -413,7 +413,7 @@ def test_a_built_artefact_is_loaded_as_its_manifest_says(tmp_path: Path, monkeyp
 
 
 @pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
-def test_a_machine_without_a_gpu_is_told() -> None:
+def test_a_machine_without_a_gpu_is_refused() -> None:
     with pytest.raises(RunnerError, match="torch sees no NVIDIA GPU"):
         CudaRunner(Biased(SHAPE, is_fp8=True), SHAPE, max_num_seqs=1, max_num_batched_tokens=8)
 

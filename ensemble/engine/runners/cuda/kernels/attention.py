@@ -1,8 +1,8 @@
-"""Attention over the slots' caches: decode (one token a slot) and prefill (chunks of prompts, packed).
+"""Attention over the slots' KV caches: decode (one token a slot) and prefill (packed chunks of prompts).
 
-Keys and values: [max_num_seqs, KV_HEADS, max_seq_len, D]. A decode program holds the query heads that share one key
-head, so that each key is read once; a long cache is split over several programs, and the last of them to finish
-merges. Lengths are data: one captured graph serves them all.
+Keys and values: [max_num_seqs, KV_HEADS, max_seq_len, D]. A decode program computes all query heads of one key head, so
+that each key is read once. A long cache is split over several programs (flash decoding); the last one to finish merges
+their results. Lengths are tensors, so one captured graph serves all of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from deepseek_triton.ensemble.engine.runners.cuda.kernels.common import begin, sum_of_parts, wait
 
-MERGED = tl.constexpr(8)  # parts of a split cache that are on their way at once
+MERGED = tl.constexpr(8)  # partial results of a split cache that the merge loads at once
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def _rotated(
     parts, bias, norm, cos, sin, offsets, mask, d, position, part_stride, eps,
     D: tl.constexpr, NUM_PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, QK_NORM: tl.constexpr,
 ):  # fmt: skip
-    """A projection's rows, normed and rotated, as halves [heads, D / 2]. offsets: of the first half in a part."""
+    """Heads of the projection, normed and rotated, as halves [heads, D / 2]. offsets: of the first half in a part."""
     HALF: tl.constexpr = D // 2
     a, b = _halves(parts, bias, offsets, mask, part_stride, D, NUM_PARTS, HAS_BIAS)
     if QK_NORM:
@@ -58,7 +58,7 @@ def decode_attention(
     partial,  # [M, KV_HEADS, SPLITS, GROUP, D] float32
     partial_max,  # [M, KV_HEADS, SPLITS, GROUP] float32
     partial_sum,
-    arrived,  # [M, KV_HEADS] int32, 0 before and after
+    finished_splits,  # [M, KV_HEADS] int32, 0 before and after
     out,  # [M, HEADS, D]
     amax,  # [M] float32, raised to the largest |out|
     part_stride,
@@ -76,11 +76,11 @@ def decode_attention(
     HAS_BIAS: tl.constexpr,
     QK_NORM: tl.constexpr,
     HAS_AMAX: tl.constexpr,
-    EARLY: tl.constexpr,  # ask for the first block before waiting: where few programs run
+    EARLY: tl.constexpr,  # load the first block before waiting; worth it where few programs run
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rotate q and k of each slot's token, write its k and v into the cache, attend to everything up to it."""
+    """Rotate q and k of each slot's token, write its k and v to the cache, attend to all positions up to it."""
     begin(PDL)
     HALF: tl.constexpr = D // 2
     SHARED: tl.constexpr = HEADS // KV_HEADS
@@ -101,7 +101,7 @@ def decode_attention(
     value = (base + first + n)[:, None] * D + d
     value_mask = inside[:, None] & (d < HALF)
     if EARLY:
-        # What is cached was written by earlier steps, not by the kernels before this one: no need to wait for it.
+        # Earlier steps wrote these cache entries, not the kernels just before this one: no need to wait.
         k_low = tl.load(keys + key, mask=key_mask, other=0.0)
         k_high = tl.load(keys + key + HALF, mask=key_mask, other=0.0)
         v_low = tl.load(values + value, mask=value_mask, other=0.0)
@@ -120,7 +120,7 @@ def decode_attention(
         total = tl.zeros([GROUP], tl.float32)
         low = tl.zeros([GROUP, BLOCK_HALF], tl.float32)
         high = tl.zeros([GROUP, BLOCK_HALF], tl.float32)
-        if first + span > position:  # the new token is this split's
+        if first + span > position:  # the new token belongs to this split
             mask = d < HALF
             new_k_low, new_k_high = _rotated(
                 qkv, bias, norms + D, cos, sin, (row, (HEADS + head) * D + d), mask, d, position, part_stride, eps,
@@ -173,9 +173,9 @@ def decode_attention(
                 tl.store(partial + (rows + g) * D + d, low, mask=q_mask)
                 tl.store(partial + (rows + g) * D + d + HALF, high, mask=q_mask)
                 tl.debug_barrier()  # all threads' stores come before the one thread's atomic
-                is_last = tl.atomic_add(arrived + group, 1, sem="acq_rel") == num_splits - 1
+                is_last = tl.atomic_add(finished_splits + group, 1, sem="acq_rel") == num_splits - 1
                 if is_last:
-                    tl.store(arrived + group, 0)
+                    tl.store(finished_splits + group, 0)
                     others = tl.arange(0, SPLITS)[:, None]
                     each = (group * SPLITS + others) * GROUP + lane[None, :]
                     maxima = tl.load(
@@ -186,7 +186,7 @@ def decode_attention(
                     total = tl.sum(sums * tl.exp2(maxima - best[None, :]), axis=0)
                     low = tl.zeros([GROUP, BLOCK_HALF], tl.float32)
                     high = tl.zeros([GROUP, BLOCK_HALF], tl.float32)
-                    # In order, whoever came last; several at a time on their way.
+                    # Merged in split order, whichever program finished last.
                     for other in tl.range(0, num_splits, loop_unroll_factor=MERGED):
                         rows = (group * SPLITS + other) * GROUP
                         share = tl.exp2(tl.load(partial_max + rows + lane, cache_modifier=".cg") - best)[:, None]

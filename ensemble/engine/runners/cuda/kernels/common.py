@@ -1,8 +1,8 @@
-"""What several kernels share: E4M3 rounding, and programmatic dependent launch.
+"""Functions that several kernels call: quantisation to E4M3, and programmatic dependent launch (PDL).
 
-With PDL a kernel starts while the one before it ends. Each kernel asks for its weights first (they depend on
-nothing), lets its successor start (`begin`), and only then waits for its predecessor (`wait`): every kernel waits, so
-that waiting for one is waiting for all before it.
+With PDL a kernel starts while its predecessor ends. Each kernel loads its first weights (no kernel writes them), lets
+its successor start (`begin`), and then waits for its predecessor (`wait`). Since every kernel waits, the predecessor's
+end is the end of all kernels before it too.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ MIN_TOKEN_SCALE = tl.constexpr(2.0**-14)
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """Let the next kernel start; it waits by itself for what it needs."""
+    """Let the next kernel start; it waits for this one's results itself."""
     if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait(PDL: tl.constexpr):
-    """Nothing that an earlier kernel wrote may be read before, and nothing that one reads be written."""
+    """Wait for the kernels before this one; call it before reading what they write or writing what they read."""
     if PDL:
         gdc_wait()
 
@@ -38,14 +38,14 @@ def token_scale(amax):
 
 @triton.jit
 def to_codes(value, scale):
-    """E4M3 codes of value / scale; a magnitude exceeds 448 by no more than rounding, which is cut off."""
+    """E4M3 codes of value / scale, clamped to ±448, which rounding alone exceeds."""
     divided = value * (1.0 / scale)
     return tl.minimum(tl.maximum(divided, -E4M3_MAX), E4M3_MAX).to(tl.float8e4nv)
 
 
 @triton.jit
 def sum_of_parts(parts, offsets, mask, stride, NUM_PARTS: tl.constexpr):
-    """Σ parts[s, offsets] in float32, in order of s: what a matrix product split along its inner dimension gives."""
+    """Σ parts[s, offsets] in float32, in order of s: the result of a split-K matrix product."""
     total = tl.load(parts + offsets, mask=mask, other=0.0).to(tl.float32)
     for part in tl.static_range(1, NUM_PARTS):
         total += tl.load(parts + part * stride + offsets, mask=mask, other=0.0).to(tl.float32)

@@ -1,8 +1,8 @@
-"""A row's sum over the ranks of a split decoder, within the kernel that needs it, through peer_buffers that all can
-write to.
+"""All-reduce of one row over the tensor-parallel ranks, inside the kernel that reads the sum, through peer buffers.
 
-As in persistent_decode.cu: a number and the count of its sum travel in one word, so that whoever finds the count has
-the number, without a fence; and two halves of each box take turns. Program m of every rank exchanges with program m.
+As in persistent_decode.cu, a value and the sequence number of its sum are stored in one 64-bit word: a reader that sees
+the sequence number has the value, and needs no fence. Sums use the two halves of each buffer in turn. Program m of a
+rank exchanges with program m of the others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def _send(addresses, words, mask):
-    """Store 64-bit words where another GPU looks for them."""
+    """Store 64-bit words in another GPU's buffer."""
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p st.relaxed.sys.global.u64 [$1], $2; mov.u32 $0, 0; }",
         "=r,l,l,r",
@@ -25,36 +25,37 @@ def _send(addresses, words, mask):
 
 
 @triton.jit
-def over_ranks(
+def sum_over_ranks(
     own,  # [BLOCK] float32, this rank's part of row m
-    peer_buffers,  # [RANKS] int64, addresses of [2, RANKS, MOST_ROWS, BLOCK] 64-bit words
-    counts,  # [MOST_ROWS] int32, of the sums of each row so far, the same on all ranks; it may wrap around
-    given_up,  # [1] int32, not 0: nobody is waited for
+    peer_buffers,  # [RANKS] int64, addresses of [2, RANKS, MAX_PEER_ROWS, BLOCK] 64-bit words
+    counts,  # [MAX_PEER_ROWS] int32, number of sums of each row so far, equal on all ranks; it may wrap around
+    given_up,  # [1] int32, not 0: don't wait for other ranks
     m,
     column,
     mask,
     BLOCK: tl.constexpr,
-    MOST_ROWS: tl.constexpr,
+    MAX_PEER_ROWS: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
 ):
-    """The sum of all ranks' parts, added in the order of the ranks: the same bits on each."""
+    """The sum of all ranks' parts, added in rank order: every rank gets the same bits."""
     count = tl.load(counts + m) + 1
-    half = (count & 1).to(tl.int64) * (RANKS * MOST_ROWS * BLOCK)
-    # A thread has up to 16 neighbours of a row. Neighbouring threads' words lie side by side, to travel together.
+    half = (count & 1).to(tl.int64) * (RANKS * MAX_PEER_ROWS * BLOCK)
+    # A thread holds up to 16 neighbouring elements of a row. Words of neighbouring threads are adjacent, so that their
+    # stores coalesce.
     place = half + m * BLOCK + column % 16 * (BLOCK // 16) + column // 16
     tag = count.to(tl.int64) << 32
     word = tag | (own.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
     for rank in tl.static_range(RANKS):
         if rank != RANK:
-            _send(tl.load(peer_buffers + rank) + 8 * (place + RANK * MOST_ROWS * BLOCK), word, mask)
+            _send(tl.load(peer_buffers + rank) + 8 * (place + RANK * MAX_PEER_ROWS * BLOCK), word, mask)
     total = tl.zeros_like(own)
     for rank in tl.static_range(RANKS):
         if rank == RANK:
             total += own
         else:
-            pointers = tl.load(peer_buffers + RANK).to(tl.pointer_type(tl.int64)) + place + rank * MOST_ROWS * BLOCK
-            found, tries, waiting = word, count * 0, count * 0 + 1  # of the types that the loop goes on with
+            pointers = tl.load(peer_buffers + RANK).to(tl.pointer_type(tl.int64)) + place + rank * MAX_PEER_ROWS * BLOCK
+            found, tries, waiting = word, count * 0, count * 0 + 1  # typed as in the loop's body
             while waiting > 0:
                 found = tl.load(pointers, mask=mask, other=tag, volatile=True)
                 waiting = tl.max(((found >> 32) != count).to(tl.int32))

@@ -1,8 +1,8 @@
-"""One token times a matrix: the kernels of decoding at batch 1, where reading the weights is all that costs.
+"""Matrix-vector products (GEMV): the kernels of decoding at batch 1, which memory bandwidth limits.
 
-A program holds `BN` rows of the matrix at a time, or goes through tiles of them with several on their way (`STAGES`).
-Its first weights, their scales and biases it asks for before it waits for its predecessor. The activations are
-normed, scaled and rounded by every program for itself: cheaper than a kernel that does it once.
+A program multiplies a tile of `BN` weight rows, or loops over several tiles and prefetches the next (`STAGES`). It
+loads its first weights, scales and biases before it waits for its predecessor. Every program norms, scales and rounds
+the activations itself, which is cheaper than a kernel that does it once.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import triton.language as tl
 
 from deepseek_triton.ensemble.engine.runners.cuda.kernels.common import begin, to_codes, token_scale, wait
 
-# `columns` is K, but not known to the compiler: ptxas (CUDA 12.8) packs two pairs of equal constants into E4M3 codes
-# wrongly: where it sees that the columns behind K are zeros, their codes become what some register holds, even NaN.
-VECTOR = tl.constexpr(16)  # elements of a row that one thread holds side by side
+# `columns` equals K, but is an argument, so that the compiler doesn't know it. ptxas (CUDA 12.8) miscompiles packing
+# two pairs of equal constants into E4M3 codes: if it knows that the columns from K on are zeros, their codes are the
+# contents of an arbitrary register, even NaN.
+VECTOR = tl.constexpr(16)  # neighbouring elements of a row in one thread
 
 
 @triton.jit
 def _normed(hidden, norm_weight, k, mask, eps, K: tl.constexpr, FP8: tl.constexpr):
-    """RMS norm of the residual stream; for FP8 rounded to codes, and the token's scale."""
+    """RMS norm of the residual stream, for FP8 rounded to E4M3 codes, and the token's scale."""
     x = tl.load(hidden + k, mask=mask, other=0.0)
     x = x * tl.rsqrt(tl.sum(x * x) / K + eps) * norm_weight
     scale = 1.0
@@ -31,7 +32,7 @@ def _normed(hidden, norm_weight, k, mask, eps, K: tl.constexpr, FP8: tl.constexp
 
 @triton.jit
 def _rows(weight, n, k, N: tl.constexpr, K: tl.constexpr):
-    """The weight rows n as [BN, BK]; read once, so that they needn't stay in L2."""
+    """The weight rows n as [BN, BK]. They are read once, so they are evicted from L2 first."""
     mask = (n < N)[:, None] & (k < K)[None, :]
     pointers = weight + n.to(tl.int64)[:, None] * K + k[None, :]
     return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -63,7 +64,7 @@ def norm_gemv(
     weight_scale,  # [N] float32
     bias,  # [N] float32
     out,  # [N] float32
-    zero,  # [1] float32, set to 0: a later kernel raises it to its largest magnitude
+    zero,  # [1] float32, set to 0: a later kernel raises it to a largest magnitude
     eps,
     columns,
     N: tl.constexpr,
@@ -158,7 +159,7 @@ def residual_gemv(
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """hidden += x @ weight.T + bias, BN rows a program, BK columns at a time, the next of them on their way."""
+    """hidden += x @ weight.T + bias, BN rows a program, BK columns at a time, while the next BK are loaded."""
     n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
     w = _rows(weight, n, k, N, K)
     row_scale, shift = _affine(weight_scale, bias, n, N, FP8, HAS_BIAS)
@@ -175,7 +176,7 @@ def residual_gemv(
         value = tl.load(x + first + k, mask=first + k < columns, other=0.0).to(tl.float32)
         if FP8:
             value = to_codes(value, scale).to(tl.float32)
-        # Added up within each thread; between threads once, at the end.
+        # Each thread sums its own elements; the sum over threads is taken once, after the loop.
         acc += tl.sum(tl.reshape(w.to(tl.float32) * value[None, :], [BN, BK // VECTOR, VECTOR]), axis=2)
         if BK < K:
             w = w_next

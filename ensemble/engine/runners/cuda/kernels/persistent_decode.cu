@@ -1,29 +1,31 @@
-// One token of one sequence through the whole decoder: a single kernel, one block for each multiprocessor.
+// One token of one sequence through the whole decoder: a single persistent kernel, one block for each multiprocessor.
 //
-// At batch 1 reading the weights is all that costs, and it must never stop. So one warp of each block, the producer,
-// does nothing but copy the block's share of every matrix into a ring of stages in shared memory, in the order in which
-// the other warps, the consumers, will want it; weights depend on nothing, so the producer runs ahead while the
-// consumers wait for each other. They meet at a barrier over the grid after each of a layer's five phases:
-//   qkv = norm(hidden) Wqkv | attention | hidden += attended Wo | product = silu(gate) up | hidden += product Wdown
-// A block multiplies whole rows of a matrix with tensor cores. A stage holds 2, 4 or 8 rows as they lie in memory, or a
-// part of two. Two rows are the A of m16n8k16: a lane's 16 bytes of the one belong to A's row lane / 4, of the other to
-// the row eight further down; the activations at the same place are column lane / 4 of B. So the diagonals of the
-// product are what is wanted, and whatever bytes a lane holds, they are multiplied with what they should be.
+// At batch 1 memory bandwidth is the limit, so the weights must be read without a pause. One warp of each block, the
+// producer, copies the block's share of every matrix into a ring of stages in shared memory, in the order in which the
+// other warps, the consumers, read it. Weights depend on nothing, so the producer runs ahead while the consumers wait
+// for each other: they synchronise at a barrier over the grid after each of a layer's five phases:
+//   qkv = norm(hidden) Wqkv | attention | hidden += attention Wo | activated = silu(gate) up |
+//   hidden += activated Wdown
+// A block multiplies whole rows of a matrix on tensor cores. A stage holds 2, 4 or 8 rows as they lie in memory, or a
+// part of two rows. Two rows are operand A of m16n8k16: a lane's 16 bytes of the first belong to A's row lane / 4,
+// those of the second to the row eight further down; the activations of the same columns are column lane / 4 of B. So the
+// diagonals of the result are the dot products: each lane's bytes meet the activations of their own columns, however
+// the bytes are distributed over the lanes.
 //
-// Compiled for one model: the names in capitals below are given as macros (persistent_decode.py).
+// The kernel is compiled for one model: the names in capitals below are macros (persistent_decode.py).
 //   HIDDEN INTERMEDIATE HEADS KV_HEADS HEAD_DIM VOCAB LAYERS MAX_SEQ_LEN   the decoder's shape
 //   FP8          1: the layers' matrices are E4M3 codes, with a scale for each row; 0: bfloat16
 //   QK_NORM      1: the heads of q and k are normed
 //   EPS          of the norms
-//   SCORE_SCALE  of the attention's scores, times log2(e)
-//   BLOCKS       the grid
-//   STAGES STAGE_BYTES KV_BLOCK SCRATCH_BYTES   shared memory, see persistent_decode.py
-//   IN_FLIGHT    stages that are being copied at most
-//   RANK RANKS   which of how many GPUs this is, if the decoder is split over several
+//   SCORE_SCALE  factor of the attention scores, times log2(e)
+//   BLOCKS       blocks of the grid
+//   STAGES STAGE_BYTES KV_BLOCK SCRATCH_BYTES   layout of shared memory, see persistent_decode.py
+//   IN_FLIGHT    maximum number of stages being copied at a time
+//   RANK RANKS   tensor-parallel rank, and number of ranks
 //
-// Of a decoder that is split, each rank has its heads and its columns of the MLP, so a part of every sum that goes to the
-// residual stream, which all of them keep. A thread sends its part of an element to the same thread of the other ranks,
-// into boxes that all of them can write to, and adds theirs in the order of the ranks.
+// With tensor parallelism each rank has its own heads and its own columns of the MLP, hence a partial sum of everything
+// that is added to the residual stream, which every rank keeps whole. A thread sends its partial sum of an element to
+// the same thread of the other ranks, through peer buffers that all ranks can write to, and adds theirs in rank order.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -34,9 +36,9 @@ typedef long long i64;
 constexpr int WARPS = 8;  // consumers
 constexpr int THREADS = 32 * WARPS;
 constexpr int GROUP = 512;      // bytes of a row that a warp multiplies at once
-constexpr int MAX_ROWS = 256;   // of a matrix, until its products are summed up
-constexpr int MAX_PAIRS = 160;  // of gate and up
-constexpr int PRODUCTS = 2 * MAX_PAIRS;
+constexpr int MAX_ROWS = 256;   // of a matrix whose partial sums are kept at a time
+constexpr int MAX_PAIRS = 160;  // rows of gate and of up, likewise
+constexpr int MAX_SUMS = 2 * MAX_PAIRS;
 constexpr int SHARED_HEADS = HEADS / KV_HEADS;  // query heads that share a key head
 constexpr int HALF = HEAD_DIM / 2;
 constexpr int Q_SIZE = HEADS * HEAD_DIM;
@@ -44,14 +46,14 @@ constexpr int KV_SIZE = KV_HEADS * HEAD_DIM;
 constexpr int QKV_SIZE = Q_SIZE + 2 * KV_SIZE;
 constexpr int MAX_SPLITS = BLOCKS / KV_HEADS;  // blocks that share a key head's cache
 constexpr int ELEMENT = FP8 ? 1 : 2;           // bytes of a weight
-constexpr int AHEAD = MAX_SPLITS < 4 ? MAX_SPLITS : 4;  // parts of a head that are asked for early; more would spill
+constexpr int PREFETCHED = MAX_SPLITS < 4 ? MAX_SPLITS : 4;  // splits loaded early; more would spill
 constexpr float E4M3_MAX = 448.0f;
 constexpr float MIN_TOKEN_SCALE = 1.0f / 16384;
-constexpr float NEVER = -1e30f;  // a score that counts for nothing; −∞ less −∞ would be NaN
+constexpr float MASKED_SCORE = -1e30f;  // a score of weight 0; −∞ is none, because −∞ − −∞ is NaN
 
-static_assert(PRODUCTS >= MAX_ROWS && MAX_PAIRS <= THREADS, "a thread takes up a row, or a pair of rows");
+static_assert(MAX_SUMS >= MAX_ROWS && MAX_PAIRS <= THREADS, "a thread sums one row, or a pair of rows");
 static_assert(4 * KV_BLOCK * HEAD_DIM <= STAGE_BYTES, "a stage is too small");
-static_assert(0 < IN_FLIGHT && IN_FLIGHT < STAGES, "a stage can't be waited for before it was begun");
+static_assert(0 < IN_FLIGHT && IN_FLIGHT < STAGES, "a stage can't be waited for before its copy started");
 static_assert(HEADS % KV_HEADS == 0 && SHARED_HEADS <= 16, "a warp does at most two heads");
 static_assert(HEAD_DIM % 32 == 0 && HEAD_DIM <= THREADS && THREADS % HALF == 0, "threads share a head's width evenly");
 static_assert(KV_BLOCK <= 32 && KV_HEADS <= BLOCKS, "four positions a warp, at least one block a key head");
@@ -73,21 +75,21 @@ struct Layer {
 };
 
 struct Sync {
-    u32 arrived;  // at the grid's barriers
-    u32 done;     // blocks that are through
-    u32 summed;   // sums over ranks, by earlier kernels: all ranks' are the same
+    u32 arrived;  // arrivals at the grid's barriers
+    u32 done;     // blocks that have finished
+    u32 num_sums;   // sums over ranks by earlier kernels; equal on all ranks
     u32 heads[KV_HEADS];
 };
 
 struct Work {
     float qkv[QKV_SIZE];
-    float attended[Q_SIZE];
+    float attention[Q_SIZE];
     float hidden[HIDDEN];
-    float product[INTERMEDIATE];
+    float activated[INTERMEDIATE];
     float partial[KV_HEADS][MAX_SPLITS][SHARED_HEADS][HEAD_DIM];
     float maxima[KV_HEADS][MAX_SPLITS][SHARED_HEADS];
     float sums[KV_HEADS][MAX_SPLITS][SHARED_HEADS];
-    Sync sync;  // zeros at first, and again after each kernel but for `summed`
+    Sync sync;  // zeros at first; each kernel leaves zeros again, except in `num_sums`
 };
 
 // ---- instructions
@@ -116,7 +118,7 @@ __device__ __forceinline__ void wait(u64* barrier, u32 parity) {
         : "memory");
 }
 
-__device__ __forceinline__ void copy_once(void* target, const void* source, u32 bytes, u64* barrier, u64 policy) {
+__device__ __forceinline__ void copy_bulk(void* target, const void* source, u32 bytes, u64* barrier, u64 policy) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
             "r"(shared_address(target)),
@@ -124,9 +126,9 @@ __device__ __forceinline__ void copy_once(void* target, const void* source, u32 
         : "memory");
 }
 
-__device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+__device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
 
-// What another block wrote is in L2; this block's L1 may hold something older.
+// Loads that bypass L1: other blocks' results are in L2, and this block's L1 may hold stale data.
 __device__ __forceinline__ float4 load4(const float* p) {
     float4 v;
     asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -148,13 +150,14 @@ __device__ __forceinline__ u32 load1(const u32* p) {
     return v;
 }
 
-// To another GPU: a number and which sum it belongs to in one store, so whoever finds the one has the other.
+// Store a value and the sequence number of its sum in another GPU's buffer with one 64-bit store: a reader that sees the
+// sequence number has the value.
 __device__ __forceinline__ void send(u64* word, float number, u32 sum) {
     asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"((u64)sum << 32 | __float_as_uint(number))
                  : "memory");
 }
 
-// Waits until it has come, or nobody is waited for any more.
+// Wait for the value with this sequence number, or until given_up isn't 0.
 __device__ __forceinline__ float receive(const u64* word, u32 sum, const u32* given_up) {
     u64 found;
     for (u32 tries = 1;; ++tries) {
@@ -180,14 +183,15 @@ __device__ __forceinline__ u32 codes_to_halves(u16 codes) {
     return d;
 }
 
-// E4M3 codes of two numbers, as the halves that they stand for; what exceeds 448 by rounding is cut off.
+// Round two numbers to E4M3, saturating at 448, and return the rounded values as halves.
 __device__ __forceinline__ u32 to_coded_halves(float low, float high) {
     u16 codes;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
     return codes_to_halves(codes);
 }
 
-// c += A B. a0, a2: of A's row lane / 4, four elements; a1, a3: of the row eight further down. b: of B's column lane / 4.
+// c += A B. a0, a2: four elements of A's row lane / 4; a1, a3: of the row eight further down; b: of B's column
+// lane / 4.
 __device__ __forceinline__ void multiply_halves(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -217,15 +221,15 @@ __device__ __forceinline__ float warp_max(float v) {
     return v;
 }
 
-// ---- what both kinds of warps know
+// ---- shared by producer and consumers
 
-// How rows of ROW_BYTES fill stages.
+// How rows of ROW_BYTES are laid out in stages.
 template <int ROW_BYTES>
 struct Tiling {
     static constexpr int ROWS = 8 * ROW_BYTES <= STAGE_BYTES ? 8 : 4 * ROW_BYTES <= STAGE_BYTES ? 4 : 2;
     static constexpr int GROUPS = (ROW_BYTES + GROUP - 1) / GROUP;
-    static constexpr int MOST = STAGE_BYTES / (2 * GROUP);  // groups of a part, if two rows don't fit
-    static constexpr int SPLITS = ROWS * ROW_BYTES <= STAGE_BYTES ? 1 : (GROUPS + MOST - 1) / MOST;
+    static constexpr int MAX_GROUPS = STAGE_BYTES / (2 * GROUP);  // groups of a row, if two rows don't fit
+    static constexpr int SPLITS = ROWS * ROW_BYTES <= STAGE_BYTES ? 1 : (GROUPS + MAX_GROUPS - 1) / MAX_GROUPS;
     static constexpr int PART = (GROUPS + SPLITS - 1) / SPLITS;
     static constexpr int STRIDE = SPLITS == 1 ? ROW_BYTES : PART * GROUP;  // bytes from one row to the next
     static_assert(ROW_BYTES % 16 == 0, "copied 16 bytes at a time");
@@ -242,9 +246,9 @@ __device__ __forceinline__ Share share_of(int rows) {
 }
 
 struct Span {
-    int head, split, num_splits;  // of a key head's cache; split ≥ num_splits: nothing is to be done here
+    int head, split, num_splits;  // of a key head's cache; split ≥ num_splits: this block has no positions
     int first, last;              // cached positions
-    bool has_new;                 // the new token's too
+    bool has_new;                 // whether the new token's position belongs to the split
 };
 
 __device__ __forceinline__ Span span_of(int position) {
@@ -283,10 +287,10 @@ struct Ring {
 struct Producer {
     Ring ring;
     int lane;
-    u64 once;  // what is read once needn't stay in L2
+    u64 evict_first;  // L2 policy: weights are read once
 
-    // A free stage for so many bytes. Whatever blocks tell each other waits behind the copies that are on their way: no
-    // more of these than memory needs to be busy, however many stages are free.
+    // Wait for a free stage, and expect so many bytes in it. Messages between blocks queue behind the copies in flight,
+    // so no more copies are in flight than saturate memory, even if more stages are free.
     __device__ __forceinline__ void begin(u32 bytes) {
         if (lane == 0) {
             const bool is_same_lap = ring.index >= IN_FLIGHT;
@@ -303,7 +307,7 @@ struct Producer {
         const u8* source = weight + (i64)row * ROW_BYTES;
         if (T::SPLITS == 1) {
             begin(rows * ROW_BYTES);
-            if (lane == 0) copy_once(ring.stage(), source, rows * ROW_BYTES, &ring.full[ring.index], once);
+            if (lane == 0) copy_bulk(ring.stage(), source, rows * ROW_BYTES, &ring.full[ring.index], evict_first);
             ring.advance();
             return;
         }
@@ -311,8 +315,8 @@ struct Producer {
             const int bytes = min(T::STRIDE, ROW_BYTES - first);
             begin(rows * bytes);
             if (lane < rows)
-                copy_once(ring.stage() + lane * T::STRIDE, source + (i64)lane * ROW_BYTES + first, bytes,
-                          &ring.full[ring.index], once);
+                copy_bulk(ring.stage() + lane * T::STRIDE, source + (i64)lane * ROW_BYTES + first, bytes,
+                          &ring.full[ring.index], evict_first);
             ring.advance();
         }
     }
@@ -333,7 +337,7 @@ struct Producer {
         }
     }
 
-    // What is cached was written by earlier kernels, so it needn't be waited for.
+    // Earlier kernels wrote the cached positions, so there is nothing to wait for.
     __device__ __forceinline__ void cache(const Layer& layer, const Span& span) {
         for (int first = span.first; first < span.last; first += KV_BLOCK) {
             const u32 bytes = min(KV_BLOCK, span.last - first) * HEAD_DIM * 2;
@@ -341,7 +345,7 @@ struct Producer {
             if (lane < 2) {
                 const u16* source = (lane ? layer.values : layer.keys) + ((i64)span.head * MAX_SEQ_LEN + first) * HEAD_DIM;
                 u8* target = ring.stage() + lane * KV_BLOCK * HEAD_DIM * 2;
-                copy_once(target, source, bytes, &ring.full[ring.index], once);
+                copy_bulk(target, source, bytes, &ring.full[ring.index], evict_first);
             }
             ring.advance();
         }
@@ -378,20 +382,20 @@ __device__ __forceinline__ Affine affine_of(const Matrix& matrix, int row, bool 
 
 struct Consumer {
     Ring ring;
-    u8* scratch;    // the activations; while attention runs, its own things
+    u8* scratch;    // the activations; during attention, an `Attention`
     float* parts;   // [WARPS, PRODUCTS]
     float* shared;  // [2, WARPS]
     Work* work;
-    u64* const* boxes;    // [RANKS], each [2, RANKS, HIDDEN]
-    const u32* given_up;  // not 0: no other rank is waited for
+    u64* const* peer_buffers;    // [RANKS], each [2, RANKS, HIDDEN]
+    const u32* given_up;  // not 0: don't wait for other ranks
     int thread, warp, lane;
-    u32 summed;  // sums over ranks, so far
+    u32 num_sums;  // sums over ranks so far
     u32 barriers = 0;
 
     // ---- the grid's barrier
 
     __device__ __forceinline__ void arrive_at_grid() {
-        consumers_meet();
+        sync_consumers();
         if (thread == 0) {
             asm volatile("fence.acq_rel.gpu;\n red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(&work->sync.arrived)
                          : "memory");
@@ -409,23 +413,23 @@ struct Consumer {
                              : "memory");
             } while (arrived < barriers * BLOCKS);
         }
-        consumers_meet();
+        sync_consumers();
     }
 
     // ---- the other ranks
 
-    // `part` of a row, summed over all ranks. Two halves of a box take turns: when a rank sends to the one again, it has
-    // what the others sent to the other half after they had read the first.
-    __device__ __forceinline__ float over_ranks(float part, int row) const {
+    // The sum of all ranks' `part` of a row. Sums use the two halves of a buffer in turn: a rank writes to a half again
+    // only after it received what the others sent to the other half, which they did after reading the first.
+    __device__ __forceinline__ float sum_over_ranks(float part, int row) const {
         if (RANKS == 1) return part;
-        const int half = summed % 2 * RANKS * HIDDEN + row;
+        const int half = num_sums % 2 * RANKS * HIDDEN + row;
 #pragma unroll
         for (int rank = 0; rank < RANKS; ++rank)
-            if (rank != RANK) send(boxes[rank] + half + RANK * HIDDEN, part, summed);
+            if (rank != RANK) send(peer_buffers[rank] + half + RANK * HIDDEN, part, num_sums);
         float sum = 0.0f;
 #pragma unroll
         for (int rank = 0; rank < RANKS; ++rank)
-            sum += rank == RANK ? part : receive(boxes[RANK] + half + rank * HIDDEN, summed, given_up);
+            sum += rank == RANK ? part : receive(peer_buffers[RANK] + half + rank * HIDDEN, num_sums, given_up);
         return sum;
     }
 
@@ -439,7 +443,7 @@ struct Consumer {
             shared[warp] = sum;
             shared[WARPS + warp] = largest;
         }
-        consumers_meet();
+        sync_consumers();
         sum = 0.0f;
         largest = 0.0f;
 #pragma unroll
@@ -474,7 +478,8 @@ struct Consumer {
         for (int i = 0; i < Vector<K>::COUNT; ++i) {
             if (!holds<K>(thread, i)) continue;
             const uint2 v = __ldg((const uint2*)source + i * THREADS + thread);
-            x.values[i] = {from_bf16(v.x & 0xffff), from_bf16(v.x >> 16), from_bf16(v.y & 0xffff), from_bf16(v.y >> 16)};
+            x.values[i] = {from_bf16(v.x & 0xffff), from_bf16(v.x >> 16), from_bf16(v.y & 0xffff),
+                           from_bf16(v.y >> 16)};
         }
     }
 
@@ -501,16 +506,16 @@ struct Consumer {
         return largest;
     }
 
-    // x · factor into `scratch`, as tensor cores want it: codes as halves, or bfloat16 and what that leaves out.
+    // Store x · factor in `scratch` as operand B: E4M3 codes as halves, or bfloat16 and the rounding error beside it.
     template <int K, bool CODES>
-    __device__ __forceinline__ void put(const Vector<K>& x, float factor) {
+    __device__ __forceinline__ void store_operand(const Vector<K>& x, float factor) {
 #pragma unroll
         for (int i = 0; i < Vector<K>::COUNT; ++i) {
             if (!holds<K>(thread, i)) continue;
             const float4 v = {x.values[i].x * factor, x.values[i].y * factor, x.values[i].z * factor,
                               x.values[i].w * factor};
             const int element = (i * THREADS + thread) * 4;
-            if (CODES) {  // the halves that go with the first eight of sixteen codes, then, K bytes on, with the others
+            if (CODES) {  // halves for the first eight of sixteen codes; K bytes further on those for the others
                 uint2* target = (uint2*)(scratch + element % 16 / 8 * K + element / 16 * 16 + element % 8 * 2);
                 *target = {to_coded_halves(v.x, v.y), to_coded_halves(v.z, v.w)};
             } else {
@@ -521,28 +526,28 @@ struct Consumer {
                     to_bf16x2(v.z - from_bf16(high.y & 0xffff), v.w - from_bf16(high.y >> 16))};
             }
         }
-        consumers_meet();
+        sync_consumers();
     }
 
     static __device__ __forceinline__ float token_scale(float largest) {
         return fmaxf(largest / E4M3_MAX, MIN_TOKEN_SCALE);
     }
 
-    // The token's scale; x is what the norm's weights were multiplied with.
+    // Norm x and store it as operand B; returns the token's scale. norm: the norm's weights.
     template <bool CODES>
-    __device__ __forceinline__ float put_normed(Vector<HIDDEN>& x, const Vector<HIDDEN>& norm) {
+    __device__ __forceinline__ float store_normed(Vector<HIDDEN>& x, const Vector<HIDDEN>& norm) {
         float squares = 0.0f;
         times<HIDDEN>(x, norm, squares);
         float largest = CODES ? largest_of<HIDDEN>(x) : 0.0f;
         reduce(squares, largest);
         const float inverse = rsqrtf(squares / HIDDEN + EPS);
         const float scale = CODES ? token_scale(largest * inverse) : 1.0f;
-        put<HIDDEN, CODES>(x, inverse * (1.0f / scale));
+        store_operand<HIDDEN, CODES>(x, inverse * (1.0f / scale));
         return scale;
     }
 
     template <int K>
-    __device__ __forceinline__ float put_scaled(const float* source) {
+    __device__ __forceinline__ float store_scaled(const float* source) {
         Vector<K> x;
         read<K>(x, source);
         float scale = 1.0f;
@@ -551,18 +556,18 @@ struct Consumer {
             reduce(unused, largest);
             scale = token_scale(largest);
         }
-        put<K, FP8>(x, 1.0f / scale);
+        store_operand<K, FP8>(x, 1.0f / scale);
         return scale;
     }
 
-    // ---- products
+    // ---- matrix products
 
-    // What a lane has of the products of two rows: its share of the diagonals.
+    // A lane's share of the dot products of two rows: its elements of the diagonals.
     struct Pair {
         float low, high;
     };
 
-    // The next rows' products, as far as this warp does them: each pair of rows has a team of warps.
+    // This warp's share of the dot products of the next stage's rows: each pair of rows has a team of warps.
     template <int K, bool CODES>
     __device__ __forceinline__ Pair multiply() {
         using T = Tiling<CODES ? K : 2 * K>;
@@ -578,7 +583,7 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < (T::PART + TEAM - 1) / TEAM; ++i) {
                 const int at = (i * TEAM + member) * GROUP;
-                const int bytes = min(T::PART * GROUP, ROW_BYTES - first * GROUP);  // of a row, in this stage
+                const int bytes = min(T::PART * GROUP, ROW_BYTES - first * GROUP);  // of a row in this stage
                 if ((i + 1) * TEAM * GROUP > bytes && at >= bytes) break;
                 uint4 w = {}, v = {}, x0 = {}, x1 = {};
                 if (ROW_BYTES % GROUP == 0 || at + lane * 16 < bytes) {
@@ -613,10 +618,10 @@ struct Consumer {
         return {is_diagonal ? low : 0.0f, is_diagonal ? high : 0.0f};
     }
 
-    // Sum up the lanes' shares: to parts[…][first …] and parts[…][second …]. A sum takes half of the lanes at first, the
-    // other half the other's, and so on.
+    // Sum up the lanes' shares of two pairs into parts[…][first …] and parts[…][second …]. Each shuffle halves the
+    // number of sums a lane works on: half of the lanes go on with one sum, half with the other.
     template <int PAIRS>
-    __device__ __forceinline__ void keep(Pair a, Pair b, int first, int second) {
+    __device__ __forceinline__ void store_sums(Pair a, Pair b, int first, int second) {
         const int pair = warp / (WARPS / PAIRS), member = warp % (WARPS / PAIRS);
         const bool is_second = lane & 16, is_high = lane & 8;
         float low = is_second ? b.low : a.low, high = is_second ? b.high : a.high;
@@ -627,32 +632,32 @@ struct Consumer {
 #pragma unroll
         for (int i = 4; i; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
         if (lane % 8 == 0)
-            parts[member * PRODUCTS + (is_second ? second : first) + pair + (is_high ? PAIRS : 0)] = sum;
+            parts[member * MAX_SUMS + (is_second ? second : first) + pair + (is_high ? PAIRS : 0)] = sum;
     }
 
     template <int PAIRS>
-    __device__ __forceinline__ void keep(Pair a, int first) {
+    __device__ __forceinline__ void store_sums(Pair a, int first) {
         const int pair = warp / (WARPS / PAIRS), member = warp % (WARPS / PAIRS);
         const bool is_high = lane & 16;
         float sum = is_high ? a.high : a.low;
         sum += __shfl_xor_sync(~0u, is_high ? a.low : a.high, 16);
 #pragma unroll
         for (int i = 8; i; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
-        if (lane % 16 == 0) parts[member * PRODUCTS + first + pair + (is_high ? PAIRS : 0)] = sum;
+        if (lane % 16 == 0) parts[member * MAX_SUMS + first + pair + (is_high ? PAIRS : 0)] = sum;
     }
 
     template <int K, bool CODES>
-    __device__ __forceinline__ void stages(int count) {
+    __device__ __forceinline__ void multiply_rows(int count) {
         constexpr int ROWS = Tiling<CODES ? K : 2 * K>::ROWS;
-        for (int i = 0; i < count; i += ROWS) keep<ROWS / 2>(multiply<K, CODES>(), i);
-        consumers_meet();
+        for (int i = 0; i < count; i += ROWS) store_sums<ROWS / 2>(multiply<K, CODES>(), i);
+        sync_consumers();
     }
 
     template <int K, bool CODES>
-    __device__ __forceinline__ float product(int column) const {
+    __device__ __forceinline__ float dot_product(int column) const {
         float sum = 0.0f;
 #pragma unroll
-        for (int i = 0; i < WARPS / (Tiling<CODES ? K : 2 * K>::ROWS / 2); ++i) sum += parts[i * PRODUCTS + column];
+        for (int i = 0; i < WARPS / (Tiling<CODES ? K : 2 * K>::ROWS / 2); ++i) sum += parts[i * MAX_SUMS + column];
         return sum;
     }
 
@@ -669,7 +674,7 @@ struct Consumer {
     };
     static_assert(sizeof(Attention) <= SCRATCH_BYTES, "scratch is too small");
 
-    // A head of a projection: normed, rotated, rounded as the cache rounds it. One warp.
+    // One warp norms and rotates one head of the projection, and rounds it to the cache's dtype.
     __device__ __forceinline__ void rotate(float* target, const float* source, const u16* norm, const float* cos,
                                            const float* sin) const {
         constexpr int COUNT = (HALF + 31) / 32;
@@ -699,12 +704,13 @@ struct Consumer {
         }
     }
 
-    // q, and the new token's k and v, from the projection; k and v go into the cache, too.
-    __device__ __forceinline__ void take_token(Attention& at, const Layer& layer, const Span& span, int position,
+    // Load q and the new token's k and v from the projection, write k and v to the cache, and start the softmax with the
+    // new token's score.
+    __device__ __forceinline__ void load_token(Attention& at, const Layer& layer, const Span& span, int position,
                                                const float* cos, const float* sin) {
         const int head = span.head;
         const i64 row = ((i64)head * MAX_SEQ_LEN + position) * HEAD_DIM;
-        float v = 0.0f;  // asked for before the others are waited for
+        float v = 0.0f;  // loaded before the loop below waits for its loads
         if (span.has_new && thread < HEAD_DIM) v = load1(work->qkv + Q_SIZE + KV_SIZE + head * HEAD_DIM + thread);
         for (int i = warp; i < SHARED_HEADS + span.has_new; i += WARPS) {
             if (i < SHARED_HEADS) {
@@ -720,20 +726,20 @@ struct Consumer {
             at.new_v[thread] = rounded(v);
             layer.values[row + thread] = __float_as_uint(at.new_v[thread]) >> 16;
         }
-        consumers_meet();
+        sync_consumers();
         for (int h = warp; h < SHARED_HEADS; h += WARPS) {
             float score = 0.0f;
             if (span.has_new)
                 for (int d = lane; d < HEAD_DIM; d += 32) score += at.q[h][d] * at.new_k[d];
             score = warp_sum(score);
             if (lane == 0) {
-                at.maxima[h] = span.has_new ? score * SCORE_SCALE : NEVER;
+                at.maxima[h] = span.has_new ? score * SCORE_SCALE : MASKED_SCORE;
                 at.sums[h] = span.has_new ? 1.0f : 0.0f;
             }
         }
     }
 
-    // The scores of up to KV_BLOCK positions: eight lanes for each.
+    // The scores of up to KV_BLOCK positions, eight lanes a position.
     __device__ __forceinline__ void score(Attention& at, const u8* keys, int count) {
         constexpr int SEGMENTS = HEAD_DIM / 32;
         const int position = warp * 4 + lane / 8, part = lane % 8;
@@ -741,7 +747,7 @@ struct Consumer {
         if (position < count) {
 #pragma unroll
             for (int i = 0; i < SEGMENTS; ++i) {
-                const int d = (i + position) % SEGMENTS * 32 + part * 4;  // neighbours read other banks
+                const int d = (i + position) % SEGMENTS * 32 + part * 4;  // neighbours read different banks
                 const uint2 k = *(const uint2*)(keys + (position * HEAD_DIM + d) * 2);
 #pragma unroll
                 for (int h = 0; h < SHARED_HEADS; ++h) {
@@ -755,12 +761,12 @@ struct Consumer {
         for (int h = 0; h < SHARED_HEADS; ++h) {
 #pragma unroll
             for (int i = 4; i; i /= 2) scores[h] += __shfl_xor_sync(~0u, scores[h], i);
-            if (part == h % 8) at.scores[h][position] = position < count ? scores[h] * SCORE_SCALE : NEVER;
+            if (part == h % 8) at.scores[h][position] = position < count ? scores[h] * SCORE_SCALE : MASKED_SCORE;
         }
     }
 
-    // Running softmax: scores become weights.
-    __device__ __forceinline__ void weigh(Attention& at, int count) {
+    // One step of the online softmax: replace scores by weights, and update maxima and sums.
+    __device__ __forceinline__ void update_softmax(Attention& at, int count) {
         for (int h = warp; h < SHARED_HEADS; h += WARPS) {
             const float score = at.scores[h][lane], before = at.maxima[h];
             const float largest = fmaxf(before, warp_max(score));
@@ -779,9 +785,9 @@ struct Consumer {
     __device__ __forceinline__ void attend(const Layer& layer, const Span& span, int position, const float* cos,
                                            const float* sin) {
         Attention& at = *(Attention*)scratch;
-        constexpr int GROUPS = THREADS / HALF;  // of threads, which share the positions
+        constexpr int GROUPS = THREADS / HALF;  // groups of threads; each takes every GROUPS-th position
         const int d = thread % HALF * 2, group = thread / HALF;
-        take_token(at, layer, span, position, cos, sin);
+        load_token(at, layer, span, position, cos, sin);
         float2 out[SHARED_HEADS];
 #pragma unroll
         for (int h = 0; h < SHARED_HEADS; ++h) {
@@ -792,9 +798,9 @@ struct Consumer {
             const int count = min(KV_BLOCK, span.last - first);
             wait(&ring.full[ring.index], ring.parity);
             score(at, ring.stage(), count);
-            consumers_meet();
-            weigh(at, count);
-            consumers_meet();
+            sync_consumers();
+            update_softmax(at, count);
+            sync_consumers();
             const u8* values = ring.stage() + KV_BLOCK * HEAD_DIM * 2 + d * 2;
 #pragma unroll
             for (int h = 0; h < SHARED_HEADS; ++h) {
@@ -810,32 +816,32 @@ struct Consumer {
                     out[h].y += at.scores[h][i] * high;
                 }
             }
-            consumers_meet();
+            sync_consumers();
             if (lane == 0) arrive(&ring.empty[ring.index]);
             ring.advance();
         }
 #pragma unroll
         for (int h = 0; h < SHARED_HEADS; ++h) *(float2*)&at.outputs[group][h][d] = out[h];
-        consumers_meet();
+        sync_consumers();
         const bool is_whole = span.num_splits == 1;
         for (int i = thread; i < SHARED_HEADS * HEAD_DIM; i += THREADS) {
             const int h = i / HEAD_DIM;
             float sum = 0.0f;
 #pragma unroll
             for (int j = 0; j < GROUPS; ++j) sum += at.outputs[j][h][i % HEAD_DIM];
-            if (is_whole) work->attended[span.head * SHARED_HEADS * HEAD_DIM + i] = sum / at.sums[h];
+            if (is_whole) work->attention[span.head * SHARED_HEADS * HEAD_DIM + i] = sum / at.sums[h];
             else (&work->partial[span.head][span.split][0][0])[i] = sum;
         }
         if (!is_whole) merge(at, span);
     }
 
-    // The last block to come puts the parts of its head together, in the order of the splits.
+    // Store this split's maximum and sum; the last block of a head to arrive merges its splits, in split order.
     __device__ __forceinline__ void merge(Attention& at, const Span& span) {
         if (thread < SHARED_HEADS) {
             work->maxima[span.head][span.split][thread] = at.maxima[thread];
             work->sums[span.head][span.split][thread] = at.sums[thread];
         }
-        consumers_meet();
+        sync_consumers();
         if (thread == 0) {
             u32 before;
             asm volatile("fence.acq_rel.gpu;\n atom.relaxed.gpu.global.add.u32 %0, [%1], 1;\n fence.acq_rel.gpu;"
@@ -845,22 +851,22 @@ struct Consumer {
             at.is_last = before == span.num_splits - 1;
             if (at.is_last) work->sync.heads[span.head] = 0;
         }
-        consumers_meet();
+        sync_consumers();
         if (!at.is_last) return;
         constexpr int PART = SHARED_HEADS * HEAD_DIM;
         const float* source = &work->partial[span.head][0][0][0];
         const int n = span.num_splits;
-        float4 ahead[AHEAD];  // on their way while the weights are worked out
+        float4 prefetched[PREFETCHED];  // loaded while the weights are computed
 #pragma unroll
-        for (int j = 0; j < AHEAD; ++j)
-            if (j < n && thread * 4 < PART) ahead[j] = load4(source + j * PART + thread * 4);
+        for (int j = 0; j < PREFETCHED; ++j)
+            if (j < n && thread * 4 < PART) prefetched[j] = load4(source + j * PART + thread * 4);
         for (int h = warp; h < SHARED_HEADS; h += WARPS) {
             constexpr int COUNT = (MAX_SPLITS + 31) / 32;
-            float maxima[COUNT], sums[COUNT], largest = NEVER, sum = 0.0f;
+            float maxima[COUNT], sums[COUNT], largest = MASKED_SCORE, sum = 0.0f;
 #pragma unroll
             for (int i = 0; i < COUNT; ++i) {
                 const int split = i * 32 + lane;
-                maxima[i] = split < n ? load1(&work->maxima[span.head][split][h]) : NEVER;
+                maxima[i] = split < n ? load1(&work->maxima[span.head][split][h]) : MASKED_SCORE;
                 sums[i] = split < n ? load1(&work->sums[span.head][split][h]) : 0.0f;
                 largest = fmaxf(largest, maxima[i]);
             }
@@ -875,17 +881,17 @@ struct Consumer {
             for (int i = 0; i < COUNT; ++i)
                 if (i * 32 + lane < n) at.weights[h][i * 32 + lane] = maxima[i] / sum;
         }
-        consumers_meet();
+        sync_consumers();
         for (int i = thread * 4; i < PART; i += THREADS * 4) {
             const float* weights = at.weights[i / HEAD_DIM];
             const bool is_first = i == thread * 4;
             float4 sum = {};
 #pragma unroll
-            for (int j = 0; j < AHEAD; ++j)
-                if (j < n) add(sum, weights[j], is_first ? ahead[j] : load4(source + j * PART + i));
+            for (int j = 0; j < PREFETCHED; ++j)
+                if (j < n) add(sum, weights[j], is_first ? prefetched[j] : load4(source + j * PART + i));
 #pragma unroll 8
-            for (int j = AHEAD; j < n; ++j) add(sum, weights[j], load4(source + j * PART + i));
-            *(float4*)(work->attended + span.head * PART + i) = sum;
+            for (int j = PREFETCHED; j < n; ++j) add(sum, weights[j], load4(source + j * PART + i));
+            *(float4*)(work->attention + span.head * PART + i) = sum;
         }
     }
 
@@ -898,19 +904,19 @@ struct Consumer {
 
     // ---- the decoder
 
-    // A phase: the residual stream += source · matrix. residual: this thread's element; work->hidden has all.
+    // One phase: residual stream += source · matrix. residual: this thread's element; work->hidden has all elements.
     template <int K>
-    __device__ __forceinline__ void add_product(const Matrix& matrix, const float* source, Share hidden,
+    __device__ __forceinline__ void residual_gemv(const Matrix& matrix, const float* source, Share hidden,
                                                 float& residual) {
         const bool is_mine = thread < hidden.count;
         const Affine affine = affine_of(matrix, hidden.first + thread, is_mine);
-        ++summed;
+        ++num_sums;
         wait_for_grid();
-        const float scale = put_scaled<K>(source);
-        stages<K, FP8>(hidden.count);
+        const float scale = store_scaled<K>(source);
+        multiply_rows<K, FP8>(hidden.count);
         if (is_mine) {
-            const float part = product<K, FP8>(thread) * (affine.scale * scale);
-            residual += over_ranks(part, hidden.first + thread) + affine.shift;
+            const float part = dot_product<K, FP8>(thread) * (affine.scale * scale);
+            residual += sum_over_ranks(part, hidden.first + thread) + affine.shift;
             work->hidden[hidden.first + thread] = residual;
         }
         arrive_at_grid();
@@ -921,7 +927,7 @@ struct Consumer {
         const Share qkv = share_of(QKV_SIZE), hidden = share_of(HIDDEN), pairs = share_of(INTERMEDIATE);
         const Span span = span_of(position);
         const u16* embedded = embedding + token * HIDDEN;
-        // This thread's element of the residual stream; work->hidden has a copy for the others.
+        // This thread's element of the residual stream; work->hidden has a copy for the other threads.
         float residual = thread < hidden.count ? from_bf16(__ldg(embedded + hidden.first + thread)) : 0.0f;
         for (int index = 0; index < LAYERS; ++index) {
             const Layer& layer = layers[index];
@@ -935,15 +941,15 @@ struct Consumer {
                     wait_for_grid();
                     read<HIDDEN>(x, work->hidden);
                 }
-                const float scale = put_normed<FP8>(x, norm);
+                const float scale = store_normed<FP8>(x, norm);
                 for (int first = 0; first < qkv.count; first += MAX_ROWS) {
                     const int count = min(MAX_ROWS, qkv.count - first);
                     if (first) affine = affine_of(layer.qkv, qkv.first + first + thread, thread < count);
-                    stages<HIDDEN, FP8>(count);
+                    multiply_rows<HIDDEN, FP8>(count);
                     if (thread < count)
                         work->qkv[qkv.first + first + thread] =
-                            product<HIDDEN, FP8>(thread) * (affine.scale * scale) + affine.shift;
-                    if (first + MAX_ROWS < qkv.count) consumers_meet();
+                            dot_product<HIDDEN, FP8>(thread) * (affine.scale * scale) + affine.shift;
+                    if (first + MAX_ROWS < qkv.count) sync_consumers();
                 }
                 arrive_at_grid();
             }
@@ -952,7 +958,7 @@ struct Consumer {
                 attend(layer, span, position, cos + (i64)position * HALF, sin + (i64)position * HALF);
             }
             arrive_at_grid();
-            add_product<Q_SIZE>(layer.o, work->attended, hidden, residual);
+            residual_gemv<Q_SIZE>(layer.o, work->attention, hidden, residual);
             {
                 Affine gate = affine_of(layer.gate_up, pairs.first + thread, thread < pairs.count);
                 Affine up = affine_of(layer.gate_up, INTERMEDIATE + pairs.first + thread, thread < pairs.count);
@@ -960,7 +966,7 @@ struct Consumer {
                 read_bf16<HIDDEN>(norm, layer.mlp_norm);
                 wait_for_grid();
                 read<HIDDEN>(x, work->hidden);
-                const float scale = put_normed<FP8>(x, norm);
+                const float scale = store_normed<FP8>(x, norm);
                 for (int first = 0; first < pairs.count; first += MAX_PAIRS) {
                     const int count = min(MAX_PAIRS, pairs.count - first), row = pairs.first + first + thread;
                     if (first) {
@@ -970,31 +976,31 @@ struct Consumer {
                     constexpr int ROWS = Tiling<HIDDEN * ELEMENT>::ROWS;
                     for (int i = 0; i < count; i += ROWS) {
                         const Pair a = multiply<HIDDEN, FP8>(), b = multiply<HIDDEN, FP8>();
-                        keep<ROWS / 2>(a, b, i, MAX_PAIRS + i);
+                        store_sums<ROWS / 2>(a, b, i, MAX_PAIRS + i);
                     }
-                    consumers_meet();
+                    sync_consumers();
                     if (thread < count) {
-                        const float g = product<HIDDEN, FP8>(thread) * (gate.scale * scale) + gate.shift;
-                        const float u = product<HIDDEN, FP8>(MAX_PAIRS + thread) * (up.scale * scale) + up.shift;
-                        work->product[row] = g / (1.0f + __expf(-g)) * u;
+                        const float g = dot_product<HIDDEN, FP8>(thread) * (gate.scale * scale) + gate.shift;
+                        const float u = dot_product<HIDDEN, FP8>(MAX_PAIRS + thread) * (up.scale * scale) + up.shift;
+                        work->activated[row] = g / (1.0f + __expf(-g)) * u;
                     }
-                    if (first + MAX_PAIRS < pairs.count) consumers_meet();
+                    if (first + MAX_PAIRS < pairs.count) sync_consumers();
                 }
                 arrive_at_grid();
             }
-            add_product<INTERMEDIATE>(layer.down, work->product, hidden, residual);
+            residual_gemv<INTERMEDIATE>(layer.down, work->activated, hidden, residual);
         }
         Vector<HIDDEN> norm, x;
         read_bf16<HIDDEN>(norm, last_norm);
         wait_for_grid();
         read<HIDDEN>(x, work->hidden);
-        put_normed<false>(x, norm);
+        store_normed<false>(x, norm);
         const Share vocab = share_of(VOCAB);
         for (int first = 0; first < vocab.count; first += MAX_ROWS) {
             const int count = min(MAX_ROWS, vocab.count - first);
-            stages<HIDDEN, false>(count);
-            if (thread < count) logits[vocab.first + first + thread] = product<HIDDEN, false>(thread);
-            consumers_meet();
+            multiply_rows<HIDDEN, false>(count);
+            if (thread < count) logits[vocab.first + first + thread] = dot_product<HIDDEN, false>(thread);
+            sync_consumers();
         }
     }
 };
@@ -1002,11 +1008,11 @@ struct Consumer {
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     persistent_decode(const i64* ids, const i64* last_tokens, const i64* positions, const u16* embedding,
                       const u16* last_norm, const u8* head, const float* cos, const float* sin, const Layer* layers,
-                      Work* work, u64* const* boxes, const u32* given_up, float* logits) {
+                      Work* work, u64* const* peer_buffers, const u32* given_up, float* logits) {
     extern __shared__ __align__(128) u8 memory[];
     u8* scratch = memory + STAGES * STAGE_BYTES;
     float* parts = (float*)(scratch + SCRATCH_BYTES);
-    float* shared = parts + WARPS * PRODUCTS;
+    float* shared = parts + WARPS * MAX_SUMS;
     Ring ring;
     ring.stages = memory;
     ring.full = (u64*)(shared + 2 * WARPS);
@@ -1023,22 +1029,23 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     const i64 position = positions[0];
     if (position < 0) return;  // the row holds no token
     if (warp == WARPS) {
-        u64 once;
-        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
-        Producer{ring, lane, once}.run(layers, head, (int)position);
+        u64 evict_first;
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(evict_first));
+        Producer{ring, lane, evict_first}.run(layers, head, (int)position);
         return;
     }
     const i64 id = ids[0], token = id < 0 ? last_tokens[0] : id;
-    const u32 summed = RANKS > 1 ? load1(&work->sync.summed) : 0;
-    Consumer consumer{ring, scratch, parts, shared, work, boxes, given_up, (int)threadIdx.x, warp, lane, summed};
+    const u32 num_sums = RANKS > 1 ? load1(&work->sync.num_sums) : 0;
+    Consumer consumer{ring, scratch, parts, shared, work, peer_buffers,
+                      given_up, (int)threadIdx.x, warp, lane, num_sums};
     consumer.run(layers, embedding, last_norm, cos, sin, (int)position, token, logits);
-    if (threadIdx.x == 0) {  // the last block leaves the barrier as it was found
+    if (threadIdx.x == 0) {  // the last block resets the barrier for the next kernel
         u32 before;
         asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(&work->sync.done) : "memory");
         if (before == BLOCKS - 1) {
             work->sync.arrived = 0;
             work->sync.done = 0;
-            work->sync.summed += 2 * LAYERS;
+            work->sync.num_sums += 2 * LAYERS;
         }
     }
 }

@@ -1,7 +1,7 @@
-"""What is done to each token's row between two matrix products: embed, norm, round to E4M3, SiLU, rotary embedding.
+"""The row-wise kernels between matrix products: embedding, norm, quantisation to E4M3, SiLU, rotary embedding.
 
-One program a row. The residual stream is float32: two bytes more for an element are nothing beside the weights, and
-what is rounded away here no later layer can give back.
+One program computes one row. The residual stream is float32: it is small beside the weights, and rounding it would add
+an error in every layer.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 
 from deepseek_triton.ensemble.engine.runners.cuda.kernels.common import begin, sum_of_parts, to_codes, token_scale, wait
-from deepseek_triton.ensemble.engine.runners.cuda.kernels.exchange import over_ranks
+from deepseek_triton.ensemble.engine.runners.cuda.kernels.exchange import sum_over_ranks
 
 
 @triton.jit
 def embed_rows(
-    ids,  # [M] int64; negative: the token that this row drew last
+    ids,  # [M] int64; negative: the row's entry in last_tokens
     last_tokens,  # [M] int64
     embedding,  # [vocab, H]
     hidden,  # [M, H] float32
@@ -51,7 +51,7 @@ def norm_rows(
     out_scale,  # [M] float32
     part_stride,
     eps,
-    peer_buffers,  # these three: where the parts' sum is to be taken over all ranks too, see exchange.py
+    peer_buffers,  # this and the next two: for the sum over all ranks, see exchange.py
     counts,
     given_up,
     H: tl.constexpr,
@@ -60,12 +60,12 @@ def norm_rows(
     HAS_BIAS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     FP8: tl.constexpr,
-    MOST_ROWS: tl.constexpr,
+    MAX_PEER_ROWS: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """hidden += Σ parts + bias, written back but for chosen rows; out = norm(hidden)."""
+    """hidden += Σ parts + bias; out = norm(hidden). With HAS_ROWS hidden is not written back."""
     begin(PDL)
     m = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -79,11 +79,13 @@ def norm_rows(
     if NUM_PARTS:
         added = sum_of_parts(parts, m * H + column, mask, part_stride, NUM_PARTS)
         if RANKS > 1:
-            added = over_ranks(added, peer_buffers, counts, given_up, m, column, mask, BLOCK, MOST_ROWS, RANK, RANKS)
+            added = sum_over_ranks(
+                added, peer_buffers, counts, given_up, m, column, mask, BLOCK, MAX_PEER_ROWS, RANK, RANKS
+            )
         x += added
         if HAS_BIAS:
             x += tl.load(bias + column, mask=mask, other=0.0)
-        if not HAS_ROWS:  # chosen rows are the last that is read of the stream, and may be chosen twice
+        if not HAS_ROWS:  # nothing reads the stream after chosen rows, and a row may be chosen twice
             tl.store(hidden + source * H + column, x, mask=mask)
     y = x * tl.rsqrt(tl.sum(x * x) / H + eps) * weight
     if FP8:
@@ -103,7 +105,7 @@ def quantise_rows(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Each row as codes, by its own scale."""
+    """out = x / scale in E4M3, with one scale a row."""
     begin(PDL)
     wait(PDL)
     m = tl.program_id(0).to(tl.int64)
@@ -139,7 +141,7 @@ def silu_rows(
     FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out = silu(gate) * up. A row is read twice, the second time from cache: once for its scale, once to round it."""
+    """out = silu(gate) * up. FP8 reads a row twice: once for its scale, once, from L2, to quantise it."""
     begin(PDL)
     wait(PDL)
     m = tl.program_id(0).to(tl.int64)
@@ -186,7 +188,7 @@ def rope_rows(
     QK_NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Rotate q and k, and write k and v into the cache: prefill's step between projection and attention."""
+    """Rotate q and k, and write k and v to the cache: the step of prefill between projection and attention."""
     begin(PDL)
     wait(PDL)
     HALF: tl.constexpr = D // 2

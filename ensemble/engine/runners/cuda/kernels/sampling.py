@@ -1,9 +1,9 @@
-"""Choosing tokens where the logits are: greedy, or by temperature, top-k, top-p and min-p.
+"""Sampling on the GPU: greedy, or by temperature, top-k, top-p and min-p.
 
-Nothing is sorted. A row's logits below its largest, over its temperature, are z ≤ 0; −z as an integer keeps the
-order, and the k-th largest, or the end of the nucleus, is found by halving the interval of such integers. One random
-number for each token, from (seed, step) alone, picks from what is kept: neither the batch nor the slot matters.
-Tokens that tie with the last one kept are kept too.
+Logits are not sorted. z = (logit − largest logit) / temperature is at most 0, and the bits of −z, read as an integer,
+have the order of −z. Bisection over these integers finds the k-th largest logit, or the end of the nucleus. One random
+number a row, a function of (seed, step) alone, picks one of the tokens kept: the result depends neither on the batch
+nor on the slot. Tokens that tie with the last one kept are kept too.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ NO_BOUND = tl.constexpr(0x7F800000)  # the bits of +infinity: every z is kept
 def scan_logits(
     logits,  # [M, V] float32
     chunk_max,  # [M, CHUNKS] float32
-    chunk_best,  # [M, CHUNKS] int32, the first token that has it
+    chunk_best,  # [M, CHUNKS] int32, the first token with chunk_max
     chunk_sum,  # [M, CHUNKS] float32, Σ exp(logit − chunk_max)
     V: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Each chunk's largest logit and its sum of exponentials."""
+    """The largest logit of each chunk of the vocabulary, and its sum of exponentials."""
     begin(PDL)
     wait(PDL)
     chunk, m = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -43,7 +43,7 @@ def scan_logits(
 
 @triton.jit
 def _keys(row, token, best, temperature, V: tl.constexpr):
-    """z of each token, and its key: larger for less likely tokens; of equal order as unsigned integers."""
+    """z of each token, and its key, the bits of −z: larger for less likely tokens."""
     value = tl.load(row + token, mask=token < V, other=-float("inf"))
     z = (value - best) / temperature
     return z, (tl.maximum(-z, 0.0)).to(tl.int32, bitcast=True)
@@ -51,7 +51,7 @@ def _keys(row, token, best, temperature, V: tl.constexpr):
 
 @triton.jit
 def _mass(row, best, temperature, bound, V: tl.constexpr, BLOCK: tl.constexpr):
-    """How many tokens have keys of at most `bound`, and their Σ exp(z)."""
+    """Number of tokens whose key is at most `bound`, and their Σ exp(z)."""
     count = tl.zeros([BLOCK], tl.int32)
     mass = tl.zeros([BLOCK], tl.float32)
     for first in range(0, V, BLOCK):
@@ -66,7 +66,7 @@ def _mass(row, best, temperature, bound, V: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def sample_tokens(
     logits,  # [M, V] float32
-    chunk_max,  # as scan_logits gives them
+    chunk_max,  # [M, CHUNKS], from scan_logits
     chunk_best,
     chunk_sum,
     temperatures,  # [M] float32; below MIN_TEMPERATURE: greedy
@@ -76,14 +76,14 @@ def sample_tokens(
     seeds,  # [M] int64
     steps,  # [M] int64
     tokens,  # [M] int64
-    log_probs,  # [M] float32, of the token by the model's own distribution, at temperature 1
+    log_probs,  # [M] float32, of the token at temperature 1, without top-k, top-p and min-p
     V: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One token a row."""
+    """Sample one token a row."""
     begin(PDL)
     wait(PDL)
     m = tl.program_id(0).to(tl.int64)
@@ -92,7 +92,7 @@ def sample_tokens(
     maxima = tl.load(chunk_max + at, mask=mask, other=-float("inf"))
     best = tl.max(maxima)
     token = tl.min(tl.where(maxima == best, tl.load(chunk_best + at, mask=mask, other=V), V))
-    token = tl.minimum(token, V - 1)  # none is the largest where there is NaN; the log probability tells
+    token = tl.minimum(token, V - 1)  # with NaN no token is the largest; the log probability is NaN then
     sums = tl.load(chunk_sum + at, mask=mask, other=0.0) * tl.exp(maxima - best)
     log_sum = tl.log(tl.sum(tl.where(mask, sums, 0.0)))
     row = logits + m * V
@@ -100,7 +100,7 @@ def sample_tokens(
     if (temperature >= MIN_TEMPERATURE) & (top_k != 1):
         bound = NO_BOUND + 0 * top_k
         if top_k > 0:
-            low = 0 * top_k - 1  # too few are kept with this bound, enough with `bound`
+            low = 0 * top_k - 1  # `low` keeps too few tokens, `bound` enough
             while bound - low > 1:
                 middle = low + (bound - low) // 2
                 count, _mass_of = _mass(row, best, temperature, middle, V, BLOCK)

@@ -1,8 +1,9 @@
-"""A few tokens times a matrix on the tensor cores, where reading the weights still costs most.
+"""Matrix products of a few tokens (small M) on the tensor cores; memory bandwidth still limits them.
 
-The weights' rows are the long side of each product (64 at least, as Hopper wants it), the tokens the short one. The
-inner dimension is split over `NUM_PARTS` programs, so that every multiprocessor has work; the next kernel adds the
-parts in order: no atomics, the same numbers every time. One token's sums don't depend on how many others there are.
+The weight rows are the M dimension of the tensor-core product (at least 64, as Hopper's wgmma needs), the tokens its N
+dimension. The inner dimension is split over `NUM_PARTS` programs (split-K), so that every multiprocessor has work. The
+next kernel adds the parts in order, without atomics: results are deterministic, and a token's sums don't depend on the
+number of other tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def small_m_gemm(
     PRECISION: tl.constexpr,
 ):
     """out[s] = x @ weight.T over the s-th part of K."""
-    m = tl.program_id(0) * BM + tl.arange(0, BM)  # first, so that neighbours read the same weights
+    m = tl.program_id(0) * BM + tl.arange(0, BM)  # grid axis 0: neighbouring programs read the same weights
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     part = tl.program_id(2)
     k = tl.arange(0, BK)
@@ -40,7 +41,7 @@ def small_m_gemm(
     first, last = part * STEPS // NUM_PARTS, (part + 1) * STEPS // NUM_PARTS
     begin(PDL)
     wait(PDL)
-    # Rows that don't exist read the last one's: its products are not stored.
+    # Rows past the end read the last row; their products are not stored.
     w_pointers = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
     x_pointers = x + tl.minimum(m, M - 1).to(tl.int64)[None, :] * K + k[:, None]
     acc = tl.zeros([BN, BM], tl.float32)
@@ -52,7 +53,7 @@ def small_m_gemm(
         else:
             w = tl.load(w_pointers + step * BK)
             v = tl.load(x_pointers + step * BK)
-        # E4M3 products are summed in few bits; those of one step at a time keep float32's.
+        # Tensor cores sum E4M3 products in fewer bits than float32; each step's sum is added in float32.
         acc = tl.dot(w, v, acc, max_num_imprecise_acc=BK, input_precision=PRECISION)
     if FP8:
         acc *= tl.load(weight_scale + n, mask=n < N, other=0.0)[:, None]
