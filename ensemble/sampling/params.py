@@ -1,6 +1,6 @@
-"""SamplingParams: what one request asks for, validated once.
+"""SamplingParams: the validated sampling parameters of one request.
 
-Absent fields have the values that change nothing: vLLM's defaults, but for the temperature.
+The defaults are vLLM's, which change nothing, except that of the temperature.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import numpy as np
 
 from deepseek_triton.ensemble.sampling.errors import SamplingError
 
-MIN_TEMPERATURE = 1e-5  # below it float32 would overflow, and only the likeliest token is left anyway
+MIN_TEMPERATURE = 1e-5  # below it decoding is greedy: float32 would overflow
 MAX_LOG_PROBS = 20  # OpenAI's limit
 MAX_RETURN_SEQUENCES = 64
 MAX_SEED = 2**64 - 1  # the seed tensor is UINT64
 MAX_INT32 = 2**31 - 1
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
-NO_END_ID = -1  # the value of end_id that lets nothing but the length end a text
+NO_END_ID = -1  # the value of end_id that disables end tokens
 
 
 class Range(NamedTuple):
-    """The values `low` … `high` of a field, without `low` where it is excluded, and the rule in words."""
+    """The allowed values `low` … `high` of a field, and the rule in words for the error message."""
 
     low: float
     high: float
@@ -30,7 +30,7 @@ class Range(NamedTuple):
     excludes_low: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether `value` is in the range; NaN is in none."""
+        """Return whether `value` is in the range; NaN never is."""
         return self.low <= value <= self.high and not (self.excludes_low and value == self.low)
 
 
@@ -55,22 +55,22 @@ FLOATS = {
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """One request's choices.
+    """The sampling parameters of one request.
 
-    max_tokens: at most so many new tokens; None: up to the context's end.
-    min_tokens: no end token before so many new ones.
-    temperature: 0 takes the likeliest token; None: 1 if top_k, top_p or min_p is given, else 0.
-    top_k: sample among the k likeliest; 0: all.
-    top_p: of these, among the likeliest that together hold this probability; 1: all.
-    min_p: of these, among those at least so probable as this times the likeliest; 0: all.
-    seed: the same seed gives the same tokens; None: a random one.
-    repetition_penalty: divides the positive logits of the tokens of prompt and output and multiplies the negative.
-    presence_penalty: is subtracted from the logits of the output's tokens.
-    frequency_penalty: the same, times how often each has come.
-    end_id: replaces the model's end tokens; -1: the text has none.
-    num_log_probs: how many likeliest tokens to report beside the chosen one, with their log probabilities; None: report
-        none at all.
-    num_return_sequences: samples of the one prompt; each has a seed of its own, the first that of a single one.
+    max_tokens: maximum number of generated tokens; None: up to the end of the context.
+    min_tokens: minimum number of generated tokens before an end token.
+    temperature: 0 is greedy; None: 1 if top_k, top_p or min_p is given, else 0.
+    top_k: keep the k likeliest tokens; 0: all.
+    top_p: of these, keep the fewest likeliest whose probabilities sum to at least top_p; 1: all.
+    min_p: of these, keep those whose probability is at least min_p times that of the likeliest; 0: all.
+    seed: the same seed gives the same tokens; None: a random seed.
+    repetition_penalty: divides the positive and multiplies the negative logits of tokens in prompt and output.
+    presence_penalty: is subtracted from the logits of tokens in the output.
+    frequency_penalty: is subtracted from the logits of tokens in the output, once per occurrence.
+    end_id: replaces the model's end tokens; -1: no end token.
+    num_log_probs: number of likeliest tokens reported with their log probabilities, beside the chosen token; None: no
+        log probabilities.
+    num_return_sequences: number of sequences sampled for the prompt. Each has its own seed; the first uses `seed`.
     """
 
     max_tokens: int | None = None
@@ -96,31 +96,31 @@ class SamplingParams:
             raise SamplingError(f"min_tokens is {self.min_tokens}, must be at most max_tokens, {self.max_tokens}")
         if self.num_return_sequences > 1 and self.is_greedy:
             raise SamplingError(
-                f"num_return_sequences is {self.num_return_sequences}, but the likeliest text is always the same; "
+                f"num_return_sequences is {self.num_return_sequences}, but greedy sequences would all be equal; "
                 "give a temperature above 0"
             )
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
+        """Whether the likeliest token is always chosen."""
         if self.temperature is None:
             return not self.top_k and self.top_p == 1.0 and not self.min_p
         return self.temperature < MIN_TEMPERATURE or self.top_k == 1
 
     @property
     def effective_temperature(self) -> float:
-        """The temperature with its default resolved; 0 where decoding is greedy."""
+        """The temperature with its default resolved; 0 if decoding is greedy."""
         if self.is_greedy:
             return 0.0
         return 1.0 if self.temperature is None else float(self.temperature)
 
     @property
     def has_penalties(self) -> bool:
-        """Whether any of the three penalties changes anything."""
+        """Whether any of the three penalties differs from its default."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     def effective_end_ids(self, model_end_ids: frozenset[int]) -> frozenset[int]:
-        """The tokens that end this request's text, of a model whose own are `model_end_ids`."""
+        """Return the tokens that end this request's text; `model_end_ids` are the model's own."""
         if self.end_id is None:
             return model_end_ids
         return frozenset() if self.end_id == NO_END_ID else frozenset({self.end_id})

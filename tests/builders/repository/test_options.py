@@ -119,7 +119,7 @@ def test_bytes_that_are_no_text_are_refused_by_name(spec: TensorSpec) -> None:
         ({contract.END_ID: -2}, "end_id is -2, must be a token id, or -1 for none"),
         ({contract.NUM_TOP_LOG_PROBS: -1}, "num_top_log_probs is -1, must be 0 to 20"),
         ({contract.NUM_TOP_LOG_PROBS: 21}, "num_top_log_probs is 21, must be 0 to 20"),
-        ({contract.NUM_RETURN_SEQUENCES: 2}, "num_return_sequences is 2, but the likeliest text is always the same"),
+        ({contract.NUM_RETURN_SEQUENCES: 2}, "num_return_sequences is 2, but greedy sequences would all be equal"),
         ({contract.NUM_RETURN_SEQUENCES: 0}, "num_return_sequences is 0, must be 1 to 64"),
         ({contract.THINKING_TOKEN_BUDGET: -1}, "thinking_token_budget is -1, must be at least 0"),
         ({contract.QUEUE_TIMEOUT_MS: -1}, "queue_timeout_ms is -1, must be at least 0"),
