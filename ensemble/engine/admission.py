@@ -1,7 +1,7 @@
-"""What a client asks for → a Request that the loop can run.
+"""Validates a client's options and makes the Request that the engine loop runs.
 
-Everything that can be wrong with a request is found here, before it waits for a slot: on the thread that takes requests
-in, so that compiling a guide delays no running stream. It knows the model's tokenizer; it knows nothing of Triton.
+It runs on the thread that receives requests, before a request is queued, so that compiling a guide delays no running
+stream. It knows the model's tokenizer; it knows nothing of Triton.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 
 
 class OptionError(ValueError):
-    """An option has a value that it can't have, or that the model has no use for; one line for the client."""
+    """An option's value is invalid, or the model doesn't support it; the message is one line for the client."""
 
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """What a client asks for beside its prompt; None: the model's or the engine's own choice.
+    """The options of a request; None selects the default of the model or the engine.
 
-    prompt_info: what the tokenizer knows of the prompt; None for a direct call, which no detokenizer follows.
-    thinking_token_budget: tokens of reasoning. priority: 1 is the most urgent. The timeouts are in ms.
+    prompt_info: from the tokenizer model; None for a direct call of the engine, which has no detokenizer.
+    thinking_token_budget: maximum number of reasoning tokens. priority: 1 is the most urgent. Timeouts are in ms.
     """
 
     params: SamplingParams
@@ -68,8 +68,8 @@ class Admission:
     Args:
         directory: holds the model's tokenizer files.
         vocab_size: the model's, in tokens.
-        end_ids: the tokens that end a text unless the request says otherwise.
-        settings: the engine's: priorities and default timeouts.
+        end_ids: the model's end tokens; a request's end_id replaces them.
+        settings: the engine's; gives priorities and default timeouts.
     """
 
     def __init__(self, directory: Path, vocab_size: int, end_ids: Collection[int], settings: EngineSettings) -> None:
@@ -90,18 +90,18 @@ class Admission:
         sink: Sink,
         now: float,
     ) -> Request:
-        """The request of `prompt_ids` [n], which has arrived at `now`, in seconds.
+        """Make the request for `prompt_ids` [n], which arrived at `now` (seconds).
 
         Raises:
-            OptionError, GuideError, SamplingError, ValueError: an option is at fault.
+            OptionError, GuideError, SamplingError, ValueError: an option is invalid.
         """
         params, info, settings = options.params, options.prompt_info, self._settings
         if params.end_id is not None and params.end_id >= self._vocab_size:
-            raise OptionError(f"end_id is {params.end_id}, the model has {self._vocab_size} tokens")
+            raise OptionError(f"end_id is {params.end_id}, must be below the vocabulary size, {self._vocab_size}")
         if params.end_id is not None and options.guide_type is not None:
-            raise OptionError("end_id can't be given with guided decoding: the guide says where the text ends")
+            raise OptionError("end_id can't be combined with guided decoding: the guide decides where text ends")
         if params.min_tokens and options.guide_type is not None:
-            raise OptionError("min_tokens can't be given with guided decoding: the guide says where the text ends")
+            raise OptionError("min_tokens can't be combined with guided decoding: the guide decides where text ends")
         head = None
         if info is not None:
             head = StreamHead(info, tuple(prompt_ids.tolist()) if options.echoes_prompt else ())
@@ -149,7 +149,7 @@ class Admission:
 
     def _priority(self, priority: int | None) -> int:
         levels = self._settings.priority_levels
-        if priority is None or priority == 0:  # Triton's word for the default
+        if priority is None or priority == 0:  # in Triton, 0 is the default priority
             return self._settings.default_priority
         if not 1 <= priority <= levels:
             raise OptionError(f"priority is {priority}, must be 1 (most urgent) to {levels}, or 0 for the default")

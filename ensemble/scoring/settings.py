@@ -1,7 +1,4 @@
-"""The stateless engine's settings: validated once, written into config.pbtxt by builders, read back by its model.
-
-What enters and leaves are Triton's `parameters`: text by name.
-"""
+"""Settings of the scoring engine, which builders write into config.pbtxt as `parameters` and its model reads."""
 
 from __future__ import annotations
 
@@ -15,10 +12,11 @@ from deepseek_triton.ensemble.protocol.settings import SettingsError
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """How a stateless engine runs; none of it changes what it answers.
+    """Performance settings of a scoring engine; they don't change its results.
 
-    num_threads: CPU threads of an instance, 0 for its share of the cores. max_pass_tokens: tokens, padding included, in
-    one pass over the weights: a batch of more runs as several passes, rows of like length together.
+    num_threads: CPU threads of an instance; 0: its share of the cores.
+    max_pass_tokens: maximum tokens, padding included, of one forward pass. A larger batch runs as several passes, with
+    rows of similar length together.
     """
 
     num_threads: int = 0
@@ -31,15 +29,15 @@ class ScoringSettings:
                 raise SettingsError(f"{name} is {value!r}, must be an integer of at least {lowest}")
 
     def to_parameters(self) -> dict[str, str]:
-        """These settings as the text values of config.pbtxt's `parameters`."""
+        """Return the settings as the string values of config.pbtxt's `parameters`."""
         return {name: str(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> ScoringSettings:
-        """Read `parameters` back; an absent setting has its default.
+        """Read the settings from `parameters`; an absent one has its default.
 
         Raises:
-            SettingsError: one is unknown or malformed.
+            SettingsError: a parameter is unknown or invalid.
         """
         # Upper-case names, such as EXECUTION_ENV_PATH, belong to Triton's Python backend.
         ours = {name: text for name, text in parameters.items() if not name.isupper()}
@@ -56,7 +54,7 @@ class ScoringSettings:
 
     @classmethod
     def from_model_config(cls, model_config: str) -> ScoringSettings:
-        """Read the JSON that a Python model gets as `args["model_config"]`; instances share out the cores."""
+        """Read the settings from `args["model_config"]` of a Python model, and divide the cores among its instances."""
         config = json.loads(model_config)
         parameters = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
         settings = cls.from_parameters(parameters)
