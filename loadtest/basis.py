@@ -1,7 +1,8 @@
 """Derives service levels from valid runs of one profile.
 
 `python -m deepseek_triton.loadtest.basis a.json b.json …` prints the tables [levels] and [basis] of the profile. A
-level is `margin` times the median of the runs, so that random variation doesn't miss it but a service half as fast does.
+level is `margin` times the median of the runs, so that random variation rarely misses it but a service half as fast
+does.
 """
 
 from __future__ import annotations
