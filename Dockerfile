@@ -4,27 +4,30 @@
 #   docker run --rm -v "$PWD:/data" deepseek-triton-builder CHECKPOINT --name NAME
 #
 #   docker build -t deepseek-triton .
-#   docker run --rm -p 8000:8000 -p 8001:8001 -v "$PWD/model_repository:/models:ro" deepseek-triton
+#   docker run --rm --gpus all -p 8000:8000 -p 8001:8001 -v "$PWD/model_repository:/models:ro" deepseek-triton
 #
+# Without a GPU, `docker build --build-arg RUNNERS=serve` leaves torch out, and `docker run` has no --gpus.
 # Both run as uid 1000: it must be able to write the directory that is mounted as /data, and to read /models.
 
 # Triton before 26.07 has known holes. One tag for both: what is built fits the server's Python and libraries.
 ARG TRITON_TAG=26.07-py3
 
 FROM nvcr.io/nvidia/tritonserver:${TRITON_TAG} AS triton
-# A directory of our own: the system's packages stay as they are, and Triton's Python stubs look here first.
-ENV PYTHONPATH=/opt/deepseek-triton
+# A directory of our own: the system's packages stay as they are. A .pth file puts it first on every Python's path, the
+# embedded one of Triton's Python stubs among them, which doesn't always read PYTHONPATH.
+ENV PACKAGES=/opt/deepseek-triton
+RUN python3 -c "import os, site; open(site.getsitepackages()[0] + '/deepseek-triton.pth', 'w').write(f'import sys; sys.path.insert(0, {os.environ[\"PACKAGES\"]!r})\n')"
 WORKDIR /src
 
 # checkpoint → /data/model_repository
 FROM triton AS builder
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY deepseek_triton deepseek_triton
 COPY ensemble ensemble
 COPY clients clients
 COPY builders builders
 # `serve` too: the graph is made for the ONNX Runtime that will run it.
-RUN python3 -m pip install --no-cache-dir --target="$PYTHONPATH" '.[build,serve]'
+RUN python3 -m pip install --no-cache-dir --target="$PACKAGES" '.[build,serve]'
 RUN rm -r /src
 ENV PATH=/opt/deepseek-triton/bin:$PATH
 USER 1000:1000
@@ -34,10 +37,12 @@ CMD ["--help"]
 
 # /models → tokens
 FROM triton AS serve
-COPY pyproject.toml README.md ./
+# `serve` runs onnx and plans, `cuda` the cuda runner.
+ARG RUNNERS=serve,cuda
+COPY pyproject.toml README.md LICENSE ./
 COPY deepseek_triton deepseek_triton
 COPY ensemble ensemble
-RUN python3 -m pip install --no-cache-dir --target="$PYTHONPATH" '.[serve]'
+RUN python3 -m pip install --no-cache-dir --target="$PACKAGES" ".[$RUNNERS]"
 # Triton imports packages; their commands are of no use here.
 RUN rm -r /src /opt/deepseek-triton/bin
 USER 1000:1000

@@ -89,7 +89,7 @@ def in_process(directory: Path, tokenizer: Tokenizer, settings: EngineSettings, 
     def measure(streams: int) -> float:
         sinks = [_Sink() for _ in range(streams)]
         start = time.perf_counter()
-        options = RequestOptions(SamplingParams(max_tokens=num_tokens), is_streamed=True)
+        options = RequestOptions(SamplingParams(max_tokens=num_tokens), stream=True)
         for i, sink in enumerate(sinks):
             loop.submit(admission.make_request(i, str(i), prompts[i], options, sink, loop.clock()))
         for sink in sinks:

@@ -27,7 +27,7 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from benchmarks.machine import describe
-from deepseek_triton.builders.targets.defaults import CUDA_MAX_NUM_BATCHED_TOKENS, CUDA_MAX_PREFILL_STALL
+from deepseek_triton.ensemble.protocol.settings import target_defaults
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
 
 ROOT = Path(__file__).parents[1]
@@ -36,11 +36,12 @@ PROMPT, ANSWER, LONG_ANSWER = 512, 128, 512  # tokens
 STREAMS = (64, 128)
 ROUNDS = 3
 TARGETS = {"time between tokens, 1 stream, over the runner's": 1.05, "tokens/s over the runner's": 0.9}
-# But for the slots what a build for target cuda has by default.
+DEFAULTS = target_defaults("cuda")
+# The defaults of target cuda, but for the slots.
 SETTINGS = {
     "max_num_seqs": max(STREAMS),
-    "max_num_batched_tokens": CUDA_MAX_NUM_BATCHED_TOKENS,
-    "max_prefill_stall": CUDA_MAX_PREFILL_STALL,
+    "max_num_batched_tokens": DEFAULTS["max_num_batched_tokens"],
+    "max_prefill_stall": DEFAULTS["max_prefill_stall"],
 }
 MODEL = """\
 from benchmarks.decode_gpu import SHAPE
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("name")
     arguments = parser.parse_args(argv)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    program = ALONE.format(slots=max(STREAMS), streams=STREAMS, chunk=CUDA_MAX_NUM_BATCHED_TOKENS)
+    program = ALONE.format(slots=max(STREAMS), streams=STREAMS, chunk=DEFAULTS["max_num_batched_tokens"])
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, timeout=240)
     alone = json.loads(done.stdout.splitlines()[-1])
     print("alone:", alone, flush=True)

@@ -13,7 +13,7 @@ from deepseek_triton.clients.chat_history import ChatHistory
 from deepseek_triton.clients.cli import add_answer_arguments, add_model_argument, answer_style, explain, with_client
 from deepseek_triton.clients.errors import ClientError, RequestRejected
 from deepseek_triton.clients.line_input import LineInput
-from deepseek_triton.clients.options import make_request
+from deepseek_triton.clients.options import add_option, make_request
 
 SCORER = "{}-scorer"  # a part that only scoring models have
 
@@ -23,9 +23,7 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     add_answer_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="the chat's first message, of the role system")
-    parser.add_argument(
-        "--no-thinking", action="store_false", default=None, dest="enable_thinking", help="answer without reasoning"
-    )
+    add_option(parser, "enable_thinking", "answer without reasoning")
 
 
 def run_chat(args: argparse.Namespace) -> int:

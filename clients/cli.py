@@ -25,7 +25,7 @@ from deepseek_triton.clients.errors import (
     ServerUnavailable,
 )
 from deepseek_triton.clients.line_input import read_everything
-from deepseek_triton.clients.options import add_request_arguments, make_request
+from deepseek_triton.clients.options import add_option, add_request_arguments, make_request
 
 URL_VARIABLE = "DEEPSEEK_TRITON_URL"
 MODEL_VARIABLE = "DEEPSEEK_TRITON_MODEL"
@@ -44,13 +44,8 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     parser.add_argument("prompt", help="text to continue, as it is; - reads it from standard input")
     add_answer_arguments(parser)
-    parser.add_argument(
-        "--n",
-        type=int,
-        dest="num_return_sequences",
-        metavar="N",
-        help="answers to the one prompt; more than one come as a whole, each after a line on standard error",
-    )
+    text = "answers to the one prompt; more than one come as a whole, each after a line on standard error"
+    add_option(parser, "num_return_sequences", text)
 
 
 def add_model_argument(parser: argparse.ArgumentParser, what: str = "served model") -> None:

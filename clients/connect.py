@@ -1,12 +1,14 @@
-"""One client for each protocol, by name. The libraries behind them are imported when one is asked for."""
+"""Clients by the name of their protocol. The libraries behind them are imported when one is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from deepseek_triton.clients.api import DEFAULT_TIMEOUT_S
 from deepseek_triton.clients.base import BaseClient
+
+if TYPE_CHECKING:
+    from deepseek_triton.clients.async_base import AsyncBaseClient
 
 ProtocolName = Literal["grpc", "http"]
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
@@ -21,19 +23,25 @@ def connect(
 
     Raises `ValueError` for a malformed address, `ModuleNotFoundError` without the `client` extra.
     """
-    return _CLIENTS[protocol](url or DEFAULT_URLS[protocol], model, timeout_s)
+    url = url or DEFAULT_URLS[protocol]
+    if protocol == "grpc":
+        from deepseek_triton.clients.grpc import GrpcClient
 
-
-def _grpc(url: str, model: str, timeout_s: float) -> BaseClient:
-    from deepseek_triton.clients.grpc import GrpcClient
-
-    return GrpcClient(url, model, timeout_s)
-
-
-def _http(url: str, model: str, timeout_s: float) -> BaseClient:
+        return GrpcClient(url, model, timeout_s)
     from deepseek_triton.clients.http import HttpClient
 
     return HttpClient(url, model, timeout_s)
 
 
-_CLIENTS: dict[ProtocolName, Callable[[str, str, float], BaseClient]] = {"grpc": _grpc, "http": _http}
+def connect_async(
+    protocol: ProtocolName, model: str, url: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
+) -> AsyncBaseClient:
+    """Give an asyncio client; the arguments and errors are those of `connect`."""
+    url = url or DEFAULT_URLS[protocol]
+    if protocol == "grpc":
+        from deepseek_triton.clients.async_grpc import AsyncGrpcClient
+
+        return AsyncGrpcClient(url, model, timeout_s)
+    from deepseek_triton.clients.async_http import AsyncHttpClient
+
+    return AsyncHttpClient(url, model, timeout_s)

@@ -1,4 +1,4 @@
-"""What can go wrong between a client and the server.
+"""The clients' exceptions.
 
     ClientError
     ├── ServerUnavailable   nothing answers at the address, or the connection broke
@@ -7,14 +7,14 @@
     └── ProtocolError       the server's answer isn't what `ensemble.protocol.contract` promises
 
 A request that can't be sent at all (a value out of its range, a malformed address) is a `ValueError`. This
-file knows no transport: `grpc.py` and `http.py` translate their libraries' exceptions into these.
+module knows no transport: `grpc_wire.py` and `http_wire.py` translate their libraries' exceptions into these.
 """
 
 from __future__ import annotations
 
 
 class ClientError(Exception):
-    """A request that was sent, or tried, and brought no complete answer."""
+    """The base class: a request was sent, or was to be sent, and got no complete answer."""
 
 
 class ServerUnavailable(ClientError):  # noqa: N818
@@ -28,7 +28,8 @@ class RequestTimeout(ClientError):  # noqa: N818
 class RequestRejected(ClientError):  # noqa: N818
     """The server answered with an error; the message is the server's own text.
 
-    A full queue and a wrong option are one kind: Triton 2.51 answers both with HTTP status 400, over gRPC with text.
+    A full queue and a wrong option are the same error, since Triton 2.51 answers both alike: over HTTP with status 400,
+    over gRPC with a text.
     """
 
 

@@ -1,7 +1,7 @@
-"""What a scoring model sees in a text: its labels' scores and its hidden state, step by step past the scorer.
+"""The features of a text that calibration is fitted on: its labels' scores and its hidden state.
 
-The client calls the model's tokenizer and engine one after the other, as the ensemble does; calibration is fitted on
-what comes back. It knows the names of the parts, and nothing of fitting.
+The client calls the model's tokenizer and engine one after the other, as the ensemble does, but not its scorer. It
+knows the names of the ensemble's parts and nothing of fitting.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from deepseek_triton.ensemble.protocol import contract
 
 @dataclass(frozen=True)
 class Features:
-    """Of one text: each target's log-probability and which label it is a token of (-1: none); the hidden state."""
+    """The log-probability and the label of each target token (-1: padding) of one text, and its hidden state."""
 
     log_probs: tuple[float, ...]
     target_labels: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Chunks → whole answers. It knows nothing of requests or servers."""
+"""Generation: a whole answer, joined from its chunks. It knows nothing of requests or servers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deepseek_triton.ensemble.protocol.contract import FinishReason
 
 @dataclass(frozen=True)
 class Generation:
-    """A whole answer: one sequence. Its fields are those of `Chunk`, put together."""
+    """A whole answer of one sequence. Its fields are those of `Chunk`, joined."""
 
     text: str
     finish_reason: FinishReason
@@ -27,7 +27,7 @@ class Generation:
 
     @classmethod
     def from_chunks(cls, chunks: Sequence[Chunk]) -> Generation:
-        """Join all chunks of one sequence; `ValueError` if the last one isn't there."""
+        """Join all chunks of one sequence; `ValueError` if the last one is missing."""
         last = chunks[-1] if chunks else None
         if last is None or last.finish_reason == "":
             raise ValueError(f"chunks must end with one that has a finish_reason, got {last!r}")
@@ -47,7 +47,7 @@ class Generation:
 
     @classmethod
     def all_from_chunks(cls, chunks: Iterable[Chunk]) -> tuple[Generation, ...]:
-        """Join the chunks of a request's sequences, however they are mixed; in the order of their index."""
+        """Join the chunks of a request's sequences, in any order; the answers are in the order of their index."""
         sequences: dict[int, list[Chunk]] = {}
         for chunk in chunks:
             sequences.setdefault(chunk.sequence_index, []).append(chunk)

@@ -1,7 +1,7 @@
-"""The turns of a chat, checked as far as one can without the model's chat template.
+"""The messages of a chat, checked as far as possible without the model's chat template.
 
-A turn of plain text is a `Message`. What else OpenAI's form knows (text in parts, calls of tools, what a tool answered)
-travels as the mapping that it is: which of it a model understands is its template's business.
+A message of plain text is a `Message`. Anything else in OpenAI's form (text in parts, tool calls, tool results) stays
+the mapping that was given: the model's template decides what it understands.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from deepseek_triton.clients.checks import check_text, json_copy, json_text
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a chat. `role` is the chat template's: usually system, user or assistant."""
+    """One message of a chat. The chat template defines the roles: usually system, user and assistant."""
 
     role: str
     content: str
@@ -32,7 +32,7 @@ Turn = Message | Mapping[str, Any]
 
 
 def read_messages(messages: Sequence[Turn]) -> tuple[Turn, ...]:
-    """The turns, checked and copied; those of plain text as a `Message`. `ValueError` names a wrong one."""
+    """The messages, checked and copied; those of plain text as a `Message`. `ValueError` names an invalid one."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise ValueError(f"messages must be a list of messages, got {messages!r}")
     if not messages:
@@ -41,7 +41,7 @@ def read_messages(messages: Sequence[Turn]) -> tuple[Turn, ...]:
 
 
 def messages_json(messages: Sequence[Turn], **more: Any) -> str:
-    """What the tensor `messages` takes; what is None of `more` (tools, chat_template_kwargs) is left out."""
+    """The value of the tensor `messages`; entries of `more` (tools, chat_template_kwargs) that are None are omitted."""
     turns = [asdict(message) if isinstance(message, Message) else message for message in messages]
     return json_text(
         "messages", {"messages": turns, **{key: value for key, value in more.items() if value is not None}}

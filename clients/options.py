@@ -1,7 +1,7 @@
 """The options of a request on the command line → a `GenerateRequest`.
 
-An option's destination is the request's field, so that it is named once. Which of them a command has is said here;
-ranges are the request's business.
+Names, types and help come from the table of request options; the destination of an option is the request's field.
+`GenerateRequest` checks the ranges.
 """
 
 from __future__ import annotations
@@ -11,34 +11,29 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from deepseek_triton.clients.request import GenerateRequest, GuideType
-
-NUMBERS = (
-    ("max-tokens", int),
-    ("temperature", float),
-    ("top-k", int),
-    ("top-p", float),
-    ("min-p", float),
-    ("repetition-penalty", float),
-    ("presence-penalty", float),
-    ("frequency-penalty", float),
-    ("seed", int),
+from deepseek_triton.clients.request import GenerateRequest
+from deepseek_triton.ensemble.protocol.request_options import (
+    OPTIONS_BY_FIELD,
+    REQUEST_OPTIONS,
+    GuideType,
+    RequestOption,
 )
+from deepseek_triton.ensemble.protocol.tensor_spec import DType
+
 GUIDES: tuple[GuideType, ...] = ("json_schema", "regex", "choice")
+KINDS: dict[DType, type] = {"INT32": int, "UINT64": int, "FP32": float, "STRING": str}
+METAVARS: dict[DType, str] = {"INT32": "N", "UINT64": "N", "FP32": "X", "STRING": "TEXT"}
+# Options of an argument group of their own, and of one command alone.
+BESIDE_THE_TEXT = ("thinking_token_budget", "num_top_log_probs")
+ONE_COMMANDS = ("enable_thinking", "num_return_sequences")
 
 
 def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that prompts and chats have in common."""
-    sampling = parser.add_argument_group("the answer", "where an option is absent, the server's default holds")
-    for option, kind in NUMBERS:
-        sampling.add_argument(f"--{option}", type=kind, metavar="N" if kind is int else "X")
-    sampling.add_argument(
-        "--stop",
-        action="append",
-        dest="stop_words",
-        metavar="TEXT",
-        help="ends the answer, and is no part of it; may be given several times",
-    )
+    answer = parser.add_argument_group("the answer", "where an option is absent, the server's default holds")
+    for option in REQUEST_OPTIONS:
+        if option.flag and option.field not in BESIDE_THE_TEXT + ONE_COMMANDS:
+            add_option(answer, option.field)
     guide = parser.add_argument_group("its form, at most one of these").add_mutually_exclusive_group()
     guide.add_argument("--json-schema", type=Path, metavar="FILE", help="JSON that fits the schema in FILE")
     guide.add_argument("--regex", help="text that the expression matches as a whole")
@@ -46,20 +41,27 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
         "--choice", action="append", metavar="TEXT", help="one of the texts, of which each has its own --choice"
     )
     more = parser.add_argument_group("beside the text, on standard error")
-    more.add_argument(
-        "--thinking-budget",
-        type=int,
-        dest="thinking_token_budget",
-        metavar="TOKENS",
-        help="longest reasoning; what a model thinks is printed dimmed on a terminal, and never to standard output",
-    )
-    more.add_argument(
-        "--log-probs",
-        type=int,
-        dest="num_top_log_probs",
-        metavar="N",
-        help="print each token's log probability, and the N likeliest tokens in its place",
-    )
+    for field in BESIDE_THE_TEXT:
+        add_option(more, field)
+
+
+def add_option(parser: argparse._ActionsContainer, field: str, text: str | None = None) -> None:
+    """Add one request option; `text` None: its help is its meaning. A BOOL's flag switches it off."""
+    option = OPTIONS_BY_FIELD[field]
+    text = _help(option) if text is None else text
+    if option.dtype == "BOOL":
+        parser.add_argument(option.flag, action="store_false", default=None, dest=field, help=text)
+        return
+    kind, metavar = KINDS[option.dtype], METAVARS[option.dtype]
+    action = "append" if option.is_list else "store"
+    parser.add_argument(option.flag, action=action, type=kind, dest=field, metavar=metavar, help=text)
+
+
+def _help(option: RequestOption) -> str:
+    """The row's meaning as argparse writes help: without the full stop, with % escaped."""
+    text = option.meaning[0].lower() + option.meaning[1:].removesuffix(".")
+    more = "; may be given several times" if option.is_list else ""
+    return (text + more).replace("`", "").replace("%", "%%")
 
 
 def make_request(args: argparse.Namespace, **given: Any) -> GenerateRequest:

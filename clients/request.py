@@ -1,69 +1,30 @@
-"""One prompt and how to continue it → the input tensors of `contract.GENERATE`.
+"""GenerateRequest: one prompt and how to continue it → the input tensors of `contract.GENERATE`.
 
-Only what needs no model is checked: the ranges of options and what they need of each other, not whether a prompt fits
-the context or a schema compiles. A field and its tensor stand side by side in `FIELD_TENSORS`.
+Only what needs no model is checked: the ranges of options, and options that need each other. Whether a prompt fits the
+context or a schema compiles is checked by the server. Tensors and ranges come from the table of request options.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
-from deepseek_triton.clients.checks import (
-    MAX_FLOAT32,
-    MAX_INT32,
-    MAX_UINT64,
-    Range,
-    check_flag,
-    check_text,
-    json_copy,
-    json_text,
-    text_tuple,
-)
+from deepseek_triton.clients.checks import check_flag, check_number, check_text, json_copy, json_text, text_tuple
 from deepseek_triton.clients.messages import Turn, messages_json, read_messages
 from deepseek_triton.ensemble.protocol import contract
 from deepseek_triton.ensemble.protocol.contract import TensorSpec
+from deepseek_triton.ensemble.protocol.request_options import (
+    GUIDE_TYPES,
+    REQUEST_OPTIONS,
+    GuideType,
+    RequestOption,
+)
 
 Scalar = bool | int | float | str
-GuideType = Literal["json", "json_schema", "regex", "grammar", "ebnf_grammar", "choice"]
-GUIDE_TYPES: tuple[GuideType, ...] = get_args(GuideType)
+Value = Scalar | tuple[str, ...]  # of a tensor with the dims [1] or [-1]
 
-RANGES = {
-    "max_tokens": Range(1, MAX_INT32),
-    "min_tokens": Range(0, MAX_INT32),
-    "temperature": Range(0.0, MAX_FLOAT32),
-    "top_k": Range(0, MAX_INT32),
-    "top_p": Range(0.0, 1.0, excludes_low=True),
-    "min_p": Range(0.0, 1.0),
-    "seed": Range(0, MAX_UINT64),
-    "repetition_penalty": Range(0.0, MAX_FLOAT32, excludes_low=True),
-    "presence_penalty": Range(-MAX_FLOAT32, MAX_FLOAT32),
-    "frequency_penalty": Range(-MAX_FLOAT32, MAX_FLOAT32),
-    "end_id": Range(-1, MAX_INT32),
-    "num_return_sequences": Range(1, MAX_INT32),
-    "thinking_token_budget": Range(0, MAX_INT32),
-    "num_top_log_probs": Range(0, MAX_INT32),
-    "priority": Range(0, MAX_INT32),
-    "queue_timeout_ms": Range(0, MAX_INT32),
-    "timeout_ms": Range(0, MAX_INT32),
-}
-CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "prompt": check_text,
-    **{name: allowed.check for name, allowed in RANGES.items()},
-    **dict.fromkeys(
-        ("enable_thinking", "separate_reasoning", "echo", "return_log_probs", "return_perf_metrics"), check_flag
-    ),
-}
-# How a field is kept: checked, and out of reach of those who hold what was given.
-COPIES: dict[str, Callable[[str, Any], Any]] = {
-    "messages": lambda _, messages: read_messages(messages),
-    "tools": json_copy,
-    "chat_template_kwargs": json_copy,
-    "stop_words": text_tuple,
-    "bad_words": text_tuple,
-}
-# What the chat template reads: a prompt has none.
+# Read by the chat template, which a prompt doesn't go through.
 CHAT_FIELDS = ("enable_thinking", "tools", "chat_template_kwargs")
 
 
@@ -73,10 +34,11 @@ class GenerateRequest:
 
     `prompt` goes to the model without a template; `messages` go through the model's chat template, with `tools` (in
     OpenAI's form) and `chat_template_kwargs` (the template's own variables). Exactly one of prompt and messages is
-    given. An option that is None is not sent: the server's default holds.
+    given. An option that is None is not sent: the server's default holds. What each option means, its range and its
+    default are in docs/requests.md.
 
-    `guide` says what the text may be: a JSON schema, a regex, a grammar or a list of texts, by `guide_type`. Schemas
-    and lists may be given as such or as JSON; "json" (any object) needs none.
+    `guide` is a JSON schema, a regex, a grammar or a list of texts, as `guide_type` says. Schemas and lists may be
+    given as Python objects or as JSON; "json" (any object) needs none.
 
     Raises `ValueError`, naming the field and its value, for anything out of range.
     """
@@ -85,36 +47,36 @@ class GenerateRequest:
     messages: Sequence[Turn] | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
-    # Sampling
-    max_tokens: int | None = None  # tokens, 1 …
-    min_tokens: int | None = None  # tokens, 0 … max_tokens
-    temperature: float | None = None  # 0 (greedy) …; finite
-    top_k: int | None = None  # tokens, 0 (all) …
-    top_p: float | None = None  # probability, 0 < top_p <= 1
-    min_p: float | None = None  # of the likeliest token's probability, 0 … 1
-    seed: int | None = None  # 0 … 2^64-1
-    repetition_penalty: float | None = None  # above 0; 1: none
-    presence_penalty: float | None = None  # finite; 0: none
-    frequency_penalty: float | None = None  # finite; 0: none
-    stop_words: Sequence[str] | None = None  # end the text, and are no part of it
-    bad_words: Sequence[str] | None = None  # never come in the text
-    end_id: int | None = None  # token; -1: none ends the text
-    num_return_sequences: int | None = None  # answers to the one prompt, 1 …
+    # How the answer is made
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    stop_words: Sequence[str] | None = None
+    bad_words: Sequence[str] | None = None
+    end_id: int | None = None
+    num_return_sequences: int | None = None
     guide_type: GuideType | None = None
     guide: str | Mapping[str, Any] | Sequence[str] | None = None
     # Reasoning
     enable_thinking: bool | None = None
-    separate_reasoning: bool | None = None  # apart from the text
-    thinking_token_budget: int | None = None  # tokens, 0 …
+    separate_reasoning: bool | None = None
+    thinking_token_budget: int | None = None
     # What the answer holds
-    echo: bool | None = None  # the text begins with the prompt
+    exclude_input_in_output: bool | None = None
     return_log_probs: bool | None = None
-    num_top_log_probs: int | None = None  # likeliest tokens beside each, 0 …; asks for log probs too
-    return_perf_metrics: bool | None = None  # times
+    num_top_log_probs: int | None = None
+    return_perf_metrics: bool | None = None
     # When it runs
-    priority: int | None = None  # 1 (most urgent) …; 0: the server's default
-    queue_timeout_ms: int | None = None  # ms until the answer must have begun; 0: never
-    timeout_ms: int | None = None  # ms until it must be complete; 0: never
+    priority: int | None = None
+    queue_timeout_ms: int | None = None
+    timeout_ms: int | None = None
 
     def __post_init__(self) -> None:
         """Check every field; keep copies of those that could be changed afterwards."""
@@ -123,12 +85,14 @@ class GenerateRequest:
                 f"exactly one of prompt and messages must be given, "
                 f"got prompt={self.prompt!r}, messages={self.messages!r}"
             )
-        for field, check in CHECKS.items():
+        for option in _SENT_AS_IS:
+            if (value := getattr(self, option.field)) is not None:
+                object.__setattr__(self, option.field, _checked(option, value))
+        if self.messages is not None:
+            object.__setattr__(self, "messages", read_messages(self.messages))
+        for field in ("tools", "chat_template_kwargs"):
             if (value := getattr(self, field)) is not None:
-                check(field, value)
-        for field, copy in COPIES.items():
-            if (value := getattr(self, field)) is not None:
-                object.__setattr__(self, field, copy(field, value))
+                object.__setattr__(self, field, json_copy(field, value))
         for field in CHAT_FIELDS:
             if (value := getattr(self, field)) is not None and self.messages is None:
                 raise ValueError(f"{field} must come with messages, for prompt has no chat template, got {value!r}")
@@ -142,58 +106,42 @@ class GenerateRequest:
 
     @property
     def num_sequences(self) -> int:
-        """How many answers the server gives."""
+        """The number of answers."""
         return self.num_return_sequences or 1
 
-    def to_tensors(self, *, stream: bool) -> dict[TensorSpec, Scalar | tuple[str, ...]]:
-        """Give the input tensors of `contract.GENERATE`: one element, or a tuple for the dims [-1]; no absent ones."""
-        tensors: dict[TensorSpec, Scalar | tuple[str, ...]] = {contract.STREAM: stream}
-        for field, spec in FIELD_TENSORS.items():
-            value = getattr(self, field)
-            if value is not None:
-                tensors[spec] = float(value) if spec.dtype == "FP32" else value
+    def to_tensors(self, *, stream: bool) -> dict[TensorSpec, Value]:
+        """Give the input tensors of `contract.GENERATE`, without those that are absent."""
+        tensors: dict[TensorSpec, Value] = {contract.STREAM: stream}
+        for option in _SENT_AS_IS:
+            if (value := getattr(self, option.field)) is not None:
+                tensors[option.tensor] = float(value) if option.dtype == "FP32" else value
         if self.messages is not None:
             tensors[contract.MESSAGES] = messages_json(
                 self.messages, tools=self.tools, chat_template_kwargs=self.chat_template_kwargs
             )
-        if self.echo is not None:
-            tensors[contract.EXCLUDE_INPUT_IN_OUTPUT] = not self.echo
         return tensors
 
 
-# The fields that travel as they are.
-FIELD_TENSORS: dict[str, TensorSpec] = {
-    "prompt": contract.TEXT_INPUT,
-    "max_tokens": contract.MAX_TOKENS,
-    "min_tokens": contract.MIN_TOKENS,
-    "temperature": contract.TEMPERATURE,
-    "top_k": contract.TOP_K,
-    "top_p": contract.TOP_P,
-    "min_p": contract.MIN_P,
-    "seed": contract.SEED,
-    "repetition_penalty": contract.REPETITION_PENALTY,
-    "presence_penalty": contract.PRESENCE_PENALTY,
-    "frequency_penalty": contract.FREQUENCY_PENALTY,
-    "stop_words": contract.STOP_WORDS,
-    "bad_words": contract.BAD_WORDS,
-    "end_id": contract.END_ID,
-    "num_return_sequences": contract.NUM_RETURN_SEQUENCES,
-    "guide_type": contract.GUIDE_TYPE,
-    "guide": contract.GUIDE,
-    "enable_thinking": contract.ENABLE_THINKING,
-    "separate_reasoning": contract.SEPARATE_REASONING,
-    "thinking_token_budget": contract.THINKING_TOKEN_BUDGET,
-    "return_log_probs": contract.RETURN_LOG_PROBS,
-    "num_top_log_probs": contract.NUM_TOP_LOG_PROBS,
-    "return_perf_metrics": contract.RETURN_PERF_METRICS,
-    "priority": contract.PRIORITY,
-    "queue_timeout_ms": contract.QUEUE_TIMEOUT_MS,
-    "timeout_ms": contract.TIMEOUT_MS,
-}
+_FIELDS = {field.name for field in fields(GenerateRequest)}
+# The options whose field is what their tensor holds. Those without a field are the client's own to send.
+_SENT_AS_IS = tuple(option for option in REQUEST_OPTIONS if option.field in _FIELDS - {"messages"})
+
+
+def _checked(option: RequestOption, value: Any) -> Any:
+    """The value of one option, or a copy of it that nobody can change afterwards."""
+    if option.is_list:
+        return text_tuple(option.field, value)
+    if option.dtype == "BOOL":
+        check_flag(option.field, value)
+    elif option.range is not None:
+        check_number(option.field, option.range, value)
+    elif option.field not in ("guide_type", "guide"):  # these are checked together
+        check_text(option.field, value)
+    return value
 
 
 def _guide_text(guide_type: Any, guide: Any) -> str | None:
-    """The guide as it travels."""
+    """The guide as text; both fields are checked."""
     if guide_type is None and guide is None:
         return None
     if guide_type not in GUIDE_TYPES:

@@ -1,8 +1,8 @@
 """The outputs of `contract.GENERATE` → chunks: what each response adds to each sequence.
 
-A response tells of one sequence or of several: every tensor has a value for each of them, but for the log
-probabilities, which have one for each new token and lie one sequence behind the other. Outputs that weren't asked for
-are absent; outputs beyond the contract are ignored, for a newer server may give more.
+A response reports on one sequence or several. Every tensor has one value for each of them, except the log
+probabilities: they have one for each new token, concatenated in the order of the sequences. Outputs that weren't asked
+for are absent. Unknown outputs are ignored, since a newer server may send more.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _KINDS: dict[DType, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A tool call; in a chunk, what is new of it."""
+    """A tool call; in a chunk, the new part of it."""
 
     index: int  # among the sequence's calls
-    id: str | None  # in a chunk, with the call's first piece alone; so is `name`
+    id: str | None  # in a chunk, only with the call's first part; likewise `name`
     name: str | None
     arguments: str  # JSON, in a chunk its next characters
 
@@ -57,7 +57,7 @@ class TopLogProb:
 
 @dataclass(frozen=True)
 class Times:
-    """Of one sequence, in ns on the server's monotonic clock; 0: not yet."""
+    """The times of one sequence, in ns on the server's monotonic clock; 0: not yet."""
 
     arrival_ns: int
     first_scheduled_ns: int
@@ -67,7 +67,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one response adds to one sequence: its text since the last one, and how far it is.
+    """What one response adds to one sequence: its text since the last response, and its state.
 
     Log probabilities are natural logarithms, one for each new token.
     """
@@ -86,11 +86,11 @@ class Chunk:
 
 
 class ChunkReader:
-    """Reads the responses to one request, and knows when they are all there."""
+    """Reads the responses to one request, and tells when the answer is complete."""
 
     def __init__(self, num_sequences: int) -> None:
         self._num_sequences = num_sequences
-        self._num_tokens: dict[int, int] = {}  # of the sequences that were told of
+        self._num_tokens: dict[int, int] = {}  # of each sequence so far
         self._finished: set[int] = set()
 
     @property
@@ -99,7 +99,7 @@ class ChunkReader:
         return len(self._finished) == self._num_sequences
 
     def read(self, outputs: Outputs) -> list[Chunk]:
-        """Give the chunks of one response; `ProtocolError` for anything that isn't one."""
+        """Give the chunks of one response; `ProtocolError` for a malformed one."""
         columns = {spec: values for spec in ROW_OUTPUTS if (values := _values(outputs, spec)) is not None}
         for spec in contract.ALWAYS_OUTPUTS:
             if spec not in columns:
@@ -116,7 +116,7 @@ class ChunkReader:
         return chunks
 
     def _read_row(self, row: dict[TensorSpec, Any], tokens: dict[TensorSpec, Iterator[Any]]) -> Chunk:
-        """Read one sequence's values; its new tokens' are the next of `tokens`."""
+        """Read the values of one sequence; `tokens` gives those of its new tokens next."""
         index = row.get(contract.SEQUENCE_INDEX, 0)
         num_new = self._advance(index, row[contract.NUM_OUTPUT_TOKENS])
         new = {spec: list(islice(values, num_new)) for spec, values in tokens.items()}
@@ -143,7 +143,7 @@ class ChunkReader:
         )
 
     def _advance(self, index: int, num_tokens: int) -> int:
-        """How many tokens of sequence `index` are new."""
+        """The number of new tokens of sequence `index`."""
         if not 0 <= index < self._num_sequences:
             raise ProtocolError(
                 f"output {contract.SEQUENCE_INDEX.name} must be 0 to {self._num_sequences - 1}, got {index!r}"

@@ -1,7 +1,7 @@
 """Scoring: texts and candidate labels in, each text's label and probabilities out, the same for every transport.
 
-Whole tensors of several rows travel here, where generating sends one value each; a transport knows how to carry them,
-this file what they mean.
+A scoring request holds whole tensors of several rows. Transports send and receive them; this module makes and reads
+them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 from deepseek_triton.clients.errors import ProtocolError
 from deepseek_triton.clients.messages import Turn, messages_json, read_messages
@@ -43,7 +43,7 @@ class ScoreRequest:
     `texts` go into the model's prompt template; `chats` go through its chat template as they are. Exactly one of the
     two is given; one string is one text. `labels` None: those that the model was built with.
 
-    Raises `ValueError`, naming the field and its value, for what is no text.
+    Raises `ValueError`, naming the field and its value, for a value that is not text.
     """
 
     texts: str | Sequence[str] | None = None
@@ -81,7 +81,7 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Score:
-    """What the model says of one text.
+    """The result for one text.
 
     probabilities: label → probability; they add up to 1. log_probs: label → its log-probability as a continuation of
     the prompt, in nats. is_calibrated: whether a calibration of these very labels was used.
@@ -95,7 +95,7 @@ class Score:
 
     @classmethod
     def from_tensors(cls, outputs: Mapping[str, Tensor]) -> tuple[Score, ...]:
-        """Read the outputs of `contract.SCORE`, a Score for each row; `ProtocolError` for a missing or odd one."""
+        """Read the outputs of `contract.SCORE`, a Score for each row; `ProtocolError` for a malformed response."""
         specs = (
             contract.LABEL, contract.SCORED_LABELS, contract.PROBABILITIES, contract.LOG_PROBS, contract.IS_CALIBRATED,
             contract.NUM_INPUT_TOKENS,
@@ -120,14 +120,6 @@ class Score:
                 )
             )
         return tuple(scores)
-
-
-class ScoringClient(Protocol):
-    """What both clients can do beside generating."""
-
-    def score(self, request: ScoreRequest) -> tuple[Score, ...]:
-        """Score every text of the request. Raises `ClientError`."""
-        ...
 
 
 def _texts(name: str, values: Sequence[str]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from deepseek_triton.ensemble.server.tritonserver import ServerError, TritonServ
 NAME = "smollm2"
 REPOSITORY = Path("model_repository")
 MAX_SEQ_LEN = 1024
-QUESTION = "What is the capital of France? Then name three things to see there."
+QUESTION = "What is the capital of France? Describe the city in three sentences."
 
 
 def weights() -> Path:

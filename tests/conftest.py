@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,31 @@ from tests.support.checkpoints import smollm2_path
 
 NAME = "smollm2"
 MAX_SEQ_LEN = 512
+
+SHARED = ("server", "smollm2_repository")  # fixtures that are dear: one worker makes each, and runs what uses it
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests on one worker, and all tests of the shared server on one; start with the longest groups."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is not None:
+            continue
+        shares = not set(SHARED).isdisjoint(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("server" if shares else item.nodeid.partition("::")[0]))
+    items.sort(key=rank)
+
+
+def rank(item: pytest.Item) -> int:
+    """Long groups first, so that no worker is left alone with one at the end."""
+    marks = {mark.name for mark in item.iter_markers()}
+    return 0 if "server" in marks else 1 if "slow" in marks else 2
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Let Ctrl-C reach the processes that tests start: a run in the background (`make test &`) inherits it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -6,20 +6,18 @@ import argparse
 import shlex
 import time
 from pathlib import Path
-from typing import Any
 
 from deepseek_triton.builders.commands.models import add_repository_argument
 from deepseek_triton.builders.commands.progress import ProgressBar
-from deepseek_triton.builders.commands.scoring_arguments import add_scoring_arguments, read_scoring_options
-from deepseek_triton.builders.fp8.recipe import RECIPES
-from deepseek_triton.builders.repository.options import (
-    ENGINE_OPTIONS,
-    PRECISIONS,
-    PRECISIONS_OF,
-    TARGETS,
-    TASKS,
-    BuildOptions,
+from deepseek_triton.builders.commands.scoring_arguments import (
+    SHARED_OPTIONS,
+    add_scoring_arguments,
+    read_scoring_options,
 )
+from deepseek_triton.builders.fp8.recipe import RECIPES
+from deepseek_triton.builders.repository.options import TASKS, BuildOptions, precisions
+from deepseek_triton.builders.repository.setting_options import add_setting_arguments, read_settings
+from deepseek_triton.builders.targets import all_targets, target_named, target_names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", required=True, help="name of the served model")
     add_repository_argument(parser)
     parser.add_argument(
-        "--target", default=BuildOptions.target, choices=TARGETS, help="what runs the model (default: %(default)s)"
+        "--target",
+        default=BuildOptions.target,
+        choices=target_names(),
+        help="what runs the model (default: %(default)s)",
     )
     parser.add_argument(
         "--task",
@@ -38,25 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--precision",
-        choices=PRECISIONS,
-        help="of the weights (default: fp32 for onnx, fp16 for TensorRT, fp8 for cuda)",
+        choices=precisions(),
+        help=f"of the weights (default: {', '.join(f'{t.precisions[0]} for {t.name}' for t in all_targets())})",
     )
     parser.add_argument(
-        "--max-seq-len", type=int, metavar="N", help="tokens, prompt and answer (default: the model's, at most 2048)"
+        "--max-seq-len",
+        type=int,
+        metavar="N",
+        help="tokens, prompt and answer (default: the model's own, as far as the caches of several sequences fit)",
     )
     parser.add_argument("--json", action="store_true", help="print the model, its version and the time as JSON")
-    _add_engine_arguments(parser.add_argument_group("engine settings"))
+    add_setting_arguments(parser.add_argument_group("engine settings"))
     _add_fp8_arguments(parser.add_argument_group("FP8"))
     _add_tensorrt_arguments(parser.add_argument_group("TensorRT"))
     add_scoring_arguments(parser.add_argument_group("task score"))
-
-
-def _add_engine_arguments(group: argparse._ArgumentGroup) -> None:
-    for name, (kind, what) in ENGINE_OPTIONS.items():
-        form: dict[str, Any] = {"action": "store_const", "const": True}
-        if kind is not bool:
-            form = {"type": kind, "metavar": "N" if kind is int else "X"}
-        group.add_argument("--" + name.replace("_", "-"), help=what, **form)
 
 
 def _add_fp8_arguments(group: argparse._ArgumentGroup) -> None:
@@ -94,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     start = time.monotonic()
     with ProgressBar(is_quiet=arguments.quiet) as bar:
-        version = build(read_options(arguments), bar.report)
+        version = build(read_options(arguments), bar.report, bar.say)
     seconds = time.monotonic() - start
     path = arguments.repository / arguments.name
     if arguments.json:
@@ -116,23 +112,24 @@ def read_options(arguments: argparse.Namespace) -> BuildOptions:
     Raises:
         BuildError: an option is at fault.
     """
-    given = {name: getattr(arguments, name) for name in ENGINE_OPTIONS}
+    # Both kinds of model have a queue: the one option that they share belongs to the one that is built.
+    is_scoring = arguments.task == "score"
     return BuildOptions(
         checkpoint=arguments.checkpoint,
         name=arguments.name,
         repository=arguments.repository,
         target=arguments.target,
         task=arguments.task,
-        precision=arguments.precision or PRECISIONS_OF[arguments.target][0],
+        precision=arguments.precision or target_named(arguments.target).precisions[0],
         max_seq_len=arguments.max_seq_len,
-        settings={name: value for name, value in given.items() if value is not None},
+        settings=read_settings(arguments, without=SHARED_OPTIONS if is_scoring else ()),
         recipe=arguments.recipe,
         keep=tuple(arguments.keep),
         calibration_text=arguments.calibration_text,
         ranges=arguments.ranges,
         compute_capability=arguments.compute_capability,
         timing_cache=arguments.timing_cache,
-        scoring=read_scoring_options(arguments),
+        scoring=read_scoring_options(arguments, without=() if is_scoring else SHARED_OPTIONS),
     )
 
 

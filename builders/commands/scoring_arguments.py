@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Container
 
 from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.builders.scoring.options import Batching, ScoringOptions, read_template
+from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from deepseek_triton.ensemble.scoring.profile import NORMALISATIONS, PLACE
+from deepseek_triton.ensemble.scoring.settings import ScoringSettings
 
-BATCHING = {
-    "max_batch_size": "texts in one batch",
-    "max_queue_delay_us": "longest time that a request waits for others to share a batch, in microseconds",
-    "queue_timeout_us": "time in the queue after which a request is rejected, in microseconds; 0: never",
-    "max_queue_size": "requests that may wait; more are rejected; 0: no limit",
-    "engine_instances": "batches computed at the same time, each with a copy of the weights; on a CPU they share its "
-    "cores",
-}
+# Options that an engine which generates text has too; they are added with its settings.
+SHARED_OPTIONS = frozenset(Batching.table()) & frozenset(EngineSettings.table())
 
 
 def add_scoring_arguments(group: argparse._ArgumentGroup) -> None:
@@ -44,23 +41,24 @@ def add_scoring_arguments(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=ScoringOptions.max_pass_tokens,
         metavar="N",
-        help="for onnx: tokens computed in one pass, padding included (default: %(default)s)",
+        help=f"where the model runs on a CPU: {ScoringSettings.table()['max_pass_tokens'].help} (default: %(default)s)",
     )
     group.add_argument(
         "--preferred-batch-sizes", metavar="N,M,…", help="sizes of batches that go at once (default: full ones)"
     )
-    for name, what in BATCHING.items():
-        group.add_argument(
-            "--" + name.replace("_", "-"),
-            type=int,
-            default=getattr(Batching, name),
-            metavar="N",
-            help=f"{what} (default: %(default)s)",
-        )
+    for name, setting in Batching.table().items():
+        if name not in SHARED_OPTIONS:
+            group.add_argument(
+                setting.option,
+                type=setting.kind,
+                default=setting.default,
+                metavar="N",
+                help=f"{setting.help} (default: %(default)s)",
+            )
 
 
-def read_scoring_options(arguments: argparse.Namespace) -> ScoringOptions:
-    """What was asked for.
+def read_scoring_options(arguments: argparse.Namespace, without: Container[str] = ()) -> ScoringOptions:
+    """The options that were given, but for those of the queue in `without`.
 
     Raises:
         BuildError: a value is at fault.
@@ -70,6 +68,8 @@ def read_scoring_options(arguments: argparse.Namespace) -> ScoringOptions:
     except ValueError:
         text = arguments.preferred_batch_sizes
         raise BuildError(f"preferred_batch_sizes is {text!r}, must be numbers with commas between them") from None
+    given = {name: getattr(arguments, name) for name in Batching.table() if name not in without}
+    batching = {name: value for name, value in given.items() if value is not None}
     return ScoringOptions(
         template=read_template(arguments.template),
         is_chat=arguments.chat,
@@ -77,7 +77,7 @@ def read_scoring_options(arguments: argparse.Namespace) -> ScoringOptions:
         label_prefix=arguments.label_prefix,
         normalisation=arguments.normalisation,
         max_pass_tokens=arguments.max_pass_tokens,
-        batching=Batching(preferred_batch_sizes=preferred, **{name: getattr(arguments, name) for name in BATCHING}),
+        batching=Batching(preferred_batch_sizes=preferred, **batching),
     )
 
 

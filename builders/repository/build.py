@@ -1,6 +1,6 @@
 """Checkpoint → model repository: every artefact, configuration and adapter of one served model, moved in atomically.
 
-Everything is made in a directory beside the repository, checked there as a whole, and only then renamed into place: a
+Everything is written into a directory beside the repository, checked there as a whole, and then renamed into place: a
 build that fails or is interrupted leaves the repository as it was. Building a name again adds the next version.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from deepseek_triton.builders.checkpoint.reader import Checkpoint, open_checkpoint
@@ -17,9 +17,11 @@ from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.builders.repository import pbtxt
 from deepseek_triton.builders.repository.check import require_sound
 from deepseek_triton.builders.repository.options import BuildOptions, Report
+from deepseek_triton.builders.repository.sequence_len import choose_max_seq_len
 from deepseek_triton.builders.scoring.parts import scoring_configs, write_profile
-from deepseek_triton.builders.targets.artefacts import write_artefacts, write_scoring_artefacts
-from deepseek_triton.builders.targets.defaults import engine_settings
+from deepseek_triton.builders.targets import target_named
+from deepseek_triton.builders.targets.artefacts.target import BuildJob
+from deepseek_triton.builders.targets.artefacts.write import write_engine, write_scoring_engine
 from deepseek_triton.ensemble.protocol.pipelines import (
     DETOKENIZER_SUFFIX,
     ENGINE_SUFFIX,
@@ -29,25 +31,33 @@ from deepseek_triton.ensemble.protocol.pipelines import (
     model_name,
 )
 
-DEFAULT_MAX_SEQ_LEN = 2048
 MODEL_PY = '''"""What Triton loads; the rest comes with the installed package."""
 
 from deepseek_triton.ensemble.models.{} import TritonPythonModel as TritonPythonModel
 '''
 
 
-def build(options: BuildOptions, report: Report = lambda what, done, total: None) -> int:
+def build(
+    options: BuildOptions,
+    report: Report = lambda what, done, total: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> int:
     """Build `options.name` into the repository; returns the new version's number.
+
+    report: called with the progress. say: called with a line for the user on each choice that the build made itself.
 
     Raises:
         BuildError: the checkpoint, an option or the result is at fault; the repository is untouched.
     """
+    target_named(options.target).require_packages()
     checkpoint = open_checkpoint(options.checkpoint)
-    max_seq_len = _max_seq_len(checkpoint, options)
+    chosen = choose_max_seq_len(options, checkpoint.spec)
+    if options.max_seq_len is None:
+        say(chosen.describe())
     with _created(options.repository), _staging(options.repository) as staging:
         version = _next_version(options)
         write = _write_scorer if options.task == "score" else _write_generator
-        write(checkpoint, options, max_seq_len, staging, version, report)
+        write(checkpoint, options, chosen.tokens, staging, version, report)
         require_sound(staging)
         _move_into_place(staging, options.repository, _model_names(options), version)
     return version
@@ -56,8 +66,9 @@ def build(options: BuildOptions, report: Report = lambda what, done, total: None
 def _write_generator(
     checkpoint: Checkpoint, options: BuildOptions, max_seq_len: int, staging: Path, version: int, report: Report
 ) -> None:
-    """Tokenizer, engine, detokenizer and the ensemble that joins them."""
-    settings = engine_settings(options, checkpoint.spec, max_seq_len)
+    """Write tokenizer, engine, detokenizer and the ensemble that joins them."""
+    target = target_named(options.target)
+    settings = target.settings(options, checkpoint.spec, max_seq_len)
     for config in (
         pbtxt.tokenizer_config(options.name),
         pbtxt.detokenizer_config(options.name),
@@ -70,27 +81,29 @@ def _write_generator(
     _write_tokenizer(checkpoint, (tokenizer, detokenizer, engine))
     _write_adapter("tokenizer", tokenizer)
     _write_adapter("detokenizer", detokenizer)
-    write_artefacts(checkpoint, options, settings, max_seq_len, engine, report)
+    write_engine(target, BuildJob(checkpoint, options, max_seq_len, engine, report), settings)
     _write_adapter("engine", engine)
 
 
 def _write_scorer(
     checkpoint: Checkpoint, options: BuildOptions, max_seq_len: int, staging: Path, version: int, report: Report
 ) -> None:
-    """Tokenizer, stateless engine, scorer and the ensemble that joins them."""
+    """Write tokenizer, scoring engine, scorer and the ensemble that joins them."""
+    target = target_named(options.target)
     names = _model_names(options)
     tokenizer, scorer, engine, _ = (staging / name / str(version) for name in names)
     for name in names:
         (staging / name / str(version)).mkdir(parents=True)
     _write_tokenizer(checkpoint, (tokenizer,))
-    is_plan = options.target != "onnx"
-    prefix_ids = write_profile(options.scoring, max_seq_len, is_plan=is_plan, tokenizer=tokenizer, scorer=scorer)
-    hidden_size = write_scoring_artefacts(checkpoint, options, max_seq_len, engine, report, prefix_ids)
-    for config in scoring_configs(options, hidden_size):
+    prefix_ids = write_profile(
+        options.scoring, max_seq_len, is_plan=target.scores_with_plan, tokenizer=tokenizer, scorer=scorer
+    )
+    write_scoring_engine(target, BuildJob(checkpoint, options, max_seq_len, engine, report), prefix_ids)
+    for config in scoring_configs(options, checkpoint.spec.hidden_size):
         _write_config(staging, config)
     _write_adapter("score_tokenizer", tokenizer)
     _write_adapter("scorer", scorer)
-    if options.target == "onnx":
+    if not target.scores_with_plan:
         _write_adapter("score_engine", engine)
 
 
@@ -105,17 +118,6 @@ def _model_names(options: BuildOptions) -> list[str]:
     return [*(model_name(options.name, suffix) for suffix in suffixes), options.name]
 
 
-def _max_seq_len(checkpoint: Checkpoint, options: BuildOptions) -> int:
-    spec = checkpoint.spec
-    limit = spec.max_position_embeddings
-    if spec.rope.scaling == "dynamic":
-        limit = int(limit * spec.rope.factor)
-    max_seq_len = min(limit, DEFAULT_MAX_SEQ_LEN) if options.max_seq_len is None else options.max_seq_len
-    if max_seq_len > limit:
-        raise BuildError(f"max_seq_len is {max_seq_len}, the model was trained for {limit} tokens")
-    return max_seq_len
-
-
 def _next_version(options: BuildOptions) -> int:
     """One more than the highest version that any part of the model has."""
     versions = (path for name in _model_names(options) for path in (options.repository / name).glob("*"))
@@ -124,7 +126,7 @@ def _next_version(options: BuildOptions) -> int:
 
 @contextlib.contextmanager
 def _created(directory: Path) -> Iterator[None]:
-    """Make `directory` if it isn't there; a build that fails takes away again what it made."""
+    """Make `directory` if it isn't there; a build that fails removes what it made."""
     with contextlib.ExitStack() as undo:
         for path in reversed([path for path in (directory, *directory.parents) if not path.exists()]):
             undo.callback(_remove_empty, path)
@@ -149,21 +151,21 @@ def _staging(repository: Path) -> Iterator[Path]:
         is_staged = error.filename is None or Path(error.filename).is_relative_to(staging)
         where = repository if is_staged else error.filename
         raise BuildError(
-            f"{where}: {error.strerror}; the repository is as it was: mend this and build again"
+            f"{where}: {error.strerror}; the repository is unchanged: correct this and build again"
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write_tokenizer(checkpoint: Checkpoint, directories: Sequence[Path]) -> None:
-    """The tokenizer's files, for each model that needs them; the engine does for stop words and guides."""
+    """Write the tokenizer's files for each model that reads them; the engine does for stop words and guides."""
     from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 
     first, *others = directories
     try:
         checkpoint.write_tokenizer(first)
         vocab_size = Tokenizer.from_directory(first).vocab_size
-    except ValueError as error:  # a GGUF's tokenizer, or a tokenizer.json: they name the copy, which goes away
+    except ValueError as error:  # of a GGUF's tokenizer or a tokenizer.json; it names the copy, which is temporary
         reason = str(error).replace(f"{first}/", "")
         raise BuildError(f"{checkpoint.path}: {reason}; fetch the checkpoint again") from error
     if vocab_size > checkpoint.spec.vocab_size:
@@ -177,14 +179,14 @@ def _write_tokenizer(checkpoint: Checkpoint, directories: Sequence[Path]) -> Non
 
 
 def _write_adapter(name: str, directory: Path) -> None:
-    # Not a copy, which would be the builder's version among the server's versions of everything else.
+    # It imports the installed package: a copy of the code would be older than everything that it calls.
     (directory / "model.py").write_text(MODEL_PY.format(name), encoding="utf-8")
 
 
 def _move_into_place(staging: Path, repository: Path, names: list[str], version: int) -> None:
-    """Rename each model's version in, the ensemble last, so that it never names a version that isn't there.
+    """Rename each model's version into the repository, the ensemble last: it never names a version that isn't there.
 
-    Each step's undoing is set down before the step: an interrupt too must not leave half a model.
+    How to undo a step is recorded before the step, so that an interrupt doesn't leave half a model either.
     """
     with contextlib.ExitStack() as undo:
         for name in names:

@@ -1,4 +1,4 @@
-"""A scoring model's parts, checked without a server: the profile, the calibration, and what a plan's batches need."""
+"""Check a scoring model's parts without a server: the profile, the calibration, and how Triton batches requests."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from deepseek_triton.builders.repository.check_engine import check_engine_files
 from deepseek_triton.builders.repository.wiring import Problem
-from deepseek_triton.ensemble.artefacts.manifest import FILE_NAME as MANIFEST_FILE
-from deepseek_triton.ensemble.artefacts.manifest import Manifest, ManifestError
 from deepseek_triton.ensemble.protocol.contract import BRANCH_IDS, LABELS, TARGET_LABELS
 from deepseek_triton.ensemble.protocol.settings import SettingsError
 from deepseek_triton.ensemble.scoring.calibration import FILE_NAME as CALIBRATION_FILE
@@ -18,7 +17,7 @@ from deepseek_triton.ensemble.scoring.profile import FILE_NAME as PROFILE_FILE
 from deepseek_triton.ensemble.scoring.profile import ScoringProfile, ScoringProfileError
 from deepseek_triton.ensemble.scoring.settings import ScoringSettings
 
-_MARKS = {LABELS.name, BRANCH_IDS.name, TARGET_LABELS.name}  # each part's own input
+_MARKS = {LABELS.name, BRANCH_IDS.name, TARGET_LABELS.name}  # the input that only this part has
 
 
 def is_scoring(config: ModelConfig) -> bool:
@@ -65,19 +64,9 @@ def _check_engine(where: Path, version_dir: Path, config: ModelConfig) -> Iterat
         ScoringSettings.from_parameters({name: value.string_value for name, value in config.parameters.items()})
     except SettingsError as error:
         yield Problem(str(where), f"parameters: {error}")
-    try:
-        manifest = Manifest.load(version_dir)
-    except ManifestError as error:
-        yield _problem(version_dir / MANIFEST_FILE, error)
-        return
-    for name, expected in manifest.files.items():
-        path = version_dir / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != expected.bytes:
-            what = "is missing" if found is None else f"has {found} bytes, the manifest says {expected.bytes}"
-            yield Problem(str(path), f"{what}; rebuild with: {manifest.command}")
+    yield from check_engine_files(version_dir)
 
 
 def _problem(path: Path, error: Exception) -> Problem:
-    """The loaders' messages begin with the path already."""
+    """The error of a loader, whose message begins with the path."""
     return Problem(str(path), str(error).removeprefix(str(path)).lstrip(": "))

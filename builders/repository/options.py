@@ -1,4 +1,4 @@
-"""What a build is asked for: validated once, and told again as the command line that repeats it."""
+"""The options of a build: checked once, and written again as the command line that repeats the build."""
 
 from __future__ import annotations
 
@@ -11,37 +11,20 @@ from typing import Any
 
 from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.builders.scoring.options import ScoringOptions
+from deepseek_triton.builders.targets import DEFAULT_TARGET, all_targets, target_named
 from deepseek_triton.ensemble.protocol.settings import EngineSettings, SettingsError
+from deepseek_triton.ensemble.scoring.settings import ScoringSettings
 
-TARGETS = ("onnx", "tensorrt", "tensorrt-rtx", "cuda")
-PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
-# target → the precisions that it has; the first is the default
-PRECISIONS_OF = {
-    "onnx": ("fp32", "fp16", "fp8"),
-    "tensorrt": ("fp16", "fp32", "fp8"),
-    "tensorrt-rtx": ("fp16", "fp32", "fp8"),
-    "cuda": ("fp8", "bf16"),
-}
 TASKS = ("generate", "score")
-# Engine settings that a build may be told: their type, and what they are.
-ENGINE_OPTIONS: dict[str, tuple[type, str]] = {
-    "max_num_seqs": (
-        int,
-        "sequences generated at once (default: 8; for cuda 64, fewer where their caches exceed 32 GiB)",
-    ),
-    "max_num_batched_tokens": (
-        int,
-        "prompt tokens computed in one step (default: 64, at most max-seq-len; for cuda 8192, of several prompts)",
-    ),
-    "max_prefill_stall": (float, "decodes that a step's prefill may last beside them (default: 1.5; for cuda 10)"),
-    "num_threads": (int, "threads of the engine; 0: one for each core (default: 0)"),
-    "batch_invariant": (bool, "for cuda: a text doesn't depend on what runs beside it; slower"),
-    "tensor_parallel_size": (int, "for cuda: GPUs that the model is split over (default: 1)"),
-}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
-# Called with what is done now, and its progress and total in units of its own (bytes for "weights").
+# Called with the name of what is done now, and its progress and total in units of its own (bytes for "weights").
 Report = Callable[[str, int, int], None]
+
+
+def precisions() -> tuple[str, ...]:
+    """The precisions of all targets together."""
+    return tuple(dict.fromkeys(precision for target in all_targets() for precision in target.precisions))
 
 
 @dataclass(frozen=True)
@@ -50,18 +33,21 @@ class BuildOptions:
 
     task: "generate" makes the ensemble that streams text; "score" the one that chooses among labels in one pass without
         a cache; scoring: for it alone.
-    max_seq_len: tokens in a sequence, prompt and answer; None: the model's own limit, at most 2,048.
+    max_seq_len: tokens in a sequence, prompt and answer; None: the model's own limit, as far as its caches fit.
     settings: of the engine, by their names in EngineSettings; what isn't there has its target's default.
     recipe, keep: for fp8, a name in `builders.fp8.recipe.RECIPES` and patterns of modules that are not quantised.
     calibration_text: for fp8, a text file; None: the built-in set and text of the model's own. ranges: a file of
         activation ranges, read where it exists, else written. compute_capability: of the GPU that will serve, as
         "8.9", for TensorRT; None: this machine's. timing_cache: TensorRT's, kept between builds.
+
+    Raises:
+        BuildError: an option is out of its range, or the target or task doesn't have it.
     """
 
     checkpoint: Path
     name: str
     repository: Path = Path("model_repository")
-    target: str = "onnx"
+    target: str = DEFAULT_TARGET
     task: str = "generate"
     precision: str = "fp32"
     max_seq_len: int | None = None
@@ -77,18 +63,12 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
             raise BuildError(f"name is {self.name!r}; use letters, digits, '.', '_' and '-', the first not a sign")
-        if self.task not in TASKS:
-            raise BuildError(f"task is {self.task!r}; supported: {', '.join(TASKS)}")
-        if self.task == "score":
-            self._check_score()
-        if self.task != "score" and self.scoring != ScoringOptions():
-            raise BuildError(f"scoring options are for task score, this is {self.task}")
-        if self.target not in TARGETS:
-            raise BuildError(f"target is {self.target!r}; supported: {', '.join(TARGETS)}")
-        if self.precision not in PRECISIONS:
-            raise BuildError(f"precision is {self.precision!r}; supported: {', '.join(PRECISIONS)}")
-        if self.precision not in PRECISIONS_OF[self.target]:
-            choices = ", ".join(PRECISIONS_OF[self.target])
+        target = target_named(self.target)
+        self._check_task()
+        if self.precision not in precisions():
+            raise BuildError(f"precision is {self.precision!r}; supported: {', '.join(precisions())}")
+        if self.precision not in target.precisions:
+            choices = ", ".join(target.precisions)
             raise BuildError(f"precision is {self.precision!r}; target {self.target} has {choices}")
         try:
             EngineSettings(**self.settings).check_target(self.target)
@@ -100,19 +80,26 @@ class BuildOptions:
             for name in ("keep", "calibration_text", "ranges"):
                 if getattr(self, name):
                     raise BuildError(f"{name} is for precision fp8, this is {self.precision}")
-        if self.target in ("onnx", "cuda"):
+        if not target.is_compiled:
             for name in ("compute_capability", "timing_cache"):
                 if getattr(self, name):
                     raise BuildError(f"{name} is for TensorRT, the target is {self.target}")
 
-    def _check_score(self) -> None:
-        if self.target in ("tensorrt-rtx", "cuda"):
+    def _check_task(self) -> None:
+        if self.task not in TASKS:
+            raise BuildError(f"task is {self.task!r}; supported: {', '.join(TASKS)}")
+        if self.task not in target_named(self.target).tasks:
+            others = " or ".join(target.name for target in all_targets() if self.task in target.tasks)
             raise BuildError(
-                f"target is {self.target!r}, which task score doesn't have: it runs in Triton's own tensorrt backend, "
-                "or on a CPU; use target tensorrt or onnx"
+                f"target is {self.target!r}, which task {self.task} doesn't have: it runs in Triton's own tensorrt "
+                f"backend, or on a CPU; use target {others}"
             )
+        if self.task != "score":
+            if self.scoring != ScoringOptions():
+                raise BuildError(f"scoring options are for task score, this is {self.task}")
+            return
         for name in self.settings:
-            if name != "num_threads":
+            if name not in ScoringSettings.table():
                 raise BuildError(f"{_option(name)} is for task generate: a scoring model keeps no cache; leave it out")
 
     def command(self) -> str:

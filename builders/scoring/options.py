@@ -1,4 +1,4 @@
-"""What a scoring build is asked for beyond any build: prompts and labels, batches and their queue."""
+"""The options of a scoring build alone: prompts and labels, batches and their queue."""
 
 from __future__ import annotations
 
@@ -6,40 +6,40 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from deepseek_triton.builders.errors import BuildError
+from deepseek_triton.ensemble.protocol.settings import Settings, SettingsError, setting
 from deepseek_triton.ensemble.scoring.profile import PLACE, Normalisation, ScoringProfile, ScoringProfileError
+from deepseek_triton.ensemble.scoring.settings import ScoringSettings
 
-# Triton's timer rings late: by 97 to 121 us at the median of delays from 0.5 to 10 ms, by 130 to 232 us in the worst
-# of a hundred on a quiet machine, however long the delay. config.pbtxt asks for so much less than was promised.
+# Triton's timer is late, however long the delay: by 97 to 121 us at the median of delays from 0.5 to 10 ms, by 130 to
+# 232 us in the worst of a hundred on a quiet machine. config.pbtxt has a delay that is shorter by this much.
 TIMER_LATE_US = 250
 
 
 @dataclass(frozen=True)
-class Batching:
-    """Triton's dynamic batcher in front of a stateless engine.
+class Batching(Settings):
+    """The settings of Triton's dynamic batcher in front of a scoring engine.
 
-    max_batch_size: texts in one batch. preferred_batch_sizes: a batch of one of these goes at once. max_queue_delay_us:
-    the longest that a smaller one waits for company. queue_timeout_us: a request that waited so long is rejected; 0:
-    never. max_queue_size: requests beyond so many waiting are rejected; 0: none. engine_instances: batches computed at
-    once, each by a copy of the weights; on a CPU they share out the cores.
+    preferred_batch_sizes: a batch of one of these sizes doesn't wait for more requests.
     """
 
-    max_batch_size: int = 16
+    max_batch_size: int = setting(16, "texts in one batch", lowest=1)
     preferred_batch_sizes: tuple[int, ...] = ()
-    max_queue_delay_us: int = 2000
-    queue_timeout_us: int = 30_000_000
-    max_queue_size: int = 1024
-    engine_instances: int = 1
+    max_queue_delay_us: int = setting(
+        2000, "longest time that a request waits for others to share a batch, in microseconds", lowest=0
+    )
+    queue_timeout_us: int = setting(
+        30_000_000, "time in the queue after which a request is rejected, in microseconds; 0: never", lowest=0
+    )
+    max_queue_size: int = setting(1024, "requests that may wait; more are rejected; 0: no limit", lowest=0)
+    engine_instances: int = setting(
+        1, "batches computed at the same time, each with a copy of the weights; on a CPU they share its cores", lowest=1
+    )
 
     def __post_init__(self) -> None:
-        for name, lowest in (
-            ("max_batch_size", 1),
-            ("max_queue_delay_us", 0),
-            ("queue_timeout_us", 0),
-            ("max_queue_size", 0),
-            ("engine_instances", 1),
-        ):
-            if getattr(self, name) < lowest:
-                raise BuildError(f"{name} is {getattr(self, name)}, must be at least {lowest}")
+        try:
+            super().__post_init__()
+        except SettingsError as error:
+            raise BuildError(str(error)) from error
         for size in self.preferred_batch_sizes:
             if not 1 <= size <= self.max_batch_size:
                 raise BuildError(
@@ -48,29 +48,32 @@ class Batching:
 
     @property
     def timer_us(self) -> int:
-        """What config.pbtxt says, so that a request waits no longer than `max_queue_delay_us`."""
+        """The delay in config.pbtxt with which a request waits no longer than `max_queue_delay_us`."""
         return max(0, self.max_queue_delay_us - TIMER_LATE_US)
 
     @property
     def preferred(self) -> list[int]:
-        """What config.pbtxt says: a full batch goes at once, whatever else does."""
+        """The preferred sizes in config.pbtxt: these and a full batch."""
         return sorted({*self.preferred_batch_sizes, self.max_batch_size})
 
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """How a scoring model makes prompts, and how it batches; the fields but `batching` are ScoringProfile's."""
+    """How a scoring model makes prompts, and how it batches.
+
+    max_pass_tokens is ScoringSettings'; the other fields but `batching` are ScoringProfile's.
+    """
 
     template: str = PLACE
     is_chat: bool = False
     labels: tuple[str, ...] = ()
     label_prefix: str | None = None
     normalisation: Normalisation = "mean"
-    max_pass_tokens: int = 512
+    max_pass_tokens: int = ScoringSettings.max_pass_tokens
     batching: Batching = field(default_factory=Batching)
 
     def profile(self, max_seq_len: int, *, is_plan: bool) -> ScoringProfile:
-        """What the model keeps; without a label_prefix, a space where no chat template ends the prompt.
+        """The profile that the model keeps; without a label_prefix, a space where no chat template ends the prompt.
 
         Raises:
             BuildError: template or labels are at fault.
@@ -84,7 +87,7 @@ class ScoringOptions:
                 label_prefix=prefix,
                 normalisation=self.normalisation,
                 max_seq_len=max_seq_len,
-                # Triton tells a plan how many tokens a request has, not how many each of its rows: it pads to that.
+                # Triton tells a plan how many tokens a request has, not how many each row has: rows are padded to that.
                 max_request_tokens=max_seq_len if is_plan else 0,
             )
         except ScoringProfileError as error:
@@ -101,10 +104,7 @@ class ScoringOptions:
             words += ["--preferred-batch-sizes", ",".join(map(str, self.batching.preferred_batch_sizes))]
         for owner, names in (
             (self, ("label_prefix", "normalisation", "max_pass_tokens")),
-            (
-                self.batching,
-                ("max_batch_size", "max_queue_delay_us", "queue_timeout_us", "max_queue_size", "engine_instances"),
-            ),
+            (self.batching, tuple(self.batching.table())),
         ):
             defaults = {f.name: f.default for f in fields(owner)}
             for name in names:
@@ -114,7 +114,7 @@ class ScoringOptions:
 
 
 def read_template(text_or_path: str) -> str:
-    """A template from the command line: the text itself, or the file that it names, without the newline at its end.
+    """Read a template from the command line: the text itself, or the file that it names without its last newline.
 
     Raises:
         BuildError: it has no place for the text, and no such file can be read.
@@ -122,7 +122,7 @@ def read_template(text_or_path: str) -> str:
     if PLACE in text_or_path:
         return text_or_path
     try:
-        # Editors end a file so; a prompt that ended so would have its label begin a line.
+        # Editors end a file with a newline; in a prompt it would put the label on a new line.
         return Path(text_or_path).read_text(encoding="utf-8-sig").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BuildError(

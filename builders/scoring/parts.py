@@ -8,19 +8,19 @@ from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.builders.repository import pbtxt
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.builders.scoring.options import ScoringOptions
+from deepseek_triton.builders.targets import target_named
 from deepseek_triton.ensemble.protocol.pipelines import SCORE_PIPELINE
-from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from deepseek_triton.ensemble.scoring.settings import ScoringSettings
 
 
 def scoring_configs(options: BuildOptions, hidden_size: int) -> tuple[pbtxt.ModelConfig, ...]:
     """Every config.pbtxt of the scoring model `options.name`."""
     batching = options.scoring.batching
-    if options.target == "onnx":
-        settings = ScoringSettings(EngineSettings(**options.settings).num_threads, options.scoring.max_pass_tokens)
-        engine = pbtxt.score_engine_config(options.name, hidden_size, batching, settings.to_parameters())
-    else:
+    if target_named(options.target).scores_with_plan:
         engine = pbtxt.score_plan_config(options.name, hidden_size, batching)
+    else:
+        settings = ScoringSettings(**options.settings, max_pass_tokens=options.scoring.max_pass_tokens)
+        engine = pbtxt.score_engine_config(options.name, hidden_size, batching, settings.to_parameters())
     return (
         pbtxt.score_tokenizer_config(options.name),
         pbtxt.scorer_config(options.name, hidden_size),

@@ -1,19 +1,22 @@
 """manifest.json: what an engine's artefacts are, and what they were built from and with.
 
-Builders write it beside the artefacts, runners read it before they load anything. It knows file names, sizes and
-versions; it knows nothing of how an artefact is made or run.
+Builders write it beside the artefacts, runners read it before they load anything. This module knows file names, sizes
+and versions; it knows nothing about how an artefact is made or run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from deepseek_triton.ensemble.protocol.settings import RENAMED_SETTINGS
 
 FILE_NAME = "manifest.json"
 FORMAT = 2
@@ -22,6 +25,10 @@ SMALL_FILE = 64 * 2**20  # bytes; below it a file's hash is checked at every loa
 
 class ManifestError(Exception):
     """The manifest is missing or unreadable, or the artefacts, target or runtime don't fit it; one line."""
+
+
+class OutdatedError(ManifestError):
+    """An earlier version built the model; the message has the command that rebuilds it."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +50,13 @@ class ArtefactFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was built from what.
+    """An engine's artefacts and their origin.
 
     spec: ModelSpec's fields, as plain values. limits: max_seq_len in tokens. versions: package → version at build time.
     requires: package → lowest version that can load the artefacts. shapes: graph tensor → its dimensions.
     command: the command line that builds these artefacts again. recipe: how an FP8 graph was quantised, else empty.
-    engine: what a TensorRT plan was compiled with and for, and what is in it; a scoring graph's `prefix_ids`, which its
-    prompts begin with; else empty.
+    engine: the target's own facts, such as what a TensorRT plan was compiled with and for, or a scoring graph's
+    `prefix_ids`, which its prompts begin with.
     """
 
     name: str
@@ -84,6 +91,7 @@ class Manifest:
         """Read `directory`'s manifest.json.
 
         Raises:
+            OutdatedError: an earlier version wrote it.
             ManifestError: it is missing, unreadable, or lacks a field.
         """
         path = directory / FILE_NAME
@@ -93,14 +101,14 @@ class Manifest:
             raise ManifestError(f"{path}: {error.strerror}; build the model again") from error
         except ValueError as error:
             raise ManifestError(f"{path} is not valid JSON; build the model again") from error
+        if isinstance(values, dict) and values.get("format", FORMAT) != FORMAT:
+            raise OutdatedError(
+                f"{path} has format {values['format']}, this version reads {FORMAT}; {_how_to_rebuild(values)}"
+            )
         names = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or set(values) != names:
             odd = sorted(names ^ set(values)) if isinstance(values, dict) else []
             raise ManifestError(f"{path} has missing or unknown fields {odd}; build the model again")
-        if values["format"] != FORMAT:
-            raise ManifestError(
-                f"{path} has format {values['format']}, this version reads {FORMAT}; rebuild with: {values['command']}"
-            )
         try:
             values["end_ids"] = tuple(map(int, values["end_ids"]))
             values["files"] = {name: ArtefactFile(**entry) for name, entry in values["files"].items()}
@@ -149,6 +157,20 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return versions
+
+
+def current_command(command: str) -> str:
+    """A build's command line of an earlier version, with the options that were renamed since."""
+    renamed = {f"--{old}".replace("_", "-"): f"--{new}".replace("_", "-") for old, new in RENAMED_SETTINGS.items()}
+    try:
+        return shlex.join(renamed.get(word, word) for word in shlex.split(command))
+    except ValueError:  # an open quote
+        return command
+
+
+def _how_to_rebuild(values: Mapping[str, Any]) -> str:
+    command = values.get("command")
+    return f"rebuild with: {current_command(command)}" if command and isinstance(command, str) else "build it again"
 
 
 def _release(version: str) -> tuple[int, ...]:

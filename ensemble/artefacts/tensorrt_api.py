@@ -49,7 +49,7 @@ class TensorRTDistribution:
     install: str
 
 
-TARGETS: dict[str, TensorRTDistribution] = {
+DISTRIBUTIONS: dict[str, TensorRTDistribution] = {
     "tensorrt": TensorRTDistribution(
         "tensorrt", (10, 15), "pip install 'tensorrt>=10.15', or build in NVIDIA's Triton container"
     ),
@@ -98,9 +98,9 @@ def load_tensorrt(target: str) -> Any:
     Raises:
         TensorRTError: unknown target, not installed (with the command that installs it), or too old.
     """
-    if target not in TARGETS:
-        raise TensorRTError(f"target is {target!r}, must be one of {', '.join(TARGETS)}")
-    distribution = TARGETS[target]
+    if target not in DISTRIBUTIONS:
+        raise TensorRTError(f"target is {target!r}, must be one of {', '.join(DISTRIBUTIONS)}")
+    distribution = DISTRIBUTIONS[target]
     try:
         api = importlib.import_module(distribution.module)
     except ModuleNotFoundError as error:

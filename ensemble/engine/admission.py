@@ -1,13 +1,13 @@
-"""Validates a client's options and makes the Request that the engine loop runs.
+"""Admission: turns a client's options and prompt into a Request that the loop can run.
 
-It runs on the thread that receives requests, before a request is queued, so that compiling a guide delays no running
-stream. It knows the model's tokenizer; it knows nothing of Triton.
+Every error of a request is found here, before the request waits for a slot. This runs on the thread that accepts
+requests, so that compiling a guide delays no running stream. It knows the model's tokenizer and nothing of Triton.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from deepseek_triton.ensemble.engine.sequence import NEVER, Request, Sequence, S
 from deepseek_triton.ensemble.engine.thinking import Thinking, ThinkingTags
 from deepseek_triton.ensemble.guided import Guide, GuideCompiler
 from deepseek_triton.ensemble.protocol.progress import PromptInfo, StreamHead
+from deepseek_triton.ensemble.protocol.request_options import RANGES, default_of
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from deepseek_triton.ensemble.sampling import Sampler, SamplingParams
 from deepseek_triton.ensemble.text.bad_words import BadWords
@@ -26,38 +27,41 @@ from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 
 
 class OptionError(ValueError):
-    """An option's value is invalid, or the model doesn't support it; the message is one line for the client."""
+    """An option has an invalid value, or one that this model can't use; the message is one line for the client."""
 
 
 @dataclass(frozen=True)
 class RequestOptions:
     """The options of a request; None selects the default of the model or the engine.
 
-    prompt_info: from the tokenizer model; None for a direct call of the engine, which has no detokenizer.
-    thinking_token_budget: maximum number of reasoning tokens. priority: 1 is the most urgent. Timeouts are in ms.
+    params: the sampling options.
+    prompt_info: what the tokenizer reports of the prompt; None for a direct call, which no detokenizer follows.
+    Every other field is the request option of that name (ensemble/protocol/request_options.py).
     """
 
     params: SamplingParams
     prompt_info: PromptInfo | None = None
-    stop_words: tuple[str, ...] = ()
-    bad_words: tuple[str, ...] = ()
+    stop_words: tuple[str, ...] = default_of("stop_words")
+    bad_words: tuple[str, ...] = default_of("bad_words")
     guide_type: str | None = None
     guide: str | None = None
     thinking_token_budget: int | None = None
-    is_streamed: bool = False
-    echoes_prompt: bool = False
-    returns_times: bool = False
-    returns_input_count: bool = True
-    returns_output_count: bool = True
+    stream: bool = default_of("stream")
+    exclude_input_in_output: bool = default_of("exclude_input_in_output")
+    return_perf_metrics: bool = default_of("return_perf_metrics")
+    return_num_input_tokens: bool = default_of("return_num_input_tokens")
+    return_num_output_tokens: bool = default_of("return_num_output_tokens")
     priority: int | None = None
     queue_timeout_ms: int | None = None
     timeout_ms: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("thinking_token_budget", "queue_timeout_ms", "timeout_ms"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise OptionError(f"{name} is {value}, must be at least 0")
+        for field in fields(self):
+            value, allowed = getattr(self, field.name), RANGES.get(field.name)
+            if value is None or allowed is None or field.name == "priority":  # the engine's levels bound it
+                continue
+            if not allowed.holds(value):
+                raise OptionError(f"{field.name} is {value}, must be {allowed.broken_rule(value)}")
         if self.guide is not None and self.guide_type is None:
             raise OptionError("guided_decoding_guide is given without guided_decoding_guide_type; give both")
 
@@ -104,23 +108,23 @@ class Admission:
             raise OptionError("min_tokens can't be combined with guided decoding: the guide decides where text ends")
         head = None
         if info is not None:
-            head = StreamHead(info, tuple(prompt_ids.tolist()) if options.echoes_prompt else ())
+            head = StreamHead(info, () if options.exclude_input_in_output else tuple(prompt_ids.tolist()))
         request = Request(
             stream_id=stream_id,
             request_id=request_id,
             prompt_ids=prompt_ids,
             params=params,
             sink=sink,
-            is_streamed=options.is_streamed,
+            is_streamed=options.stream,
             expects_acknowledgement=info is not None,
             head=head,
             priority=self._priority(options.priority),
             arrived_at=now,
             queue_deadline=_deadline(now, options.queue_timeout_ms, settings.queue_timeout_ms),
             deadline=_deadline(now, options.timeout_ms, settings.timeout_ms),
-            returns_times=options.returns_times,
-            returns_input_count=options.returns_input_count,
-            returns_output_count=options.returns_output_count,
+            returns_times=options.return_perf_metrics,
+            returns_input_count=options.return_num_input_tokens,
+            returns_output_count=options.return_num_output_tokens,
         )
         guide = None if options.guide_type is None else self._guides.compile(options.guide_type, options.guide or "")
         for index in range(params.num_return_sequences):
@@ -149,7 +153,7 @@ class Admission:
 
     def _priority(self, priority: int | None) -> int:
         levels = self._settings.priority_levels
-        if priority is None or priority == 0:  # in Triton, 0 is the default priority
+        if priority is None or priority == 0:  # 0 means the default, as in Triton
             return self._settings.default_priority
         if not 1 <= priority <= levels:
             raise OptionError(f"priority is {priority}, must be 1 (most urgent) to {levels}, or 0 for the default")

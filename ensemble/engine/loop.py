@@ -104,7 +104,7 @@ class EngineLoop:
             raise ValueError(f"input_ids must lie in 0 … {self._runner.vocab_size - 1}, got {low if low < 0 else high}")
         if self._scheduler.num_waiting + self._inbox.qsize() >= self._max_queue_size:
             self.metrics.requests_refused_total += 1
-            raise QueueFullError(f"the queue is full (max_queue_size={self._max_queue_size}); try again later")
+            raise QueueFullError(f"queue is full (max_queue_size={self._max_queue_size}); retry later")
         request.max_new_tokens = min(request.params.max_tokens or limit, limit - length)
         self._inbox.put(lambda: self._add(request))
 

@@ -10,7 +10,7 @@ benchmarks/results/guided-libraries.md compares it with xgrammar.
 
 from deepseek_triton.ensemble.guided.compiler import GuideCompiler
 from deepseek_triton.ensemble.guided.errors import GuideError
-from deepseek_triton.ensemble.guided.grammar import GUIDE_TYPES, GuideType
 from deepseek_triton.ensemble.guided.guide import Guide, apply_mask, fill_masks
+from deepseek_triton.ensemble.protocol.request_options import GUIDE_TYPES, GuideType
 
 __all__ = ["GUIDE_TYPES", "Guide", "GuideCompiler", "GuideError", "GuideType", "apply_mask", "fill_masks"]

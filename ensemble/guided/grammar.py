@@ -11,13 +11,11 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from decimal import Decimal
-from typing import Any, Literal, get_args
+from typing import Any
 
 from deepseek_triton.ensemble.guided.errors import GuideError
+from deepseek_triton.ensemble.protocol.request_options import GUIDE_TYPES
 from deepseek_triton.ensemble.text.errors import one_line
-
-GuideType = Literal["json", "json_schema", "regex", "grammar", "ebnf_grammar", "choice"]
-GUIDE_TYPES: tuple[GuideType, ...] = get_args(GuideType)
 
 MAX_GUIDE_BYTES = {"json_schema": 64 * 1024, "regex": 16 * 1024, "grammar": 64 * 1024, "choice": 16 * 1024}
 MAX_EBNF_LEN = 16 * 1024  # characters; the conversion to Lark is Python code, quadratic in the number of rules

@@ -1,8 +1,8 @@
 """Triton's adapter for the detokenizer: `output_ids` → a client's outputs, and the acknowledgement to the engine.
 
-A repository's model.py imports it. A stream's responses arrive in order; what a stream has left over from one
-to the next is kept under its id. Decoupled, though it sends one response at most: a heartbeat of the engine is
-acknowledged and goes no further.
+A repository's model.py imports it. A stream's responses arrive in order; its state from one to the next is kept under
+the stream's id. The model is decoupled, though it sends at most one response to each request: a heartbeat of the engine
+is acknowledged and not passed on.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-# A cancelled stream never sends its last response; its state goes when so many others have been used since.
+# A cancelled stream never sends its last response; its state is dropped after this many other streams were used.
 MAX_STREAMS = 16384
 
-# Sending a response takes a few tenths of a millisecond, nearly all of it waiting for the server without the
-# interpreter's lock: a batch's responses are sent side by side.
+# Sending a response takes a few tenths of a millisecond, nearly all of it waiting for the server with the GIL released,
+# so the responses of a batch are sent by several threads.
 SENDERS = 4
 
 
 class PendingResponse(NamedTuple):
-    """What a request of this model gets. response: None where the client gets nothing. stream_id: None: at fault."""
+    """A response to be sent. response None: the client gets nothing. stream_id None: the request was invalid."""
 
     sender: Any
     response: Any
@@ -43,7 +43,7 @@ class PendingResponse(NamedTuple):
 
 
 class TritonPythonModel:
-    """One response of the engine in, one response to the client out, or none."""
+    """Turns each response of the engine into one response to the client, or none."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the tokenizer that lies beside this file."""
@@ -67,7 +67,7 @@ class TritonPythonModel:
         self._acknowledgements.close()
 
     def _answer(self, request: Any) -> PendingResponse:
-        """Anybody may call this model directly and send anything: it must not cost the batch's others their answers."""
+        """Make the response to one request. Anybody may call this model directly: an error stays with its request."""
         sender = request.get_response_sender()
         try:
             progress = _read(request)
@@ -80,7 +80,7 @@ class TritonPythonModel:
         return PendingResponse(sender, response, progress.stream_id)
 
     def _send(self, answers: list[PendingResponse]) -> list[int]:
-        """Send every answer, a stream's own in order: the streams that have theirs."""
+        """Send every answer, those of one stream in order. Returns the ids of the streams whose answer was sent."""
         shares: dict[int, list[PendingResponse]] = {}
         for answer in answers:
             shares.setdefault((answer.stream_id or 0) % SENDERS, []).append(answer)
@@ -102,9 +102,9 @@ def _send_share(answers: list[PendingResponse]) -> list[int]:
     sent = []
     for sender, response, stream_id in answers:
         responses = () if response is None else (response,)
-        try:  # one call: each crosses processes
+        try:  # one call, since each is a round trip to another process
             sender.send(*responses, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        except Exception as error:  # this client's channel alone
+        except Exception as error:  # only this client's channel is broken
             log.error("a response can't be sent", exc_info=error)
             continue
         if stream_id is not None:

@@ -1,7 +1,7 @@
 """Triton's adapter for the engine: requests in, decoupled responses out.
 
-A repository's model.py imports it. It translates tensors and errors and owns nothing but the loop: scheduling
-is `ensemble/engine`'s business, and text nobody's here.
+A repository's model.py imports it. It translates tensors and errors and owns the loop. Scheduling is in
+`ensemble/engine`; this model handles token ids, never text.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.engine.admission import Admission
 from deepseek_triton.ensemble.engine.loop import EngineLoop, QueueFullError
 from deepseek_triton.ensemble.engine.runners.load import load_runner
@@ -29,13 +30,13 @@ from deepseek_triton.ensemble.processes.acknowledgements import AcknowledgementR
 from deepseek_triton.ensemble.processes.watchdog import watch
 from deepseek_triton.ensemble.protocol import contract
 from deepseek_triton.ensemble.protocol.progress import Progress, Update
-from deepseek_triton.ensemble.protocol.settings import EngineSettings
+from deepseek_triton.ensemble.protocol.settings import EngineSettings, SettingsError
 from deepseek_triton.ensemble.text.errors import one_line
 
 log = logging.getLogger(__name__)
 
-CANCELLATION_POLL_S = 0.1  # asking the server crosses to its process and back
-# Names, for the module has its contents only once the stub runs.
+CANCELLATION_POLL_S = 0.1  # seconds; each poll is a round trip to the server's process
+# Names instead of values: pb_utils is empty until Triton's stub process runs it.
 ERROR_CODES: dict[FailureKind, str] = {
     "invalid": "INVALID_ARG",
     "unavailable": "UNAVAILABLE",
@@ -44,14 +45,18 @@ ERROR_CODES: dict[FailureKind, str] = {
 
 
 class TritonPythonModel:
-    """Decoupled: `execute` queues and returns, the loop's thread answers."""
+    """A decoupled model: `execute` queues requests and returns; the loop's thread answers them."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the artefacts that lie beside this file and start the loop."""
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
-        settings = EngineSettings.from_model_config(args["model_config"])
         version = args["model_version"]
         directory = Path(args["model_repository"]) / version
+        try:
+            settings = EngineSettings.from_model_config(args["model_config"])
+        except SettingsError:
+            Manifest.load(directory)  # raises if an earlier version, which had other settings, built the model
+            raise
         served_name = args["model_name"].removesuffix("-engine")
         manifest, runner = load_runner(directory, settings)
         self._admission = Admission(directory, runner.vocab_size, manifest.end_ids, settings)
@@ -66,7 +71,7 @@ class TritonPythonModel:
         self._metrics.start()
 
     def execute(self, requests: list[Any]) -> None:
-        """Queue every request; one that is at fault is answered at once."""
+        """Queue every request; an invalid one is answered at once with its error."""
         for request in requests:
             sink = TritonSink(request.get_response_sender())
             try:
@@ -75,12 +80,12 @@ class TritonPythonModel:
                 sink.fail(str(error), "unavailable")
             except ValueError as error:
                 sink.fail(one_line(error), "invalid")
-            except Exception as error:  # the request must have an answer, and those after it their turn
+            except Exception as error:  # this request needs an answer, and the next ones their turn
                 log.error("a request can't be taken in", exc_info=error)
                 sink.fail(f"the request can't be taken in: {one_line(error)}", "internal")
 
     def finalize(self) -> None:
-        """End what still runs."""
+        """End the running requests and the threads."""
         self._watchdog.close()
         self._loop.close()
         self._metrics.close()
@@ -96,7 +101,7 @@ class TritonPythonModel:
         if contract.INPUT_IDS.name not in inputs:
             raise RequestError("input_ids is missing")
         options = read_options(inputs)
-        # Through an ensemble the server never says that the client has gone; only a direct caller's can be asked for.
+        # In an ensemble, Triton never reports that the client has disconnected; it does so for a direct call only.
         sink.polls_cancellation = options.prompt_info is None
         self._loop.submit(
             self._admission.make_request(
@@ -120,7 +125,7 @@ class TritonSink:
         self._is_begun = False
 
     def send(self, request: Request, updates: Sequence[Update]) -> None:
-        """Deliver `updates` with the request's progress; none: a heartbeat."""
+        """Send `updates` with the request's progress; without updates it is a heartbeat."""
         is_last = request.is_finished and bool(updates)
         head = None if self._is_begun or not updates else request.head
         self._is_begun = self._is_begun or bool(updates)
@@ -146,7 +151,7 @@ class TritonSink:
         self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def is_cancelled(self) -> bool:
-        """Whether the client of a direct call has gone; asks the server ten times a second at most."""
+        """Whether the client of a direct call has disconnected; asks the server at most ten times a second."""
         now = time.monotonic()
         if not self.polls_cancellation or now < self._next_poll:
             return False

@@ -1,8 +1,8 @@
-"""An engine's numbers on Triton's own /metrics.
+"""MetricsPublisher: an engine's metrics on Triton's own /metrics.
 
-Every call of the Python backend's metrics crosses to the server's process and back, some 30 µs: so numbers are
-gathered in EngineMetrics and published a few times a second, what changed and by how much. A histogram is published as
-the series that Prometheus makes of one (`_bucket` with `le`, `_sum`, `_count`), each a counter: the backend's own
+Every call of the Python backend's metrics is a round trip of some 30 µs to the server's process. Numbers are therefore
+gathered in EngineMetrics, and their increases are published a few times a second. A histogram is published as the
+series that Prometheus makes of one (`_bucket` with `le`, `_sum`, `_count`), each a counter, since the backend's own
 histograms take one observation a call.
 """
 
@@ -24,7 +24,7 @@ class MetricsPublisher:
     """Publishes `metrics` until it is closed.
 
     Args:
-        family: pb_utils.MetricFamily. labels: what every series carries.
+        family: pb_utils.MetricFamily. labels: the labels of every series.
     """
 
     def __init__(self, metrics: EngineMetrics, family: Any, labels: Mapping[str, str]) -> None:
@@ -38,12 +38,12 @@ class MetricsPublisher:
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
 
     def start(self) -> None:
-        """Publish now, then again and again on a thread of its own."""
+        """Publish now, then every INTERVAL_S seconds on a thread of its own."""
         self.publish()
         self._thread.start()
 
     def close(self) -> None:
-        """Publish what is left and stop."""
+        """Publish a last time and stop."""
         self._is_closed.set()
         if self._thread.is_alive():
             self._thread.join()

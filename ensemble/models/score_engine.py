@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from deepseek_triton.ensemble.engine.runners.scoring import RowScores, load_scoring_runner
+from deepseek_triton.ensemble.engine.runners.load import load_scoring_runner
+from deepseek_triton.ensemble.engine.runners.scoring import RowScores
 from deepseek_triton.ensemble.models.tensors import read_inputs
 from deepseek_triton.ensemble.protocol import contract
 from deepseek_triton.ensemble.scoring.rows import RowError, ScoreRow, split_rows
@@ -22,7 +23,7 @@ from deepseek_triton.ensemble.scoring.settings import ScoringSettings
 
 
 class TritonPythonModel:
-    """Requests of one row or several in, one response each out."""
+    """Answers each request, of one row or several, with one response."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the artefacts that lie beside this file."""
@@ -32,9 +33,9 @@ class TritonPythonModel:
         self._runner = load_scoring_runner(directory, settings)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Score every request's rows in one batch; a request that is at fault gets its own error."""
+        """Score the rows of all requests in one batch; an invalid request gets an error of its own."""
         rows: list[ScoreRow] = []
-        accepted: list[slice | str] = []  # each request's rows, or what is wrong with it
+        accepted: list[slice | str] = []  # each request's rows, or its error
         for request in requests:
             try:
                 own = split_rows(read_inputs(request))

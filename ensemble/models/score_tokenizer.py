@@ -21,7 +21,7 @@ from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 
 
 class TritonPythonModel:
-    """One request in, of one text or several, one response out."""
+    """Answers each request, of one text or several, with one response."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the tokenizer and the profile that lie beside this file."""
@@ -35,7 +35,7 @@ class TritonPythonModel:
     def _respond(self, request: Any) -> Any:
         try:
             tensors = self._encode(read_inputs(request))
-        except ValueError as error:  # RequestError, ProfileError, TextError: one line each, for the client
+        except ValueError as error:  # RequestError, ProfileError, TextError: a message of one line for the client
             invalid = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
             return pb_utils.InferenceResponse(error=invalid)
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, values) for name, values in tensors.items()])

@@ -19,7 +19,7 @@ from deepseek_triton.ensemble.scoring.profile import ScoringProfile
 
 
 class TritonPythonModel:
-    """One request in, one response out."""
+    """Answers each request with one response."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the profile and, where there is one, the calibration that lie beside this file."""
@@ -36,7 +36,7 @@ class TritonPythonModel:
         rows = (inputs[spec.name] for spec in contract.SCORER.inputs)
         for log_probs, hidden, targets, labels in zip(*rows, strict=True):
             sums, scores = label_scores(log_probs, targets, len(labels), self._normalisation)
-            # A calibration is of its own labels, in their order; for others the scores stand as they are.
+            # A calibration holds for its own labels in their order; other labels' scores stay uncalibrated.
             fitted = self._calibration
             is_calibrated = fitted is not None and fitted.labels == tuple(label.decode() for label in labels)
             if fitted is not None and is_calibrated:

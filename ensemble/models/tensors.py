@@ -24,7 +24,7 @@ NUMPY_DTYPES: dict[DType, Any] = {
 
 
 class RequestError(ValueError):
-    """The request's tensors are at fault; the message is one line for the client."""
+    """The request's tensors are invalid; the message is one line for the client."""
 
 
 def read_inputs(request: Any) -> dict[str, NDArray[Any]]:
@@ -44,5 +44,5 @@ def scalar(inputs: dict[str, NDArray[Any]], spec: TensorSpec) -> Any:
 
 
 def array(spec: TensorSpec, values: Any) -> NDArray[Any]:
-    """`values` as a tensor [1, n] of the dtype that the contract says."""
+    """`values` as an array [1, n] of the tensor's dtype."""
     return np.asarray(values, dtype=NUMPY_DTYPES[spec.dtype]).reshape(1, -1)

@@ -1,7 +1,6 @@
-"""Triton's adapter for the tokenizer: `text_input` or `messages` → `input_ids`, and what is to be known of them.
+"""Triton's adapter for the tokenizer: `text_input` or `messages` → `input_ids` and `prompt_info`.
 
-A repository's model.py imports it. It translates tensors and errors, nothing else: text is
-`ensemble/text/tokenizer.py`'s business.
+A repository's model.py imports it. It only translates tensors and errors; `ensemble/text/tokenizer.py` handles text.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ Result = TypeVar("Result")
 
 
 class Prepared(NamedTuple):
-    """A request that can be encoded."""
+    """A valid request: its prompt, and what the later models must know of it."""
 
     prompt: Prompt
     info: PromptInfo
 
 
 class TritonPythonModel:
-    """One request in, one response out, many at a time."""
+    """Answers each request with one response, a batch at a time."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the tokenizer that lies beside this file."""
@@ -41,7 +40,7 @@ class TritonPythonModel:
         self._watchdog = watch(args["model_name"].removesuffix("-tokenizer"), version, "tokenizer")
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Encode all requests at once; one that can't be encoded gets its own error."""
+        """Encode all requests at once; one that can't be encoded gets an error of its own."""
         prepared = [_attempt(self._prepare, request) for request in requests]
         encoded = iter(self._encode([entry.prompt for entry in prepared if isinstance(entry, Prepared)]))
         responses = []
@@ -70,14 +69,14 @@ class TritonPythonModel:
             raise RequestError("enable_thinking is for messages: with text_input, the text decides")
         else:
             prompt = self._tokenizer.text_prompt(text)
-        # A text that is continued as it is keeps its reasoning in it, unless the client says otherwise.
+        # A prompt without a template keeps the reasoning in its text, unless the client asks for it apart.
         separates = bool(separate_reasoning) if messages is None else separate_reasoning is not False
         return Prepared(prompt, PromptInfo(prompt.is_reasoning_open, prompt.has_tools, separates))
 
     def _encode(self, prompts: list[Prompt]) -> Sequence[Ids | Exception]:
         try:
             return self._tokenizer.encode_prompts(prompts)
-        except Exception:  # one must not cost the others their answers
+        except Exception:  # one bad prompt must not fail the whole batch
             return [_attempt(self._tokenizer.encode_prompt, prompt) for prompt in prompts]
 
 

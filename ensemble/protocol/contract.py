@@ -1,10 +1,10 @@
-"""Every tensor that crosses a model boundary: name, dtype, shape.
+"""The tensors that each Triton model takes and gives: name, dtype, shape.
 
-This is the leaf of the import graph: builders write these tables into `config.pbtxt`, the models read and
-write these tensors, clients send and receive them. It knows nothing about Triton, tokens or engines.
+Builders write these tables into `config.pbtxt`, the models read and write these tensors, clients send and receive them.
+What a request can say is `request_options.py`'s table. This module knows nothing about Triton, tokens or engines.
 
-Names and dtypes of public tensors are those of NVIDIA's `inflight_batcher_llm` ensemble, `finish_reason`
-is vllm_backend's, so that clients written for either keep working; what neither has is this project's own.
+Names and dtypes of public tensors are those of NVIDIA's `inflight_batcher_llm` ensemble; `finish_reason` is
+vllm_backend's. Clients written for either keep working. What neither has is this project's own.
 """
 
 from __future__ import annotations
@@ -12,76 +12,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-DType = Literal["BOOL", "INT32", "INT64", "UINT64", "FP32", "STRING"]
+from deepseek_triton.ensemble.protocol.request_options import REQUEST_OPTIONS
+from deepseek_triton.ensemble.protocol.tensor_spec import DType as DType
+from deepseek_triton.ensemble.protocol.tensor_spec import TensorSpec as TensorSpec
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
 
+# Request: the options, and by name those that the code refers to.
+PROMPT_INPUTS = tuple(option.tensor for option in REQUEST_OPTIONS if option.group == "prompt")
+ANSWER_INPUTS = tuple(option.tensor for option in REQUEST_OPTIONS if option.group != "prompt")
+OPTIONS: dict[str, TensorSpec] = {tensor.name: tensor for tensor in (*PROMPT_INPUTS, *ANSWER_INPUTS)}
+TEXT_INPUT = OPTIONS["text_input"]
+MESSAGES = OPTIONS["messages"]
+ENABLE_THINKING = OPTIONS["enable_thinking"]
+SEPARATE_REASONING = OPTIONS["separate_reasoning"]
+STREAM = OPTIONS["stream"]
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """One named tensor: its Triton dtype, its shape without the batch dimension (-1: any), if it may be absent."""
-
-    name: str
-    dtype: DType
-    dims: tuple[int, ...] = (1,)
-    optional: bool = False
-
-
-def _option(name: str, dtype: DType, dims: tuple[int, ...] = (1,)) -> TensorSpec:
-    return TensorSpec(name, dtype, dims, optional=True)
-
-
-# Request: the prompt
-TEXT_INPUT = _option("text_input", "STRING")
-MESSAGES = _option("messages", "STRING")
-ENABLE_THINKING = _option("enable_thinking", "BOOL")
-SEPARATE_REASONING = _option("separate_reasoning", "BOOL")
-
-# Request: how the answer is made
-MAX_TOKENS = _option("max_tokens", "INT32")
-MIN_TOKENS = _option("min_tokens", "INT32")
-TEMPERATURE = _option("temperature", "FP32")
-TOP_K = _option("top_k", "INT32")
-TOP_P = _option("top_p", "FP32")
-MIN_P = _option("min_p", "FP32")
-SEED = _option("seed", "UINT64")
-REPETITION_PENALTY = _option("repetition_penalty", "FP32")
-PRESENCE_PENALTY = _option("presence_penalty", "FP32")
-FREQUENCY_PENALTY = _option("frequency_penalty", "FP32")
-STOP_WORDS = _option("stop_words", "STRING", (-1,))
-BAD_WORDS = _option("bad_words", "STRING", (-1,))
-END_ID = _option("end_id", "INT32")
-PAD_ID = _option("pad_id", "INT32")  # taken for NVIDIA's clients' sake: nothing here is padded
-NUM_RETURN_SEQUENCES = _option("num_return_sequences", "INT32")
-GUIDE_TYPE = _option("guided_decoding_guide_type", "STRING")
-GUIDE = _option("guided_decoding_guide", "STRING")
-THINKING_TOKEN_BUDGET = _option("thinking_token_budget", "INT32")
-
-# Request: what the answer holds
-STREAM = _option("stream", "BOOL")
-EXCLUDE_INPUT_IN_OUTPUT = _option("exclude_input_in_output", "BOOL")
-RETURN_LOG_PROBS = _option("return_log_probs", "BOOL")
-NUM_TOP_LOG_PROBS = _option("num_top_log_probs", "INT32")
-RETURN_NUM_INPUT_TOKENS = _option("return_num_input_tokens", "BOOL")
-RETURN_NUM_OUTPUT_TOKENS = _option("return_num_output_tokens", "BOOL")
-RETURN_PERF_METRICS = _option("return_perf_metrics", "BOOL")
-
-# Request: when it runs
-PRIORITY = _option("priority", "INT32")
-QUEUE_TIMEOUT_MS = _option("queue_timeout_ms", "INT32")
-TIMEOUT_MS = _option("timeout_ms", "INT32")
 # Sent to the engine alone, with the request id of the request to stop: ends that one.
-STOP = _option("stop", "BOOL")
+STOP = TensorSpec("stop", "BOOL", optional=True)
 
 # Between the models
-INPUT_IDS = _option("input_ids", "INT32", (-1,))
+INPUT_IDS = TensorSpec("input_ids", "INT32", (-1,), optional=True)
 # What the detokenizer must know of the prompt (ensemble/protocol/progress.py), and that it follows and acknowledges
 # each response (ensemble/processes/acknowledgements.py); absent in a direct call of the engine.
-PROMPT_INFO = _option("prompt_info", "STRING")
+PROMPT_INFO = TensorSpec("prompt_info", "STRING", optional=True)
 OUTPUT_IDS = TensorSpec("output_ids", "INT32", (-1,))
 PROGRESS = TensorSpec("progress", "STRING")
 
-# Response: one value for each sequence that it tells of, but for the log probabilities, one for each new token.
+# Response: one value for each sequence that it reports on; of the log probabilities, one for each new token.
 TEXT_OUTPUT = TensorSpec("text_output", "STRING", (-1,))
 REASONING_OUTPUT = TensorSpec("reasoning_output", "STRING", (-1,))
 TOOL_CALLS = TensorSpec("tool_calls", "STRING", (-1,))
@@ -115,15 +74,6 @@ TARGET_LABELS = TensorSpec("target_labels", "INT32", (-1,))  # which label each 
 TOKEN_LOG_PROBS = TensorSpec("token_log_probs", "FP32", (-1,))
 HIDDEN_STATE = TensorSpec("hidden_state", "FP32", (-1,))
 
-PROMPT_INPUTS = (TEXT_INPUT, MESSAGES, ENABLE_THINKING, SEPARATE_REASONING)
-ANSWER_INPUTS = (
-    MAX_TOKENS, MIN_TOKENS, TEMPERATURE, TOP_K, TOP_P, MIN_P, SEED,
-    REPETITION_PENALTY, PRESENCE_PENALTY, FREQUENCY_PENALTY, STOP_WORDS, BAD_WORDS, END_ID, PAD_ID,
-    NUM_RETURN_SEQUENCES, GUIDE_TYPE, GUIDE, THINKING_TOKEN_BUDGET,
-    STREAM, EXCLUDE_INPUT_IN_OUTPUT, RETURN_LOG_PROBS, NUM_TOP_LOG_PROBS,
-    RETURN_NUM_INPUT_TOKENS, RETURN_NUM_OUTPUT_TOKENS, RETURN_PERF_METRICS,
-    PRIORITY, QUEUE_TIMEOUT_MS, TIMEOUT_MS,
-)  # fmt: skip
 ALWAYS_OUTPUTS = (TEXT_OUTPUT, FINISH_REASON, NUM_INPUT_TOKENS, NUM_OUTPUT_TOKENS)
 # Given only where the request asks for them.
 TIME_OUTPUTS = (ARRIVAL_TIME_NS, FIRST_SCHEDULED_TIME_NS, FIRST_TOKEN_TIME_NS, LAST_TOKEN_TIME_NS)
@@ -134,7 +84,7 @@ ASKED_OUTPUTS = (
 
 @dataclass(frozen=True)
 class ModelContract:
-    """What one Triton model takes and gives."""
+    """The inputs and outputs of one Triton model."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]

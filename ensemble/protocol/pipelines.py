@@ -1,7 +1,7 @@
 """The ensembles' step graphs, as data.
 
-A pipeline says which models run in which order and which tensor of the ensemble each of their tensors is.
-Builders turn it into an ensemble's config.pbtxt. It knows tensors and names, nothing about Triton's files.
+A pipeline lists an ensemble's models in order and maps their tensors to the ensemble's. Builders write it into the
+ensemble's config.pbtxt. This module knows tensors and names, nothing of Triton's files.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class EnsembleStep:
 
 @dataclass(frozen=True)
 class EnsemblePipeline:
-    """What an ensemble takes, gives, and runs in between."""
+    """An ensemble: its inputs and outputs, and the models that it runs."""
 
     name: str
     contract: ModelContract
@@ -64,7 +64,7 @@ class EnsemblePipeline:
 
 
 def model_name(served_name: str, suffix: str) -> str:
-    """The name of a served model's part: ("smollm2", "engine") → "smollm2-engine"."""
+    """The name of one model of an ensemble: ("smollm2", "engine") → "smollm2-engine"."""
     return f"{served_name}-{suffix}"
 
 
@@ -74,7 +74,7 @@ def _public(*tensors: TensorSpec) -> dict[str, str]:
 
 
 def _private(*tensors: TensorSpec) -> dict[str, str]:
-    """Tensors that only cross from step to step: the underscore keeps them apart from the public ones."""
+    """Tensors that only pass from step to step; an underscore keeps their names apart from the public ones."""
     return {tensor.name: f"_{tensor.name}" for tensor in tensors}
 
 
@@ -97,7 +97,7 @@ _ROWS = _private(*SCORE_ROW, TARGET_LABELS)
 _SCORED = _private(TOKEN_LOG_PROBS, HIDDEN_STATE)
 _LABELS = _public(SCORED_LABELS)
 
-# Nothing here is decoupled: what the tokenizer gives may feed the scorer, past the engine.
+# No model here is decoupled, so the scorer may take tensors of the tokenizer.
 SCORE_PIPELINE = EnsemblePipeline(
     "score",
     SCORE,

@@ -1,8 +1,8 @@
-"""What travels beside the ids from model to model, as JSON: facts about the prompt, and how far each sequence is.
+"""The JSON tensors that travel beside the token ids from model to model: PromptInfo and Progress.
 
-The tokenizer writes a PromptInfo for the engine, the engine a Progress for the detokenizer, which is where a client's
-outputs are made. One text tensor instead of a dozen small ones: each tensor costs every response some 10 µs in each
-model. It knows nothing of Triton, of engines or of text.
+The tokenizer writes a PromptInfo for the engine. The engine writes a Progress for the detokenizer, which makes the
+client's outputs of it. One text tensor replaces a dozen small ones, since each tensor costs every response some 10 µs
+in each model. This module knows nothing of Triton, of engines or of text.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from deepseek_triton.ensemble.protocol.contract import FinishReason
 
 @dataclass(frozen=True)
 class PromptInfo:
-    """How the answer to a prompt is to be read.
+    """What the detokenizer must know of a prompt to read its answer.
 
     is_reasoning_open: whether the prompt ends inside an open `<think>`; None: the model knows no reasoning.
     has_tools: whether the prompt offered tools, so that calls are looked for.
-    separates_reasoning: whether the client wants it apart from the text.
+    separates_reasoning: whether the client wants reasoning apart from the text.
     """
 
     is_reasoning_open: bool | None = None
@@ -53,15 +53,22 @@ class PromptInfo:
 
 @dataclass(frozen=True)
 class StreamHead:
-    """A stream's first response says how the stream is to be read; echo: prompt ids that the text begins with."""
+    """What the detokenizer must know before a stream's first token; it travels with the first response.
+
+    input_ids: the prompt's ids where the text begins with the prompt (`exclude_input_in_output` is false), else none.
+    """
 
     info: PromptInfo
-    echo: tuple[int, ...] = ()
+    input_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class LogProbs:
-    """Natural logarithms: of each new token, their sum over the sequence so far, and each token's likeliest others."""
+    """Natural logarithms of probabilities.
+
+    tokens: one for each new token. total: their sum over the sequence so far. top: for each new token, the ids and log
+    probabilities of the likeliest tokens in its place.
+    """
 
     tokens: tuple[float, ...]
     total: float
@@ -70,9 +77,9 @@ class LogProbs:
 
 @dataclass(frozen=True)
 class Update:
-    """What is new of one sequence; `ids` travel in the tensor `output_ids`.
+    """The new tokens of one sequence; `ids` travel in the tensor `output_ids`.
 
-    num_cut_chars: characters that the end of the whole text loses, for they belong to a stop word.
+    num_cut_chars: the number of characters to cut from the end of the whole text, for they belong to a stop word.
     times_ns: arrival, first scheduled, first token, last token, on the server's monotonic clock.
     """
 
@@ -104,14 +111,14 @@ class Progress:
 
     @property
     def ids(self) -> list[int]:
-        """Every update's ids, one behind the other."""
+        """Every update's ids, concatenated."""
         return [token for update in self.updates for token in update.ids]
 
     def to_json(self) -> str:
         """One line of JSON, without the ids."""
         values: list[Any] = [self.stream_id, self.num_input_tokens, self.shows_output_tokens]
         values += [self.shows_index, self.is_last]
-        values.append(None if self.head is None else [self.head.info.to_json(), self.head.echo])
+        values.append(None if self.head is None else [self.head.info.to_json(), self.head.input_ids])
         for update in self.updates:
             log_probs = update.log_probs
             values.append([

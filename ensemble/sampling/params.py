@@ -1,97 +1,55 @@
-"""SamplingParams: the validated sampling parameters of one request.
+"""SamplingParams: the sampling options of one request, validated once.
 
-The defaults are vLLM's, which change nothing, except that of the temperature.
+Ranges and defaults are those of `ensemble/protocol/request_options.py`. The defaults change nothing; they are vLLM's,
+but for the temperature.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
 
-import numpy as np
-
+from deepseek_triton.ensemble.protocol.ranges import MAX_FLOAT32, Range
+from deepseek_triton.ensemble.protocol.request_options import (
+    MAX_LOG_PROBS,
+    MAX_RETURN_SEQUENCES,
+    NO_END_ID,
+    default_of,
+)
+from deepseek_triton.ensemble.protocol.request_options import RANGES as OPTION_RANGES
 from deepseek_triton.ensemble.sampling.errors import SamplingError
 
-MIN_TEMPERATURE = 1e-5  # below it decoding is greedy: float32 would overflow
-MAX_LOG_PROBS = 20  # OpenAI's limit
-MAX_RETURN_SEQUENCES = 64
-MAX_SEED = 2**64 - 1  # the seed tensor is UINT64
-MAX_INT32 = 2**31 - 1
-MAX_FLOAT32 = float(np.finfo(np.float32).max)
-NO_END_ID = -1  # the value of end_id that disables end tokens
+__all__ = ["MAX_FLOAT32", "MAX_LOG_PROBS", "MAX_RETURN_SEQUENCES", "SamplingParams"]
 
-
-class Range(NamedTuple):
-    """The allowed values `low` … `high` of a field, and the rule in words for the error message."""
-
-    low: float
-    high: float
-    rule: str
-    excludes_low: bool = False
-
-    def holds(self, value: float) -> bool:
-        """Return whether `value` is in the range; NaN never is."""
-        return self.low <= value <= self.high and not (self.excludes_low and value == self.low)
-
-
-INTEGERS = {
-    "max_tokens": Range(1, MAX_INT32, "must be at least 1"),
-    "min_tokens": Range(0, MAX_INT32, "must be at least 0"),
-    "top_k": Range(0, MAX_INT32, "must be at least 1, or 0 for all tokens"),
-    "seed": Range(0, MAX_SEED, "must be at least 0 and below 2**64"),
-    "end_id": Range(NO_END_ID, MAX_INT32, "must be a token id, or -1 for none"),
-    "num_log_probs": Range(0, MAX_LOG_PROBS, f"must be 0 to {MAX_LOG_PROBS}"),
-    "num_return_sequences": Range(1, MAX_RETURN_SEQUENCES, f"must be 1 to {MAX_RETURN_SEQUENCES}"),
-}
-FLOATS = {
-    "temperature": Range(0, MAX_FLOAT32, "must be a finite number of at least 0"),
-    "top_p": Range(0, 1, "must be above 0 and at most 1", excludes_low=True),
-    "min_p": Range(0, 1, "must be 0 to 1"),
-    "repetition_penalty": Range(0, MAX_FLOAT32, "must be a finite number above 0", excludes_low=True),
-    "presence_penalty": Range(-MAX_FLOAT32, MAX_FLOAT32, "must be a finite number"),
-    "frequency_penalty": Range(-MAX_FLOAT32, MAX_FLOAT32, "must be a finite number"),
-}
+MIN_TEMPERATURE = 1e-5  # below it float32 would overflow, and only the likeliest token would be sampled anyway
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The sampling parameters of one request.
+    """The sampling options of one request.
 
-    max_tokens: maximum number of generated tokens; None: up to the end of the context.
-    min_tokens: minimum number of generated tokens before an end token.
-    temperature: 0 is greedy; None: 1 if top_k, top_p or min_p is given, else 0.
-    top_k: keep the k likeliest tokens; 0: all.
-    top_p: of these, keep the fewest likeliest whose probabilities sum to at least top_p; 1: all.
-    min_p: of these, keep those whose probability is at least min_p times that of the likeliest; 0: all.
-    seed: the same seed gives the same tokens; None: a random seed.
-    repetition_penalty: divides the positive and multiplies the negative logits of tokens in prompt and output.
-    presence_penalty: is subtracted from the logits of tokens in the output.
-    frequency_penalty: is subtracted from the logits of tokens in the output, once per occurrence.
-    end_id: replaces the model's end tokens; -1: no end token.
-    num_log_probs: number of likeliest tokens reported with their log probabilities, beside the chosen token; None: no
-        log probabilities.
-    num_return_sequences: number of sequences sampled for the prompt. Each has its own seed; the first uses `seed`.
+    num_log_probs: how many likeliest tokens to report beside the chosen one, with their log probabilities; None: report
+        none at all. Every other field is the request option of that name.
     """
 
     max_tokens: int | None = None
-    min_tokens: int = 0
+    min_tokens: int = default_of("min_tokens")
     temperature: float | None = None
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    top_k: int = default_of("top_k")
+    top_p: float = default_of("top_p")
+    min_p: float = default_of("min_p")
     seed: int | None = None
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    repetition_penalty: float = default_of("repetition_penalty")
+    presence_penalty: float = default_of("presence_penalty")
+    frequency_penalty: float = default_of("frequency_penalty")
     end_id: int | None = None
     num_log_probs: int | None = None
-    num_return_sequences: int = 1
+    num_return_sequences: int = default_of("num_return_sequences")
 
     def __post_init__(self) -> None:
-        for field, allowed in (INTEGERS | FLOATS).items():
+        for field, allowed in RANGES.items():
             value = getattr(self, field)
             if value is not None and not allowed.holds(value):
-                raise SamplingError(f"{field} is {value}, {allowed.rule}")
+                raise SamplingError(f"{field} is {value}, must be {allowed.broken_rule(value)}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise SamplingError(f"min_tokens is {self.min_tokens}, must be at most max_tokens, {self.max_tokens}")
         if self.num_return_sequences > 1 and self.is_greedy:
@@ -124,3 +82,9 @@ class SamplingParams:
         if self.end_id is None:
             return model_end_ids
         return frozenset() if self.end_id == NO_END_ID else frozenset({self.end_id})
+
+
+RANGES: dict[str, Range] = {
+    **{field.name: OPTION_RANGES[field.name] for field in fields(SamplingParams) if field.name in OPTION_RANGES},
+    "num_log_probs": OPTION_RANGES["num_top_log_probs"],
+}

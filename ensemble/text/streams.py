@@ -64,7 +64,7 @@ class _Sequence:
 
     def __init__(self, tokenizer: Tokenizer, head: StreamHead) -> None:
         self._detokenizer = IncrementalDetokenizer(tokenizer)
-        self._echo = self._detokenizer.push(head.echo) if head.echo else ""
+        self._input_text = self._detokenizer.push(head.input_ids) if head.input_ids else ""
         tool_format = tokenizer.tool_format if head.info.has_tools else None
         self.has_tools = tool_format is not None
         is_reasoning_open = head.info.is_reasoning_open if head.info.separates_reasoning else None
@@ -77,8 +77,8 @@ class _Sequence:
         text = self._detokenizer.push(update.ids, final=is_final)
         if update.num_cut_chars:
             text = text[: -update.num_cut_chars]
-        echo, self._echo = self._echo, ""
-        return echo, self._channels.push(text, final=is_final)
+        input_text, self._input_text = self._input_text, ""
+        return input_text, self._channels.push(text, final=is_final)
 
 
 def _add_counts(progress: Progress, outputs: StreamOutputs) -> None:

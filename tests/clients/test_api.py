@@ -39,8 +39,10 @@ WRONG: list[tuple[str, Any]] = [
     ("end_id", -2),
     ("num_return_sequences", 0),
     ("num_return_sequences", 2.0),
+    ("num_return_sequences", 65),
     ("thinking_token_budget", -1),
     ("num_top_log_probs", True),
+    ("num_top_log_probs", 21),
     ("priority", -1),
     ("queue_timeout_ms", 2**31),
     ("timeout_ms", 0.5),
@@ -70,8 +72,10 @@ RIGHT: list[tuple[str, Any]] = [
     ("frequency_penalty", -2),
     ("end_id", -1),
     ("num_return_sequences", 1),
+    ("num_return_sequences", 64),
     ("thinking_token_budget", 0),
     ("num_top_log_probs", 0),
+    ("num_top_log_probs", 20),
     ("priority", 0),
     ("queue_timeout_ms", 0),
     ("timeout_ms", 2**31 - 1),
@@ -86,11 +90,15 @@ FULL: dict[str, Any] = {
     "max_tokens": 9, "min_tokens": 2, "temperature": 1, "top_k": 1, "top_p": 1, "min_p": 1, "seed": 1,
     "repetition_penalty": 1, "presence_penalty": 1, "frequency_penalty": 1, "stop_words": ["a"], "bad_words": ["b"],
     "end_id": 1, "num_return_sequences": 1, "guide_type": "regex", "guide": "a+", "thinking_token_budget": 1,
-    "separate_reasoning": True, "echo": True, "return_log_probs": True, "num_top_log_probs": 1,
+    "separate_reasoning": True, "exclude_input_in_output": False, "return_log_probs": True, "num_top_log_probs": 1,
     "return_perf_metrics": True, "priority": 1, "queue_timeout_ms": 1, "timeout_ms": 1,
 }  # fmt: skip
 # The server fills no tensor in for pad_id, and the counts of tokens are what the clients count by.
-NEVER_SENT = {contract.PAD_ID, contract.RETURN_NUM_INPUT_TOKENS, contract.RETURN_NUM_OUTPUT_TOKENS}
+NEVER_SENT = {
+    contract.OPTIONS["pad_id"],
+    contract.OPTIONS["return_num_input_tokens"],
+    contract.OPTIONS["return_num_output_tokens"],
+}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 
@@ -155,10 +163,10 @@ def test_every_input_of_the_contract_can_be_sent() -> None:
     assert sent == set(contract.GENERATE.inputs) - NEVER_SENT
 
 
-def test_echo_is_sent_as_its_opposite() -> None:
-    for echo in (True, False):
-        tensors = GenerateRequest(prompt="x", echo=echo).to_tensors(stream=True)
-        assert tensors[contract.EXCLUDE_INPUT_IN_OUTPUT] is not echo
+def test_whether_the_prompt_comes_back_is_sent_as_given() -> None:
+    for excludes in (True, False):
+        tensors = GenerateRequest(prompt="x", exclude_input_in_output=excludes).to_tensors(stream=True)
+        assert tensors[contract.OPTIONS["exclude_input_in_output"]] is excludes
 
 
 def test_options_that_need_each_other() -> None:
@@ -187,7 +195,10 @@ def test_options_that_need_each_other() -> None:
 )
 def test_a_guide_travels_as_text(guide_type: Any, guide: Any, sent: str) -> None:
     tensors = GenerateRequest(prompt="x", guide_type=guide_type, guide=guide).to_tensors(stream=True)
-    assert (tensors[contract.GUIDE_TYPE], tensors[contract.GUIDE]) == (guide_type, sent)
+    assert (
+        tensors[contract.OPTIONS["guided_decoding_guide_type"]],
+        tensors[contract.OPTIONS["guided_decoding_guide"]],
+    ) == (guide_type, sent)
 
 
 @pytest.mark.parametrize(

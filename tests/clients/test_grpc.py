@@ -11,6 +11,7 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 import deepseek_triton.clients.grpc as clients_grpc
+from deepseek_triton.clients import grpc_wire
 from deepseek_triton.clients.api import GenerateRequest
 from deepseek_triton.clients.errors import ProtocolError
 from deepseek_triton.clients.grpc import GrpcClient
@@ -43,29 +44,29 @@ def _response(datatype: str, raw: bytes) -> Any:
 )
 def test_a_malformed_string_is_refused(datatype: str, raw: bytes) -> None:
     with pytest.raises(ProtocolError, match="finish_reason must be"):
-        clients_grpc._decode_response(_response(datatype, raw), (contract.FINISH_REASON,))
+        grpc_wire.read_response(_response(datatype, raw), (contract.FINISH_REASON,))
 
 
 def test_contents_that_do_not_fit_the_shape_are_refused() -> None:
     response = service_pb2.ModelInferResponse(raw_output_contents=[bytes(16)])
     response.outputs.add(name="arrival_time_ns", datatype="INT64", shape=[1, 1])
     with pytest.raises(ProtocolError, match=r"arrival_time_ns must be of shape \[1, 1\], got 2 elements"):
-        clients_grpc._decode_response(response, (contract.ARRIVAL_TIME_NS,))
+        grpc_wire.read_response(response, (contract.ARRIVAL_TIME_NS,))
     with pytest.raises(ProtocolError, match="arrival_time_ns must be INT64"):
-        clients_grpc._decode(contract.ARRIVAL_TIME_NS, bytes(9))
+        grpc_wire.decode(contract.ARRIVAL_TIME_NS, bytes(9))
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["a", "", "b\u2028🗼"]])
 def test_a_tensor_of_any_number_of_strings(texts: list[str]) -> None:
-    raw = b"".join(clients_grpc._encode(contract.STOP_WORDS, text) for text in texts)
-    assert clients_grpc._decode(contract.TEXT_OUTPUT, raw) == texts
+    raw = grpc_wire.encode(contract.OPTIONS["stop_words"], texts)
+    assert grpc_wire.decode(contract.TEXT_OUTPUT, raw) == texts
 
 
 def test_an_output_without_contents_is_refused() -> None:
     response = _response("BYTES", b"\0\0\0\0")
     del response.raw_output_contents[:]
     with pytest.raises(ProtocolError, match="contents for 1 outputs, got 0"):
-        clients_grpc._decode_response(response, (contract.FINISH_REASON,))
+        grpc_wire.read_response(response, (contract.FINISH_REASON,))
 
 
 def test_generate_refuses_a_stream() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -11,12 +11,18 @@ from hypothesis import strategies as st
 from deepseek_triton.clients.api import GenerateRequest
 from deepseek_triton.clients.errors import RequestRejected
 from deepseek_triton.clients.http import HttpClient
-from deepseek_triton.clients.sse import iter_events
+from deepseek_triton.clients.sse import EventReader
 from tests.clients.test_fakes import MODEL, Fail, FakeHttpServer, Received, Reply, reply, say
 
 REQUEST = GenerateRequest(prompt="Hello")
 # Everything at which str.splitlines cuts and JSON needs no escape, and a character outside the BMP.
 TEXT = "a\u2028b\u2029c\u0085d\x7f🗼é"
+
+
+def iter_events(pieces: Iterable[bytes]) -> Iterator[str]:
+    reader = EventReader()
+    for piece in pieces:
+        yield from reader.push(piece)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 7, None])

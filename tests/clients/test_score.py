@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import httpx
@@ -14,6 +15,8 @@ from tritonclient import utils as triton_utils
 from tritonclient.grpc import service_pb2
 
 from deepseek_triton.builders import cli
+from deepseek_triton.clients.async_grpc import AsyncGrpcClient
+from deepseek_triton.clients.async_http import AsyncHttpClient
 from deepseek_triton.clients.base import BaseClient
 from deepseek_triton.clients.errors import (
     ClientError,
@@ -26,6 +29,7 @@ from deepseek_triton.clients.examples import score_examples
 from deepseek_triton.clients.grpc import GrpcClient
 from deepseek_triton.clients.http import HttpClient
 from deepseek_triton.clients.score import Score, ScoreRequest, Tensor
+from tests.support.blocking import Blocking
 
 OUTPUTS: dict[str, tuple[str, list[int], list[Any]]] = {
     "label": ("BYTES", [2, 1], ["gut", "böse"]),
@@ -57,23 +61,41 @@ def grpc_response(outputs: dict[str, tuple[str, list[int], list[Any]]]) -> Any:
     return response
 
 
-class Wire:
-    """One client whose server is a function from inputs to outputs."""
+OPEN: list[BaseClient | Blocking] = []
 
-    def __init__(self, protocol: str, outputs: dict[str, Any], fault: Any = None) -> None:
-        self.protocol, self.outputs, self.fault = protocol, outputs, fault
+
+class Wire:
+    """One client whose server is a function from inputs to outputs. `kind`: a protocol, and "-async" for asyncio."""
+
+    def __init__(self, kind: str, outputs: dict[str, Any], fault: Any = None) -> None:
+        self.outputs, self.fault = outputs, fault
         self.received: dict[str, tuple[list[int], list[Any]]] = {}
         self.model = ""
-        self.client: BaseClient
-        if protocol == "grpc":
+        client = self._make_client(kind)
+        OPEN.append(client)
+        self.client = cast(BaseClient, client)
+
+    def _make_client(self, kind: str) -> BaseClient | Blocking:
+        url = "http://localhost:1"
+        if kind == "grpc":
             grpc_client = GrpcClient("localhost:1", "m")
             grpc_client._stub = SimpleNamespace(ModelInfer=self._grpc)
-            self.client = grpc_client
-        else:
-            http_client = HttpClient("http://localhost:1", "m")
-            transport = httpx.MockTransport(self._http)
-            http_client._client = httpx.Client(transport=transport, base_url="http://localhost:1")
-            self.client = http_client
+            return grpc_client
+        if kind == "grpc-async":
+            async_grpc_client = AsyncGrpcClient("localhost:1", "m")
+            async_grpc_client._stub = SimpleNamespace(ModelInfer=self._async_grpc)
+            return Blocking(async_grpc_client)
+        transport = httpx.MockTransport(self._http)
+        if kind == "http":
+            http_client = HttpClient(url, "m")
+            http_client._client = httpx.Client(transport=transport, base_url=url)
+            return http_client
+        async_http_client = AsyncHttpClient(url, "m")
+        async_http_client._client = httpx.AsyncClient(transport=transport, base_url=url)
+        return Blocking(async_http_client)
+
+    async def _async_grpc(self, message: Any, timeout: float) -> Any:
+        return self._grpc(message, timeout)
 
     def _grpc(self, message: Any, timeout: float) -> Any:
         if isinstance(self.fault, Exception):
@@ -88,7 +110,7 @@ class Wire:
         if isinstance(self.fault, Exception):
             raise self.fault
         if isinstance(self.fault, httpx.Response):
-            return self.fault
+            return httpx.Response(self.fault.status_code, content=self.fault.content)  # one that nobody has read
         self.model = request.url.path.removeprefix("/v2/models/").removesuffix("/infer")
         for tensor in json.loads(request.content)["inputs"]:
             self.received[tensor["name"]] = (tensor["shape"], tensor["data"])
@@ -99,9 +121,18 @@ class Wire:
         return httpx.Response(200, json={"outputs": outputs})
 
 
-@pytest.fixture(params=["grpc", "http"])
+@pytest.fixture(params=["grpc", "http", "grpc-async", "http-async"])
 def protocol(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def closed_clients() -> Iterator[None]:
+    """Close every client at the test's end."""
+    yield
+    while OPEN:
+        client = OPEN.pop()
+        client.end() if isinstance(client, Blocking) else client.close()
 
 
 def test_texts_and_labels_go_and_scores_come(protocol: str) -> None:
@@ -144,7 +175,7 @@ def test_bytes_that_are_no_tensor_are_an_error() -> None:
     with pytest.raises(ProtocolError, match=r"output probabilities must be FP32, got INT32"):
         wire = Wire("grpc", {**OUTPUTS, "probabilities": ("INT32", [2, 2], [1, 2, 3, 4])})
         wire.client.score(ScoreRequest(texts="x"))
-    with pytest.raises(ProtocolError, match=r"a tensor of shape \[2, 1\] came with 1 values"):
+    with pytest.raises(ProtocolError, match=r"output label must be of shape \[2, 1\], got 1 elements"):
         Wire("grpc", {**OUTPUTS, "label": ("BYTES", [2, 1], ["gut"])}).client.score(ScoreRequest(texts="x"))
     with pytest.raises(ProtocolError, match="isn't one of infer"):
         Wire("http", OUTPUTS, httpx.Response(200, json={})).client.score(ScoreRequest(texts="x"))
@@ -161,6 +192,7 @@ class FakeRpcError(grpc.RpcError):  # type: ignore[misc]
         return "labels holds 1 label"
 
 
+@pytest.mark.parametrize("suffix", ["", "-async"])
 @pytest.mark.parametrize(
     ("protocol", "fault", "kind"),
     [
@@ -172,9 +204,9 @@ class FakeRpcError(grpc.RpcError):  # type: ignore[misc]
         ("http", httpx.ReadTimeout("late"), RequestTimeout),
     ],
 )
-def test_faults_are_the_clients_own_errors(protocol: str, fault: Any, kind: type[ClientError]) -> None:
+def test_faults_are_the_clients_own_errors(protocol: str, fault: Any, kind: type[ClientError], suffix: str) -> None:
     with pytest.raises(kind) as caught:
-        Wire(protocol, OUTPUTS, fault).client.score(ScoreRequest(texts="x", labels=["a"]))
+        Wire(protocol + suffix, OUTPUTS, fault).client.score(ScoreRequest(texts="x", labels=["a"]))
     assert type(caught.value) is kind
     if kind is RequestRejected:
         assert str(caught.value) == "labels holds 1 label"

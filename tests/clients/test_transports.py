@@ -1,4 +1,4 @@
-"""What holds for every transport: each test runs over gRPC and over HTTP."""
+"""What holds for every client: each test runs over gRPC and over HTTP, synchronously and with asyncio."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from typing import cast
 
 import pytest
 
 from deepseek_triton.clients.api import Chunk, Client, GenerateRequest, Generation, Message, Times, ToolCall, TopLogProb
 from deepseek_triton.clients.base import BaseClient
-from deepseek_triton.clients.connect import ProtocolName, connect
+from deepseek_triton.clients.connect import PROTOCOLS, ProtocolName, connect, connect_async
 from deepseek_triton.clients.errors import (
     ClientError,
     ProtocolError,
@@ -41,15 +42,17 @@ from tests.clients.test_fakes import (
     rows,
     say,
 )
+from tests.support.blocking import Blocking
 
 REQUEST = GenerateRequest(prompt="Hello")
 
 
 class World:
-    """One transport: starts fake servers and clients, and closes them after the test."""
+    """One kind of client: starts fake servers and clients, and closes them after the test."""
 
-    def __init__(self, protocol: ProtocolName) -> None:
+    def __init__(self, protocol: ProtocolName, *, is_async: bool) -> None:
         self.protocol = protocol
+        self._is_async = is_async
         self._open = ExitStack()
 
     def serve(self, script: Script, on_stop: Fail | None = None) -> FakeServer:
@@ -58,7 +61,15 @@ class World:
         return server
 
     def client(self, url: str, timeout_s: float = 10.0) -> BaseClient:
-        return self._open.enter_context(connect(self.protocol, MODEL, url, timeout_s))
+        return self._open.enter_context(self.connect(MODEL, url, timeout_s))
+
+    def connect(self, model: str, url: str, timeout_s: float = 10.0) -> BaseClient:
+        """A client that the caller closes."""
+        if not self._is_async:
+            return connect(self.protocol, model, url, timeout_s)
+        client = Blocking(connect_async(self.protocol, model, url, timeout_s))
+        self._open.callback(client.end)
+        return cast(BaseClient, client)
 
     def start(self, script: Script, timeout_s: float = 10.0) -> tuple[FakeServer, BaseClient]:
         server = self.serve(script)
@@ -68,9 +79,13 @@ class World:
         self._open.close()
 
 
-@pytest.fixture(params=["grpc", "http"])
+KINDS = [(protocol, is_async) for is_async in (False, True) for protocol in PROTOCOLS]
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind[0] + ("-async" if kind[1] else ""))
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
-    world = World(request.param)
+    protocol, is_async = request.param
+    world = World(protocol, is_async=is_async)
     yield world
     world.close()
 
@@ -138,7 +153,7 @@ def test_options_arrive_as_they_were_given(world: World) -> None:
             bad_words=["one"],
             num_top_log_probs=2,
             enable_thinking=False,
-            echo=True,
+            exclude_input_in_output=False,
             guide_type="choice",
             guide=["a", "b"],
             timeout_ms=5,
@@ -498,9 +513,9 @@ def test_malformed_arguments_are_named(world: World) -> None:
     right = "localhost:8001" if world.protocol == "grpc" else "http://localhost:8000"
     for url in WRONG_URLS[world.protocol]:
         with pytest.raises(ValueError, match=f"url must .*got '{url}'"):
-            connect(world.protocol, MODEL, url)
+            world.connect(MODEL, url)
     for timeout_s in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=rf"timeout_s must .*got {timeout_s}"):
-            connect(world.protocol, MODEL, right, timeout_s)
+            world.connect(MODEL, right, timeout_s)
     with pytest.raises(ValueError, match="model must"):
-        connect(world.protocol, "", right)
+        world.connect("", right)

@@ -32,6 +32,7 @@ def counts_run(counts: Floats) -> Run:
     return run_of([np.ones(int(count)) for count in counts], float(len(counts)))
 
 
+@pytest.mark.slow
 def test_eight_paired_blocks_cover_the_difference_as_often_as_they_say() -> None:
     """Each block is a machine's mood that both runs share, and 10 requests of chance of each run's own."""
     random = np.random.default_rng(0)

@@ -25,6 +25,7 @@ from tests.support.fake_triton import MODEL, Behaviour, Ports, fake_triton
 from tests.support.loadtests import missed_but_for_time
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow  # each test runs a load for seconds, in a process of its own
 
 PROFILE = """
 description = "A test"

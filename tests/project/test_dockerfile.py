@@ -27,6 +27,8 @@ from tests.conftest import NAME
 from tests.support.checkpoints import smollm2_path
 
 ROOT = Path(__file__).parents[2]
+# A second build of SmolLM2 takes less than to install the images twice, or to have the server's worker install them.
+pytestmark = pytest.mark.xdist_group("dockerfile")
 PACKAGES = "/opt/deepseek-triton"
 OLDEST_TAG = (26, 7)
 KEY = "only-for-this-test"
@@ -119,7 +121,7 @@ def test_the_engine_is_sent_only_what_is_copied(path: str, ignored: bool) -> Non
 
 
 def test_both_stages_stand_on_a_triton_without_known_holes() -> None:
-    (tag,) = (value for name, value in instructions(TEXT) if name == "ARG")
+    (tag,) = (value for name, value in instructions(TEXT) if name == "ARG" and value.startswith("TRITON_TAG"))
     match = re.fullmatch(r"TRITON_TAG=(\d\d)\.(\d\d)-py3", tag)
     assert match is not None, tag
     assert (int(match[1]), int(match[2])) >= OLDEST_TAG
@@ -147,7 +149,7 @@ def test_every_source_of_a_copy_exists(role: str) -> None:
 
 def test_serve_gets_only_what_the_models_import() -> None:
     copied = {source for value in STAGES["serve"].all("COPY") for source in value.split()[:-1]}
-    assert copied == {"pyproject.toml", "README.md", "deepseek_triton", "ensemble"}
+    assert copied == {"pyproject.toml", "README.md", "LICENSE", "deepseek_triton", "ensemble"}
 
 
 def test_serve_says_where_it_listens_and_where_the_models_are() -> None:
@@ -170,7 +172,7 @@ class Image:
         return done.stdout
 
 
-def make_image(stage: Stage, root: Path) -> Image:
+def make_image(stage: Stage, root: Path, **arguments: str) -> Image:
     python = root / "python"
     venv.create(python, symlinks=True, with_pip=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -191,7 +193,10 @@ def make_image(stage: Stage, root: Path) -> Image:
                     copy = directory / target / (file.relative_to(source) if (ROOT / source).is_dir() else file)
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(ROOT / file, copy, follow_symlinks=False)  # links stay links, as in Docker
-        elif name == "RUN" and "pip" in value:
+        elif name == "ARG":
+            variable, _, default = value.partition("=")
+            environment[variable] = arguments.get(variable, default)
+        elif name == "RUN" and ("pip" in value or ".pth" in value):
             done = subprocess.run(["sh", "-ec", value], cwd=directory, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, f"{value}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     return Image(root, environment)
@@ -207,10 +212,11 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     root = tmp_path_factory.mktemp("serve")
-    yield make_image(STAGES["serve"], root)
+    yield make_image(STAGES["serve"], root, RUNNERS="serve")
     shutil.rmtree(root)  # hundreds of MB
 
 
+@pytest.mark.slow
 def test_the_builder_builds(builder: Image) -> None:
     assert "--max-seq-len" in builder.run("python", "-m", "deepseek_triton.builders.cli", "build", "--help")
     # The entrypoint itself, on real weights: every import that a build makes is made.
@@ -252,6 +258,7 @@ print(np.__version__, tokenizer.decode([int(logits.argmax())]))
 """
 
 
+@pytest.mark.slow
 def test_serve_imports_every_module_of_the_models_and_has_nothing_else(serve: Image) -> None:
     absent = (
         "torch",
@@ -269,6 +276,7 @@ def test_serve_imports_every_module_of_the_models_and_has_nothing_else(serve: Im
     assert with_torch and set(imported) == modules - with_torch - {"deepseek_triton.ensemble"}
 
 
+@pytest.mark.slow
 def test_serve_runs_the_model_with_the_numpy_that_it_gets(serve: Image, smollm2_repository: Path) -> None:
     engine, tokenizer = (smollm2_repository / f"{NAME}-{part}" / "1" for part in ("engine", "tokenizer"))
     numpy, answer = serve.run("python", "-c", ANSWER, str(engine), str(tokenizer)).split()
@@ -306,7 +314,9 @@ def test_without_a_key_nobody_has_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.server
-def test_a_real_server_runs_with_the_command_and_keeps_strangers_out(smollm2_repository: Path, tmp_path: Path) -> None:
+def test_a_real_server_loads_models_as_the_image_does_and_keeps_strangers_out(
+    serve: Image, smollm2_repository: Path, tmp_path: Path
+) -> None:
     try:
         installation = find_tritonserver()
     except ServerError as error:
@@ -318,7 +328,11 @@ def test_a_real_server_runs_with_the_command_and_keeps_strangers_out(smollm2_rep
     options = " ".join([*installation.make_backends(tmp_path), *here])
     write_script(tmp_path / "tritonserver", f'exec {installation.binary} "$@" {options}')
     environment = {**installation.environment(), "TRITON_ADMIN_KEY": KEY}
-    environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
+    # The stubs run the image's Python, which has this project from the .pth file alone.
+    image_bin = serve.environment["PATH"].split(os.pathsep)[0]
+    environment["PATH"] = os.pathsep.join([str(tmp_path), image_bin, environment["PATH"]])
+    environment.pop("PYTHONPATH", None)
+    assert serve.run("python", "-c", "import deepseek_triton as d; print(d.__file__)").startswith(str(serve.root))
     command = STAGES["serve"].last("CMD").replace("/models", str(smollm2_repository))
     health = json.loads(STAGES["serve"].last("HEALTHCHECK").partition(" CMD ")[2].replace("8000", str(http_port)))
     health[0] = sys.executable

@@ -27,6 +27,8 @@ TOP_LEVEL = (
 )  # fmt: skip
 
 
+# What a request and its answer are on the wire; clients and models share it.
+CONTRACT = tuple(f"ensemble.protocol.{name}" for name in ("contract", "ranges", "request_options", "tensor_spec"))
 # Importing them patches the standard library: nothing else may, or the tests' own threads would change under them.
 LOCUST_RUNS = tuple(f"loadtest.{name}" for name in ("gevent_patch", "run", "session", "users"))
 
@@ -45,12 +47,10 @@ class Arrow:
 
 
 ARROWS = {
-    "clients know of the rest only the contract": Arrow(
-        ("clients",), ("builders", "ensemble"), allowed=("ensemble.protocol.contract",)
-    ),
+    "clients know of the rest only the contract": Arrow(("clients",), ("builders", "ensemble"), allowed=CONTRACT),
     "builders don't know the runners": Arrow(("builders",), ("ensemble.engine.runners",)),
     "what runs inside Triton knows neither builders nor clients": Arrow(("ensemble",), ("builders", "clients")),
-    "the contract is a leaf": Arrow(("ensemble.protocol.contract",), PRODUCT),
+    "the contract is a leaf": Arrow(CONTRACT, PRODUCT, allowed=CONTRACT),
     "only the command line starts clients and servers": Arrow(
         ("builders",),
         ("clients", "loadtest", "ensemble.server.tritonserver"),

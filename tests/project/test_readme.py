@@ -1,4 +1,4 @@
-"""README.md: its commands and programs are run, its tree is compared with the files.
+"""README.md and the pages that show how to begin: their commands and programs are run; the tree is the files'.
 
     ```bash     run as it stands against a real server, but for three kinds of line:
                   make …                    a target of the Makefile
@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from tests.project.test_layout import checkout
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "docs/getting-started.md", "docs/serving.md", "docs/targets.md")
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 LANGUAGES = ("bash", "python", "text")
 
 # The command line with the test server's addresses as its defaults.
@@ -59,7 +62,7 @@ def read_blocks(text: str) -> list[Block]:
     return [Block(language, code) for language, code in found]
 
 
-BLOCKS = read_blocks(README)
+BLOCKS = [block for page in PAGES for block in read_blocks((ROOT / page).read_text(encoding="utf-8"))]
 LINES = [line for block in BLOCKS if block.language == "bash" for line in block.lines]
 # They take a checkpoint of the reader's: only their options are checked.
 PARSED = tuple(f"deepseek-triton {command} " for command in ("build", "compare", "evaluate", "fit", "tune"))
@@ -80,7 +83,7 @@ def test_every_block_is_of_a_kind_that_is_tested() -> None:
     assert {block.language for block in BLOCKS} == set(LANGUAGES)
 
 
-@pytest.mark.parametrize("command", ["deepseek-triton generate", "deepseek-triton check", "curl", "from clients"])
+@pytest.mark.parametrize("command", ["deepseek-triton generate", "deepseek-triton check", "curl", "GrpcClient"])
 def test_readme_shows_each_way_to_ask(command: str) -> None:
     assert any(command in runnable(block) for block in RUNNABLE)
 
@@ -158,8 +161,8 @@ def test_a_docker_line_names_a_stage(line: str) -> None:
 
 
 def tree() -> list[Path]:
-    """The paths that README's tree names: two spaces of indent for each directory, two or more before the comment."""
-    (block,) = (block for block in BLOCKS if block.text.startswith("builders/"))
+    """The paths that the tree names: two spaces of indent for each directory, two or more before the comment."""
+    (block,) = (block for block in read_blocks(ARCHITECTURE) if block.language == "text")
     paths: list[Path] = []
     parents: list[Path] = []
     for line in block.text.splitlines():
@@ -179,3 +182,32 @@ def test_the_tree_names_what_exists() -> None:
 def test_every_directory_is_in_the_tree() -> None:
     directories = {path.parts[0] for path in checkout() if len(path.parts) > 1 and not path.parts[0].startswith(".")}
     assert directories <= {path.parts[0] for path in tree()}
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md"))
+def test_every_page_is_in_the_index(page: str) -> None:
+    assert f"({page})" in (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+
+
+def documents() -> list[Path]:
+    return [path for path in checkout() if path.suffix == ".md" and path.parts[0] != "benchmarks"]
+
+
+@pytest.mark.parametrize("page", documents(), ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text(encoding="utf-8"))
+    missing = [target for target in targets if ":" not in target and not (ROOT / page.parent / target).exists()]
+    assert missing == []
+
+
+def test_folders_stay_small_enough_to_be_seen_at_once() -> None:
+    for folder in ("builders", "ensemble"):
+        entries = {path.parts[1] for path in checkout() if path.parts[0] == folder} - {"__init__.py"}
+        assert len(entries) <= 12, entries
+
+
+def test_most_files_fit_on_two_screens() -> None:
+    tops = ("builders", "clients", "ensemble", "loadtest")
+    lengths = [len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in checkout()
+               if path.suffix == ".py" and path.parts[0] in tops and path.name != "__init__.py"]  # fmt: skip
+    assert statistics.median(lengths) <= 100

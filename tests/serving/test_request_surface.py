@@ -99,8 +99,8 @@ def test_times_are_in_order(client: GrpcClient) -> None:
 def test_the_prompt_can_come_back(client: GrpcClient) -> None:
     request: dict[str, Any] = {"prompt": CAPITAL, "max_tokens": 6}
     text = client.generate(GenerateRequest(**request)).text
-    assert client.generate(GenerateRequest(**request, echo=True)).text == CAPITAL + text
-    assert streamed(client, GenerateRequest(**request, echo=True)) == CAPITAL + text
+    assert client.generate(GenerateRequest(**request, exclude_input_in_output=False)).text == CAPITAL + text
+    assert streamed(client, GenerateRequest(**request, exclude_input_in_output=False)) == CAPITAL + text
 
 
 def test_samples_of_one_prompt(client: GrpcClient) -> None:

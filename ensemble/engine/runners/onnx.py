@@ -1,8 +1,8 @@
-"""The ONNX Runtime runner: a CPU, the cache updated in place.
+"""Target onnx: the ONNX Runtime runner, on a CPU, with a KV cache that is updated in place.
 
-One NumPy buffer for each layer's keys and values, [max_num_seqs, kv_heads, max_seq_len, head_dim]. A
-binding names a slice of each as past input and as present output, so the graph writes into the very memory it reads:
-no cache is ever copied.
+Each layer's keys and values have a NumPy buffer [max_num_seqs, kv_heads, max_seq_len, head_dim]. A binding gives a
+slice of it to the graph as past input and as present output, so the graph writes into the memory that it reads, and no
+cache is copied.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.engine.runners.base import Ids, Logits, RunnerError
+from deepseek_triton.ensemble.engine.runners.onnx_scoring import OnnxScoringRunner
+from deepseek_triton.ensemble.protocol.settings import EngineSettings
+from deepseek_triton.ensemble.scoring.rows import GRAPH_FILE
+from deepseek_triton.ensemble.scoring.settings import ScoringSettings
 
 log = logging.getLogger(__name__)
 MIB = 2**20
@@ -38,8 +43,8 @@ class OnnxRunner:
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads or len(os.sched_getaffinity(0))
         options.inter_op_num_threads = 1
-        # Threads that spin between operators win a tenth on an idle machine and lose half on a busy one; the
-        # server, its tokenizer and often its clients share these cores.
+        # Threads that spin between operators gain a tenth on an idle machine and lose half on a busy one; the server,
+        # its tokenizer and often its clients share these cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         try:
@@ -57,7 +62,7 @@ class OnnxRunner:
             len(caches) * max_num_seqs * kv_heads * self.max_seq_len * head_dim * np.dtype(dtype).itemsize
         )
         if self.cache_bytes > (available := _available_bytes()):
-            # The kernel would grant it and end this process later, when the caches fill.
+            # The kernel would grant the memory, and end this process later when the caches fill.
             raise RunnerError(
                 f"{max_num_seqs} slots of {self.max_seq_len} tokens need {self.cache_bytes // MIB} MiB, "
                 f"{available // MIB} MiB are free; lower max_num_seqs"
@@ -78,8 +83,8 @@ class OnnxRunner:
     def prefill(self, slot: int, ids: Ids, start: int) -> Logits:
         num_tokens = len(ids)
         if num_tokens == 1:
-            # ONNX Runtime's attention takes another path for one token, whose last bits differ: with a second one,
-            # which the next token overwrites, a prompt gives the same bits however it is cut.
+            # ONNX Runtime's attention has another path for one token, whose last bits differ. A second token, which the
+            # next one overwrites, avoids that path: a prompt gives the same bits however it is cut into chunks.
             ids = np.append(ids, 0)
         logits = self._run(slot, ids[None, :], np.array([start]), np.array([num_tokens]))
         first: Logits = logits[0]
@@ -120,8 +125,32 @@ class OnnxRunner:
         return self._bindings[key]
 
 
+def load(directory: Path, manifest: Manifest, settings: EngineSettings) -> OnnxRunner:
+    """Load the runner of an engine that generates text.
+
+    Raises:
+        RunnerError: as `OnnxRunner`.
+    """
+    return OnnxRunner(directory / "model.onnx", max_num_seqs=settings.max_num_seqs, num_threads=settings.num_threads)
+
+
+def load_scoring(directory: Path, manifest: Manifest, settings: ScoringSettings) -> OnnxScoringRunner:
+    """Load the runner of a scoring engine.
+
+    Raises:
+        RunnerError: as `OnnxScoringRunner`.
+    """
+    return OnnxScoringRunner(
+        directory / GRAPH_FILE,
+        settings,
+        vocab_size=int(manifest.spec["vocab_size"]),
+        max_seq_len=manifest.max_seq_len,
+        prefix=manifest.engine.get("prefix_ids", ()),
+    )
+
+
 def _available_bytes() -> int:
-    """What the kernel would give without swapping."""
+    """The memory that the kernel would grant without swapping."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

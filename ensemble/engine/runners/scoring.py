@@ -1,127 +1,30 @@
-"""The runner of a stateless engine on a CPU: rows in, their targets' log-probabilities out.
-
-It runs the graph of `builders/graph/scoring.py`, feeding it what Triton's own backends would: every row's values
-one behind the other. The beginning that a template gives all its prompts is computed when the model is loaded, and
-never again. It knows nothing of text, labels or Triton.
-"""
+"""The interface of a runner that scores rows of tokens in one pass, without a cache."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
-from deepseek_triton.ensemble.artefacts.manifest import Manifest
-from deepseek_triton.ensemble.engine.runners.base import RunnerError
-from deepseek_triton.ensemble.protocol.contract import HIDDEN_STATE, TOKEN_LOG_PROBS
-from deepseek_triton.ensemble.scoring.rows import GRAPH_FILE, OWN, PREFIX, ScoreRow, batch_tensors, group_rows, make_row
-from deepseek_triton.ensemble.scoring.settings import ScoringSettings
+from deepseek_triton.ensemble.scoring.rows import ScoreRow
 
 
 @dataclass(frozen=True)
 class RowScores:
-    """log_probs [num_targets] of a row's targets; hidden [hidden] where its first logits are."""
+    """One row: log_probs [num_targets] of its targets; hidden [hidden_size] at the position of its first logits."""
 
     log_probs: NDArray[np.float32]
     hidden: NDArray[np.float32]
 
 
 class ScoringRunner(Protocol):
-    """What the stateless engine's adapter and its tests know of a model."""
+    """A model that scores rows; it knows nothing of text, labels or Triton."""
 
     vocab_size: int
     max_seq_len: int
 
     def score(self, rows: Sequence[ScoreRow]) -> list[RowScores]:
         """Each row's scores, in order. The rows must have passed `ScoreRow.check`."""
-
-
-class OnnxScoringRunner:
-    """ONNX Runtime on the CPU.
-
-    prefix: ids that prompts are expected to begin with. Rows that do share its keys and values; others don't suffer.
-
-    Raises:
-        RunnerError: the file can't be loaded.
-    """
-
-    def __init__(
-        self, path: Path, settings: ScoringSettings, *, vocab_size: int, max_seq_len: int, prefix: Sequence[int] = ()
-    ) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = settings.num_threads or len(os.sched_getaffinity(0))
-        options.inter_op_num_threads = 1
-        # As in the other runner: spinning threads take the processor from the server and its tokenizer.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        try:
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime raises its own classes, RuntimeError among them
-            raise RunnerError(f"{path} can't be loaded by ONNX Runtime {ort.__version__}: {error}") from error
-        self.vocab_size, self.max_seq_len = vocab_size, max_seq_len
-        self._max_pass_tokens = settings.max_pass_tokens
-        self._prefix = np.array(prefix, np.int32)
-        self._empty = self._no_prefix()
-        self._shared = self._compute_prefix() if len(prefix) else self._empty
-
-    def score(self, rows: Sequence[ScoreRow]) -> list[RowScores]:
-        num_shared = len(self._prefix)
-        is_shared = [bool(num_shared) and row.begins_with(self._prefix) for row in rows]
-        scores: dict[int, RowScores] = {}
-        for kind, prefix in ((True, self._shared), (False, self._empty)):
-            numbers = [number for number, own in enumerate(is_shared) if own is kind]
-            members = [rows[number].without(num_shared) if kind else rows[number] for number in numbers]
-            for group in group_rows([len(row) for row in members], self._max_pass_tokens):
-                found = self._pass([members[place] for place in group], prefix)
-                scores |= {numbers[place]: own for place, own in zip(group, found, strict=True)}
-        return [scores[number] for number in range(len(rows))]
-
-    def _pass(self, rows: Sequence[ScoreRow], prefix: Mapping[str, NDArray[Any]]) -> list[RowScores]:
-        feeds = {**batch_tensors(rows), **prefix}
-        log_probs, hidden = self._session.run([TOKEN_LOG_PROBS.name, HIDDEN_STATE.name], feeds)
-        ends = np.cumsum([len(row.target_ids) for row in rows])[:-1]
-        return [RowScores(own, state) for own, state in zip(np.split(log_probs, ends), hidden, strict=True)]
-
-    def _no_prefix(self) -> dict[str, NDArray[Any]]:
-        """Keys and values of no tokens; nothing for a graph that takes none."""
-        types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-        inputs = (value for value in self._session.get_inputs() if value.name.startswith(tuple(PREFIX.values())))
-        return {value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), types[value.type]) for value in inputs}
-
-    def _compute_prefix(self) -> dict[str, NDArray[Any]]:
-        """The prefix's keys and values, from a pass over it alone."""
-        row, _ = make_row(self._prefix, [self._prefix[:1]])
-        own = {
-            name: name.replace(PREFIX[kind], OWN[kind])
-            for name in self._empty
-            for kind in PREFIX
-            if PREFIX[kind] in name
-        }
-        values = self._session.run(list(own.values()), {**batch_tensors([row]), **self._empty})
-        return dict(zip(own, values, strict=True))
-
-
-def load_scoring_runner(directory: Path, settings: ScoringSettings) -> ScoringRunner:
-    """Check the artefacts in `directory` against their manifest and load them.
-
-    Raises:
-        ManifestError: the artefacts or the installed packages don't fit the manifest.
-        RunnerError: it is another target's, or loading failed.
-    """
-    manifest = Manifest.load(directory)
-    manifest.verify(directory)
-    if manifest.target != "onnx":
-        raise RunnerError(f"{directory} is built for target {manifest.target!r}: Triton's own backend runs it")
-    return OnnxScoringRunner(
-        directory / GRAPH_FILE,
-        settings,
-        vocab_size=int(manifest.spec["vocab_size"]),
-        max_seq_len=manifest.max_seq_len,
-        prefix=manifest.engine.get("prefix_ids", ()),
-    )

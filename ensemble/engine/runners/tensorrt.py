@@ -1,13 +1,12 @@
-"""The TensorRT runner: a decoder's plan on one GPU, the cache updated in place.
+"""Target tensorrt: the TensorRT runner, a decoder's plan on one GPU with a KV cache that is updated in place.
 
-One device buffer for each layer's keys and values, [max_num_seqs, kv_heads, max_seq_len, head_dim], is bound as
-past input and as present output at once. Prefill has an execution context of its profile and is bound to one
-slot's part of each buffer; decode replays CUDA graphs. Everything runs on one stream that doesn't wait for
-the default one.
+Each layer's keys and values have a device buffer [max_num_seqs, kv_heads, max_seq_len, head_dim], which is bound both
+as past input and as present output. Prefill has an execution context of its own profile and is bound to one slot's part
+of each buffer; decode replays CUDA graphs. Everything runs on one stream, which doesn't wait for the default stream.
 
-No GPU has run this yet: TensorRT for RTX builds its plans without one, and the machines at hand had none
-that it supports. The tests run it against a fake of both APIs whose engine is ONNX Runtime, and check the
-fake's names against the real packages.
+No GPU has run this module yet: TensorRT for RTX builds its plans without a GPU, and no supported one was available. The
+tests run it against a fake of both APIs whose engine is ONNX Runtime, and compare the fake's names with the real
+packages'.
 """
 
 from __future__ import annotations
@@ -20,10 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.artefacts.tensorrt_api import (
     BEST_ID,
     BEST_LOG_PROB,
     DECODE_PROFILE,
+    PLAN_FILE,
     PREFILL_PROFILE,
     Messages,
     PlanInfo,
@@ -33,6 +34,7 @@ from deepseek_triton.ensemble.artefacts.tensorrt_api import (
 )
 from deepseek_triton.ensemble.engine.runners.base import Decoded, DeviceSampling, Ids, Logits, RunnerError
 from deepseek_triton.ensemble.engine.runners.cuda_runtime import Cuda, CudaError, load_cuda
+from deepseek_triton.ensemble.protocol.settings import EngineSettings
 
 log = logging.getLogger(__name__)
 MIB = 2**20
@@ -107,20 +109,20 @@ class TensorRTRunner:
         return self._download("logits", len(ids))
 
     def can_draw(self, draw: DeviceSampling) -> bool:
-        """The likeliest token alone: the plan chooses it."""
+        """Only greedy sampling: the plan chooses the likeliest token."""
         return draw.temperature == 0
 
     def start_decode(
         self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
-        """See DrawingRunner. Eight bytes a slot are copied to the host, and all logits only if some are asked for."""
+        """See SamplingRunner. It copies eight bytes a slot to the host, and all logits if any are asked for."""
         self._num_rows, self._logits_rows = len(ids), logits_rows
         self._decode(ids, positions)
         for name in (BEST_ID, BEST_LOG_PROB, *(("logits",) if logits_rows else ())):
             self._download(name, len(ids), wait=False)
 
     def finish_decode(self) -> Decoded:
-        """See DrawingRunner."""
+        """See SamplingRunner."""
         self._cuda.synchronize(self._stream)
         host, n = self._host, self._num_rows
         return Decoded(
@@ -142,7 +144,7 @@ class TensorRTRunner:
         for graph in self._graphs.values():
             self._cuda.destroy_graph(graph)
         self._graphs.clear()
-        # TensorRT's objects go before the memory that they point to, contexts before their engine.
+        # Free TensorRT's objects before the memory that they point to, and contexts before their engine.
         self._contexts.clear()
         self._prefill_context = self._engine = self._runtime = None
         for address in self._device.values():
@@ -156,7 +158,7 @@ class TensorRTRunner:
             self._stream = None
 
     def _allocate(self, num_ids: int) -> None:
-        """Device and page-locked memory for everything that the engine reads and writes."""
+        """Allocate device memory and page-locked host memory for all that the engine reads and writes."""
         cuda, engine, slots = self._cuda, self._engine, self.max_num_seqs
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self._caches = {name: f"present_{name.removeprefix('past_')}" for name in names if name.startswith("past_")}
@@ -192,7 +194,7 @@ class TensorRTRunner:
             self._device[name] = cuda.allocate(self._host[name].nbytes)
 
     def _context(self, profile: int) -> Any:
-        """A context of `profile`; all share one scratch memory, for none runs beside another."""
+        """A context of `profile`. All contexts share one scratch memory, since no two run at once."""
         strategy = self._api.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._engine.create_execution_context(strategy)
         if context is None:
@@ -203,19 +205,19 @@ class TensorRTRunner:
         return context
 
     def _decode(self, ids: Ids, positions: Ids) -> None:
-        """Run one token for slots 0 … n - 1, by the graph of the next captured size."""
+        """Run one token for slots 0 … n - 1, with the graph of the next captured size."""
         n = len(ids)
         size = captured_size(n, self.max_num_seqs)
         self._host["input_ids"][:n], self._host["start"][:n] = ids, positions
-        # Rows beyond n write to the last position, which a sequence writes itself before it first reads it.
+        # Rows beyond n write to the last position, which a sequence writes before it first reads it.
         self._host["input_ids"][n:size], self._host["start"][n:size] = 0, self.max_seq_len - 1
         self._host["num_tokens"][:size] = 1
         self._upload(batch=size, seq_len=1)
         if size in self._graphs:
             self._cuda.launch(self._graphs[size], self._stream)
             return
-        # A graph is tied to its context's state, so each size has a context that is never touched again. What
-        # this run computes is what is wanted; TensorRT needs it, too, to set itself up before the capture.
+        # A graph depends on its context's state, so each size has a context of its own that isn't changed again. This
+        # run computes the step, and TensorRT needs a run before the capture to initialise itself.
         context = self._contexts[size] = self._context(DECODE_PROFILE)
         self._bind(context, 0, batch=size, seq_len=1)
         self._enqueue(context)
@@ -253,6 +255,24 @@ class TensorRTRunner:
     def _check(self, is_done: bool) -> None:
         if not is_done:
             raise RunnerError(f"TensorRT refused a call: {self._messages.reason()}")
+
+
+def load(directory: Path, manifest: Manifest, settings: EngineSettings) -> TensorRTRunner:
+    """Load the runner of an engine that generates text.
+
+    Raises:
+        RunnerError: the manifest's description of the plan is damaged, or as `TensorRTRunner`.
+    """
+    try:
+        plan = PlanInfo.from_dict({name: value for name, value in manifest.engine.items() if name != "census"})
+    except TensorRTError as error:
+        raise RunnerError(f"{directory}: {error}; {manifest.command}") from error
+    return TensorRTRunner(
+        directory / PLAN_FILE,
+        plan,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+    )
 
 
 def captured_size(n: int, max_num_seqs: int) -> int:

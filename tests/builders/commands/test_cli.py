@@ -5,15 +5,17 @@ import re
 import socket
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deepseek_triton.builders import cli
+from deepseek_triton.builders.commands.table import make_command_parser
 from deepseek_triton.builders.repository import build as repository
 from deepseek_triton.builders.repository import check
-from deepseek_triton.builders.repository.options import ENGINE_OPTIONS, BuildOptions
+from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from deepseek_triton.ensemble.server import tritonserver as server
 from deepseek_triton.ensemble.server.installation import Installation, ServerError
@@ -116,10 +118,10 @@ def test_wrong_usage_is_status_2(arguments: tuple[str, ...], capsys: pytest.Capt
 
 def test_defaults_are_the_dataclasses_own() -> None:
     arguments = cli.parse(["build", "c", "--name", "m"])
-    for name, (_, what) in ENGINE_OPTIONS.items():
-        assert getattr(arguments, name) is None, "the target's own"
-        default = getattr(EngineSettings, name)
-        assert isinstance(default, bool) or f"(default: {default}" in what
+    helps = {action.dest: str(action.help) for action in make_command_parser("build")._actions}
+    for field in fields(EngineSettings):
+        assert getattr(arguments, field.name) is None, "the target's own"
+        assert isinstance(field.default, bool) or f"(default: {field.default}" in helps[field.name]
     options = BuildOptions(Path("c"), "m")
     for name in ("repository", "target", "max_seq_len"):
         assert getattr(arguments, name) == getattr(options, name)

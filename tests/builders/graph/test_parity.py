@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deepseek_triton.builders.checkpoint.reader import open_checkpoint
+from deepseek_triton.builders.checkpoint.reader import Checkpoint, open_checkpoint
 from deepseek_triton.builders.graph.decoder import build_graph
 from deepseek_triton.ensemble.engine.runners.base import RunnerError
 from deepseek_triton.ensemble.engine.runners.onnx import OnnxRunner
@@ -35,10 +35,10 @@ def build(tmp_path: Path) -> Build:
     return build
 
 
-def graph_runner(checkpoint: Path, parent: Path, max_num_seqs: int = 4, **graph: Any) -> OnnxRunner:
+def graph_runner(checkpoint: Path | Checkpoint, parent: Path, max_num_seqs: int = 4, **graph: Any) -> OnnxRunner:
     # A directory for each: ONNX Runtime maps the weights, and a file that is written anew under it is a bus error.
     directory = Path(tempfile.mkdtemp(dir=parent))
-    source = open_checkpoint(checkpoint)
+    source = open_checkpoint(checkpoint) if isinstance(checkpoint, Path) else checkpoint
     path = build_graph(source.spec, source.read, directory, **{"max_seq_len": MAX_SEQ_LEN, **graph})
     return OnnxRunner(path, max_num_seqs=max_num_seqs, num_threads=2)
 
@@ -101,12 +101,14 @@ def test_half_precision_and_sharded_checkpoints(dtype: str, shard: str, build: B
     assert_agrees(runner, load_reference(directory), prompt())
 
 
+@pytest.mark.slow
 def test_smollm2_from_gguf(tmp_path: Path) -> None:
     path = smollm2_path()
     reference = load_reference(path.parent, gguf=path.name)
-    open_checkpoint(path).write_tokenizer(tmp_path)
+    source = open_checkpoint(path)  # once: to parse the file takes seconds
+    source.write_tokenizer(tmp_path)
     ids = Tokenizer.from_directory(tmp_path).encode("Once upon a time, in a small village by the sea, there lived")
-    assert_agrees(graph_runner(path, tmp_path, max_num_seqs=1), reference, ids.astype(np.int64))
+    assert_agrees(graph_runner(source, tmp_path, max_num_seqs=1), reference, ids.astype(np.int64))
 
 
 def test_prefill_in_chunks_equals_prefill_at_once(build: Build) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from deepseek_triton.builders.repository import pbtxt
-from deepseek_triton.builders.repository.check import CheckError, check_engine_files, check_repository, require_sound
+from deepseek_triton.builders.repository.check import CheckError, check_repository, require_sound
+from deepseek_triton.builders.repository.check_engine import check_engine_files
 from deepseek_triton.ensemble.artefacts.manifest import ArtefactFile, Manifest
 from deepseek_triton.ensemble.protocol.pipelines import GENERATE_PIPELINE
 from deepseek_triton.ensemble.protocol.settings import EngineSettings

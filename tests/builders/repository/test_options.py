@@ -28,39 +28,39 @@ def read(values: dict[TensorSpec, Any]) -> RequestOptions:
 
 # Tensor → a value, and where it must arrive. The numbers are exact in FP32.
 READERS: dict[TensorSpec, tuple[Any, Callable[[RequestOptions], Any], Any]] = {
-    contract.MAX_TOKENS: (7, lambda o: o.params.max_tokens, 7),
-    contract.MIN_TOKENS: (3, lambda o: o.params.min_tokens, 3),
-    contract.TEMPERATURE: (0.5, lambda o: o.params.temperature, 0.5),
-    contract.TOP_K: (9, lambda o: o.params.top_k, 9),
-    contract.TOP_P: (0.75, lambda o: o.params.top_p, 0.75),
-    contract.MIN_P: (0.25, lambda o: o.params.min_p, 0.25),
-    contract.SEED: (2**64 - 1, lambda o: o.params.seed, 2**64 - 1),
-    contract.REPETITION_PENALTY: (1.5, lambda o: o.params.repetition_penalty, 1.5),
-    contract.PRESENCE_PENALTY: (-1.5, lambda o: o.params.presence_penalty, -1.5),
-    contract.FREQUENCY_PENALTY: (0.5, lambda o: o.params.frequency_penalty, 0.5),
-    contract.STOP_WORDS: ([b"a", "é".encode()], lambda o: o.stop_words, ("a", "é")),
-    contract.BAD_WORDS: ([b"b"], lambda o: o.bad_words, ("b",)),
-    contract.END_ID: (-1, lambda o: o.params.end_id, -1),
-    contract.NUM_RETURN_SEQUENCES: (4, lambda o: o.params.num_return_sequences, 4),
-    contract.GUIDE_TYPE: (b"regex", lambda o: o.guide_type, "regex"),
-    contract.GUIDE: ("[é]+".encode(), lambda o: o.guide, "[é]+"),
-    contract.THINKING_TOKEN_BUDGET: (0, lambda o: o.thinking_token_budget, 0),
-    contract.STREAM: (True, lambda o: o.is_streamed, True),
-    contract.EXCLUDE_INPUT_IN_OUTPUT: (False, lambda o: o.echoes_prompt, True),
-    contract.RETURN_LOG_PROBS: (True, lambda o: o.params.num_log_probs, 0),
-    contract.NUM_TOP_LOG_PROBS: (5, lambda o: o.params.num_log_probs, 5),
-    contract.RETURN_NUM_INPUT_TOKENS: (False, lambda o: o.returns_input_count, False),
-    contract.RETURN_NUM_OUTPUT_TOKENS: (False, lambda o: o.returns_output_count, False),
-    contract.RETURN_PERF_METRICS: (True, lambda o: o.returns_times, True),
-    contract.PRIORITY: (2, lambda o: o.priority, 2),
-    contract.QUEUE_TIMEOUT_MS: (100, lambda o: o.queue_timeout_ms, 100),
-    contract.TIMEOUT_MS: (200, lambda o: o.timeout_ms, 200),
+    contract.OPTIONS["max_tokens"]: (7, lambda o: o.params.max_tokens, 7),
+    contract.OPTIONS["min_tokens"]: (3, lambda o: o.params.min_tokens, 3),
+    contract.OPTIONS["temperature"]: (0.5, lambda o: o.params.temperature, 0.5),
+    contract.OPTIONS["top_k"]: (9, lambda o: o.params.top_k, 9),
+    contract.OPTIONS["top_p"]: (0.75, lambda o: o.params.top_p, 0.75),
+    contract.OPTIONS["min_p"]: (0.25, lambda o: o.params.min_p, 0.25),
+    contract.OPTIONS["seed"]: (2**64 - 1, lambda o: o.params.seed, 2**64 - 1),
+    contract.OPTIONS["repetition_penalty"]: (1.5, lambda o: o.params.repetition_penalty, 1.5),
+    contract.OPTIONS["presence_penalty"]: (-1.5, lambda o: o.params.presence_penalty, -1.5),
+    contract.OPTIONS["frequency_penalty"]: (0.5, lambda o: o.params.frequency_penalty, 0.5),
+    contract.OPTIONS["stop_words"]: ([b"a", "é".encode()], lambda o: o.stop_words, ("a", "é")),
+    contract.OPTIONS["bad_words"]: ([b"b"], lambda o: o.bad_words, ("b",)),
+    contract.OPTIONS["end_id"]: (-1, lambda o: o.params.end_id, -1),
+    contract.OPTIONS["num_return_sequences"]: (4, lambda o: o.params.num_return_sequences, 4),
+    contract.OPTIONS["guided_decoding_guide_type"]: (b"regex", lambda o: o.guide_type, "regex"),
+    contract.OPTIONS["guided_decoding_guide"]: ("[é]+".encode(), lambda o: o.guide, "[é]+"),
+    contract.OPTIONS["thinking_token_budget"]: (0, lambda o: o.thinking_token_budget, 0),
+    contract.STREAM: (True, lambda o: o.stream, True),
+    contract.OPTIONS["exclude_input_in_output"]: (False, lambda o: o.exclude_input_in_output, False),
+    contract.OPTIONS["return_log_probs"]: (True, lambda o: o.params.num_log_probs, 0),
+    contract.OPTIONS["num_top_log_probs"]: (5, lambda o: o.params.num_log_probs, 5),
+    contract.OPTIONS["return_num_input_tokens"]: (False, lambda o: o.return_num_input_tokens, False),
+    contract.OPTIONS["return_num_output_tokens"]: (False, lambda o: o.return_num_output_tokens, False),
+    contract.OPTIONS["return_perf_metrics"]: (True, lambda o: o.return_perf_metrics, True),
+    contract.OPTIONS["priority"]: (2, lambda o: o.priority, 2),
+    contract.OPTIONS["queue_timeout_ms"]: (100, lambda o: o.queue_timeout_ms, 100),
+    contract.OPTIONS["timeout_ms"]: (200, lambda o: o.timeout_ms, 200),
 }
-NOT_READ = {contract.PAD_ID}
+NOT_READ = {contract.OPTIONS["pad_id"]}
 # What a tensor can't do without.
 COMPANIONS: dict[TensorSpec, dict[TensorSpec, Any]] = {
-    contract.NUM_RETURN_SEQUENCES: {contract.TEMPERATURE: 1.0},
-    contract.GUIDE: {contract.GUIDE_TYPE: b"json_schema"},
+    contract.OPTIONS["num_return_sequences"]: {contract.OPTIONS["temperature"]: 1.0},
+    contract.OPTIONS["guided_decoding_guide"]: {contract.OPTIONS["guided_decoding_guide_type"]: b"json_schema"},
 }
 
 
@@ -113,20 +113,29 @@ def test_bytes_that_are_no_text_are_refused_by_name(spec: TensorSpec) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({contract.MAX_TOKENS: 0}, "max_tokens is 0, must be at least 1"),
-        ({contract.MIN_TOKENS: 5, contract.MAX_TOKENS: 4}, "min_tokens is 5, must be at most max_tokens, 4"),
-        ({contract.TEMPERATURE: np.nan}, "temperature is nan"),
-        ({contract.END_ID: -2}, "end_id is -2, must be a token id, or -1 for none"),
-        ({contract.NUM_TOP_LOG_PROBS: -1}, "num_top_log_probs is -1, must be 0 to 20"),
-        ({contract.NUM_TOP_LOG_PROBS: 21}, "num_top_log_probs is 21, must be 0 to 20"),
-        ({contract.NUM_RETURN_SEQUENCES: 2}, "num_return_sequences is 2, but greedy sequences would all be equal"),
-        ({contract.NUM_RETURN_SEQUENCES: 0}, "num_return_sequences is 0, must be 1 to 64"),
-        ({contract.THINKING_TOKEN_BUDGET: -1}, "thinking_token_budget is -1, must be at least 0"),
-        ({contract.QUEUE_TIMEOUT_MS: -1}, "queue_timeout_ms is -1, must be at least 0"),
-        ({contract.TIMEOUT_MS: -1}, "timeout_ms is -1, must be at least 0"),
-        ({contract.GUIDE: b"x"}, "guided_decoding_guide is given without guided_decoding_guide_type; give both"),
-        ({contract.STOP_WORDS: [b"a", b""]}, "stop_words holds an empty text; leave it out"),
-        ({contract.BAD_WORDS: [b"", b"a"]}, "bad_words holds an empty text; leave it out"),
+        ({contract.OPTIONS["max_tokens"]: 0}, "max_tokens is 0, must be at least 1"),
+        (
+            {contract.OPTIONS["min_tokens"]: 5, contract.OPTIONS["max_tokens"]: 4},
+            "min_tokens is 5, must be at most max_tokens, 4",
+        ),
+        ({contract.OPTIONS["temperature"]: np.nan}, "temperature is nan"),
+        ({contract.OPTIONS["end_id"]: -2}, "end_id is -2, must be a token id, or -1 for none"),
+        ({contract.OPTIONS["num_top_log_probs"]: -1}, "num_top_log_probs is -1, must be 0 to 20"),
+        ({contract.OPTIONS["num_top_log_probs"]: 21}, "num_top_log_probs is 21, must be 0 to 20"),
+        (
+            {contract.OPTIONS["num_return_sequences"]: 2},
+            "num_return_sequences is 2, but greedy sequences would all be equal",
+        ),
+        ({contract.OPTIONS["num_return_sequences"]: 0}, "num_return_sequences is 0, must be 1 to 64"),
+        ({contract.OPTIONS["thinking_token_budget"]: -1}, "thinking_token_budget is -1, must be at least 0"),
+        ({contract.OPTIONS["queue_timeout_ms"]: -1}, "queue_timeout_ms is -1, must be at least 0"),
+        ({contract.OPTIONS["timeout_ms"]: -1}, "timeout_ms is -1, must be at least 0"),
+        (
+            {contract.OPTIONS["guided_decoding_guide"]: b"x"},
+            "guided_decoding_guide is given without guided_decoding_guide_type; give both",
+        ),
+        ({contract.OPTIONS["stop_words"]: [b"a", b""]}, "stop_words holds an empty text; leave it out"),
+        ({contract.OPTIONS["bad_words"]: [b"", b"a"]}, "bad_words holds an empty text; leave it out"),
     ],
 )
 def test_values_out_of_range_are_one_line(values: dict[TensorSpec, Any], message: str) -> None:
@@ -135,14 +144,18 @@ def test_values_out_of_range_are_one_line(values: dict[TensorSpec, Any], message
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("spec", [contract.STOP_WORDS, contract.BAD_WORDS], ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    "spec", [contract.OPTIONS["stop_words"], contract.OPTIONS["bad_words"]], ids=lambda spec: spec.name
+)
 @pytest.mark.parametrize("none", [[], [b""]])
 def test_an_empty_list_of_words_is_none(spec: TensorSpec, none: list[bytes]) -> None:
     assert read({spec: none}) == read({})
 
 
 def test_empty_texts_for_a_guide_are_none() -> None:
-    assert read({contract.GUIDE_TYPE: b"", contract.GUIDE: b""}) == read({})
+    assert read(
+        {contract.OPTIONS["guided_decoding_guide_type"]: b"", contract.OPTIONS["guided_decoding_guide"]: b""}
+    ) == read({})
 
 
 @pytest.mark.parametrize(
@@ -151,12 +164,12 @@ def test_empty_texts_for_a_guide_are_none() -> None:
      (3, None, 3), (3, True, 3), (3, False, 3)],
 )  # fmt: skip
 def test_how_many_log_probs_are_wanted(num_top: int | None, is_asked: bool | None, expected: int | None) -> None:
-    values = {contract.NUM_TOP_LOG_PROBS: num_top, contract.RETURN_LOG_PROBS: is_asked}
+    values = {contract.OPTIONS["num_top_log_probs"]: num_top, contract.OPTIONS["return_log_probs"]: is_asked}
     options = read({spec: value for spec, value in values.items() if value is not None})
     assert options.params.num_log_probs == expected
 
 
 @pytest.mark.parametrize(("excludes", "echoes"), [(None, False), (True, False), (False, True)])
 def test_the_prompt_comes_back_only_where_that_is_asked_for(excludes: bool | None, echoes: bool) -> None:
-    values = {} if excludes is None else {contract.EXCLUDE_INPUT_IN_OUTPUT: excludes}
-    assert read(values).echoes_prompt is echoes
+    values = {} if excludes is None else {contract.OPTIONS["exclude_input_in_output"]: excludes}
+    assert read(values).exclude_input_in_output is not echoes

@@ -10,10 +10,10 @@ import pytest
 from google.protobuf.json_format import MessageToDict, MessageToJson
 
 from deepseek_triton.builders.repository import pbtxt
-from deepseek_triton.builders.repository.options import ENGINE_OPTIONS
 from deepseek_triton.ensemble.protocol import contract
 from deepseek_triton.ensemble.protocol.pipelines import GENERATE_PIPELINE, EnsemblePipeline, model_name
 from deepseek_triton.ensemble.protocol.settings import EngineSettings, SettingsError
+from scripts.settings_page import updated
 
 PATH = Path("models/m/config.pbtxt")
 
@@ -142,8 +142,9 @@ def test_parameters_refuse(parameters: dict[str, str], message: str) -> None:
 def test_every_setting_is_documented() -> None:
     text = (Path(__file__).parents[3] / "docs" / "settings.md").read_text(encoding="utf-8")
     rows = [row.split("|") for row in text.splitlines() if row.startswith("| `")]
-    documented = {name: "yes" in row[2] for row in rows for name in re.findall(r"`(\w+)`", row[1])}
-    assert documented == {field.name: field.name in ENGINE_OPTIONS for field in fields(EngineSettings)}
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row[1])}
+    assert documented == {field.name for field in fields(EngineSettings)} == set(EngineSettings.table())
+    assert updated(text) == text, "the page is out of date: run scripts/settings_page.py"
 
 
 def test_settings_survive_the_way_through_triton() -> None:

@@ -18,9 +18,10 @@ from deepseek_triton.builders.errors import BuildError, CheckpointError
 from deepseek_triton.builders.graph.builder import GraphBuilder
 from deepseek_triton.builders.repository import build as repository
 from deepseek_triton.builders.repository import pbtxt
-from deepseek_triton.builders.repository.build import DEFAULT_MAX_SEQ_LEN, build
+from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.check import check_repository
 from deepseek_triton.builders.repository.options import BuildOptions
+from deepseek_triton.builders.targets.onnx import MAX_TOKENS
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.engine.runners.base import RunnerError
 from deepseek_triton.ensemble.engine.runners.load import load_runner
@@ -343,7 +344,7 @@ def test_limits_of_the_sequence_length(sound: tuple[Path, Path], tmp_path: Path)
 
     assert built(None) == 64, "the model's own"
     assert built(64) == 64
-    assert built(None, max_position_embeddings=100_000) == DEFAULT_MAX_SEQ_LEN
+    assert built(None, max_position_embeddings=100_000) == MAX_TOKENS
     assert built(4096, max_position_embeddings=100_000) == 4096
     assert built(None, rope_scaling={"type": "dynamic", "factor": 3.0}) == 192, "what dynamic scaling adds"
 
@@ -386,7 +387,7 @@ def test_a_directory_without_permission(checkpoint: Path, tmp_path: Path) -> Non
 
 
 def test_the_committed_demo_configuration_is_what_the_builders_write() -> None:
-    committed = Path(__file__).parent.parent / "model_repository"
+    committed = Path(__file__).parents[3] / "model_repository"
     configs = (
         pbtxt.tokenizer_config("smollm2"),
         pbtxt.engine_config("smollm2", EngineSettings().to_parameters()),

@@ -19,7 +19,8 @@ from deepseek_triton.builders.repository.pbtxt import parse_text
 from deepseek_triton.builders.scoring.options import TIMER_LATE_US, Batching, ScoringOptions, read_template
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.engine.runners.base import RunnerError
-from deepseek_triton.ensemble.engine.runners.scoring import OnnxScoringRunner, load_scoring_runner
+from deepseek_triton.ensemble.engine.runners.load import load_scoring_runner
+from deepseek_triton.ensemble.engine.runners.onnx_scoring import OnnxScoringRunner
 from deepseek_triton.ensemble.protocol import contract
 from deepseek_triton.ensemble.protocol.pipelines import SCORE_PIPELINE
 from deepseek_triton.ensemble.scoring.profile import ScoringProfile
@@ -221,7 +222,7 @@ def test_a_build_at_fault_leaves_nothing(scoring: ScoringOptions, message: str, 
 
 
 def test_options_at_fault(checkpoint: Path) -> None:
-    with pytest.raises(BuildError, match="use target tensorrt or onnx"):
+    with pytest.raises(BuildError, match="use target onnx or tensorrt"):
         options(checkpoint, target="tensorrt-rtx", precision="fp16")
     with pytest.raises(BuildError, match="target is 'cuda', which task score doesn't have"):
         options(checkpoint, target="cuda", precision="fp8")

@@ -18,9 +18,9 @@ from deepseek_triton.builders.fp8.quantize import Quantizer
 from deepseek_triton.builders.fp8.recipe import RECIPES, Recipe
 from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.check import check_repository
-from deepseek_triton.builders.repository.options import PRECISIONS_OF, BuildOptions
-from deepseek_triton.builders.targets.cuda_weights import check_recipe, decoder_shape, write_weights
-from deepseek_triton.builders.targets.defaults import engine_settings
+from deepseek_triton.builders.repository.options import BuildOptions
+from deepseek_triton.builders.targets import target_named
+from deepseek_triton.builders.targets.artefacts.cuda_weights import check_recipe, decoder_shape, write_weights
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape, LayoutError
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.artefacts.tensor_file import TensorEntry, TensorFile, TensorFileError, write_tensors
@@ -208,8 +208,10 @@ def test_a_cuda_engine_has_a_gpus_defaults_and_what_is_asked_for_wins(tmp_path: 
     spec = open_checkpoint(make_checkpoint(tmp_path / "checkpoint", "qwen2")).spec
 
     def settings(target: str, max_seq_len: int, changed: ModelSpec = spec, **asked: object) -> EngineSettings:
-        options = BuildOptions(tmp_path, "x", target=target, precision=PRECISIONS_OF[target][0], settings=asked)
-        return engine_settings(options, changed, max_seq_len)
+        options = BuildOptions(
+            tmp_path, "x", target=target, precision=target_named(target).precisions[0], settings=asked
+        )
+        return target_named(target).settings(options, changed, max_seq_len)
 
     assert settings("onnx", 4096) == EngineSettings()
     assert settings("onnx", 40).max_num_batched_tokens == 40, "a default is never more than the model can have"

@@ -12,7 +12,7 @@ from deepseek_triton.builders.repository.check import check_repository
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.builders.scoring.options import Batching, ScoringOptions
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
-from deepseek_triton.ensemble.artefacts.tensorrt_api import TARGETS
+from deepseek_triton.ensemble.artefacts.tensorrt_api import DISTRIBUTIONS
 from deepseek_triton.ensemble.engine.runners.base import RunnerError
 from deepseek_triton.ensemble.engine.runners.load import load_runner
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
@@ -44,7 +44,7 @@ def test_build_makes_a_repository_of_a_plan_and_of_a_scoring_plan(
         load_runner(directory, EngineSettings(**options.settings))
 
     # Datacenter TensorRT can't be had without its container: its API is TensorRT for RTX's.
-    monkeypatch.setitem(TARGETS, "tensorrt", TARGETS["tensorrt-rtx"])
+    monkeypatch.setitem(DISTRIBUTIONS, "tensorrt", DISTRIBUTIONS["tensorrt-rtx"])
     batching = Batching(max_batch_size=2)
     scoring = ScoringOptions(batching=batching)
     scorer = replace(options, name="scorer", target="tensorrt", task="score", scoring=scoring, settings={})

@@ -186,6 +186,7 @@ def test_one_layer_at_full_size_builds_in_fp8(name: str, spec: Any, tmp_path: Pa
     assert weights < report.plan_bytes < 1.2 * weights, "one byte a weight"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "compute_capability"), [("fp16", "8.9"), ("fp8", "12.0")])
 def test_the_whole_smollm2_builds(precision: str, compute_capability: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(smollm2_path())

@@ -53,6 +53,7 @@ def test_what_is_within_the_noise_does_not_win() -> None:
     assert verdicts(20, 20.6, noise=0.1) == (["the start", "no difference seen"], None)
 
 
+@pytest.mark.slow
 def test_two_equal_configurations_are_seldom_told_apart() -> None:
     won = sum(verdicts(20, 20, 20, seed=seed)[1] is not None for seed in range(24))
     assert won <= 2, "nominal: 1 in 40, for both candidates together"

@@ -134,7 +134,7 @@ def changed(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str]:
         (lambda text: "[]", "missing or unknown fields []; build the model again"),
         (changed(lambda v: v.pop("end_ids")), "missing or unknown fields ['end_ids']"),
         (changed(lambda v: v.update(colour="red")), "missing or unknown fields ['colour']"),
-        (changed(lambda v: v.update(format=2)), f"has format 2, this version reads 1; rebuild with: {COMMAND}"),
+        (changed(lambda v: v.update(format=1)), f"has format 1, this version reads 2; rebuild with: {COMMAND}"),
         (changed(lambda v: v.update(end_ids=7)), "is damaged; build the model again"),
         (changed(lambda v: v.update(end_ids=["x"])), "is damaged"),
         (changed(lambda v: v.update(files={"a": {"bytes": 1}})), "is damaged"),

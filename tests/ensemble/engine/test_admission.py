@@ -49,7 +49,9 @@ def make(directory: Path, settings: EngineSettings | None = None, *, params: Any
 
 
 def test_a_request_holds_what_was_asked(plain: Path) -> None:
-    request = make(plain, is_streamed=True, returns_times=True, returns_input_count=False, returns_output_count=False)
+    request = make(
+        plain, stream=True, return_perf_metrics=True, return_num_input_tokens=False, return_num_output_tokens=False
+    )
     assert (request.stream_id, request.request_id, request.prompt_ids.tolist()) == (7, "mine", PROMPT)
     assert request.is_streamed and request.returns_times and request.arrived_at == NOW
     assert not request.returns_input_count and not request.returns_output_count
@@ -59,10 +61,10 @@ def test_a_request_holds_what_was_asked(plain: Path) -> None:
 
 
 def test_a_direct_call_has_no_head_and_is_not_acknowledged(plain: Path) -> None:
-    direct = make(plain, echoes_prompt=True)
+    direct = make(plain, exclude_input_in_output=False)
     assert direct.head is None and not direct.expects_acknowledgement
     info = PromptInfo(False, True)
-    told, echoed = make(plain, prompt_info=info), make(plain, prompt_info=info, echoes_prompt=True)
+    told, echoed = make(plain, prompt_info=info), make(plain, prompt_info=info, exclude_input_in_output=False)
     assert told.expects_acknowledgement and told.head == StreamHead(info)
     assert echoed.head == StreamHead(info, tuple(PROMPT))
 

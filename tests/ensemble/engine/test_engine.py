@@ -478,7 +478,7 @@ def test_a_full_queue_refuses_at_once() -> None:
     engine.step()
     engine.submit([2], max_tokens=5)
     engine.submit([3], max_tokens=5)
-    with pytest.raises(QueueFullError, match=r"the queue is full \(max_queue_size=2\)"):
+    with pytest.raises(QueueFullError, match=r"queue is full \(max_queue_size=2\); retry later"):
         engine.submit([4])
     engine.run()
     assert running.is_finished and engine.loop.metrics.requests_refused_total == 1

@@ -679,6 +679,7 @@ PERSON = {
 }
 
 
+@pytest.mark.slow
 def test_a_small_model_answers_by_the_schema(tmp_path: Path) -> None:
     from deepseek_triton.builders.checkpoint.reader import open_checkpoint
     from deepseek_triton.builders.graph.decoder import build_graph

@@ -482,8 +482,8 @@ PROMPT = [5, 6, 7]
 
 
 def test_engine_answers_in_one_response_or_as_a_stream(engine: Any) -> None:
-    whole = request({contract.INPUT_IDS: PROMPT, contract.MAX_TOKENS: 6})
-    stream = request({contract.INPUT_IDS: PROMPT, contract.MAX_TOKENS: 6, contract.STREAM: True})
+    whole = request({contract.INPUT_IDS: PROMPT, contract.OPTIONS["max_tokens"]: 6})
+    stream = request({contract.INPUT_IDS: PROMPT, contract.OPTIONS["max_tokens"]: 6, contract.STREAM: True})
     assert engine.execute([whole, stream]) is None
     assert answers(whole.sender) == answers(stream.sender) == expected(6)
     assert len(whole.sender.responses) == 1 and len(stream.sender.responses) > 1
@@ -501,10 +501,12 @@ def test_engine_answers_in_one_response_or_as_a_stream(engine: Any) -> None:
 
 def test_the_first_response_says_how_the_stream_is_to_be_read(engine: Any) -> None:
     info = PromptInfo(True, True)
-    values = {contract.INPUT_IDS: PROMPT, contract.MAX_TOKENS: 3, contract.STREAM: True}
+    values = {contract.INPUT_IDS: PROMPT, contract.OPTIONS["max_tokens"]: 3, contract.STREAM: True}
     direct = request(values)
     told = request({**values, contract.PROMPT_INFO: info.to_json().encode()})
-    echoed = request({**values, contract.PROMPT_INFO: info.to_json().encode(), contract.EXCLUDE_INPUT_IN_OUTPUT: False})
+    echoed = request(
+        {**values, contract.PROMPT_INFO: info.to_json().encode(), contract.OPTIONS["exclude_input_in_output"]: False}
+    )
     engine.execute([direct, told, echoed])
     heads = [[progress.head for progress in progresses(one.sender)] for one in (direct, told, echoed)]
     assert [head[0] for head in heads] == [None, StreamHead(info), StreamHead(info, tuple(PROMPT))]
@@ -514,10 +516,11 @@ def test_the_first_response_says_how_the_stream_is_to_be_read(engine: Any) -> No
 def test_engine_tells_what_was_asked_for(engine: Any) -> None:
     asked = request(
         {
-            contract.INPUT_IDS: PROMPT, contract.MAX_TOKENS: 3, contract.TEMPERATURE: 1.0, contract.SEED: 1,
-            contract.NUM_RETURN_SEQUENCES: 2, contract.RETURN_NUM_INPUT_TOKENS: False,
-            contract.RETURN_NUM_OUTPUT_TOKENS: False, contract.RETURN_LOG_PROBS: True,
-            contract.RETURN_PERF_METRICS: True,
+            contract.INPUT_IDS: PROMPT, contract.OPTIONS["max_tokens"]: 3,
+            contract.OPTIONS["temperature"]: 1.0, contract.OPTIONS["seed"]: 1,
+            contract.OPTIONS["num_return_sequences"]: 2, contract.OPTIONS["return_num_input_tokens"]: False,
+            contract.OPTIONS["return_num_output_tokens"]: False, contract.OPTIONS["return_log_probs"]: True,
+            contract.OPTIONS["return_perf_metrics"]: True,
         }
     )  # fmt: skip
     engine.execute([asked])
@@ -534,8 +537,8 @@ def test_engine_hands_the_sampling_parameters_on(engine: Any) -> None:
     def tokens(seed: int) -> list[int]:
         sampled = request(
             {
-                contract.INPUT_IDS: PROMPT, contract.MAX_TOKENS: 20, contract.TEMPERATURE: 5.0,
-                contract.TOP_K: 50, contract.TOP_P: 0.9, contract.SEED: seed,
+                contract.INPUT_IDS: PROMPT, contract.OPTIONS["max_tokens"]: 20, contract.OPTIONS["temperature"]: 5.0,
+                contract.OPTIONS["top_k"]: 50, contract.OPTIONS["top_p"]: 0.9, contract.OPTIONS["seed"]: seed,
             }
         )  # fmt: skip
         engine.execute([sampled])
@@ -556,22 +559,35 @@ def test_engine_hands_the_sampling_parameters_on(engine: Any) -> None:
         ({contract.INPUT_IDS: [1] * 64}, "the prompt has 64 tokens, the context holds 64; shorten the prompt"),
         ({contract.INPUT_IDS: [1, 320]}, "input_ids must lie in 0 … 319, got 320"),
         ({contract.INPUT_IDS: [-1]}, "input_ids must lie in 0 … 319, got -1"),
-        ({contract.INPUT_IDS: PROMPT, contract.MAX_TOKENS: 0}, "max_tokens is 0"),
-        ({contract.INPUT_IDS: PROMPT, contract.MAX_TOKENS: -1}, "max_tokens is -1"),
-        ({contract.INPUT_IDS: PROMPT, contract.TEMPERATURE: -1.0}, "temperature is -1.0"),
-        ({contract.INPUT_IDS: PROMPT, contract.TEMPERATURE: np.nan}, "temperature is nan"),
-        ({contract.INPUT_IDS: PROMPT, contract.TOP_P: np.nan}, "top_p is nan"),
-        ({contract.INPUT_IDS: PROMPT, contract.TOP_P: 0.0}, "top_p is 0.0"),
-        ({contract.INPUT_IDS: PROMPT, contract.TOP_K: -2}, "top_k is -2"),
-        ({contract.INPUT_IDS: PROMPT, contract.MAX_TOKENS: [1, 2]}, "max_tokens holds 2 values, must hold one"),
+        ({contract.INPUT_IDS: PROMPT, contract.OPTIONS["max_tokens"]: 0}, "max_tokens is 0"),
+        ({contract.INPUT_IDS: PROMPT, contract.OPTIONS["max_tokens"]: -1}, "max_tokens is -1"),
+        ({contract.INPUT_IDS: PROMPT, contract.OPTIONS["temperature"]: -1.0}, "temperature is -1.0"),
+        ({contract.INPUT_IDS: PROMPT, contract.OPTIONS["temperature"]: np.nan}, "temperature is nan"),
+        ({contract.INPUT_IDS: PROMPT, contract.OPTIONS["top_p"]: np.nan}, "top_p is nan"),
+        ({contract.INPUT_IDS: PROMPT, contract.OPTIONS["top_p"]: 0.0}, "top_p is 0.0"),
+        ({contract.INPUT_IDS: PROMPT, contract.OPTIONS["top_k"]: -2}, "top_k is -2"),
+        (
+            {contract.INPUT_IDS: PROMPT, contract.OPTIONS["max_tokens"]: [1, 2]},
+            "max_tokens holds 2 values, must hold one",
+        ),
         (
             {contract.INPUT_IDS: PROMPT, contract.PROMPT_INFO: b"5"},
             "prompt_info is '5', must be what the tokenizer gives",
         ),
-        ({contract.INPUT_IDS: PROMPT, contract.STOP_WORDS: b"\xff"}, "stop_words is not UTF-8"),
-        ({contract.INPUT_IDS: PROMPT, contract.GUIDE_TYPE: b"nothing"}, "guided_decoding_guide_type is 'nothing'"),
-        ({contract.INPUT_IDS: PROMPT, contract.GUIDE_TYPE: b"regex", contract.GUIDE: b"("}, "the regex is invalid"),
-        ({contract.INPUT_IDS: PROMPT, contract.PRIORITY: 9}, "priority is 9, must be 1 (most urgent) to 3"),
+        ({contract.INPUT_IDS: PROMPT, contract.OPTIONS["stop_words"]: b"\xff"}, "stop_words is not UTF-8"),
+        (
+            {contract.INPUT_IDS: PROMPT, contract.OPTIONS["guided_decoding_guide_type"]: b"nothing"},
+            "guided_decoding_guide_type is 'nothing'",
+        ),
+        (
+            {
+                contract.INPUT_IDS: PROMPT,
+                contract.OPTIONS["guided_decoding_guide_type"]: b"regex",
+                contract.OPTIONS["guided_decoding_guide"]: b"(",
+            },
+            "the regex is invalid",
+        ),
+        ({contract.INPUT_IDS: PROMPT, contract.OPTIONS["priority"]: 9}, "priority is 9, must be 1 (most urgent) to 3"),
         ({contract.STOP: True}, "stop needs the id of the request to stop"),
         ({contract.STOP: [True, True]}, "stop holds 2 values"),
     ],
@@ -579,7 +595,7 @@ def test_engine_hands_the_sampling_parameters_on(engine: Any) -> None:
 def test_engine_answers_a_bad_request_and_the_others_beside_it(
     engine: Any, values: dict[TensorSpec, Any], message: str
 ) -> None:
-    bad, good = request(values), request({contract.INPUT_IDS: PROMPT, contract.MAX_TOKENS: 4})
+    bad, good = request(values), request({contract.INPUT_IDS: PROMPT, contract.OPTIONS["max_tokens"]: 4})
     engine.execute([bad, good])
     assert bad.sender.is_final and len(bad.sender.responses) == 1
     error = bad.sender.responses[0].error
@@ -589,19 +605,19 @@ def test_engine_answers_a_bad_request_and_the_others_beside_it(
 
 def test_engine_failures_of_the_runner_end_one_request(engine: Any, runner: FakeRunner) -> None:
     runner.fail_next = RuntimeError("out of luck")
-    failed = request({contract.INPUT_IDS: PROMPT, contract.MAX_TOKENS: 4})
+    failed = request({contract.INPUT_IDS: PROMPT, contract.OPTIONS["max_tokens"]: 4})
     engine.execute([failed])
     wait_until(lambda: failed.sender.is_final)
     error = failed.sender.responses[-1].error
     assert error is not None and "prefill failed: out of luck" in error.message_
     assert error.code_ == TritonError.INTERNAL
-    later = request({contract.INPUT_IDS: PROMPT, contract.MAX_TOKENS: 4})
+    later = request({contract.INPUT_IDS: PROMPT, contract.OPTIONS["max_tokens"]: 4})
     engine.execute([later])
     assert answers(later.sender) == expected(4)
 
 
 def test_engine_answers_a_request_that_it_can_t_even_read(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    odd, good = request({}), request({contract.INPUT_IDS: PROMPT, contract.MAX_TOKENS: 4})
+    odd, good = request({}), request({contract.INPUT_IDS: PROMPT, contract.OPTIONS["max_tokens"]: 4})
 
     def inputs() -> list[Tensor]:
         raise RuntimeError("the shared memory\nhas gone")
@@ -616,7 +632,7 @@ def test_engine_answers_a_request_that_it_can_t_even_read(engine: Any, monkeypat
 
 def test_engine_publishes_its_numbers(engine: Any) -> None:
     families = sys.modules["triton_python_backend_utils"].MetricFamily
-    done = request({contract.INPUT_IDS: PROMPT, contract.MAX_TOKENS: 4})
+    done = request({contract.INPUT_IDS: PROMPT, contract.OPTIONS["max_tokens"]: 4})
     engine.execute([done])
     answers(done.sender)
     engine.finalize()
@@ -641,7 +657,7 @@ class TestWithAGate:
         return Gate(max_num_seqs=2, max_seq_len=64, vocab_size=VOCAB_SIZE)
 
     def start(self, engine: Any, request_id: str = "", *, acknowledge: bool = False) -> Request:
-        values = {contract.INPUT_IDS: PROMPT, contract.MAX_TOKENS: 50, contract.STREAM: True}
+        values = {contract.INPUT_IDS: PROMPT, contract.OPTIONS["max_tokens"]: 50, contract.STREAM: True}
         started = request(
             {**values, **({contract.PROMPT_INFO: PromptInfo().to_json().encode()} if acknowledge else {})}, request_id
         )
@@ -650,7 +666,7 @@ class TestWithAGate:
         return started
 
     def test_a_request_is_stopped_by_its_id(self, engine: Any, runner: Gate) -> None:
-        one, other = self.start(engine, "one"), request({contract.INPUT_IDS: PROMPT, contract.MAX_TOKENS: 5})
+        one, other = self.start(engine, "one"), request({contract.INPUT_IDS: PROMPT, contract.OPTIONS["max_tokens"]: 5})
         engine.execute([other])
         stop = request({contract.STOP: True}, "one")
         engine.execute([stop])
@@ -715,7 +731,7 @@ class TestWithAGate:
         refused = request({contract.INPUT_IDS: PROMPT})
         engine.execute([refused])
         error = refused.sender.responses[0].error
-        assert error is not None and error.code_ == TritonError.UNAVAILABLE and "wait already" in error.message_
+        assert error is not None and error.code_ == TritonError.UNAVAILABLE and "queue is full" in error.message_
         runner.is_open = True
 
 

@@ -12,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_triton.ensemble.sampling import Sampler, SamplingError, SamplingParams
-from deepseek_triton.ensemble.sampling.params import FLOATS, INTEGERS
+from deepseek_triton.ensemble.sampling.params import RANGES
+
+INTEGERS = {field: allowed for field, allowed in RANGES.items() if allowed.is_whole}
+FLOATS = {field: allowed for field, allowed in RANGES.items() if not allowed.is_whole}
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@
 // the row eight further down; the activations at the same place are column lane / 4 of B. So the diagonals of the
 // product are what is wanted, and whatever bytes a lane holds, they are multiplied with what they should be.
 //
-// Compiled for one model: the names in capitals below are given as macros (decode_one.py).
+// Compiled for one model: the names in capitals below are given as macros (persistent_decode.py).
 //   HIDDEN INTERMEDIATE HEADS KV_HEADS HEAD_DIM VOCAB LAYERS MAX_SEQ_LEN   the decoder's shape
 //   FP8          1: the layers' matrices are E4M3 codes, with a scale for each row; 0: bfloat16
 //   QK_NORM      1: the heads of q and k are normed
 //   EPS          of the norms
 //   SCORE_SCALE  of the attention's scores, times log2(e)
 //   BLOCKS       the grid
-//   STAGES STAGE_BYTES KV_BLOCK SCRATCH_BYTES   shared memory, see decode_one.py
+//   STAGES STAGE_BYTES KV_BLOCK SCRATCH_BYTES   shared memory, see persistent_decode.py
 //   IN_FLIGHT    stages that are being copied at most
 //   RANK RANKS   which of how many GPUs this is, if the decoder is split over several
 //
@@ -1000,7 +1000,7 @@ struct Consumer {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
-    decode_one(const i64* ids, const i64* last_tokens, const i64* positions, const u16* embedding, const u16* last_norm,
+    persistent_decode(const i64* ids, const i64* last_tokens, const i64* positions, const u16* embedding, const u16* last_norm,
                const u8* head, const float* cos, const float* sin, const Layer* layers, Work* work, u64* const* boxes,
                const u32* given_up, float* logits) {
     extern __shared__ __align__(128) u8 memory[];

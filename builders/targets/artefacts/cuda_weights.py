@@ -20,6 +20,8 @@ from deepseek_triton.builders.fp8.recipe import Recipe
 from deepseek_triton.builders.graph.builder import Progress
 from deepseek_triton.builders.graph.nodes import Quantized, Read
 from deepseek_triton.builders.graph.rope import rope_tables
+from deepseek_triton.builders.targets.artefacts.graph import chosen_recipe, weights_progress
+from deepseek_triton.builders.targets.artefacts.target import BuildJob
 from deepseek_triton.ensemble.artefacts.cuda_layout import WEIGHTS_FILE, DecoderShape, stored_norms
 from deepseek_triton.ensemble.artefacts.tensor_file import TensorEntry, write_tensors
 from deepseek_triton.ensemble.decoder.spec import ModelSpec, layer_prefix
@@ -55,6 +57,37 @@ def check_recipe(recipe: Recipe) -> None:
         raise BuildError(
             f"recipe: activations are {recipe.activations!r}; target cuda scales each token; use default or mixed"
         )
+
+
+def write_engine_weights(job: BuildJob) -> tuple[Path, Recipe | None]:
+    """Write the weights that the build asks for.
+
+    Returns:
+        The file's path, and for FP8 the recipe with every layer that stayed float.
+
+    Raises:
+        BuildError: the kernels can't carry out the recipe, or the calibration failed.
+    """
+    options, spec, advance = job.options, job.spec, weights_progress(job)
+    if options.precision != "fp8":
+        path, _ = write_weights(
+            spec, job.checkpoint.read, job.directory, max_seq_len=job.max_seq_len, progress=advance
+        )  # fmt: skip
+        return path, None
+    from deepseek_triton.builders.fp8.calibration_text import load_or_calibrate
+    from deepseek_triton.builders.fp8.quantize import NETWORK, Quantizer, settled_recipe
+
+    recipe = chosen_recipe(options)
+    check_recipe(recipe)
+    calibration = load_or_calibrate(options.checkpoint, options.ranges, options.calibration_text, job.report)
+    # The scales must be representable in float16, though this file has float32: so the codes equal the other targets'.
+    recipe = settled_recipe(job.checkpoint, recipe, calibration, NETWORK, job.report)
+    quantizer = Quantizer(job.checkpoint, recipe, calibration, network=NETWORK, report=job.report)
+    path, _ = write_weights(
+        spec, quantizer.read, job.directory,
+        max_seq_len=job.max_seq_len, recipe=recipe, quantized=quantizer.quantized, progress=advance,
+    )  # fmt: skip
+    return path, recipe
 
 
 def write_weights(

@@ -1,0 +1,67 @@
+"""The length of a sequence that an engine is built for: what was asked for, or what the model has and memory holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deepseek_triton.builders.errors import BuildError
+from deepseek_triton.builders.repository.options import BuildOptions
+from deepseek_triton.builders.targets import target_named
+
+if TYPE_CHECKING:
+    from deepseek_triton.ensemble.decoder.spec import ModelSpec
+
+SCORING_MAX_SEQ_LEN = 2048  # a scoring engine has no cache; it reads a prompt and its labels
+
+
+@dataclass(frozen=True)
+class SequenceLen:
+    """max_seq_len in tokens, prompt and answer; reason: why, for the user, where the build has chosen it."""
+
+    tokens: int
+    reason: str = ""
+
+    def describe(self) -> str:
+        """One line: the length, why, and what changes it."""
+        return f"max_seq_len {self.tokens:,} ({self.reason}; --max-seq-len sets it)"
+
+
+def choose_max_seq_len(options: BuildOptions, spec: ModelSpec) -> SequenceLen:
+    """The length that `options` ask for, else the model's own within the target's budget.
+
+    A length that the budget bounds is a power of two.
+
+    Raises:
+        BuildError: it is more than the model was trained for.
+    """
+    limit = spec.max_position_embeddings
+    if spec.rope.scaling == "dynamic":
+        limit = int(limit * spec.rope.factor)
+    if options.max_seq_len is not None:
+        if options.max_seq_len > limit:
+            raise BuildError(f"max_seq_len is {options.max_seq_len}, the model was trained for {limit} tokens")
+        return SequenceLen(options.max_seq_len)
+    if options.task == "score":
+        return SequenceLen(min(limit, SCORING_MAX_SEQ_LEN), f"the model's own is {limit:,}")
+    target = target_named(options.target)
+    budget = target.cache_budget()
+    num_seqs = options.settings.get("max_num_seqs", budget.num_seqs)
+    needed = num_seqs * target.cache_bytes(options, spec, limit)
+    fitting = limit if needed <= budget.num_bytes else _power_of_two(limit * budget.num_bytes // needed)
+    if budget.max_tokens is not None and budget.max_tokens < min(limit, fitting):
+        return SequenceLen(
+            budget.max_tokens, f"the model's own is {limit:,}, but target {options.target} slows down with the length"
+        )
+    if fitting < limit:
+        return SequenceLen(
+            fitting,
+            f"the model's own {limit:,} would need {needed / 2**30:.1f} GiB of cache for {num_seqs} sequences, "
+            f"{budget.what} is {budget.num_bytes / 2**30:.1f} GiB",
+        )
+    return SequenceLen(limit, "the model's own")
+
+
+def _power_of_two(tokens: int) -> int:
+    """The largest power of two up to `tokens`, and at least 2, the shortest sequence."""
+    return max(2, 1 << tokens.bit_length() - 1) if tokens else 2

@@ -1,0 +1,85 @@
+"""Target onnx: ONNX Runtime on a CPU runs the graph as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version as package_version
+
+from deepseek_triton.builders.errors import BuildError
+from deepseek_triton.builders.targets.artefacts.memory import host_memory_bytes
+from deepseek_triton.builders.targets.artefacts.target import Artefacts, BuildJob, CacheBudget, Target
+from deepseek_triton.ensemble.protocol.settings import EngineSettings
+
+# opset → the first ONNX Runtime that runs every operator of the graph in it
+ONNX_RUNTIME_FOR_OPSET = {24: (1, 24), 23: (1, 23)}
+SCORING_OPSET = 24
+CACHE_SHARE = 8  # default caches take at most an eighth of the host's memory
+# ONNX Runtime computes attention over a slot's whole length, filled or not: at 8,192 a step of SmolLM2 takes 1.5 times
+# as long as at 2,048.
+MAX_TOKENS = 8192
+
+
+class OnnxTarget(Target):
+    """Writes model.onnx and its weights."""
+
+    name = "onnx"
+    precisions = ("fp32", "fp16", "fp8")
+    tasks = ("generate", "score")
+
+    def cache_budget(self) -> CacheBudget:
+        """See Target."""
+        return CacheBudget(
+            num_bytes=host_memory_bytes() // CACHE_SHARE,
+            num_seqs=EngineSettings.max_num_seqs,
+            what="an eighth of this machine's memory",
+            max_tokens=MAX_TOKENS,
+        )
+
+    def write(self, job: BuildJob, settings: EngineSettings) -> Artefacts:
+        """See Target."""
+        from deepseek_triton.builders.targets.artefacts.graph import graph_shapes, write_graph
+
+        opset = newest_opset()
+        graph, recipe = write_graph(job, job.directory, opset)
+        return Artefacts(
+            files=(graph, graph.with_name(graph.name + ".data")),
+            recipe=recipe,
+            shapes=graph_shapes(graph),
+            requires=_requires(opset),
+        )
+
+    def write_scoring(self, job: BuildJob, prefix_ids: Sequence[int]) -> Artefacts:
+        """See Target. The graph takes the keys and values of `prefix_ids`, which the runner computes once."""
+        from deepseek_triton.builders.graph.decoder import ScoringMode
+        from deepseek_triton.builders.targets.artefacts.graph import graph_shapes, write_graph
+
+        if newest_opset() < SCORING_OPSET:
+            raise BuildError("task score needs onnxruntime 1.24 or later; pip install 'onnxruntime>=1.24'")
+        graph, recipe = write_graph(job, job.directory, SCORING_OPSET, ScoringMode(takes_prefix=True))
+        return Artefacts(
+            files=(graph, graph.with_name("model.onnx.data")),
+            recipe=recipe,
+            shapes=graph_shapes(graph),
+            engine={"prefix_ids": list(prefix_ids)},
+            requires=_requires(SCORING_OPSET),
+        )
+
+
+def newest_opset() -> int:
+    """The newest opset that the installed ONNX Runtime runs; Python 3.10 has none later than 1.23.
+
+    Raises:
+        BuildError: it runs none.
+    """
+    installed = tuple(int(part) for part in package_version("onnxruntime").split(".")[:2])
+    for opset, needed in ONNX_RUNTIME_FOR_OPSET.items():
+        if installed >= needed:
+            return opset
+    raise BuildError(f"onnxruntime {package_version('onnxruntime')} is too old; pip install 'onnxruntime>=1.23'")
+
+
+def _requires(opset: int) -> dict[str, str]:
+    return {"onnxruntime": ".".join(map(str, ONNX_RUNTIME_FOR_OPSET[opset]))}
+
+
+TARGET = OnnxTarget()
