@@ -513,7 +513,7 @@ def refuse(guide_type: str, guide: Any, match: str) -> Any:
         refuse("choice", "yes", "the choice is not JSON"),
         refuse("choice", [], "a JSON list of at least one string"),
         refuse("choice", ["yes", 1], "a JSON list of at least one string"),
-        refuse("choice", ["a" * 17000], "has 17004 bytes, at most 16384"),
+        refuse("choice", ["a" * 17000], "has 17004 bytes, must have at most 16384"),
         refuse("choice", [""], "nothing but an empty text"),
     ],
 )  # fmt: skip
