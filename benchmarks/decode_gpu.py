@@ -139,10 +139,10 @@ def _serve(runner: AnyRunner, num_requests: int) -> float:
 
 def _decode(runner: AnyRunner, tokens: np.ndarray[Any, np.dtype[np.int64]], position: int, num_steps: int) -> None:
     """`num_steps` tokens for each of slots 0 … len(tokens) − 1, with two steps in flight."""
-    draws = [GREEDY] * len(tokens)
+    samplings = [GREEDY] * len(tokens)
     ids, positions = tokens, np.full(len(tokens), position)
     for step in range(num_steps):
-        runner.start_decode(ids, positions + step, draws, [])
+        runner.start_decode(ids, positions + step, samplings, [])
         ids = np.full(len(tokens), LAST_TOKEN)
         if step:
             runner.finish_decode()

@@ -39,19 +39,19 @@ class PacedRunner:
         self._prefills: deque[tuple[float, int]] = deque()
 
     def prefill(self, slot: int, ids: Ids, start: int) -> Logits:
-        """Not used, nor `decode`: every token is drawn."""
+        """Not used, nor `decode`: every token is sampled."""
         raise NotImplementedError
 
     def decode(self, ids: Ids, positions: Ids) -> Logits:
         """Not used."""
         raise NotImplementedError
 
-    def can_draw(self, draw: DeviceSampling) -> bool:
+    def can_sample(self, sampling: DeviceSampling) -> bool:
         """See PipelinedRunner."""
         return True
 
     def start_decode(
-        self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+        self, ids: Ids, positions: Ids, samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
         """See PipelinedRunner."""
         self._decodes.append((self._end(self._step_s), len(ids)))
@@ -61,7 +61,7 @@ class PacedRunner:
         return self._wait(*self._decodes.popleft())
 
     def start_prefill(
-        self, chunks: Sequence[PromptChunk], draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+        self, chunks: Sequence[PromptChunk], samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
         """See PipelinedRunner."""
         num_tokens = sum(len(chunk.ids) for chunk in chunks)

@@ -39,14 +39,14 @@ LATE_SHARE = 0.02  # if waiting took less than this share of a call's time, the 
 class Part(NamedTuple):
     """One sequence's part of a call: it fills `num_tokens` positions of the slot, and gives a token if `gives_token`.
 
-    row: index of the token in the call's results. draw: the device sampling; None: the host chooses from logits.
+    row: index of the token in the call's results. sampling: the device sampling; None: the host chooses from logits.
     """
 
     sequence: TokenSequence
     num_tokens: int
     row: int
     gives_token: bool
-    draw: DeviceSampling | None
+    sampling: DeviceSampling | None
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class StepPipeline:
                 part.sequence.num_in_flight += part.num_tokens
                 part.sequence.num_awaited += part.gives_token
         if begun or failures:  # a failed call may have been computed in part
-            self._device_sampled = {part.sequence for call in begun for part in call.parts if part.draw is not None}
+            self._device_sampled = {part.sequence for call in begun for part in call.parts if part.sampling is not None}
         self._is_step_begun = bool(begun)
         if begun:
             self._steps.append(begun)
@@ -179,38 +179,38 @@ class StepPipeline:
         for sequence in sequences:
             if sequence.num_awaited and sequence.ends_with_awaited:
                 continue
-            draw = self._draw(sequence)
-            if sequence.num_awaited and (draw is None or sequence not in self._device_sampled):
+            sampling = self._sampling(sequence)
+            if sequence.num_awaited and (sampling is None or sequence not in self._device_sampled):
                 num_left_out += 1
                 continue
             assert sequence.slot is not None
-            parts.append(Part(sequence, 1, sequence.slot, True, draw))
+            parts.append(Part(sequence, 1, sequence.slot, True, sampling))
         return [] if num_left_out > MAX_SHARE_LEFT_OUT * (num_left_out + len(parts)) else parts
 
     def _prefill_part(self, chunk: PrefillChunk, row: int) -> Part:
         sequence = chunk.sequence
         gives_token = sequence.num_begun + chunk.num_tokens >= len(sequence.request.prompt_ids)
-        draw = self._draw(sequence) if gives_token and self._runner.packs_prompts else None
-        return Part(sequence, chunk.num_tokens, row, gives_token, draw)
+        sampling = self._sampling(sequence) if gives_token and self._runner.packs_prompts else None
+        return Part(sequence, chunk.num_tokens, row, gives_token, sampling)
 
-    def _draw(self, sequence: TokenSequence) -> DeviceSampling | None:
-        draw = device_sampling(sequence)
-        return draw if draw is not None and self._runner.can_draw(draw) else None
+    def _sampling(self, sequence: TokenSequence) -> DeviceSampling | None:
+        sampling = device_sampling(sequence)
+        return sampling if sampling is not None and self._runner.can_sample(sampling) else None
 
     def _start(self, call: Call, positions: Mapping[int, int]) -> None:
-        logits_rows = [part.row for part in call.parts if part.gives_token and part.draw is None]
+        logits_rows = [part.row for part in call.parts if part.gives_token and part.sampling is None]
         if call.kind == "prefill":
             chunks = [_prompt_chunk(part.sequence, part.num_tokens) for part in call.parts]
-            self._runner.start_prefill(chunks, [part.draw for part in call.parts], logits_rows)
+            self._runner.start_prefill(chunks, [part.sampling for part in call.parts], logits_rows)
             return
         num_rows = 1 + max(part.row for part in call.parts)
         ids = [0] * num_rows
-        draws: list[DeviceSampling | None] = [None] * num_rows
-        for sequence, _, row, _, draw in call.parts:
+        samplings: list[DeviceSampling | None] = [None] * num_rows
+        for sequence, _, row, _, sampling in call.parts:
             ids[row] = LAST_TOKEN if sequence.num_awaited else sequence.output_ids[-1]
-            draws[row] = draw
+            samplings[row] = sampling
         where = np.array([positions[slot] for slot in range(num_rows)], np.int64)
-        self._runner.start_decode(np.array(ids, np.int64), where, draws, logits_rows)
+        self._runner.start_decode(np.array(ids, np.int64), where, samplings, logits_rows)
 
 
 def _outcomes(call: Call, decoded: Decoded) -> list[tuple[TokenSequence, Outcome]]:
@@ -219,8 +219,8 @@ def _outcomes(call: Call, decoded: Decoded) -> list[tuple[TokenSequence, Outcome
     rows = iter(decoded.logits)
     outcomes: list[tuple[TokenSequence, Outcome]] = []
     host_sampled, logits = [], []
-    for sequence, _, row, gives_token, draw in call.parts:
-        own_logits = next(rows) if gives_token and draw is None else None
+    for sequence, _, row, gives_token, sampling in call.parts:
+        own_logits = next(rows) if gives_token and sampling is None else None
         if not gives_token or sequence.finish_reason is not None:  # it ended while the call ran
             continue
         if own_logits is None:

@@ -10,7 +10,7 @@ import pytest
 
 from deepseek_triton.ensemble.engine.runners.base import Ids, Logits
 from tests.ensemble.engine.test_engine import Engine
-from tests.support.fakes import DrawingFakeRunner, FakeRunner, FakeSink, PipelinedFakeRunner, expected_tokens
+from tests.support.fakes import FakeRunner, FakeSink, PipelinedFakeRunner, SamplingFakeRunner, expected_tokens
 
 SHARED = list(range(1, 31))
 
@@ -32,7 +32,7 @@ def test_no_heartbeat_follows_the_last_response() -> None:
     assert sink.is_finished and sink.num_heartbeats == 0  # FakeSink refuses what comes after the end
 
 
-@pytest.mark.parametrize("runner", [FakeRunner, DrawingFakeRunner, PipelinedFakeRunner])
+@pytest.mark.parametrize("runner", [FakeRunner, SamplingFakeRunner, PipelinedFakeRunner])
 def test_a_copy_that_fails_costs_the_reuse_alone(runner: type[FakeRunner]) -> None:
     engine = Engine(runner(max_seq_len=200))
     running = engine.submit([*SHARED, 50], max_tokens=60)

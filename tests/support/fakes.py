@@ -56,28 +56,28 @@ class FakeRunner:
             raise error
 
 
-class DrawingFakeRunner(FakeRunner):
+class SamplingFakeRunner(FakeRunner):
     """A FakeRunner that chooses greedy tokens itself, and computes only when the step is finished."""
 
     def __init__(self, max_num_seqs: int = 4, max_seq_len: int = 64, vocab_size: int = 100) -> None:
         super().__init__(max_num_seqs, max_seq_len, vocab_size)
-        self.num_drawn = self.num_logits_rows = 0
+        self.num_sampled = self.num_logits_rows = 0
         self._started: tuple[IdArray, IdArray, list[DeviceSampling | None], list[int]] | None = None
 
-    def can_draw(self, draw: DeviceSampling) -> bool:
-        return draw.temperature == 0
+    def can_sample(self, sampling: DeviceSampling) -> bool:
+        return sampling.temperature == 0
 
     def start_decode(
-        self, ids: IdArray, positions: IdArray, draws: Ids[DeviceSampling | None], logits_rows: Ids[int]
+        self, ids: IdArray, positions: IdArray, samplings: Ids[DeviceSampling | None], logits_rows: Ids[int]
     ) -> None:
         assert self._started is None, "one step at a time"
-        self._started = ids.copy(), positions.copy(), list(draws), list(logits_rows)
+        self._started = ids.copy(), positions.copy(), list(samplings), list(logits_rows)
 
     def finish_decode(self) -> Decoded:
         assert self._started is not None
-        (ids, positions, draws, logits_rows), self._started = self._started, None
+        (ids, positions, samplings, logits_rows), self._started = self._started, None
         logits = self.decode(ids, positions)
-        self.num_drawn += sum(draw is not None for draw in draws)
+        self.num_sampled += sum(sampling is not None for sampling in samplings)
         self.num_logits_rows += len(logits_rows)
         log_probs = logits.max(axis=1) - np.log(np.exp(logits).sum(axis=1))
         return Decoded(logits.argmax(axis=1), log_probs, logits[logits_rows])
@@ -87,8 +87,8 @@ class PipelinedFakeRunner(FakeRunner):
     """Computes what is begun at once, as a stream of kernels would in the end, and tells of it when it is finished.
 
     Strict about what a runner may rely on: how many calls are in flight, in order, contiguous positions, and that
-    LAST_TOKEN stands for a token that was drawn for the slot since the decode before. Every row of a decode loses the
-    token that it drew before, drawing or not. A call that fails has written whatever it would have.
+    LAST_TOKEN stands for a token that was sampled for the slot since the decode before. Every row of a decode loses the
+    token that it sampled before, sampling or not. A call that fails has written whatever it would have.
     """
 
     steps_in_flight = 2
@@ -96,29 +96,31 @@ class PipelinedFakeRunner(FakeRunner):
 
     def __init__(self, max_num_seqs: int = 4, max_seq_len: int = 64, vocab_size: int = 100) -> None:
         super().__init__(max_num_seqs, max_seq_len, vocab_size)
-        self.num_ahead = self.num_drawn = self.num_logits_rows = 0
+        self.num_ahead = self.num_sampled = self.num_logits_rows = 0
         self.fail_finish: dict[str, Exception] = {}  # by kind of call
         self._last_tokens: list[int | None] = [None] * max_num_seqs
         self._ends: list[int | None] = [None] * max_num_seqs  # where a slot's next position is; None: unknown
         self._in_flight: dict[str, list[Decoded]] = {"decode": [], "prefill": []}
 
-    def can_draw(self, draw: DeviceSampling) -> bool:
-        return draw.top_k == 0
+    def can_sample(self, sampling: DeviceSampling) -> bool:
+        return sampling.top_k == 0
 
-    def start_prefill(self, chunks: Ids[PromptChunk], draws: Ids[DeviceSampling | None], logits_rows: Ids[int]) -> None:
+    def start_prefill(
+        self, chunks: Ids[PromptChunk], samplings: Ids[DeviceSampling | None], logits_rows: Ids[int]
+    ) -> None:
         slots = [chunk.slot for chunk in chunks]
-        assert len(set(slots)) == len(chunks) == len(draws)
+        assert len(set(slots)) == len(chunks) == len(samplings)
         logits = []
         for chunk in chunks:
             self.calls.append(("prefill", len(chunk.ids)))
             self.cache[chunk.slot, chunk.start : chunk.start + len(chunk.ids)] = chunk.ids
             logits.append(self._logits(chunk.slot, chunk.start + len(chunk.ids)))
-        self._begin("prefill", np.stack(logits), slots, draws, logits_rows)
+        self._begin("prefill", np.stack(logits), slots, samplings, logits_rows)
         for chunk in chunks:
             self._ends[chunk.slot] = chunk.start + len(chunk.ids)
 
     def start_decode(
-        self, ids: IdArray, positions: IdArray, draws: Ids[DeviceSampling | None], logits_rows: Ids[int]
+        self, ids: IdArray, positions: IdArray, samplings: Ids[DeviceSampling | None], logits_rows: Ids[int]
     ) -> None:
         self.calls.append(("decode", len(ids)))
         logits = []
@@ -128,13 +130,13 @@ class PipelinedFakeRunner(FakeRunner):
                 assert token is not None, "LAST_TOKEN stands for nothing"
                 assert self._in_flight["decode"] or self._in_flight["prefill"], "the token is known"
                 self.num_ahead += 1
-            if draws[slot] is not None or slot in logits_rows:
+            if samplings[slot] is not None or slot in logits_rows:
                 assert self._ends[slot] in (None, position), "a slot's positions are contiguous"
             self.cache[slot, position] = token
             logits.append(self._logits(slot, position + 1))
-        self._begin("decode", np.stack(logits), range(len(ids)), draws, logits_rows)
+        self._begin("decode", np.stack(logits), range(len(ids)), samplings, logits_rows)
         for slot, position in enumerate(positions.tolist()):
-            if draws[slot] is not None or slot in logits_rows:
+            if samplings[slot] is not None or slot in logits_rows:
                 self._ends[slot] = position + 1
 
     def finish_decode(self) -> Decoded:
@@ -150,17 +152,17 @@ class PipelinedFakeRunner(FakeRunner):
         self._last_tokens = [None] * self.max_num_seqs
 
     def _begin(
-        self, kind: str, logits: Logits, slots: Ids[int], draws: Ids[DeviceSampling | None], logits_rows: Ids[int]
+        self, kind: str, logits: Logits, slots: Ids[int], samplings: Ids[DeviceSampling | None], logits_rows: Ids[int]
     ) -> None:
         assert len(self._in_flight[kind]) < self.steps_in_flight
-        assert all(draws[row] is None for row in logits_rows)
-        tokens = [drawn_token(row, draw) for row, draw in zip(logits, draws, strict=True)]
-        for slot, token, draw in zip(slots, tokens, draws, strict=True):
-            self._last_tokens[slot] = None if draw is None else token
+        assert all(samplings[row] is None for row in logits_rows)
+        tokens = [sampled_token(row, sampling) for row, sampling in zip(logits, samplings, strict=True)]
+        for slot, token, sampling in zip(slots, tokens, samplings, strict=True):
+            self._last_tokens[slot] = None if sampling is None else token
         if self.fail_next is not None:
             self._last_tokens = [None] * self.max_num_seqs
         self._maybe_fail()
-        self.num_drawn += sum(draw is not None for draw in draws)
+        self.num_sampled += sum(sampling is not None for sampling in samplings)
         self.num_logits_rows += len(logits_rows)
         log_probs = logits.max(axis=1) - np.log(np.exp(logits).sum(axis=1))
         self._in_flight[kind].append(Decoded(np.array(tokens), log_probs, logits[list(logits_rows)]))
@@ -172,17 +174,17 @@ class PipelinedFakeRunner(FakeRunner):
         return decoded
 
 
-def drawn_token(logits: Logits, draw: DeviceSampling | None) -> int:
-    """What PipelinedFakeRunner draws: the likeliest, or a function of it, seed and step.
+def sampled_token(logits: Logits, sampling: DeviceSampling | None) -> int:
+    """What PipelinedFakeRunner samples: the likeliest, or a function of it, seed and step.
 
     Nonsense without a DeviceSampling.
     """
-    if draw is None:
+    if sampling is None:
         return -7
     best = int(logits.argmax())
-    if draw.temperature == 0:
+    if sampling.temperature == 0:
         return best
-    return 1 + crc32(repr((best, draw.seed, draw.step)).encode()) % (len(logits) - 1)
+    return 1 + crc32(repr((best, sampling.seed, sampling.step)).encode()) % (len(logits) - 1)
 
 
 def next_token(history: Ids[int], vocab_size: int = 100) -> int:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
-LAST_TOKEN = -1  # as an id: the token that the slot drew last, which need not be known yet
+LAST_TOKEN = -1  # as an id: the token that the slot sampled last, which need not be known yet
 
 
 class RunnerError(Exception):
@@ -66,7 +66,7 @@ class DeviceSampling:
     """How a runner chooses one row's token where its logits are; fields as in SamplingParams, temperature 0 is greedy.
 
     The random number is a function of `seed` and `step`, the count of tokens that the sequence has generated, and of
-    nothing else: a sequence draws the same tokens alone and in a full batch.
+    nothing else: a sequence gets the same tokens alone and in a full batch.
     """
 
     temperature: float
@@ -94,13 +94,13 @@ class Decoded:
 class SamplingRunner(Runner, Protocol):
     """A runner that chooses tokens itself and computes while the caller does something else."""
 
-    def can_draw(self, draw: DeviceSampling) -> bool:
+    def can_sample(self, sampling: DeviceSampling) -> bool:
         """Whether this runner can choose a token that way; where it can't, ask for the row's logits."""
 
     def start_decode(
-        self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+        self, ids: Ids, positions: Ids, samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
-        """Begin a `decode` and return without waiting; draws[i] is row i's, None for a row that draws nothing."""
+        """Begin a `decode` and return without waiting; samplings[i] is row i's, None for a row that samples nothing."""
 
     def finish_decode(self) -> Decoded:
         """Wait for the step that `start_decode` began; its `logits_rows`' logits are those of `Decoded`."""
@@ -114,21 +114,21 @@ class PipelinedRunner(Protocol):
     slot's last owner still writes lies before what its next owner writes.
 
     steps_in_flight: how many decodes, and how many prefills, may be begun before the first of them is finished.
-    packs_prompts: whether `start_prefill` takes more than one chunk, and draws; else one chunk, for its logits.
+    packs_prompts: whether `start_prefill` takes more than one chunk, and samples; else one chunk, for its logits.
     """
 
     steps_in_flight: int
     packs_prompts: bool
 
-    def can_draw(self, draw: DeviceSampling) -> bool:
+    def can_sample(self, sampling: DeviceSampling) -> bool:
         """See SamplingRunner."""
 
     def start_decode(
-        self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+        self, ids: Ids, positions: Ids, samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
         """See SamplingRunner.
 
-        An id may be LAST_TOKEN where the decode begun before this one draws a token for the slot, or a prefill begun
+        An id may be LAST_TOKEN where the decode begun before this one samples a token for the slot, or a prefill begun
         since.
         """
 
@@ -136,9 +136,9 @@ class PipelinedRunner(Protocol):
         """See SamplingRunner: the decode that was begun first."""
 
     def start_prefill(
-        self, chunks: Sequence[PromptChunk], draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+        self, chunks: Sequence[PromptChunk], samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
-        """Begin a `prefill` of different slots' chunks; draws[i] and the rows are those of the chunks' last tokens.
+        """Begin a `prefill` of different slots' chunks; samplings[i] and the rows are those of the chunks' last tokens.
 
         The chunks together hold at most the `max_num_batched_tokens` tokens that the runner was made for.
         """

@@ -23,40 +23,40 @@ NO_TOKENS, NO_LOG_PROBS = np.empty(0, np.int64), np.empty(0, np.float32)
 
 
 class OneStep:
-    """Decodes as `runner` does, drawing if it can; prefills one chunk at a time, and hands out its logits."""
+    """Decodes as `runner` does, sampling if it can; prefills one chunk at a time, and hands out its logits."""
 
     steps_in_flight = 1
     packs_prompts = False
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._drawing = runner if isinstance(runner, SamplingRunner) else None
+        self._sampling_runner = runner if isinstance(runner, SamplingRunner) else None
         self._decode: tuple[Ids, Ids, Sequence[int]] | None = None
         self._prefills: list[PromptChunk] = []
 
-    def can_draw(self, draw: DeviceSampling) -> bool:
+    def can_sample(self, sampling: DeviceSampling) -> bool:
         """See SamplingRunner."""
-        return self._drawing is not None and self._drawing.can_draw(draw)
+        return self._sampling_runner is not None and self._sampling_runner.can_sample(sampling)
 
     def start_decode(
-        self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+        self, ids: Ids, positions: Ids, samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
         """See SamplingRunner."""
-        if self._drawing is not None:
-            self._drawing.start_decode(ids, positions, draws, logits_rows)
+        if self._sampling_runner is not None:
+            self._sampling_runner.start_decode(ids, positions, samplings, logits_rows)
         self._decode = ids, positions, logits_rows
 
     def finish_decode(self) -> Decoded:
         """See SamplingRunner."""
         assert self._decode is not None, "no decode was begun"
         (ids, positions, rows), self._decode = self._decode, None
-        if self._drawing is not None:
-            return self._drawing.finish_decode()
+        if self._sampling_runner is not None:
+            return self._sampling_runner.finish_decode()
         logits = self._runner.decode(ids, positions)
         return Decoded(NO_TOKENS, NO_LOG_PROBS, logits[list(rows)])
 
     def start_prefill(
-        self, chunks: Sequence[PromptChunk], draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+        self, chunks: Sequence[PromptChunk], samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
         """See PipelinedRunner."""
         self._prefills += chunks
@@ -70,9 +70,9 @@ class OneStep:
     def abandon(self) -> None:
         """See PipelinedRunner."""
         self._prefills.clear()
-        is_running, self._decode = self._drawing is not None and self._decode is not None, None
-        if self._drawing is not None and is_running:
-            self._drawing.finish_decode()
+        is_running, self._decode = self._sampling_runner is not None and self._decode is not None, None
+        if self._sampling_runner is not None and is_running:
+            self._sampling_runner.finish_decode()
 
 
 def pipelined(runner: Runner) -> PipelinedRunner:

@@ -108,12 +108,12 @@ class TensorRTRunner:
         self._decode(ids, positions)
         return self._download("logits", len(ids))
 
-    def can_draw(self, draw: DeviceSampling) -> bool:
+    def can_sample(self, sampling: DeviceSampling) -> bool:
         """Only greedy sampling: the plan chooses the likeliest token."""
-        return draw.temperature == 0
+        return sampling.temperature == 0
 
     def start_decode(
-        self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+        self, ids: Ids, positions: Ids, samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
         """See SamplingRunner. It copies eight bytes a slot to the host, and all logits if any are asked for."""
         self._num_rows, self._logits_rows = len(ids), logits_rows

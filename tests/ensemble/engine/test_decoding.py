@@ -21,10 +21,10 @@ from deepseek_triton.ensemble.sampling import Sampled, Sampler, SamplingError, S
 from deepseek_triton.ensemble.text.bad_words import BadWords
 from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 from tests.support.checkpoints import make_tokenizer
-from tests.support.fakes import DrawingFakeRunner, FakeRunner, FakeSink, next_token
+from tests.support.fakes import FakeRunner, FakeSink, SamplingFakeRunner, next_token
 
 VOCAB_SIZE, END = 320, 319
-RUNNERS = [FakeRunner, DrawingFakeRunner]
+RUNNERS = [FakeRunner, SamplingFakeRunner]
 PROMPT_LEN = 3
 
 
@@ -141,8 +141,8 @@ def test_each_sequence_of_a_batch_gets_what_it_wants(
     assert isinstance(told, Sampled) and told.log_prob is not None and len(told.top) == 1
     assert sizes == [2], "one call for all that are guided"
     assert all(sequence.sampler.num_generated == 2 for sequence in batch.sequences)
-    if isinstance(batch.runner, DrawingFakeRunner):
-        assert batch.runner.num_drawn == 2, "the plain and the reasoning one"
+    if isinstance(batch.runner, SamplingFakeRunner):
+        assert batch.runner.num_sampled == 2, "the plain and the reasoning one"
         assert batch.runner.num_logits_rows == 6
 
     alone = Batch(runner_type(max_num_seqs=8, max_seq_len=32, vocab_size=VOCAB_SIZE))

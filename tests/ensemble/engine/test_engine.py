@@ -19,11 +19,11 @@ from deepseek_triton.ensemble.engine.thinking import Thinking
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from deepseek_triton.ensemble.sampling import Sampler, SamplingParams
 from tests.support.fakes import (
-    DrawingFakeRunner,
     FakeAcknowledgements,
     FakeRunner,
     FakeSink,
     PipelinedFakeRunner,
+    SamplingFakeRunner,
     expected_tokens,
 )
 
@@ -373,7 +373,7 @@ def test_slow_acknowledgements_are_no_lost_client() -> None:
     assert sink.finish_reason is None
 
 
-@pytest.mark.parametrize("runner", [FakeRunner, DrawingFakeRunner, PipelinedFakeRunner])
+@pytest.mark.parametrize("runner", [FakeRunner, SamplingFakeRunner, PipelinedFakeRunner])
 def test_samples_of_one_prompt_share_its_prefill_and_the_first_is_the_single_one(runner: type[FakeRunner]) -> None:
     prompt = list(range(1, 31))
     options: dict[str, Any] = {"temperature": 2.0, "seed": 3, "max_tokens": 12}
@@ -515,7 +515,7 @@ def test_out_of_memory_ends_the_newest_request_and_the_others_go_on() -> None:
 def test_a_drawing_runner_gives_the_same_tokens() -> None:
     prompts = [[n, n + 1, n + 2] * 4 for n in range(1, 9)]
     ids = []
-    for runner in (FakeRunner(max_num_seqs=4), DrawingFakeRunner(max_num_seqs=4)):
+    for runner in (FakeRunner(max_num_seqs=4), SamplingFakeRunner(max_num_seqs=4)):
         engine = Engine(runner)
         sinks = [
             engine.submit(prompt, max_tokens=9, repetition_penalty=1.0 if n % 2 else 1.3, num_log_probs=0)
@@ -526,13 +526,13 @@ def test_a_drawing_runner_gives_the_same_tokens() -> None:
         log_probs = [value for sink in sinks for u in sink.updates() if u.log_probs for value in u.log_probs.tokens]
         assert len(log_probs) == 8 * 9 and max(log_probs) < 0
     assert ids[0] == ids[1]
-    assert isinstance(runner, DrawingFakeRunner) and runner.num_drawn > 0 and runner.num_logits_rows > 0
+    assert isinstance(runner, SamplingFakeRunner) and runner.num_sampled > 0 and runner.num_logits_rows > 0
 
 
 def test_what_is_ready_is_sent_while_the_runner_computes() -> None:
     sent: list[int] = []
 
-    class WatchingRunner(DrawingFakeRunner):
+    class WatchingRunner(SamplingFakeRunner):
         def finish_decode(self) -> Any:
             sent.append(sum(len(update.ids) for update in sink.updates()))
             return super().finish_decode()
@@ -551,7 +551,7 @@ def test_sending_never_takes_longer_than_the_step_that_runs_meanwhile() -> None:
             engine.now += 0.001  # of the 0.01 that a step takes
             super().send(request, updates)
 
-    class SteadyRunner(DrawingFakeRunner):
+    class SteadyRunner(SamplingFakeRunner):
         def finish_decode(self) -> Any:
             engine.now = max(engine.now, started[-1] + 0.01)
             return super().finish_decode()
@@ -574,7 +574,7 @@ def test_sending_never_takes_longer_than_the_step_that_runs_meanwhile() -> None:
 
 
 def test_cancelling_while_a_step_runs_leaves_the_others_alone() -> None:
-    class CancellingRunner(DrawingFakeRunner):
+    class CancellingRunner(SamplingFakeRunner):
         def start_decode(self, *arguments: Any) -> None:
             super().start_decode(*arguments)
             gone.has_gone = len(stays.ids) > 2

@@ -62,15 +62,22 @@ class StepSlot:
         log_probs = torch.zeros(num_rows, dtype=torch.float32, pin_memory=is_pinned)
         return cls(inputs, inputs.arrays(), tokens, log_probs)
 
-    def fill(self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], size: int) -> None:
+    def fill(self, ids: Ids, positions: Ids, samplings: Sequence[DeviceSampling | None], size: int) -> None:
         """Set rows 0 … size − 1; those behind `ids` have no token. A row that draws nothing is greedy."""
         n = len(ids)
         self.arrays["ids"][:n], self.arrays["positions"][:n] = ids, positions
         self.arrays["ids"][n:size], self.arrays["positions"][n:size] = 0, NO_TOKEN
         self.arrays["temperatures"][:size] = 0.0
-        for row, draw in enumerate(draws):
-            if draw is not None and draw.temperature > 0:
-                values = (draw.temperature, draw.top_k, draw.top_p, draw.min_p, _signed(draw.seed), draw.step)
+        for row, sampling in enumerate(samplings):
+            if sampling is not None and sampling.temperature > 0:
+                values = (
+                    sampling.temperature,
+                    sampling.top_k,
+                    sampling.top_p,
+                    sampling.min_p,
+                    _signed(sampling.seed),
+                    sampling.step,
+                )
                 names = ("temperatures", "top_ks", "top_ps", "min_ps", "seeds", "steps")
                 for name, value in zip(names, values, strict=True):
                     self.arrays[name][row] = value

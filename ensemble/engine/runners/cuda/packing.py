@@ -25,8 +25,8 @@ class PackingRunner(ABC):
         self.start_decode(ids, positions, [None] * len(ids), range(len(ids)))
         return self.finish_decode().logits
 
-    def can_draw(self, draw: DeviceSampling) -> bool:
-        """See DrawingRunner: every DeviceSampling."""
+    def can_sample(self, sampling: DeviceSampling) -> bool:
+        """See SamplingRunner: every DeviceSampling."""
         return True
 
     @abstractmethod
@@ -35,10 +35,10 @@ class PackingRunner(ABC):
 
     @abstractmethod
     def start_decode(
-        self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+        self, ids: Ids, positions: Ids, samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
-        """See DrawingRunner; a second step may be begun before the first is finished, ids −1 its tokens."""
+        """See SamplingRunner; a second step may be begun before the first is finished, ids −1 its tokens."""
 
     @abstractmethod
     def finish_decode(self) -> Decoded:
-        """See DrawingRunner: the earliest step that was begun."""
+        """See SamplingRunner: the earliest step that was begun."""

@@ -24,7 +24,7 @@ from deepseek_triton.ensemble.processes.temp_dirs import make_directory, remove_
 
 
 class ParallelRunner(PackingRunner):
-    """A `CudaRunner` on `size` GPUs. Implements `DrawingRunner` and `PipelinedRunner`.
+    """A `CudaRunner` on `size` GPUs. Implements `SamplingRunner` and `PipelinedRunner`.
 
     A matrix that is split by columns scales each rank's part of a token by that part's own largest value: at least as
     fine as one scale for the whole.
@@ -130,7 +130,7 @@ class ParallelRunner(PackingRunner):
         if self._on_failure is not None:
             self._on_failure(reason)
 
-    # ---- DrawingRunner
+    # ---- SamplingRunner
 
     def prefill_many(self, chunks: Sequence[PromptChunk]) -> Logits:
         """See CudaRunner."""
@@ -140,29 +140,29 @@ class ParallelRunner(PackingRunner):
             return self._runner.prefill_many(chunks)
 
     def start_decode(
-        self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+        self, ids: Ids, positions: Ids, samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
-        """See DrawingRunner."""
+        """See SamplingRunner."""
         self._runner.check_start_decode(ids, positions)
         with self._ranks.together():
-            self._ranks.tell("start_decode", ids, positions, list(draws))
-            self._runner.start_decode(ids, positions, draws, logits_rows)
+            self._ranks.tell("start_decode", ids, positions, list(samplings))
+            self._runner.start_decode(ids, positions, samplings, logits_rows)
 
     def finish_decode(self) -> Decoded:
-        """See DrawingRunner."""
+        """See SamplingRunner."""
         with self._ranks.together(is_launching=False):
             return self._runner.finish_decode()
 
     # ---- PipelinedRunner
 
     def start_prefill(
-        self, chunks: Sequence[PromptChunk], draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+        self, chunks: Sequence[PromptChunk], samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
         """See PipelinedRunner."""
         self._runner.check_start_prefill(chunks)
         with self._ranks.together():
-            self._ranks.tell("start_prefill", chunks, list(draws))
-            self._runner.start_prefill(chunks, draws, logits_rows)
+            self._ranks.tell("start_prefill", chunks, list(samplings))
+            self._runner.start_prefill(chunks, samplings, logits_rows)
 
     def finish_prefill(self) -> Decoded:
         """See PipelinedRunner."""

@@ -49,7 +49,7 @@ from deepseek_triton.ensemble.engine.runners.cuda.limits import Limits
 from deepseek_triton.ensemble.engine.runners.cuda.memory import MIB, check_fits, weight_bytes
 from deepseek_triton.ensemble.engine.runners.cuda.packing import PackingRunner
 from deepseek_triton.ensemble.engine.runners.cuda.plan import FAST, INVARIANT, KernelPlan
-from deepseek_triton.ensemble.engine.runners.cuda.sampling import FirstTokens, Scanned, draw_rows
+from deepseek_triton.ensemble.engine.runners.cuda.sampling import FirstTokens, Scanned, sample_rows
 from deepseek_triton.ensemble.engine.runners.cuda.weights import SplitWeights, WeightSource
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ PDL_CAPABILITY = (9, 0)
 
 
 class CudaRunner(PackingRunner):
-    """Runs what `builders/targets/cuda_weights.py` writes. Implements `DrawingRunner` and `PipelinedRunner`.
+    """Runs what `builders/targets/cuda_weights.py` writes. Implements `SamplingRunner` and `PipelinedRunner`.
 
     Args:
         source: the weights.
@@ -174,7 +174,7 @@ class CudaRunner(PackingRunner):
         if self._group is not None:
             self._group.leave()
 
-    # ---- DrawingRunner
+    # ---- SamplingRunner
 
     def prefill_many(self, chunks: Sequence[PromptChunk]) -> Logits:
         """`prefill` of several slots' chunks at once: the logits [len(chunks), vocab_size] of each one's last token."""
@@ -184,14 +184,14 @@ class CudaRunner(PackingRunner):
         return logits
 
     def start_prefill(
-        self, chunks: Sequence[PromptChunk], draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+        self, chunks: Sequence[PromptChunk], samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
         """See PipelinedRunner."""
         self.check_start_prefill(chunks)
         with self._on_stream(), self._attributed():
             logits = self._prefill(chunks)
             slots = np.array([chunk.slot for chunk in chunks])
-            self._pending_prefills.append(self._first_tokens.start(logits, slots, draws, logits_rows, self._tokens))
+            self._pending_prefills.append(self._first_tokens.start(logits, slots, samplings, logits_rows, self._tokens))
 
     def finish_prefill(self) -> Decoded:
         """See PipelinedRunner."""
@@ -241,22 +241,22 @@ class CudaRunner(PackingRunner):
         self._limits.check_decode(ids, positions)
 
     def start_decode(
-        self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+        self, ids: Ids, positions: Ids, samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
     ) -> None:
-        """See DrawingRunner; a second step may be begun before the first is finished, ids −1 its tokens."""
+        """See SamplingRunner; a second step may be begun before the first is finished, ids −1 its tokens."""
         self.check_start_decode(ids, positions)
         n = len(ids)
         size = captured_size(n, self.max_num_seqs)
         slot = self._slots[0]
         self._slots.rotate(-1)
-        slot.fill(ids, positions, draws, size)
+        slot.fill(ids, positions, samplings, size)
         with self._on_stream(), self._attributed():
             self._inputs.block.copy_(slot.inputs.block, non_blocking=True)
             logits = self._run(size)
             self._pending.append(PendingStep.fetch(slot, self._tokens[:n], self._log_probs[:n], logits, logits_rows))
 
     def finish_decode(self) -> Decoded:
-        """See DrawingRunner: the earliest step that was begun."""
+        """See SamplingRunner: the earliest step that was begun."""
         if not self._pending:
             raise RunnerError("no decode step was begun")
         return self._pending.popleft().wait()
@@ -275,7 +275,7 @@ class CudaRunner(PackingRunner):
             inputs["ids"], inputs["positions"], self._tokens[:size], self._caches, self._arrived
         )
         scanned = Scanned.empty(self._decoder.launch, *logits.shape)
-        draw_rows(self._decoder.launch, logits, inputs, scanned, self._tokens, self._log_probs)
+        sample_rows(self._decoder.launch, logits, inputs, scanned, self._tokens, self._log_probs)
         return logits
 
     # ---- memory and graphs

@@ -18,7 +18,7 @@ from deepseek_triton.ensemble.engine.runners.cuda.kernels import sampling
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
 
 SCAN_CHUNK = 4096  # logits that one program looks through
-DRAW_BLOCK = 4096
+SAMPLE_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Scanned:
         return cls(best, launch.empty(num_rows, chunks, dtype=torch.int32), total)
 
 
-def draw_rows(
+def sample_rows(
     launch: Launcher,
     logits: torch.Tensor,
     inputs: Mapping[str, torch.Tensor],
@@ -54,10 +54,10 @@ def draw_rows(
         V=vocab_size, CHUNK=SCAN_CHUNK, CHUNKS=chunks, num_warps=4,
     )  # fmt: skip
     launch(
-        sampling.draw_tokens, (size,), logits, best, where, total,
+        sampling.sample_tokens, (size,), logits, best, where, total,
         inputs["temperatures"], inputs["top_ks"], inputs["top_ps"], inputs["min_ps"], inputs["seeds"],
         inputs["steps"], tokens, log_probs,
-        V=vocab_size, CHUNKS=chunks, BLOCK_CHUNKS=triton.next_power_of_2(chunks), BLOCK=DRAW_BLOCK, num_warps=16,
+        V=vocab_size, CHUNKS=chunks, BLOCK_CHUNKS=triton.next_power_of_2(chunks), BLOCK=SAMPLE_BLOCK, num_warps=16,
     )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ class FirstTokens:
         self,
         logits: torch.Tensor,
         slots: Ids,
-        draws: Sequence[DeviceSampling | None],
+        samplings: Sequence[DeviceSampling | None],
         logits_rows: Sequence[int],
         last_tokens: torch.Tensor,
     ) -> PendingStep:
@@ -89,8 +89,8 @@ class FirstTokens:
         n = len(slots)
         step = self._slots[0]
         self._slots.rotate(-1)
-        step.fill(slots, slots, draws, n)
+        step.fill(slots, slots, samplings, n)
         self._inputs.block.copy_(step.inputs.block, non_blocking=True)
-        draw_rows(self._launch, logits[:n], self._inputs.tensors, self._scanned, self._tokens, self._log_probs)
+        sample_rows(self._launch, logits[:n], self._inputs.tensors, self._scanned, self._tokens, self._log_probs)
         last_tokens.index_copy_(0, self._inputs.tensors["ids"][:n], self._tokens[:n])
         return PendingStep.fetch(step, self._tokens[:n], self._log_probs[:n], logits, logits_rows)

@@ -70,15 +70,15 @@ class Mirror:
         self._runner = runner
         self._in_flight = {"decode": 0, "prefill": 0}
 
-    def start_decode(self, ids: Ids, positions: Ids, draws: Sequence[DeviceSampling | None]) -> None:
+    def start_decode(self, ids: Ids, positions: Ids, samplings: Sequence[DeviceSampling | None]) -> None:
         """As CudaRunner's."""
         self._make_room("decode", self._runner.finish_decode)
-        self._runner.start_decode(ids, positions, draws, [])
+        self._runner.start_decode(ids, positions, samplings, [])
 
-    def start_prefill(self, chunks: Sequence[PromptChunk], draws: Sequence[DeviceSampling | None]) -> None:
+    def start_prefill(self, chunks: Sequence[PromptChunk], samplings: Sequence[DeviceSampling | None]) -> None:
         """As CudaRunner's."""
         self._make_room("prefill", self._runner.finish_prefill)
-        self._runner.start_prefill(chunks, draws, [])
+        self._runner.start_prefill(chunks, samplings, [])
 
     def prefill_many(self, chunks: Sequence[PromptChunk]) -> None:
         """As CudaRunner's."""

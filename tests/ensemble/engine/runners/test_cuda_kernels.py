@@ -285,8 +285,8 @@ def test_prefill_attention_over_several_slots_chunks() -> None:
 # ---- sampling
 
 
-def draw(
-    d: Decoder, logits: torch.Tensor, draws: list[DeviceSampling]
+def sample(
+    d: Decoder, logits: torch.Tensor, samplings: list[DeviceSampling]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     m, v = logits.shape
     chunks = -(-v // 256)
@@ -294,7 +294,7 @@ def draw(
     best = torch.empty(m, chunks, dtype=torch.int32, device=DEVICE)
     d.launch(sampling.scan_logits, (chunks, m), logits, maxima, best, sums, V=v, CHUNK=256, CHUNKS=chunks)
     columns = [
-        torch.tensor([getattr(one, name) for one in draws], dtype=dtype, device=DEVICE)
+        torch.tensor([getattr(one, name) for one in samplings], dtype=dtype, device=DEVICE)
         for name, dtype in (
             ("temperature", torch.float32), ("top_k", torch.int32), ("top_p", torch.float32), ("min_p", torch.float32),
             ("seed", torch.int64), ("step", torch.int64),
@@ -303,7 +303,7 @@ def draw(
     tokens = torch.full((m,), -1, dtype=torch.int64, device=DEVICE)
     log_probs = torch.full((m,), torch.nan, device=DEVICE)
     d.launch(
-        sampling.draw_tokens, (m,), logits, maxima, best, sums, *columns, tokens, log_probs,
+        sampling.sample_tokens, (m,), logits, maxima, best, sums, *columns, tokens, log_probs,
         V=v, CHUNKS=chunks, BLOCK_CHUNKS=4, BLOCK=256,
     )  # fmt: skip
     return tokens.cpu().numpy(), log_probs.cpu().numpy()
@@ -332,7 +332,7 @@ def kept_tokens(logits: torch.Tensor, one: DeviceSampling) -> set[int]:
 def test_tokens_are_drawn_from_what_is_kept_and_by_their_probabilities(one: DeviceSampling) -> None:
     d, logits = decoder(), random(1, 300, seed=11) * 2
     n = 2000 if HAS_GPU else 60
-    tokens, log_probs = draw(d, logits.expand(n, -1).contiguous(), [replace(one, seed=s) for s in range(n)])
+    tokens, log_probs = sample(d, logits.expand(n, -1).contiguous(), [replace(one, seed=s) for s in range(n)])
     kept = sorted(kept_tokens(logits[0].cpu(), one))
     assert set(tokens.tolist()) <= set(kept)
     p = (logits[0].cpu().double() / one.temperature).softmax(-1)[kept].numpy()
@@ -348,23 +348,23 @@ def test_tokens_are_drawn_from_what_is_kept_and_by_their_probabilities(one: Devi
 
 def test_a_draw_depends_on_seed_and_step_and_on_no_neighbour() -> None:
     d, logits = decoder(), random(6, 300, seed=12)
-    draws = [
+    samplings = [
         DeviceSampling(1.0, 0, 1.0, 0.0, seed, step)
         for seed, step in ((1, 0), (1, 1), (2, 0), (-5, 3), (2**40, 2**33), (1, 0))
     ]
-    tokens, log_probs = draw(d, logits, draws)
-    for row, one in enumerate(draws):
-        alone, alone_probs = draw(d, logits[row : row + 1].contiguous(), [one])
+    tokens, log_probs = sample(d, logits, samplings)
+    for row, one in enumerate(samplings):
+        alone, alone_probs = sample(d, logits[row : row + 1].contiguous(), [one])
         assert (alone[0], alone_probs[0]) == (tokens[row], log_probs[row])
     same = logits[:1].expand(64, -1).contiguous()
-    steps, _ = draw(d, same, [DeviceSampling(1.0, 0, 1.0, 0.0, 7, step) for step in range(64)])
+    steps, _ = sample(d, same, [DeviceSampling(1.0, 0, 1.0, 0.0, 7, step) for step in range(64)])
     assert len(set(steps.tolist())) > 10
 
 
 def test_greedy_rows_take_the_first_of_the_likeliest() -> None:
     d, logits = decoder(), random(3, 300, seed=13)
     logits[0, [17, 290]] = 9.0
-    tokens, log_probs = draw(
+    tokens, log_probs = sample(
         d,
         logits,
         [
@@ -381,5 +381,5 @@ def test_greedy_rows_take_the_first_of_the_likeliest() -> None:
 def test_logits_that_are_not_numbers_are_told_by_the_log_probability() -> None:
     logits = random(1, 300)
     logits[0, 5] = torch.nan
-    _, log_probs = draw(decoder(), logits, [DeviceSampling(0.0, 0, 1.0, 0.0, 0, 0)])
+    _, log_probs = sample(decoder(), logits, [DeviceSampling(0.0, 0, 1.0, 0.0, 0, 0)])
     assert not np.isfinite(log_probs[0])

@@ -114,18 +114,18 @@ def test_logits_are_those_of_the_decoder_in_float64(name: str, is_fp8: bool) -> 
 
 
 def generate(
-    runner: CudaRunner, prompts: dict[int, Ids], num_tokens: int, draws: dict[int, DeviceSampling]
+    runner: CudaRunner, prompts: dict[int, Ids], num_tokens: int, samplings: dict[int, DeviceSampling]
 ) -> dict[int, list[int]]:
     """Slot → tokens; prompts one by one, then every slot's tokens together."""
     slots, rows = sorted(prompts), max(prompts) + 1
     found = {slot: [int(runner.prefill(slot, prompts[slot], 0).argmax())] for slot in slots}
     for step in range(num_tokens - 1):
         ids, positions = np.zeros(rows, np.int64), np.full(rows, runner.max_seq_len - 1)
-        row_draws: list[DeviceSampling | None] = [None] * rows
+        row_samplings: list[DeviceSampling | None] = [None] * rows
         for slot in slots:
             ids[slot], positions[slot] = found[slot][-1], len(prompts[slot]) + step
-            row_draws[slot] = replace(draws[slot], step=step)
-        runner.start_decode(ids, positions, row_draws, [])
+            row_samplings[slot] = replace(samplings[slot], step=step)
+        runner.start_decode(ids, positions, row_samplings, [])
         tokens = runner.finish_decode().tokens
         for slot in slots:
             found[slot].append(int(tokens[slot]))
@@ -135,25 +135,25 @@ def generate(
 def test_the_invariant_mode_gives_each_sequence_the_same_tokens_alone_and_in_company() -> None:
     count = 30 if HAS_GPU else 6
     prompts = dict(enumerate(texts(9, 30, 2, 17, 25)))
-    draws = {slot: replace(GREEDY, temperature=0.8 * (slot % 2), top_p=0.9, seed=slot) for slot in prompts}
+    samplings = {slot: replace(GREEDY, temperature=0.8 * (slot % 2), top_p=0.9, seed=slot) for slot in prompts}
     together = make(is_invariant=True)
-    all_at_once = generate(together, prompts, count, draws)
+    all_at_once = generate(together, prompts, count, samplings)
     together.close()
     for slot in prompts if HAS_GPU else [1]:
         alone = make(is_invariant=True)
-        assert generate(alone, {0: prompts[slot]}, count, {0: draws[slot]})[0] == all_at_once[slot]
+        assert generate(alone, {0: prompts[slot]}, count, {0: samplings[slot]})[0] == all_at_once[slot]
         alone.close()
 
 
 def test_a_step_may_begin_before_the_last_ones_tokens_are_known(runner: CudaRunner) -> None:
     assert isinstance(runner, SamplingRunner)
     prompt = texts(12)[0]
-    draw = DeviceSampling(0.9, 0, 1.0, 0.0, 3, 0)
-    one_by_one = generate(runner, {0: prompt}, 6, {0: draw})[0]
+    sampling = DeviceSampling(0.9, 0, 1.0, 0.0, 3, 0)
+    one_by_one = generate(runner, {0: prompt}, 6, {0: sampling})[0]
     token, found = int(runner.prefill(0, prompt, 0).argmax()), []
     for step in range(5):
         runner.start_decode(
-            np.array([LAST_TOKEN if step else token]), np.array([12 + step]), [replace(draw, step=step)], []
+            np.array([LAST_TOKEN if step else token]), np.array([12 + step]), [replace(sampling, step=step)], []
         )
         if step:
             found.append(int(runner.finish_decode().tokens[0]))

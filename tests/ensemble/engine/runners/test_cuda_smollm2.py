@@ -174,9 +174,9 @@ def test_five_thousand_tokens_are_those_of_the_graph(loaded: tuple[str, CudaRunn
     """Teacher-forced, every window in a slot of its own."""
     precision, runner = loaded
     found = np.empty_like(reference.tokens["float"])
-    draws = [GREEDY] * len(reference.windows)
+    samplings = [GREEDY] * len(reference.windows)
     for position in range(WINDOW):
-        runner.start_decode(reference.windows[:, position], np.full(len(draws), position), draws, [])
+        runner.start_decode(reference.windows[:, position], np.full(len(samplings), position), samplings, [])
         found[:, position] = runner.finish_decode().tokens
     assert found.size >= 5000
     float_tokens, graph, graph_again = (reference.tokens[kind] for kind in ("float", "fp8", "fp8_float32"))

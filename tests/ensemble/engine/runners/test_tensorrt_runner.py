@@ -122,7 +122,7 @@ def test_greedy_tokens_come_from_the_device(load: Load) -> None:
     runner = load()
     greedy = DeviceSampling(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, step=0)
     assert isinstance(runner, SamplingRunner)
-    assert runner.can_draw(greedy) and not runner.can_draw(replace(greedy, temperature=0.5))
+    assert runner.can_sample(greedy) and not runner.can_sample(replace(greedy, temperature=0.5))
     for slot in range(3):
         runner.prefill(slot, ids(6, slot), 0)
     logits = runner.decode(ids(3), np.array([6, 6, 6])).copy()

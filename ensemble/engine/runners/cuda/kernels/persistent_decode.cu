@@ -1000,9 +1000,9 @@ struct Consumer {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
-    persistent_decode(const i64* ids, const i64* last_tokens, const i64* positions, const u16* embedding, const u16* last_norm,
-               const u8* head, const float* cos, const float* sin, const Layer* layers, Work* work, u64* const* boxes,
-               const u32* given_up, float* logits) {
+    persistent_decode(const i64* ids, const i64* last_tokens, const i64* positions, const u16* embedding,
+                      const u16* last_norm, const u8* head, const float* cos, const float* sin, const Layer* layers,
+                      Work* work, u64* const* boxes, const u32* given_up, float* logits) {
     extern __shared__ __align__(128) u8 memory[];
     u8* scratch = memory + STAGES * STAGE_BYTES;
     float* parts = (float*)(scratch + SCRATCH_BYTES);

@@ -64,7 +64,7 @@ def _mass(row, best, temperature, bound, V: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def draw_tokens(
+def sample_tokens(
     logits,  # [M, V] float32
     chunk_max,  # as scan_logits gives them
     chunk_best,
@@ -129,7 +129,7 @@ def draw_tokens(
         random, _a, _b, _c = tl.philox(tl.load(seeds + m), step.to(tl.int32), high_step, 0 * high_step, 0 * high_step)
         target = tl.uint_to_uniform_float(random) * total
         before = 0.0
-        drawn = token
+        sampled = token
         found = token < 0
         for first in range(0, V, BLOCK):
             candidate = first + tl.arange(0, BLOCK)
@@ -138,9 +138,9 @@ def draw_tokens(
             running = before + tl.cumsum(weight)
             reached = tl.min(tl.where((running > target) & (weight > 0.0), candidate, V))
             if (reached < V) & (found == 0):
-                drawn = reached
+                sampled = reached
                 found = reached < V
             before += tl.sum(weight)
-        token = drawn
+        token = sampled
     tl.store(tokens + m, token.to(tl.int64))
     tl.store(log_probs + m, tl.load(row + token) - best - log_sum)
