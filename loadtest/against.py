@@ -1,7 +1,7 @@
-"""Which speed a run owes: that of a recorded run of the same machine, or what its profile promises for this machine.
+"""Selects the service levels of a run: from a recorded run on the same machine, or from the profile.
 
-A profile's levels follow from runs on the machine that its basis names. On another machine they say nothing, so speed
-isn't judged there, unless by a run recorded on it.
+A profile's levels were derived from runs on the machine that its basis names. On another machine latency and backlog
+aren't judged, except against a run recorded on that machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from deepseek_triton.loadtest.levels import LEVELS
 from deepseek_triton.loadtest.profile import Basis, Levels, LoadProfile, LoadProfileError
 from deepseek_triton.loadtest.result import LoadTestResult
 
-# Judged of every profile; what else its own levels name is judged too.
+# These levels are always judged against a recorded run, besides those that the profile has.
 SPEED = ("p99_latency_s", "p99_first_token_s", "p99_inter_token_s")
 HARDWARE = ("processor", "cores", "memory_gib")
 
@@ -23,7 +23,7 @@ HARDWARE = ("processor", "cores", "memory_gib")
 def judged_against(
     chosen: LoadProfile, recorded: LoadTestResult, model: str, machine: Mapping[str, Any]
 ) -> LoadProfile:
-    """`chosen` with levels that are MARGIN times the figures of `recorded`.
+    """Return `chosen` with levels that are MARGIN times the values of `recorded`.
 
     Raises:
         LoadProfileError: the recorded run is invalid, or of another load, model or machine.
@@ -55,7 +55,7 @@ def judged_against(
 
 
 def without_foreign_levels(chosen: LoadProfile, machine: Mapping[str, Any]) -> LoadProfile:
-    """`chosen` without the levels of speed if they follow from runs of another machine."""
+    """Return `chosen` without its latency and backlog levels if they were derived on another machine."""
     if chosen.basis is None or chosen.basis.machine == machine_name(machine):
         return chosen
     levels = Levels(**{name: getattr(chosen.levels, name) for name in Basis.WITHOUT_MARGIN})
@@ -63,5 +63,5 @@ def without_foreign_levels(chosen: LoadProfile, machine: Mapping[str, Any]) -> L
 
 
 def machine_name(machine: Mapping[str, Any]) -> str:
-    """A machine as a basis names it."""
+    """Return the name of a machine as used in a Basis."""
     return f"{machine['processor']}, {machine['cores']} cores"

@@ -1,9 +1,9 @@
-"""Do client and server tell the same story? Samples and the engine's own numbers of the same requests in, verdicts out.
+"""Compares the client's measurements with the engine's metrics of the same requests.
 
-The client's clock starts before the engine's and stops after it: what lies between, Triton's other models aside, which
-say how long they take, is the network's and the generator's own. Percentiles of buckets are too coarse to compare, so
-means are. Only where every answer streams are both means of the same requests; elsewhere there is only the tokens'
-number to compare.
+The client's time to first token includes the engine's. The difference, less the time in Triton's other models, is
+spent in the network and the load generator, and must stay below TOLERANCE. Means are compared, since percentiles of
+histogram buckets are too coarse. The means cover the same requests only if every answer is streamed; otherwise only
+the number of tokens is compared.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from deepseek_triton.loadtest.verdict import Verdict
 
 
 def check(samples: Sequence[Sample], engine: EngineWork | None, others: dict[str, ModelWork]) -> list[Verdict]:
-    """Compare; nothing if the engine says nothing of itself, or not every request was answered.
+    """Return the verdicts; none if the engine publishes no metrics or a request has no complete answer.
 
-    `samples`: all, the warm-up's too. `engine`, `others`: what the engine, and each other model of its ensemble, did
-    from before the first request to after the last answer.
+    Args:
+        samples: all samples, including the warm-up.
+        engine: the engine's work from before the first request to after the last answer.
+        others: the work of the ensemble's other models in the same time.
     """
     if engine is None or not samples or not all(sample.is_complete for sample in samples):
         return []
@@ -45,7 +47,7 @@ def _check_first_token(samples: Sequence[Sample], engine: EngineWork, others: di
     server = engine.first_token_s.mean
     if client is None or server is None:
         return []
-    # One call of each before a stream's first response: the tokenizer's of the prompt, the detokenizer's of the token.
+    # Before a stream's first response each of the other models runs once: the tokenizer and the detokenizer.
     around = sum(((model.queue_ms or 0.0) + (model.compute_ms or 0.0)) / 1e3 for model in others.values())
     return [
         Verdict(

@@ -1,8 +1,8 @@
-"""When requests are due and how many users there are: stages in, seconds out.
+"""Computes the arrival times of requests and the number of users from a profile's stages.
 
-Open arrivals are a Poisson process whose rate follows the stages: the arrivals of a process with rate 1 are put where
-the integral of the rate reaches them. That is exact for rates that change evenly, and the seed alone decides it, so
-two runs of one profile meet the same arrivals. Time 0 is the warm-up's end.
+Open arrivals are a Poisson process whose rate follows the stages. The arrival times of a process with rate 1 are mapped
+by the inverse of the rate's integral, which is exact for linear rates. They depend on the seed only, so two runs of a
+profile have the same arrivals. Times are in seconds; time 0 is the end of the warm-up.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from deepseek_triton.loadtest.profile import LoadProfile, Stage
 
 
 def all_stages(profile: LoadProfile) -> list[tuple[float, Stage]]:
-    """Each stage with its start, the warm-up first."""
+    """Return each stage with its start time in seconds; the warm-up is the first."""
     first = profile.stages[0].start
     stages = [Stage(profile.warmup_s, first, first)] if profile.warmup_s else []
     starts, at = [], -profile.warmup_s
@@ -26,12 +26,12 @@ def all_stages(profile: LoadProfile) -> list[tuple[float, Stage]]:
 
 
 def poisson(profile: LoadProfile) -> list[float]:
-    """When each request is due, in order."""
+    """Return the arrival time of each request in ascending order."""
     return list(_at_integrals(all_stages(profile), _unit_poisson(random.Random(f"arrivals {profile.seed}"))))
 
 
 def level_at(profile: LoadProfile, time_s: float) -> float:
-    """Requests/s or users at a time; 0 outside the stages."""
+    """Return the level at a time, in requests/s (open) or users (closed); 0 outside the stages."""
     for start, stage in all_stages(profile):
         if start <= time_s < start + stage.seconds:
             return stage.start + (stage.end - stage.start) * (time_s - start) / stage.seconds
@@ -46,7 +46,7 @@ def _unit_poisson(source: random.Random) -> Iterator[float]:
 
 
 def _at_integrals(stages: Sequence[tuple[float, Stage]], integrals: Iterator[float]) -> Iterator[float]:
-    """Where the integral of the stages' rate reaches each of `integrals`, which grow, until the last stage's end."""
+    """Yield the times at which the integral of the rate reaches each of the ascending `integrals`."""
     wanted, before = next(integrals), 0.0
     for start, stage in stages:
         area = stage.seconds * (stage.start + stage.end) / 2
@@ -57,9 +57,9 @@ def _at_integrals(stages: Sequence[tuple[float, Stage]], integrals: Iterator[flo
 
 
 def _reach(stage: Stage, area: float) -> float:
-    """Seconds into the stage after which its rate has summed up to `area`.
+    """Return after how many seconds of the stage the integral of its rate is `area`.
 
-    The root of `start * t + slope * t² / 2 = area`, in the form that stays exact for a slope near 0.
+    It is the root of `start * t + slope * t² / 2 = area`, in the form that is stable for a slope near 0.
     """
     slope = (stage.end - stage.start) / stage.seconds
     return 2 * area / (stage.start + math.sqrt(max(stage.start**2 + 2 * slope * area, 0.0)))

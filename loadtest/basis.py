@@ -1,9 +1,8 @@
-"""Valid runs of one profile in, the service levels that follow out.
+"""Derives service levels from valid runs of one profile.
 
-Called as `python -m deepseek_triton.loadtest.basis a.json b.json …`.
-
-What is printed are the tables [levels] and [basis] of the profile. A level is `margin` times the median of the runs:
-far enough from what is usual that chance alone doesn't miss it, and near enough that a service half as good does.
+`python -m deepseek_triton.loadtest.basis a.json b.json …` prints the tables [levels] and [basis] of the profile. A
+level is `margin` times the median of the runs, so that random variation rarely misses it but a service half as fast
+does.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ MARGIN = 2.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the tables; 1 for a file that is no result, or runs that are no basis."""
+    """Print the tables; returns 1 if a file isn't a result or a run is invalid or of another profile."""
     parser = argparse.ArgumentParser(
         prog="python -m deepseek_triton.loadtest.basis", description="Service levels from measured runs of one profile."
     )
@@ -38,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(results: Sequence[LoadTestResult], margin: float) -> tuple[Levels, Basis]:
-    """The levels that the runs' profile has, with their new limits. Raises `ProfileError`."""
+    """Return new limits for the levels that the runs' profile has.
+
+    Raises:
+        LoadProfileError: a run is invalid, of another profile, or lacks a value.
+    """
     first = results[0]
     for result in results:
         if not result.is_valid:
@@ -56,7 +59,7 @@ def measure(results: Sequence[LoadTestResult], margin: float) -> tuple[Levels, B
 
 
 def tables(levels: Levels, basis: Basis) -> str:
-    """Both as TOML."""
+    """Return both tables as TOML."""
     limits = {name: limit for name in LEVELS if (limit := getattr(levels, name)) is not None}
     return "\n".join(
         (
@@ -76,7 +79,7 @@ def tables(levels: Levels, basis: Basis) -> str:
 def _present(value: float | None, name: str, result: LoadTestResult) -> float:
     if value is None:
         raise LoadProfileError(f"the run of {result.started} has no figure for {name}")
-    return float(f"{value:.4g}")  # as it is written down: the level must follow from what is read
+    return float(f"{value:.4g}")  # rounded as in the file, so that the level follows from the file's values
 
 
 if __name__ == "__main__":

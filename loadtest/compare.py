@@ -1,11 +1,11 @@
-"""The differences between two results, with confidence intervals.
+"""Computes the differences between two results, with confidence intervals (loadtest/intervals.py).
 
-How an interval is made is loadtest/intervals.py's. Where both runs are of one open-loop profile, the same arrivals fall
-in the same block of both, so blocks are drawn in pairs: what the schedule did to a block, a spike for one, then cancels
-out. Else each run's blocks are drawn by themselves.
+If both runs are of one open-loop profile, each block of time has the same arrivals in both runs. Blocks are then
+resampled in pairs, so that the effect of the schedule, such as a spike, cancels out. Otherwise each run's blocks are
+resampled independently.
 
-What an interval covers is chance within the two runs. A machine that was busier during one of them is no chance but a
-difference, and only more runs tell it from the software's.
+An interval covers the random variation within the two runs. It doesn't cover other load on the machine during one of
+them; only more runs can separate that from a change of the software.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MIN_BEYOND = 5
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every difference, and how the intervals were made."""
+    """The differences, and the parameters of the intervals."""
 
     differences: list[Difference]
     num_blocks: int
@@ -53,12 +53,12 @@ class Comparison:
 
     @property
     def has_intervals(self) -> bool:
-        """Whether there are blocks enough to tell chance from a difference."""
+        """Whether there are enough blocks for confidence intervals."""
         return self.num_blocks >= MIN_BLOCKS
 
 
 def compare(a: LoadTestResult, b: LoadTestResult, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Comparison:
-    """Every figure of b less that of a. Requests are counted by when they were due."""
+    """Return the difference b - a of each measure. A request belongs to the block in which it was due."""
     is_paired = a.profile.load == b.profile.load and a.profile.arrivals == "open"
     num_blocks = _num_blocks(a, b)
     runs = _run(a, num_blocks), _run(b, num_blocks)
@@ -68,14 +68,17 @@ def compare(a: LoadTestResult, b: LoadTestResult, *, num_resamples: int = NUM_RE
 
 
 def _difference(measure: Measure, runs: tuple[Run, Run], draws: Sequence[Resample], num_blocks: int) -> Difference:
-    """Without an interval where one would be far too narrow: of few blocks, or of a percentile that few exceed."""
+    """Return the difference; without an interval if there are too few blocks or requests above a percentile."""
     found = difference(measure, runs, draws, num_blocks)
     is_thin = measure.num_beyond is not None and any(measure.num_beyond(run.figures) < MIN_BEYOND for run in runs)
     return dataclasses.replace(found, low=None, high=None) if num_blocks < MIN_BLOCKS or is_thin else found
 
 
 def _num_blocks(a: LoadTestResult, b: LoadTestResult) -> int:
-    """As many as leave each longer than nine in ten answers take: then one has little to do with the next."""
+    """Return the number of blocks, of about BLOCK_S each and none shorter than the 90th percentile of the latency.
+
+    Blocks longer than nearly all requests are almost independent of each other.
+    """
     seconds = min(a.profile.duration_s, b.profile.duration_s)
     num_blocks = max(MIN_BLOCKS, round(seconds / BLOCK_S))
     for run in (a, b):

@@ -1,4 +1,4 @@
-"""A Prometheus histogram: cumulative buckets in, means and percentiles out, as exact as buckets allow."""
+"""Means and percentiles of a Prometheus histogram with cumulative buckets."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class HistogramSnapshot:
-    """Observations so far, or in a stretch of time."""
+    """The observations up to a reading, or between two readings."""
 
     bounds: tuple[float, ...]  # growing; the last is infinite
     counts: tuple[float, ...]  # observations of at most each bound
     total: float  # sum of all observations
 
     def __post_init__(self) -> None:
-        """Check that it is one."""
+        """Validate bounds and counts."""
         if len(self.bounds) != len(self.counts) or not self.bounds or self.bounds[-1] != math.inf:
             raise ValueError(f"a histogram needs a count for each bound, the last of them infinite, got {self.bounds}")
         if list(self.bounds) != sorted(self.bounds):
             raise ValueError(f"a histogram's bounds must grow, got {self.bounds}")
 
     def since(self, earlier: HistogramSnapshot | None) -> HistogramSnapshot:
-        """What has come since an earlier reading; all of it where there is none, or the server began anew since."""
+        """Return the observations since an earlier reading; all if there is none or the server has restarted."""
         if earlier is None or earlier.bounds != self.bounds or any(map(operator.gt, earlier.counts, self.counts)):
             return self
         counts = tuple(a - b for a, b in zip(self.counts, earlier.counts, strict=True))
@@ -32,23 +32,23 @@ class HistogramSnapshot:
 
     @property
     def count(self) -> float:
-        """How many observations."""
+        """Number of observations."""
         return self.counts[-1]
 
     @property
     def mean(self) -> float | None:
-        """Exact: sum by count."""
+        """The exact mean: sum divided by count."""
         return self.total / self.count if self.count > 0 else None
 
     def bucket(self, rank: float) -> tuple[float, float] | None:
-        """The bounds between which the nearest-rank percentile lies: above the first, at most the second."""
+        """Return the bucket (low, high] that holds the nearest-rank percentile; None without observations."""
         if self.count <= 0:
             return None
         index = bisect.bisect_left(self.counts, max(math.ceil(rank / 100 * self.count), 1))
         return (self.bounds[index - 1] if index else 0.0), self.bounds[index]
 
     def estimate(self, rank: float) -> float | None:
-        """The percentile if a bucket's observations lie evenly in it; above all finite bounds: the last of them."""
+        """Return the percentile by linear interpolation in its bucket; at most the last finite bound."""
         bucket = self.bucket(rank)
         if bucket is None:
             return None

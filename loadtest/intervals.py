@@ -1,12 +1,12 @@
-"""Confidence intervals of runs' figures: requests by block of time in, what chance may have done out.
+"""Confidence intervals of a run's measures by a block bootstrap.
 
-Bootstrapped over blocks, not over requests: requests that queue behind one another are slow together, and resampling
-them one by one would count each as news of its own and make the intervals too narrow. Where block i of every run met
-the same conditions, blocks are drawn together: what the conditions did to a block then cancels out of a difference.
+Blocks of time are resampled, not requests: the latencies of requests in one queue are correlated, and resampling single
+requests would make the intervals too narrow. If block i of every run had the same conditions, blocks are resampled in
+pairs, and the effect of the conditions cancels out of a difference.
 
-So few blocks as a run has give a bootstrap too narrow tails, as if a normal distribution with the sample's own spread
-were taken for Student's t; the quantiles are moved outward by as much as those two differ (Hesterberg, "What Teachers
-Should Know About the Bootstrap", 2015, "expanded percentile interval").
+With few blocks a bootstrap's tails are too narrow, as a normal distribution's are compared with Student's t. The
+quantiles are moved outward by that difference (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015,
+"expanded percentile interval").
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Better = Literal["lower", "higher"]
 
 @dataclass(frozen=True)
 class Figures:
-    """One run's counted requests, a value each; NaN: the request has no such figure, infinite: it failed."""
+    """One run's counted requests, one value each. NaN: the request has no such value; infinite: it failed."""
 
     block: npt.NDArray[np.int64]
     latency_s: Floats
@@ -40,13 +40,13 @@ class Figures:
     failed: Floats  # 0 or 1
 
     def take(self, indices: npt.NDArray[np.int64]) -> Figures:
-        """The requests at `indices`."""
+        """Return the requests at `indices`."""
         return Figures(*(getattr(self, name)[indices] for name in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One figure of two runs; `change` and the interval are of b - a, None where failures leave nothing."""
+    """A measure of two runs. `change` and the interval are of b - a; None if failures leave no finite value."""
 
     name: str
     unit: str
@@ -65,7 +65,7 @@ class Difference:
 
     @property
     def conclusion(self) -> str:
-        """What may be said."""
+        """The conclusion in words."""
         if self.change is None or self.low is None or self.high is None:
             return "no interval: too few requests, or some failed"
         if self.low <= 0 <= self.high:
@@ -75,7 +75,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Run:
-    """What was counted, and in how many seconds."""
+    """A run's counted requests and its duration in seconds."""
 
     figures: Figures
     seconds: float
@@ -83,9 +83,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure: its name, its unit, what is better, and how it is had of requests and seconds.
+    """A measure: its name, its unit, which direction is better, and its function of requests and seconds.
 
-    num_beyond: of a percentile, how many requests are slower.
+    num_beyond: for a percentile, the number of slower requests.
     """
 
     name: str
@@ -143,7 +143,7 @@ def resample(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> list[list[Resample]]:
-    """Each measure's values of each run, over and over, every time from other blocks; [measure][draw][run]."""
+    """Return each measure's values in `num_resamples` bootstrap samples, indexed [measure][sample][run]."""
     random = np.random.default_rng(seed)
     resampled: list[list[Resample]] = [[] for _ in measures]
     members = [[np.flatnonzero(run.figures.block == i) for i in range(num_blocks)] for run in runs]
@@ -162,7 +162,7 @@ def resample(
 def interval(
     values: Sequence[float | None], num_blocks: int, confidence: float = CONFIDENCE
 ) -> tuple[float | None, float | None]:
-    """The middle `confidence` of what was drawn; nothing where a draw has no figure, or an infinite one."""
+    """Return the central interval that holds `confidence` of the values; (None, None) if one is absent or infinite."""
     finite = [value for value in values if value is not None and math.isfinite(value)]
     if len(finite) < len(values) or not finite:
         return None, None
@@ -174,7 +174,7 @@ def interval(
 def difference(
     measure: Measure, runs: tuple[Run, Run], draws: Sequence[Resample], num_blocks: int, confidence: float = CONFIDENCE
 ) -> Difference:
-    """One figure of two runs; `draws` are of the same two."""
+    """Return the difference of one measure of two runs; `draws` are its bootstrap samples."""
     changes = [None if one is None or other is None else other - one for one, other in draws]
     low, high = interval(changes, num_blocks, confidence)
     a, b = (measure.of(run.figures, run.seconds) for run in runs)
@@ -182,7 +182,7 @@ def difference(
 
 
 def _tail(num_blocks: int, confidence: float) -> float:
-    """The share of draws to leave out at each end."""
+    """Return the share of samples to exclude at each end."""
     normal, freedom = NormalDist(), max(num_blocks - 1, 1)
     z = normal.inv_cdf((1 + confidence) / 2)
     # Student's quantile, as a series in 1/freedom (Abramowitz & Stegun 26.7.5).

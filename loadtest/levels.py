@@ -1,4 +1,4 @@
-"""Service levels: what a profile promises against what a run's summary says."""
+"""Checks a run's summary against the service levels of its profile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from deepseek_triton.loadtest.measure import Summary
 from deepseek_triton.loadtest.profile import Levels
 from deepseek_triton.loadtest.verdict import Verdict
 
-# Field of Levels → name, unit, the figure, what a miss means.
+# Field of Levels → name, unit, value from the summary, explanation.
 LEVELS: dict[str, tuple[str, str, Callable[[Summary], float | None], str]] = {
     "p99_latency_s": (
         "latency, 99th percentile",
@@ -50,7 +50,7 @@ LEVELS: dict[str, tuple[str, str, Callable[[Summary], float | None], str]] = {
 
 
 def check(levels: Levels, summary: Summary) -> list[Verdict]:
-    """One verdict for each level that the profile has."""
+    """Return one verdict for each level that the profile has."""
     verdicts = []
     for field, (name, unit, figure, why) in LEVELS.items():
         limit = getattr(levels, field)

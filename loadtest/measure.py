@@ -1,8 +1,7 @@
-"""Figures of a run: samples in, percentiles, rates and their course out. Pure functions; times are seconds.
+"""Computes a run's percentiles, rates and time series from its samples. Times are in seconds.
 
-A percentile is a value that was measured (the nearest rank, nothing interpolated). A request without a complete answer
-ranks as slower than every one that has one: a server can't improve its latency by failing. Where a percentile falls
-among those, it is infinite.
+Percentiles use the nearest rank, without interpolation. A request without a complete answer counts as infinitely slow,
+so that a server can't improve its latency by failing.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ import numpy as np
 from deepseek_triton.loadtest.sample import Sample
 
 PERCENTILES = (50, 90, 99)
-# Widths of the course's steps, in seconds: the first that gives at most MAX_STEPS.
+# Possible step widths of the time series, in seconds; the first that gives at most MAX_STEPS steps is used.
 STEPS_S = (1, 2, 5, 10, 30, 60, 300, 1800)
 MAX_STEPS = 36
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """How one figure is spread. Infinite percentiles stand for requests that failed."""
+    """The distribution of one value over requests. An infinite percentile falls among failed requests."""
 
     count: int  # values that were measured
     mean: float | None
@@ -37,22 +36,22 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Backlog:
-    """Requests due whose answer had not begun: the most at once, and the stretch without a pause around that."""
+    """The peak number of due requests whose answer hadn't begun, and the contiguous time around it with any."""
 
     peak: int
     began_s: float
-    peak_s: float  # when it was first so long
-    gone_s: float  # when nothing waited any more
+    peak_s: float  # when the peak was first reached
+    gone_s: float  # when no request waited any more
 
     @property
     def lasted_s(self) -> float:
-        """How long something waited."""
+        """Duration of the backlog in seconds."""
         return self.gone_s - self.began_s
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A run, or one protocol's part of it, without its warm-up."""
+    """The results of a run, or of one protocol's requests in it, without the warm-up."""
 
     num_requests: int
     num_complete: int
@@ -72,7 +71,7 @@ class Summary:
 
 
 def percentile(values: Sequence[float], rank: float, num_failed: int = 0) -> float | None:
-    """The nearest-rank percentile of `values` and `num_failed` infinite ones; None of nothing."""
+    """Return the nearest-rank percentile of `values` and `num_failed` infinite ones; None if there are none."""
     total = len(values) + num_failed
     if not total:
         return None
@@ -81,7 +80,7 @@ def percentile(values: Sequence[float], rank: float, num_failed: int = 0) -> flo
 
 
 def distribution(values: Iterable[float | None], num_failed: int = 0) -> Distribution:
-    """Spread of the values that are there."""
+    """Return the distribution of the values that aren't None."""
     present = [value for value in values if value is not None]
     p50, p90, p99 = (percentile(present, rank, num_failed) for rank in PERCENTILES)
     return Distribution(
@@ -95,16 +94,16 @@ def distribution(values: Iterable[float | None], num_failed: int = 0) -> Distrib
 
 
 def counted(samples: Iterable[Sample]) -> list[Sample]:
-    """Those due after the warm-up, whenever they ended."""
+    """Return the samples that were due after the warm-up."""
     return [sample for sample in samples if sample.due_s >= 0]
 
 
 def summarise(samples: Sequence[Sample], duration_s: float) -> Summary:
-    """Every figure of `samples`, all of which count. Rates are over the time from 0 to the last answer's end."""
+    """Summarise `samples`, all of which count. Rates are over the time from 0 to the end of the last answer."""
     complete = [sample for sample in samples if sample.is_complete]
     failed = [sample for sample in samples if not sample.is_complete]
     failed_streams = sum(sample.is_streamed for sample in failed)
-    # Answers to the last requests may come after the duration; their time must count with them.
+    # Answers to the last requests may end after the duration.
     seconds = max([duration_s, *(sample.end_s for sample in complete)])
     rates = [1 / wait if (wait := sample.inter_token_s) else None for sample in complete]
     return Summary(
@@ -130,17 +129,17 @@ Interval = tuple[float, float]
 
 
 def waiting(samples: Iterable[Sample]) -> list[Interval]:
-    """When each request was due and unanswered: until its first response, or its error."""
+    """Return each request's waiting time as (start, end): from due to its first response or its error."""
     return [(sample.due_s, sample.end_s if sample.first_s is None else sample.first_s) for sample in samples]
 
 
 def answering(samples: Iterable[Sample]) -> list[Interval]:
-    """When each stream was under way: from its first response to its last."""
+    """Return each stream's (start, end): from its first response to its last."""
     return [(sample.first_s, sample.end_s) for sample in samples if sample.first_s is not None]
 
 
 def backlog(intervals: Iterable[Interval]) -> Backlog:
-    """The most intervals that overlap at any moment; one that ends as another begins doesn't overlap with it."""
+    """Return the backlog: the maximum number of intervals that overlap. Intervals that only touch don't overlap."""
     changes = sorted(change for start, end in intervals if end > start for change in ((start, 1), (end, -1)))
     depth, began, longest = 0, 0.0, Backlog(0, 0.0, 0.0, 0.0)
     for at, step in changes:
@@ -154,7 +153,7 @@ def backlog(intervals: Iterable[Interval]) -> Backlog:
 
 
 def mean_depth(intervals: Iterable[Interval], edges: Sequence[float]) -> list[float]:
-    """How many intervals overlap on average, between each two of `edges`."""
+    """Return the mean number of overlapping intervals between each two of `edges`."""
     covered = np.zeros(len(edges) - 1)
     lows, highs = np.asarray(edges[:-1], float), np.asarray(edges[1:], float)
     for start, end in intervals:
@@ -163,7 +162,7 @@ def mean_depth(intervals: Iterable[Interval], edges: Sequence[float]) -> list[fl
 
 
 def course_edges(start_s: float, end_s: float) -> list[float]:
-    """Even steps from the warm-up's start to the end, with one border at 0."""
+    """Return the edges of equal steps from the start of the warm-up to the end; one edge is 0."""
     step = next((step for step in STEPS_S if (end_s - start_s) / step <= MAX_STEPS), STEPS_S[-1])
     first = -math.ceil(-start_s / step)
     return [float(step * i) for i in range(first, max(math.ceil(end_s / step), first + 1) + 1)]
@@ -171,7 +170,7 @@ def course_edges(start_s: float, end_s: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Course:
-    """How a run went, step by step. `edges` has one value more than the others; all requests, the warm-up's too."""
+    """The time series of a run, with all requests and the warm-up. `edges` has one value more than the others."""
 
     edges: list[float]
     due_per_s: list[float]
@@ -190,7 +189,7 @@ class Course:
 
 
 def course(samples: Sequence[Sample], tokens: Mapping[int, int], edges: list[float]) -> Course:
-    """The course of a run; `tokens` counts those that came in each whole second."""
+    """Return the time series of a run; `tokens` has the number of tokens received in each whole second."""
 
     def rate(times: Iterable[float], weights: Sequence[float] | None = None) -> list[float]:
         counts, _ = np.histogram(list(times), edges, weights=weights)

@@ -1,8 +1,7 @@
-"""Triton's own counters: the text of /metrics in, what each model did between two readings out.
+"""Parses Triton's /metrics and computes what each model did between two readings.
 
-A decoupled engine's `execute` only queues: what its loop does afterwards is in none of Triton's compute times, and its
-in-flight batch is in none of the batch sizes. What such a model publishes of itself is kept as it is, for
-`loadtest/engine.py`.
+A decoupled engine's `execute` only queues requests, so Triton's compute times and batch sizes don't include the work of
+its loop. Metrics that such a model publishes itself are kept unchanged for `loadtest/engine.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import numpy as np
 
 from deepseek_triton.loadtest.histogram import HistogramSnapshot
 
-# Ours → Triton's counters that are added up. Times are in microseconds there.
+# Our name → Triton's counters whose sum it is. Triton's times are in microseconds.
 COUNTERS: dict[str, tuple[str, ...]] = {
     "successes": ("nv_inference_request_success",),
     "failures": ("nv_inference_request_failure",),
@@ -31,7 +30,7 @@ COUNTERS: dict[str, tuple[str, ...]] = {
     ),
 }
 FIGURES = ("batch_size", "queue_ms", "compute_ms")
-TRITONS = "nv_"  # how the names of Triton's own begin
+TRITONS = "nv_"  # prefix of the names of Triton's metrics
 _OURS = {theirs: ours for ours, group in COUNTERS.items() for theirs in group}
 
 Values = Mapping[str, Mapping[str, float]]  # model → name → value
@@ -39,7 +38,7 @@ Values = Mapping[str, Mapping[str, float]]  # model → name → value
 
 @dataclass(frozen=True)
 class Reading:
-    """One reading. Versions, devices and reasons are added up."""
+    """One reading of /metrics, summed over versions, devices and reasons."""
 
     at_s: float
     counters: Values  # Triton's, by our names
@@ -49,7 +48,7 @@ class Reading:
 
 
 def parse(text: str, at_s: float) -> Reading:
-    """Read Prometheus' text format. Raises `ValueError` for anything else."""
+    """Parse Prometheus' text format; raises ValueError if it is malformed."""
     from prometheus_client.parser import text_string_to_metric_families
 
     counters: dict[str, dict[str, float]] = {}
@@ -62,7 +61,7 @@ def parse(text: str, at_s: float) -> Reading:
         values[name] = values.get(name, 0.0) + value
 
     for family in text_string_to_metric_families(text):
-        # The family's name, for the parser ends the samples' of counters in _total where the text has none.
+        # Use the family's name: the parser appends _total to the sample names of counters.
         name = family.name
         for sample in family.samples:
             model = sample.labels.get("model")
@@ -85,7 +84,7 @@ def parse(text: str, at_s: float) -> Reading:
 def _histograms(
     buckets: Mapping[tuple[str, str], Mapping[float, float]], counters: Values
 ) -> dict[str, dict[str, HistogramSnapshot]]:
-    """Whole ones; a set of buckets without its sum or without the infinite one is none."""
+    """Return the complete histograms; one without its sum or its infinite bucket is left out."""
     result: dict[str, dict[str, HistogramSnapshot]] = {}
     for (model, name), series in buckets.items():
         total = counters.get(model, {}).get(f"{name}_sum")
@@ -99,7 +98,7 @@ def _histograms(
 
 @dataclass(frozen=True)
 class ModelWork:
-    """What one model did in a stretch of time. None: nothing to divide by."""
+    """What one model did between two readings. None: the divisor is 0."""
 
     requests: float
     failures: float
@@ -111,7 +110,7 @@ class ModelWork:
 
 
 def work(before: Reading, after: Reading) -> dict[str, ModelWork]:
-    """What each model did between two readings."""
+    """Return what each model did between two readings."""
     result = {}
     for model, counters in after.counters.items():
         earlier = before.counters.get(model, {})
@@ -129,7 +128,7 @@ def work(before: Reading, after: Reading) -> dict[str, ModelWork]:
 
 
 def has_restarted(readings: Sequence[Reading]) -> bool:
-    """Whether a counter went back between two readings: the server, or a model, began anew."""
+    """Return whether a counter decreased between two readings: the server or a model has restarted."""
     return any(
         later.get(model, {}).get(name, 0.0) < value
         for a, b in itertools.pairwise(readings)
@@ -140,13 +139,13 @@ def has_restarted(readings: Sequence[Reading]) -> bool:
 
 
 def nearest(readings: Sequence[Reading], edges: Sequence[float]) -> list[Reading]:
-    """The reading nearest to each edge: figures between two may be off by one reading's work."""
+    """Return the reading nearest to each edge, so values may be off by the work between two readings."""
     times = np.array([reading.at_s for reading in readings])
     return [readings[int(np.abs(times - edge).argmin())] for edge in edges]
 
 
 def course(readings: Sequence[Reading], edges: Sequence[float]) -> dict[str, dict[str, list[float | None]]]:
-    """Model → figure of Triton's → its value between each two of `edges`."""
+    """Return model → name in FIGURES → its value between each two of `edges`."""
     if not readings:
         return {}
     steps = [work(a, b) if b.at_s > a.at_s else {} for a, b in itertools.pairwise(nearest(readings, edges))]
@@ -157,7 +156,7 @@ def course(readings: Sequence[Reading], edges: Sequence[float]) -> dict[str, dic
 
 
 def gauge_course(readings: Sequence[Reading], model: str, gauge: str, edges: Sequence[float]) -> list[float | None]:
-    """A gauge's mean between each two of `edges`."""
+    """Return a gauge's mean between each two of `edges`."""
     return [
         mean(
             value
@@ -173,6 +172,6 @@ def _ratio(value: float, by: float) -> float | None:
 
 
 def mean(values: Iterable[float]) -> float | None:
-    """None: of nothing."""
+    """Return the mean; None if there are no values."""
     listed = list(values)
     return sum(listed) / len(listed) if listed else None

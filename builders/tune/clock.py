@@ -1,4 +1,4 @@
-"""The time that tuning may take, and what a measurement has taken so far."""
+"""The time budget of a tuning run, and the duration of its longest measurement."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from deepseek_triton.builders.repository.options import Report
 
 
 class Clock:
-    """The budget, as a progress bar too; a context for each measurement."""
+    """Tracks the time budget and reports it as progress. Each measurement runs in its context."""
 
     def __init__(self, budget_s: float, least_s: float, report: Report) -> None:
         self._start = self._began = time.monotonic()
         self._budget_s, self._report = budget_s, report
-        self.longest_s = least_s  # of a measurement, its server's start and end included
+        self.longest_s = least_s  # duration of the longest measurement, with the server's start and stop
         self.has_measured = False
 
     def leaves_room(self, count: int) -> bool:
-        """Whether so many measurements, each as long as the longest, would still end in time."""
+        """Return whether `count` more measurements, each as long as the longest, fit into the budget."""
         return time.monotonic() - self._start + count * self.longest_s <= self._budget_s
 
     def measurement(self) -> Clock:

@@ -1,10 +1,10 @@
-"""Whether a candidate is better than the configuration as it was, beyond the noise.
+"""Decides whether a candidate is significantly better than the initial configuration.
 
-The search measured each point once, and the best of many single measurements is as often the luckiest. So the start and
-the best candidates are measured again, in rounds: one after the other, and the other way round in the next. What the
-machine does meanwhile, all of them meet. Rounds are the blocks that loadtest/intervals.py draws, in pairs.
+The search measures each point once, and the best of many single measurements is often only the luckiest. So the initial
+configuration and the best candidates are measured again in rounds, in alternating order, so that changes of the
+machine's load affect all of them. Rounds are the paired blocks of the bootstrap in loadtest/intervals.py.
 
-What enters are measurements, what leaves is a decision; it starts nothing.
+This module takes measurements and returns a decision; it starts nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MEASURES = (REQUESTS_PER_S, P99_LATENCY)
 
 @dataclass(frozen=True)
 class ConfidenceInterval:
-    """A figure of all rounds together, and what chance may have done to it."""
+    """A value over all rounds, with its confidence interval."""
 
     value: float
     low: float
@@ -52,8 +52,8 @@ class ConfidenceInterval:
 class Confirmed:
     """One configuration, measured in every round.
 
-    requests_per_s and p99_s are of all rounds together; gain and delay: what they are more than the start's. failure:
-    why there is none of these, else empty.
+    requests_per_s and p99_s: over all rounds. gain and delay: their differences from the start's. failure: the reason
+    if a measurement failed, else empty.
     """
 
     point: dict[str, int]
@@ -66,7 +66,7 @@ class Confirmed:
 
 @dataclass(frozen=True)
 class Decision:
-    """confirmed: the start, then the candidates; verdicts: what may be said of each. winner: None: keep the start."""
+    """confirmed: the start, then the candidates. verdicts: one for each. winner: None means keep the start."""
 
     confirmed: list[Confirmed]
     verdicts: list[str]
@@ -77,7 +77,7 @@ WINS = "better"
 
 
 def contenders(measured: Sequence[Measured], start: Point, p99_limit_ms: float) -> list[dict[str, int]]:
-    """The start, then the candidates that are worth measuring again, if there are any.
+    """Return the start and then the candidates to measure again.
 
     Those within the limit come first, the fastest at the front; then those that missed it by little.
     """
@@ -90,7 +90,7 @@ def contenders(measured: Sequence[Measured], start: Point, p99_limit_ms: float) 
 
 
 def order(num_contenders: int, round_number: int) -> list[int]:
-    """Who is measured when in a round: there and back, so that a steady drift cancels out."""
+    """Return the order of measurements in a round, which alternates so that a steady drift cancels out."""
     numbers = list(range(num_contenders))
     return numbers[::-1] if round_number % 2 else numbers
 
@@ -116,7 +116,7 @@ def _confirm(points: Sequence[Point], rounds: Sequence[Sequence[Measurement]]) -
     place = {i: k for k, i in enumerate(runs)}
     resampled = resample(list(runs.values()), MEASURES, len(rounds), is_paired=True, num_resamples=RESAMPLES)
     drawn = dict(zip(MEASURES, resampled, strict=True))
-    # All candidates together are to be wrong as seldom as one interval says.
+    # Bonferroni correction: the confidence holds for all candidates together.
     confidence = 1 - (1 - CONFIDENCE) / max(len(points) - 1, 1)
 
     def change(measure: Measure, i: int) -> Difference | None:
@@ -146,10 +146,10 @@ def _confirm(points: Sequence[Point], rounds: Sequence[Sequence[Measurement]]) -
 
 
 def _verdict(one: Confirmed, start: Confirmed, p99_limit_ms: float) -> str:
-    """WINS, or what speaks against it.
+    """Return WINS, or the reason why the candidate doesn't win.
 
-    A candidate must hold the limit with the whole interval of its 99th percentile, and do more than the start with the
-    whole interval of the difference. Where the start misses the limit, answering faster in the same sense will do.
+    The whole interval of its 99th percentile must be within the limit, and the whole interval of the difference in
+    throughput must be above 0. If the start misses the limit, a significantly lower latency suffices too.
     """
     if one.p99_s is None or start.p99_s is None:
         return one.failure
@@ -171,7 +171,7 @@ def _throughput(one: Confirmed) -> float:
 
 
 def _run(column: Sequence[Measurement]) -> Run:
-    """One configuration's rounds as blocks of one run."""
+    """Return one configuration's rounds as the blocks of one run."""
     counts = [len(result.latencies_ms) for result in column]
     latency_s = np.concatenate([np.array(result.latencies_ms) / 1e3 for result in column])
     none, zero = np.full(len(latency_s), np.nan), np.zeros(len(latency_s))

@@ -1,6 +1,6 @@
-"""What a measurement depends on beside the configurations: the build, the code that serves it, the load, the machine.
+"""Fingerprint of a tuning run: the build, the serving code, the load and the machine.
 
-A journal that was begun with another subject is worth nothing. Files are read, nothing is run.
+A journal with another fingerprint is rejected. Files are read; nothing is run.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def subject(repository: Path, configs: Configs, load: Mapping[str, Any]) -> dict[str, Any]:
-    """Name → value, for JSON.
+    """Return the fingerprint as JSON values by name.
 
     Args:
-        load: what clients do, as plain values.
+        load: the parameters of the load, as JSON values.
 
     Raises:
         TuneError: a part of the model has no version, or can't be read.
@@ -43,18 +43,18 @@ def subject(repository: Path, configs: Configs, load: Mapping[str, Any]) -> dict
 
 
 def build_digest(repository: Path, configs: Configs) -> str:
-    """Of the newest version of each part. Large files count by their sizes: the manifest has their digests."""
+    """Return a digest of each part's newest version. Large files count by size: manifests have their digests."""
     versions = (newest_version(repository / name) for name in sorted(configs))
     return _digest(path for version in versions for path in version.rglob("*"))
 
 
 def configs_digest(configs: Configs) -> str:
-    """Of configurations as they are served."""
+    """Return a digest of the configurations."""
     return sha256("\0".join(f"{name}\0{to_text(configs[name])}" for name in sorted(configs)).encode()).hexdigest()[:24]
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory and GPUs."""
+    """Return the processor, cores, memory and GPUs."""
     return {**hardware(), "gpus": sorted(read_field(path, "Model") for path in GPUS.glob("*/information"))}
 
 

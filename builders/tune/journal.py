@@ -1,10 +1,9 @@
-"""The journal of a tuning run: a line for each finished point and each finished round, so that a run that was killed
-goes on where it was.
+"""The journal of a tuning run, from which a run that was killed resumes.
 
-The first line says what is measured and on what: measurements of another build, load or machine mean nothing here.
-Each later line carries the digest of the very configurations that were served, and is found by it alone. A round is one
-line, for only measurements that were made close together can be compared in pairs. A last line without its end is a
-write that was cut short; any other damage is an error. One run at a time: the file is locked.
+The first line is the fingerprint: measurements of another build, load or machine aren't comparable. Each later line is
+a finished point or round, identified by the digest of the served configurations. A round is one line, because only
+measurements made close together can be compared in pairs. An incomplete last line is an interrupted write and is
+dropped; any other damage is an error. The file is locked while a run uses it.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ FORMAT = 2
 
 
 class Journal:
-    """Opened for one run, closed as a context manager.
+    """The open journal of one run; a context manager.
 
     Raises:
-        TuneError: the file is damaged, of something else, or of a run that is under way.
+        TuneError: the file is damaged, has another fingerprint, or is in use by another run.
     """
 
     def __init__(self, path: Path, subject: Mapping[str, Any]) -> None:
@@ -55,22 +54,22 @@ class Journal:
         self._stream.close()
 
     def get(self, configs: str) -> Measurement | None:
-        """What was measured of the configurations with this digest, or None."""
+        """Return the measurement of the configurations with this digest, or None."""
         return self._points.get(configs)
 
     def add(self, configs: str, measured: Measured) -> None:
-        """Note a finished point; it is on the disk when this returns. A failure may pass, so none is kept."""
+        """Record a finished point durably. Failures may be temporary and aren't recorded."""
         if not measured.result.failure:
             self._points[configs] = measured.result
             self._append({"configs": configs, "point": measured.point, "result": measured.result.to_dict()})
 
     def get_round(self, number: int, configs: Sequence[str]) -> list[Measurement] | None:
-        """The measurements of a round between exactly these, in their order."""
+        """Return the measurements of a round of exactly these configurations, in their order; None if absent."""
         found = self._rounds.get((number, frozenset(configs)))
         return [found[each] for each in configs] if found else None
 
     def add_round(self, number: int, results: Mapping[str, Measurement]) -> None:
-        """Note a finished round: digest → measurement."""
+        """Record a finished round, given as digest → measurement."""
         if not any(result.failure for result in results.values()):
             self._rounds[number, frozenset(results)] = dict(results)
             plain = {configs: result.to_dict() for configs, result in results.items()}
@@ -89,7 +88,7 @@ class Journal:
         os.fsync(self._stream.fileno())
 
     def _open(self, header: dict[str, Any]) -> None:
-        """Lock the file, read it, and cut off what a killed run didn't finish to write."""
+        """Lock and read the file, and remove an incomplete last line."""
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

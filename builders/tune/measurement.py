@@ -1,4 +1,4 @@
-"""What one measurement of one point gives: every answer's latency, and what follows from them."""
+"""The result of one measurement of one configuration: latencies, throughput and percentiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Measurement:
-    """latencies_ms: of the requests that were answered within `seconds`. failure: why there are none, else empty."""
+    """One measurement.
+
+    latencies_ms: of the requests answered within `seconds`. failure: the reason if the measurement failed, else empty.
+    """
 
     latencies_ms: tuple[float, ...] = ()
     seconds: float = 0.0
@@ -18,7 +21,7 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Measurement:
-        """Read what `to_dict` gave. Raises ValueError, KeyError or TypeError."""
+        """Read the values of `to_dict`; raises ValueError, KeyError or TypeError."""
         latencies = tuple(float(latency) for latency in values["latencies_ms"])
         result = cls(latencies, float(values["seconds"]), str(values["failure"]))
         if bool(result.failure) == bool(latencies) or (latencies and result.seconds <= 0):
@@ -26,7 +29,7 @@ class Measurement:
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the measurement as JSON values."""
         return {"latencies_ms": list(self.latencies_ms), "seconds": self.seconds, "failure": self.failure}
 
     @property
@@ -35,7 +38,7 @@ class Measurement:
         return len(self.latencies_ms) / self.seconds if self.seconds else 0.0
 
     def percentile_ms(self, rank: float) -> float:
-        """A latency that was measured: the nearest rank, 0 of none."""
+        """Return the nearest-rank percentile of the latencies; 0 if there are none."""
         ordered = sorted(self.latencies_ms)
         return ordered[max(math.ceil(rank / 100 * len(ordered)), 1) - 1] if ordered else 0.0
 
@@ -46,13 +49,13 @@ class Measurement:
 
     @property
     def p99_ms(self) -> float:
-        """What 99 in 100 latencies are within."""
+        """The 99th percentile of the latency."""
         return self.percentile_ms(99)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A point and what it did."""
+    """A point and its measurement."""
 
     point: dict[str, int]
     result: Measurement

@@ -1,4 +1,4 @@
-"""What a user asks of tuning: validated once."""
+"""The validated options of tuning."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from deepseek_triton.builders.tune.space import TuneError
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """What to tune, and within what.
+    """The options of a tuning run.
 
-    p99_ms: the limit of the 99th percentile of a request's latency. clients: asking at once. seconds: of each
-    measurement. rounds: measurements of each configuration before one is chosen. budget_s: no measurement is begun that
-    would end after it. texts: a file, a text a line; None: built-in ones. labels: for a scoring model built without.
-    max_tokens: generated for each request. output: directory of journal, tables and plot. is_dry: the repository stays
-    as it is.
+    p99_ms: limit of the 99th percentile of the request latency.
+    clients: number of concurrent clients.
+    seconds: duration of each measurement.
+    rounds: measurements of each candidate before the decision.
+    budget_s: total time; a measurement that would exceed it isn't started.
+    texts: file with one text per line; None: built-in texts.
+    labels: for a scoring model without default labels.
+    max_tokens: generated tokens per request.
+    output: directory of journal, tables and plot.
+    is_dry: don't change the repository.
     """
 
     name: str
@@ -45,10 +50,10 @@ class TuneOptions:
 
     @property
     def directory(self) -> Path:
-        """Where journal, tables and plot go."""
+        """The directory of journal, tables and plot."""
         return self.output or Path(f"tune-{self.name}")
 
     @property
     def num_confirming(self) -> int:
-        """Measurements of all rounds, at most."""
+        """Maximum number of measurements in all rounds."""
         return self.rounds * (1 + NUM_CANDIDATES)

@@ -1,4 +1,4 @@
-"""What tuning found: tables for a terminal, a plot of throughput against latency."""
+"""Reports of a tuning run: tables for a terminal, and a plot of throughput against latency."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 
 def search_table(measured: Sequence[Measured], start: Point, p99_limit_ms: float) -> str:
-    """A line for each point of the search, the fastest first; > marks the start, - what misses the limit."""
+    """Return a table of the search's points, the fastest first; > marks the start, - a point over the limit."""
     names = list(start)
     lines = [f"  {_header(names)}{'requests/s':>12}{'p50 ms':>10}{'p99 ms':>10}"]
     for one in sorted(measured, key=lambda one: -one.result.throughput):
         result = one.result
         mark = ">" if one.point == start else " "
         mark += " " if is_within(result, p99_limit_ms) else "-"
-        told = f"{result.throughput:12.2f}{result.p50_ms:10.1f}{result.p99_ms:10.1f}"
-        lines.append(f"{mark}{_values(names, one.point)}{f'  {result.failure}' if result.failure else told}")
+        numbers = f"{result.throughput:12.2f}{result.p50_ms:10.1f}{result.p99_ms:10.1f}"
+        lines.append(f"{mark}{_values(names, one.point)}{f'  {result.failure}' if result.failure else numbers}")
     return "\n".join(lines)
 
 
 def decision_table(decision: Decision, num_rounds: int) -> str:
-    """A line for each configuration that was measured in rounds; * marks the winner, > the start."""
+    """Return a table of the configurations measured in rounds; * marks the winner, > the start."""
     names = list(decision.confirmed[0].point)
     lines = [
         f"{num_rounds} rounds together, {CONFIDENCE:.0%} intervals (over the start: for all candidates at once)",
@@ -38,8 +38,10 @@ def decision_table(decision: Decision, num_rounds: int) -> str:
     ]
     for one, verdict in zip(decision.confirmed, decision.verdicts, strict=True):
         mark = "*" if one is decision.winner else ">" if one is decision.confirmed[0] else " "
-        told = "" if one.failure else f"{_told(one.requests_per_s, 1, 2)}{_told(one.p99_s, 1e3, 0)}{_gain(one.gain)}"
-        lines.append(f"{mark} {_values(names, one.point)}{told}  {verdict}")
+        numbers = ""
+        if not one.failure:
+            numbers = f"{_interval(one.requests_per_s, 1, 2)}{_interval(one.p99_s, 1e3, 0)}{_gain(one.gain)}"
+        lines.append(f"{mark} {_values(names, one.point)}{numbers}  {verdict}")
     return "\n".join(lines)
 
 
@@ -51,10 +53,10 @@ def plot(
     title: str,
     path: Path,
 ) -> None:
-    """Throughput against 99th-percentile latency as PNG: a dot for each point, a cross of intervals where confirmed.
+    """Write a PNG plot of throughput against the 99th percentile of the latency, with intervals where confirmed.
 
     Raises:
-        TuneError: it can't be written.
+        TuneError: the file can't be written.
     """
     from matplotlib.figure import Figure
 
@@ -109,7 +111,7 @@ def _values(names: Sequence[str], point: Point) -> str:
     return "".join(f"{point[name]:>{len(name) + 2}}" for name in names)
 
 
-def _told(figure: ConfidenceInterval | None, factor: float, digits: int) -> str:
+def _interval(figure: ConfidenceInterval | None, factor: float, digits: int) -> str:
     if figure is None:
         return f"{'':26}"
     value, low, high = (f"{each * factor:.{digits}f}" for each in (figure.value, figure.low, figure.high))

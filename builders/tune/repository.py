@@ -1,8 +1,8 @@
-"""A model's parts in a repository: read, copied with other configurations, and given those of the winner.
+"""Reads a model's configurations from a repository, copies the model with others, and writes the winner's.
 
 A copy shares the artefacts with the original; only its config.pbtxt files are its own. The winner's configurations are
-several files, and no rename moves several: so what is to be written stands in one file first, and a run that was killed
-between two of them is finished by the next that comes along. It starts nothing.
+several files, which can't be replaced atomically. So all changes are first written to one record file, from which the
+next run finishes the changes if a run is killed. This module starts nothing.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from deepseek_triton.builders.repository.pbtxt import PbtxtError, parse_text, to
 from deepseek_triton.builders.tune.space import TuneError
 from deepseek_triton.ensemble.processes.temp_dirs import temporary_directory
 
-COPIES = "deepseek-triton-tune-"  # the start of their directories' names
+COPIES = "deepseek-triton-tune-"  # prefix of the copies' directory names
 PENDING = ".{}.tuned.json"  # in the repository, where Triton looks at directories only
 
 
 def read_configs(repository: Path, name: str) -> dict[str, ModelConfig]:
-    """The configurations of ensemble `name` and of the models that it is made of, by their names.
+    """Return the configurations of ensemble `name` and of its models, by name.
 
     Raises:
-        TuneError: there is no such ensemble, or a part of it can't be read.
+        TuneError: there is no such ensemble, or a configuration can't be read.
     """
     ensemble = _read(repository, name)
     if ensemble.platform != "ensemble":
@@ -40,10 +40,10 @@ def read_configs(repository: Path, name: str) -> dict[str, ModelConfig]:
 
 @contextlib.contextmanager
 def copied(repository: Path, configs: Mapping[str, ModelConfig]) -> Iterator[Path]:
-    """A sound repository of these models alone, for as long as it is needed.
+    """Make a temporary, checked repository of these models only; a context manager.
 
     Raises:
-        CheckError: with these configurations it can't be served.
+        CheckError: the models can't be served with these configurations.
     """
     with temporary_directory(COPIES) as directory:
         copy = directory / "models"
@@ -57,7 +57,7 @@ def copied(repository: Path, configs: Mapping[str, ModelConfig]) -> Iterator[Pat
 
 
 def put_configs(repository: Path, configs: Mapping[str, ModelConfig]) -> list[Path]:
-    """Write the configurations into the repository: all of them or none; gives the files that have changed.
+    """Write all configurations into the repository, or none of them; returns the files that changed.
 
     Raises:
         CheckError: the repository couldn't be served with them. TuneError: a file can't be written.
@@ -83,7 +83,7 @@ def put_configs(repository: Path, configs: Mapping[str, ModelConfig]) -> list[Pa
 
 
 def finish_pending(repository: Path) -> list[str]:
-    """Write what killed runs began to write; gives the models' names. What has been changed since then stays.
+    """Finish the writes of killed runs, and return the models' names. Models changed since then are skipped.
 
     Raises:
         TuneError: a file can't be written.
@@ -109,7 +109,7 @@ def _apply(repository: Path, changes: Mapping[str, Mapping[str, str]], which: st
 
 
 def newest_version(directory: Path) -> Path:
-    """The version that Triton serves."""
+    """Return the directory of the newest version, which Triton serves."""
     versions = _versions(directory) if directory.is_dir() else []
     if not versions:
         raise TuneError(f"{directory} has no version: build the model first")
@@ -130,7 +130,7 @@ def _versions(directory: Path) -> list[Path]:
 
 
 def _share(source: Path, target: Path) -> None:
-    """Hard links look like files to every check; where the copy lies on another disk, a symbolic link does."""
+    """Hard-link a file, so that checks see a regular file; make a symbolic link if the copy is on another disk."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,7 +1,7 @@
-"""Coordinate search: one parameter after the other, up and down from the best so far, until nothing improves.
+"""Coordinate search: varies one parameter at a time around the best point, until no change improves it.
 
-What enters is a space and something that measures a point; what leaves is every point that was measured. It knows
-nothing of servers. One measurement of a point is good enough to find the way; which point is best, confirm.py decides.
+It takes the parameters' values and a function that measures a point, and returns all measured points. It knows nothing
+of servers. Each point is measured once; confirm.py decides which point is best.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from deepseek_triton.builders.tune.measurement import Measured, Measurement
 from deepseek_triton.builders.tune.space import Point
 
-# A difference below this is likely noise: the search doesn't follow it.
+# A smaller relative gain is likely noise and is ignored.
 MIN_GAIN = 0.03
-# A loss below this may be noise that hides a gain: the search looks one value further.
+# A smaller relative loss may be noise that hides a gain: the search tries one value further.
 MIN_LOSS = 0.1
 
 
@@ -27,12 +27,15 @@ class Axis:
 
 
 def is_within(result: Measurement, p99_limit_ms: float) -> bool:
-    """Whether every request was answered, and 99 in 100 of them in time."""
+    """Return whether the measurement succeeded with a 99th percentile within the limit."""
     return not result.failure and result.p99_ms <= p99_limit_ms
 
 
 def is_better(result: Measurement, other: Measurement, p99_limit_ms: float, least: float = MIN_GAIN) -> bool:
-    """Within the limit more throughput is better, by more than `least`; while none is within it, less latency."""
+    """Return whether `result` is better than `other` by more than `least` (relative).
+
+    Within the limit a higher throughput is better; if both exceed the limit, a lower 99th percentile is.
+    """
     if result.failure or other.failure:
         return bool(other.failure) and not result.failure
     within, other_within = is_within(result, p99_limit_ms), is_within(other, p99_limit_ms)
@@ -52,7 +55,7 @@ def search(
     """Measure points until no neighbour of the best is better.
 
     Args:
-        measure: gives None when time is up: the search ends with what it has.
+        measure: returns None when the time is up; the search then returns the points measured so far.
     """
     found: dict[tuple[int, ...], Measured] = {}
 

@@ -1,6 +1,6 @@
-"""What may be tuned: each parameter's values, and where in a model's configurations it stands.
+"""The search space of tuning: the parameters, their values, and how they are read from and written to configurations.
 
-What enters are a model's configurations, what leaves are others; it reads no files but manifests, and runs nothing.
+It transforms configurations in memory; the only files that it reads are manifests.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ Point = Mapping[str, int]  # parameter's name → its value
 
 
 class TuneError(BuildError):
-    """Tuning can't start, or can't go on; one line."""
+    """Tuning can't start or continue; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """name; values to try, ascending; read and write, from and into a model's configurations by its served name."""
+    """A parameter: its name, its values in ascending order, and functions that read it from and write it to configs.
+
+    The functions take the configurations and the name of the served model.
+    """
 
     name: str
     values: tuple[int, ...]
@@ -39,12 +42,12 @@ class Parameter:
 
 
 def space_of(configs: Configs, name: str, limits: Mapping[str, int]) -> list[Parameter]:
-    """The parameters of model `name`, what it has now among their values, most promising first.
+    """Return the parameters of model `name`, the most promising first; their values include the current ones.
 
     limits: parameter → the highest value that the artefacts allow.
 
     Raises:
-        TuneError: it is no ensemble of this project.
+        TuneError: the model isn't an ensemble of this project.
     """
     engine = configs.get(model_name(name, ENGINE_SUFFIX))
     if engine is None or name not in configs:
@@ -59,12 +62,12 @@ def space_of(configs: Configs, name: str, limits: Mapping[str, int]) -> list[Par
 
 
 def read_point(space: list[Parameter], configs: Configs, name: str) -> dict[str, int]:
-    """What the configurations say now."""
+    """Return the parameters' current values."""
     return {parameter.name: parameter.read(configs, name) for parameter in space}
 
 
 def with_point(space: list[Parameter], configs: Configs, name: str, point: Point) -> dict[str, ModelConfig]:
-    """Copies of the configurations that say `point`."""
+    """Return copies of the configurations with the values of `point`."""
     copies = {model: _copy(config) for model, config in configs.items()}
     for parameter in space:
         parameter.write(copies, name, point[parameter.name])
@@ -72,7 +75,9 @@ def with_point(space: list[Parameter], configs: Configs, name: str, point: Point
 
 
 def limits_of(version_dir: Path) -> dict[str, int]:
-    """What the engine's artefacts allow: a plan's profiles, and the sequence length where a step takes one sequence's.
+    """Return the maximum values that the engine's artefacts allow.
+
+    They come from a TensorRT plan's profiles, and from the sequence length if a step prefills one sequence only.
 
     Raises:
         TuneError: the manifest can't be read.
@@ -122,12 +127,12 @@ def _write_batch(configs: Configs, name: str, value: int) -> None:
     if value != engine.max_batch_size:
         engine.dynamic_batching.preferred_batch_size[:] = [*preferred, value]
     engine.max_batch_size = value
-    # A request of more rows than a batch may have could never run.
+    # A request with more rows than the engine's batch size could never run.
     ensemble.max_batch_size = min(value, TEXT_MAX_BATCH_SIZE)
 
 
 def _read_delay(configs: Configs, name: str) -> int:
-    """As in `Batching`: the longest that a request waits, not what Triton's timer is set to."""
+    """Return the maximum waiting time of a request, as in `Batching`, which is longer than Triton's timer setting."""
     timer = int(configs[model_name(name, ENGINE_SUFFIX)].dynamic_batching.max_queue_delay_microseconds)
     return timer and timer + TIMER_LATE_US
 
@@ -143,7 +148,7 @@ SCORING = (
     Parameter("tokenizer_instances", (1, 2), *_instances(TOKENIZER_SUFFIX)),
     Parameter("scorer_instances", (1, 2), *_instances(SCORER_SUFFIX)),
 )
-# Never the detokenizer's instances: each keeps the streams that it has begun.
+# The detokenizer's instances aren't tuned: each holds the state of its streams.
 GENERATING = (
     Parameter("max_num_seqs", (1, 2, 4, 8, 16, 32), *_engine_parameter("max_num_seqs")),
     Parameter("max_num_batched_tokens", (16, 32, 64, 128, 256), *_engine_parameter("max_num_batched_tokens")),

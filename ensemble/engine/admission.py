@@ -32,7 +32,7 @@ class OptionError(ValueError):
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """What a client asks for beside its prompt; None: the model's or the engine's own choice.
+    """The options of a request; None selects the default of the model or the engine.
 
     params: the sampling options.
     prompt_info: what the tokenizer reports of the prompt; None for a direct call, which no detokenizer follows.
@@ -72,8 +72,8 @@ class Admission:
     Args:
         directory: holds the model's tokenizer files.
         vocab_size: the model's, in tokens.
-        end_ids: the tokens that end a text unless the request says otherwise.
-        settings: the engine's: priorities and default timeouts.
+        end_ids: the model's end tokens; a request's end_id replaces them.
+        settings: the engine's; gives priorities and default timeouts.
     """
 
     def __init__(self, directory: Path, vocab_size: int, end_ids: Collection[int], settings: EngineSettings) -> None:
@@ -94,18 +94,18 @@ class Admission:
         sink: Sink,
         now: float,
     ) -> Request:
-        """The request of `prompt_ids` [n], which has arrived at `now`, in seconds.
+        """Make the request for `prompt_ids` [n], which arrived at `now` (seconds).
 
         Raises:
             OptionError, GuideError, SamplingError, ValueError: an option is invalid.
         """
         params, info, settings = options.params, options.prompt_info, self._settings
         if params.end_id is not None and params.end_id >= self._vocab_size:
-            raise OptionError(f"end_id is {params.end_id}, the model has {self._vocab_size} tokens")
+            raise OptionError(f"end_id is {params.end_id}, must be below the vocabulary size, {self._vocab_size}")
         if params.end_id is not None and options.guide_type is not None:
-            raise OptionError("end_id can't be given with guided decoding: the guide says where the text ends")
+            raise OptionError("end_id can't be combined with guided decoding: the guide decides where text ends")
         if params.min_tokens and options.guide_type is not None:
-            raise OptionError("min_tokens can't be given with guided decoding: the guide says where the text ends")
+            raise OptionError("min_tokens can't be combined with guided decoding: the guide decides where text ends")
         head = None
         if info is not None:
             head = StreamHead(info, () if options.exclude_input_in_output else tuple(prompt_ids.tolist()))

@@ -1,21 +1,21 @@
-"""How much of the waiting prompts one step computes, so that running streams don't stall.
+"""The prefill budget: how many prompt tokens a step computes, so that running streams don't stall.
 
-It sees token counts and seconds, and knows nothing of sequences. Beside running sequences a step's prefill may take
-`max_stall` times as long as their decode; how many tokens that is depends on the model and the machine, so it is
-learnt from the steps themselves.
+While sequences decode, a step's prefill may take at most `max_stall` times as long as the decode. The number of tokens
+depends on the model and the machine, so it is adapted to the measured times. This module sees token counts and seconds,
+and knows nothing of sequences.
 """
 
 from __future__ import annotations
 
-MIN_TOKENS = 8  # a machine may need as long for one token as for eight
+MIN_TOKENS = 8  # eight tokens may take as long as one
 FIRST_TOKENS = 16
-GROWTH = 1.25  # at most, from one step to the next
-SPARE = 0.8  # of the allowed time; below it the budget grows
-DECODE_WEIGHT = 0.2  # of the newest decode in their moving average
+GROWTH = 1.25  # maximum factor from one step to the next
+SPARE = 0.8  # the budget grows if the prefill took less than this share of the allowed time
+DECODE_WEIGHT = 0.2  # weight of the newest decode time in the moving average
 
 
 class PrefillBudget:
-    """Tokens that a step may prefill: all of `chunk` while nothing else runs, else what was learnt."""
+    """The number of tokens that a step may prefill: `chunk` if no sequence decodes, else the adapted number."""
 
     def __init__(self, chunk: int, max_stall: float) -> None:
         self._chunk = chunk
@@ -25,15 +25,15 @@ class PrefillBudget:
 
     @property
     def decode_s(self) -> float:
-        """How long a step's decode usually takes, in seconds; 0 before the first."""
+        """The moving average of a step's decode time, in seconds; 0 before the first decode."""
         return self._decode_s
 
     def tokens(self, *, is_decoding: bool) -> int:
-        """The most tokens of prompts for the next step."""
+        """Return the maximum number of prompt tokens for the next step."""
         return int(self._tokens) if is_decoding else self._chunk
 
     def observe_decode(self, seconds: float, *, at_most: bool = False) -> None:
-        """A step's decode took so long; or `at_most` so long, for it had ended before anybody looked."""
+        """Record a step's decode time; `at_most` says that `seconds` is an upper bound, not a measurement."""
         if self._decode_s and at_most:
             self._decode_s = min(self._decode_s, seconds)
         elif self._decode_s:
@@ -42,7 +42,7 @@ class PrefillBudget:
             self._decode_s = seconds
 
     def observe_prefill(self, tokens: int, seconds: float) -> None:
-        """Beside a decode, prefilling `tokens` took so long."""
+        """Record that prefilling `tokens` in a step with a decode took `seconds`, and adapt the budget."""
         allowed = self._max_stall * self._decode_s
         lowest = min(MIN_TOKENS, self._chunk)
         if seconds > allowed:

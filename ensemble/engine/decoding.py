@@ -1,7 +1,7 @@
-"""Who chooses a sequence's next token: the runner, by a DeviceSampling, or the host, from logits.
+"""Chooses a sequence's next token: by device sampling in the runner, or from logits on the host.
 
-A sequence that needs nothing else is sampled where its logits are; one with a guide, bad words, penalties or a forced
-token is not. It knows neither slots nor clients.
+Sequences with a guide, bad words, penalties or a forced token are sampled on the host; all others on the device. This
+module knows neither slots nor clients.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from deepseek_triton.ensemble.sampling import Sampled, SamplingError, choose
 Outcome = Sampled | Exception
 
 
-def sampling_of(sequence: TokenSequence) -> DeviceSampling | None:
-    """How a runner may choose the token behind those that the sequence awaits, whatever these are; None: it may not."""
+def device_sampling(sequence: TokenSequence) -> DeviceSampling | None:
+    """Return the parameters to sample the token after the awaited ones on the device; None: the host must choose it.
+
+    The parameters hold whatever the awaited tokens turn out to be.
+    """
     num_awaited = sequence.num_awaited
     if sequence.bad_words is not None or (sequence.guide is not None and (num_awaited or sequence.is_guided)):
         return None
@@ -30,8 +33,8 @@ def sampling_of(sequence: TokenSequence) -> DeviceSampling | None:
     return sequence.sampler.draw(num_awaited)
 
 
-def sampled(sequence: TokenSequence, token: int, log_prob: float) -> Outcome:
-    """What the runner sampled for the sequence, as its sampler's choice."""
+def accept_sampled(sequence: TokenSequence, token: int, log_prob: float) -> Outcome:
+    """Push the token that the runner sampled to the sequence's sampler."""
     if not math.isfinite(log_prob):
         return SamplingError.not_finite()
     sequence.sampler.push(token)
@@ -39,7 +42,7 @@ def sampled(sequence: TokenSequence, token: int, log_prob: float) -> Outcome:
 
 
 def choose_all(sequences: Sequence[TokenSequence], logits: Sequence[Logits]) -> list[Outcome]:
-    """The next token of each sequence from its own row of logits [vocab_size]; an error concerns its sequence alone."""
+    """Choose each sequence's next token from its row of logits [vocab_size]; an error affects its sequence only."""
     masks = _masks(sequences, logits)
     return [
         mask if isinstance(mask, GuideError) else _choose(sequence, row, mask)
@@ -50,7 +53,7 @@ def choose_all(sequences: Sequence[TokenSequence], logits: Sequence[Logits]) -> 
 def _masks(
     sequences: Sequence[TokenSequence], logits: Sequence[Logits]
 ) -> list[NDArray[np.uint32] | GuideError | None]:
-    """Which tokens each sequence's guide allows, all asked for in one call."""
+    """Return the mask of each sequence's guide, computed in one call; None without a guide."""
     masks: list[NDArray[np.uint32] | GuideError | None] = [None] * len(sequences)
     guided = [(i, s.guide) for i, s in enumerate(sequences) if s.guide is not None and s.is_guided]
     if guided:
@@ -69,5 +72,5 @@ def _choose(sequence: TokenSequence, logits: Logits, mask: NDArray[np.uint32] | 
                 sequence.bad_words.push(forced)
             return sequence.sampler.force(forced, logits)
         return choose(sequence.sampler, sequence.bad_words, logits, mask)
-    except Exception as error:  # a SamplingError, or whatever a client's words make of an odd token: this one's alone
+    except Exception as error:  # a SamplingError or an unexpected error; either ends this sequence only
         return error

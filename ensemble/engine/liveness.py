@@ -1,7 +1,7 @@
-"""Whether somebody still listens: acknowledgements, heartbeats, and how long to wait for them.
+"""Detects disconnected clients by acknowledgements and heartbeats.
 
-The detokenizer acknowledges every response that it receives, and Triton hands it none once the client has gone. A
-request that has nothing to say, because it waits or isn't streamed, sends heartbeats, so that the same holds for it.
+The detokenizer acknowledges every response that it receives, and Triton passes it none after the client has
+disconnected. A request without output, because it waits or isn't streamed, sends heartbeats to be acknowledged.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from typing import Protocol
 
 from deepseek_triton.ensemble.engine.sequence import Request
 
-HEARTBEATS = 4  # in the time after which a silent client is given up
-LATENCY_WEIGHT = 0.1  # of the newest acknowledgement in their moving average
-LATENCY_MARGIN = 8  # where everybody's acknowledgements are slow, nobody has gone
+HEARTBEATS = 4  # per cancel_after_s
+LATENCY_WEIGHT = 0.1  # weight of the newest acknowledgement in the moving average of the latency
+LATENCY_MARGIN = 8  # a client is given up no sooner than after this many average latencies
 
-# Responses of one stream on their way to the detokenizer. One would wait for each acknowledgement; with two, the next
-# is under way meanwhile, and what is ready while both are out travels together.
+# Maximum responses of one stream in flight to the detokenizer. With two, the second is sent while the first awaits its
+# acknowledgement; tokens that become ready meanwhile are sent in one response.
 MAX_UNACKNOWLEDGED = 2
 
 
 class Acknowledgements(Protocol):
-    """Where the detokenizer says what it has received."""
+    """The channel by which the detokenizer acknowledges responses."""
 
     def drain(self) -> Iterable[int]:
-        """Stream ids, one for each response received since the last call."""
+        """Return the stream ids of the responses received since the last call, one per response."""
 
 
 class Liveness:
-    """Judges requests by what was sent to them and acknowledged; times are seconds.
+    """Decides by sent and acknowledged responses whether a request's client is alive; times are in seconds.
 
     Args:
-        cancel_after_s: a request whose client has gone is found after so long at most.
+        cancel_after_s: maximum time until a disconnected client is detected.
     """
 
     def __init__(self, cancel_after_s: float) -> None:
@@ -40,29 +40,29 @@ class Liveness:
         self._latency_s = 0.0
 
     def sent(self, request: Request, now: float) -> None:
-        """A response has gone out."""
+        """Record that a response was sent."""
         request.last_sent_at = now
         if request.expects_acknowledgement:
             request.unacknowledged.append(now)
 
     def acknowledged(self, request: Request, now: float) -> None:
-        """The oldest response that was out has been received."""
+        """Record the acknowledgement of the oldest response in flight."""
         if request.unacknowledged:
             latency = now - request.unacknowledged.pop(0)
             self._latency_s += LATENCY_WEIGHT * (latency - self._latency_s)
 
     def may_send(self, request: Request) -> bool:
-        """Whether the client keeps up; if not, what is ready waits and travels together."""
+        """Return whether another response may be sent; if not, ready tokens wait and are sent together."""
         return len(request.unacknowledged) < MAX_UNACKNOWLEDGED
 
     def needs_heartbeat(self, request: Request, now: float) -> bool:
-        """Whether too much time has passed without anything that could be acknowledged."""
+        """Return whether a heartbeat is due: nothing is in flight, and nothing was sent for a while."""
         if not request.expects_acknowledgement or request.unacknowledged:
             return False
         return now - request.last_sent_at > self._heartbeat_s
 
     def is_abandoned(self, request: Request, now: float) -> bool:
-        """Whether the client has gone."""
+        """Return whether the client has disconnected."""
         if request.sink.is_cancelled():
             return True
         if not request.unacknowledged:

@@ -1,7 +1,7 @@
-"""The engine's loop: schedule → begin → emit → finish, on one thread.
+"""The engine loop: schedule → begin → emit → finish, on one thread.
 
 It knows runners, requests and sinks; it knows nothing of Triton, of text, or of how a runner computes. Other threads
-reach it through `submit` and `stop` only.
+use `submit` and `stop` only.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from deepseek_triton.ensemble.text.errors import one_line
 log = logging.getLogger(__name__)
 
 
-EMIT_SHARE = 0.8  # of a decode's usual time: how far into it sending may go on
-MIN_EMIT_SHARE = 0.2  # likewise: what sending may always have, were all other work to take the whole of it
+EMIT_SHARE = 0.8  # sending responses may go on until this share of the average decode time has passed
+MIN_EMIT_SHARE = 0.2  # the minimum time for sending, as a share of the average decode time
 
 
 class QueueFullError(Exception):
-    """As many sequences wait as may."""
+    """The queue is full."""
 
 
 class EngineLoop:
     """Runs every submitted request to its end.
 
-    The thread survives everything: what goes wrong with one sequence, or with one client's channel, ends its request;
-    a fault of the engine's own ends all requests, and the next are served.
+    The thread survives all errors: an error of one sequence or of one client's sink ends its request; an error of the
+    engine itself ends all current requests.
 
     Args:
         runner: the model; the loop closes it.
-        settings: how to schedule, and when to give up.
-        acknowledgements: the detokenizer's.
-        clock: seconds, monotonic.
+        settings: scheduling and timeouts.
+        acknowledgements: from the detokenizer.
+        clock: monotonic time in seconds.
     """
 
     def __init__(
@@ -75,15 +75,15 @@ class EngineLoop:
         self._liveness = Liveness(settings.cancel_after_s)
         self._acknowledgements = acknowledgements
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._requests: OrderedDict[int, Request] = OrderedDict()  # by stream id, the longest unanswered first
+        self._requests: OrderedDict[int, Request] = OrderedDict()  # by stream id, least recently answered first
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Begin to work, on a thread of its own."""
+        """Start the loop's thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """End every request with an error, then the thread, then the runner."""
+        """Fail every request, stop the thread and close the runner."""
         self._inbox.put(None)
         self._thread.join()
 
@@ -92,7 +92,7 @@ class EngineLoop:
 
         Raises:
             ValueError: the prompt is empty, holds an unknown id, or leaves no room to generate.
-            QueueFullError: too many wait already.
+            QueueFullError: max_queue_size sequences wait already.
         """
         length, limit = len(request.prompt_ids), self._runner.max_seq_len
         if length == 0:
@@ -109,25 +109,25 @@ class EngineLoop:
         self._inbox.put(lambda: self._add(request))
 
     def stop(self, request_id: str, done: Callable[[], None]) -> None:
-        """Cancel the requests that have `request_id`, if there are any left, then call `done`."""
+        """Cancel the unfinished requests with `request_id`, if any, then call `done`."""
         self._inbox.put(lambda: self._stop(request_id, done))
 
     def run(self) -> None:
-        """The loop itself; returns after `close`."""
+        """Run the loop; returns after `close`."""
         while self._receive():
             try:
                 self.step()
-            except Exception as error:  # no fault that is foreseen: every client must hear of it all the same
+            except Exception as error:  # unexpected, but every client must get an error
                 log.error("a step failed", exc_info=error)
                 self._pipeline.discard()
                 self._fail_all(f"the engine failed: {one_line(error)}", "internal")
-        while not self._inbox.empty():  # what came after `close`
+        while not self._inbox.empty():  # messages that arrived after `close`
             self._handle(self._inbox.get())
         self._fail_all("the engine is shutting down", "unavailable")
         self._runner.close()
 
     def step(self) -> None:
-        """Schedule, begin what can be, send what the last step gave while the runner computes, finish a step."""
+        """Schedule and begin a step, send the last step's tokens while the runner computes, finish a step."""
         step = self._scheduler.schedule()
         self._prepare(step)
         for failure in self._pipeline.begin(step, self._scheduler.positions()):
@@ -136,9 +136,9 @@ class EngineLoop:
         self._finish_step()
 
     def _receive(self) -> bool:
-        """Take in what other threads asked for, waiting if there is nothing else to do; False: close."""
+        """Handle the messages of other threads; wait for one if there is no work. Returns False on `close`."""
         while True:
-            self._note_load()  # also of requests that ended between two steps, before it waits for others
+            self._note_load()  # requests may have ended since the last step
             try:
                 message = self._inbox.get(block=not self._requests and self._pipeline.is_empty)
             except queue.Empty:
@@ -163,7 +163,7 @@ class EngineLoop:
         try:
             for copy in step.copies:
                 self._runner.copy_prefix(copy.source, copy.target, copy.num_tokens)
-        except Exception as error:  # costs what would have been reused, and nothing else
+        except Exception as error:  # without the copies the prompts are computed in full
             log.error("copying a prefix failed", exc_info=error)
             self._scheduler.forget_copies(step.admitted)
         for sequence in step.admitted:
@@ -195,21 +195,21 @@ class EngineLoop:
             self._budget.observe_prefill(num_tokens, prefill_s)
 
     def _add_siblings(self, call: Call) -> None:
-        """A request's further sequences follow when the first has computed their common prompt."""
+        """Queue a request's other sequences when the first has computed their common prompt."""
         for part in call.parts:
             if part.gives_token and part.sequence.index == 0 and part.sequence.finish_reason is None:
                 for sibling in part.sequence.request.sequences[1:]:
                     self._scheduler.add(sibling)
 
     def _take(self, sequence: Sequence, outcome: Outcome, now: float) -> None:
-        """Give a sequence its next token, or the error that kept it from having one."""
-        if sequence.finish_reason is not None:  # another of the step's outcomes ended its request
+        """Append the next token to a sequence, or end it if the outcome is an error."""
+        if sequence.finish_reason is not None:  # another outcome of the step ended the request
             return
         request, previous, num_tokens = sequence.request, sequence.last_token_at, len(sequence.output_ids)
         if isinstance(outcome, Sampled):
             try:
                 sequence.append(outcome, now)
-            except Exception as error:  # a guide, or whatever stop words make of an odd token
+            except Exception as error:  # from the guide or the stop words
                 outcome = error
         if not isinstance(outcome, Sampled):
             if not isinstance(outcome, SamplingError | GuideError):
@@ -232,8 +232,8 @@ class EngineLoop:
         for stream_id in self._acknowledgements.drain():
             if request := self._requests.get(stream_id):
                 self._liveness.acknowledged(request, now)
-        # Each response takes this thread some 0.1 ms. Where they would take longer than the step that runs meanwhile,
-        # the rest waits for the next one, and its tokens travel together: sending must not hold the runner up.
+        # Each response takes this thread about 0.1 ms. Sending must not delay the runner: when the time is up, the
+        # other requests wait for the next step and send the tokens of both steps in one response.
         decode_s = self._budget.decode_s
         end = max(self._pipeline.busy_since(now) + EMIT_SHARE * decode_s, now + MIN_EMIT_SHARE * decode_s)
         for request in list(self._requests.values()):
@@ -246,7 +246,7 @@ class EngineLoop:
                     return
 
     def _attempt(self, action: Callable[[Request, float], None], request: Request, now: float) -> None:
-        """What goes wrong with one client's channel ends its request, not the engine."""
+        """Call `action`; an error ends the request, not the engine."""
         try:
             action(request, now)
         except Exception as error:
@@ -254,7 +254,7 @@ class EngineLoop:
             self._fail(request, f"the response could not be sent: {one_line(error)}")
 
     def _serve(self, request: Request, now: float) -> None:
-        """Send what is ready. Nothing, not even a question, may follow a request's last response."""
+        """Send a request's ready tokens or a heartbeat. Nothing may be sent after a request's last response."""
         self._check(request, now)
         if request.stream_id not in self._requests:
             return
@@ -272,7 +272,7 @@ class EngineLoop:
             request.sink.send(request, ())
 
     def _check(self, request: Request, now: float) -> None:
-        """Cancel a request that nobody waits for any more; fail one that has run out of time."""
+        """Cancel a request whose client has disconnected; fail one that has timed out."""
         if request.is_finished:
             return
         if self._liveness.is_abandoned(request, now):
@@ -282,13 +282,13 @@ class EngineLoop:
             waited = f"{(now - request.arrived_at) * 1e3:.0f} ms"
             num_tokens = sum(len(sequence.output_ids) for sequence in request.sequences)
             where = "waiting for a slot" if request.is_waiting else f"having generated {num_tokens} tokens"
-            self._fail(request, f"the request ran out of time after {waited}, {where}", "unavailable")
+            self._fail(request, f"the request timed out after {waited}, {where}", "unavailable")
 
     def _add(self, request: Request) -> None:
         self._requests[request.stream_id] = request
         request.last_sent_at = self.clock()
         self.metrics.requests_total += 1
-        self._scheduler.add(request.sequences[0])  # the others follow when it is prefilled
+        self._scheduler.add(request.sequences[0])  # _add_siblings adds the others
 
     def _stop(self, request_id: str, done: Callable[[], None]) -> None:
         for request in [r for r in self._requests.values() if r.request_id == request_id]:
@@ -317,7 +317,7 @@ class EngineLoop:
             self._fail(request, message, kind)
 
     def _fail(self, request: Request, message: str, kind: FailureKind = "internal") -> None:
-        self._requests.pop(request.stream_id, None)  # gone already if its last response could not be sent
+        self._requests.pop(request.stream_id, None)  # absent if its last response could not be sent
         self.metrics.requests_failed_total += 1
         for sequence in request.sequences:
             if sequence.finish_reason is None:
@@ -325,7 +325,7 @@ class EngineLoop:
                 self._scheduler.remove(sequence)
         try:
             request.sink.fail(message, kind)
-        except Exception as error:  # nobody is left to be told
+        except Exception as error:  # the client can't be reached
             log.error("reporting an error failed", exc_info=error)
 
     def _failed_call(self, failure: Failure) -> None:
@@ -334,6 +334,6 @@ class EngineLoop:
         running = [sequence for sequence in failure.call.sequences if sequence.finish_reason is None]
         requests = {sequence.request.stream_id: sequence.request for sequence in running}
         newest_first = sorted(requests, reverse=True)
-        # Where memory is short, the others may go on without the newest.
+        # If memory ran out, ending the newest request may be enough for the others.
         for stream_id in newest_first[:1] if isinstance(error, OutOfMemoryError) else newest_first:
             self._fail(requests[stream_id], f"{what} failed: {one_line(error)}")

@@ -1,7 +1,4 @@
-"""What an engine counts: pure numbers, no Triton. `ensemble/models/metrics.py` publishes them.
-
-Times are seconds. A histogram is kept as Prometheus has it: counts up to each bound, a sum and a count.
-"""
+"""An engine's metrics, without Triton; `ensemble/models/metrics.py` publishes them. Times are in seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ INTERVAL_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.1
 
 @dataclass
 class Histogram:
-    """Observations by upper bound; `counts` has one more, for what is above all bounds, and is not cumulative."""
+    """Counts of observations by upper bound, not cumulative; the last of `counts` is for values above all bounds."""
 
     bounds: tuple[float, ...]
     counts: list[int] = field(default_factory=list)
@@ -24,7 +21,7 @@ class Histogram:
         self.counts = [0] * (len(self.bounds) + 1)
 
     def observe(self, value: float, times: int = 1) -> None:
-        """Count `value`, `times` times."""
+        """Add `times` observations of `value`."""
         self.counts[bisect_left(self.bounds, value)] += times
         self.total += value * times
 
@@ -35,7 +32,7 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass
 class EngineMetrics:
-    """One engine's numbers. The field names, after `deepseek_`, are the names under which they are published."""
+    """One engine's metrics. A field is published under its name with the prefix `deepseek_`."""
 
     time_to_first_token_seconds: Histogram = field(
         default_factory=lambda: Histogram(LATENCY_BOUNDS), metadata=_help("From a request's arrival to its first token")
@@ -62,5 +59,5 @@ class EngineMetrics:
 
 
 def descriptions() -> dict[str, str]:
-    """Field of EngineMetrics → what it is."""
+    """Return the help text of each field of EngineMetrics, by name."""
     return {field.name: field.metadata["help"] for field in fields(EngineMetrics)}

@@ -1,8 +1,9 @@
-"""Steps in flight: the next is begun before the last one's tokens are known, so that the runner never waits for them.
+"""Pipelining of steps: the next step begins before the last one's tokens are known, so that the runner never idles.
 
-A step is a decode and the prefills beside it. Steps are begun and finished in order. What begins ahead stands for
-tokens that only the runner knows: a sequence whose token must be chosen on the host waits for it, one whose token turns
-out to be its last has a result too many, which nobody takes. It knows neither clients nor slots' owners.
+A step is a decode and its prefills. Steps are begun and finished in order. A step that begins ahead continues from
+tokens that only the runner knows yet. A sequence whose token must be chosen on the host is left out until it is chosen.
+A sequence whose awaited token turns out to be its last has one result too many, which is dropped. This module knows
+neither clients nor how slots are assigned.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from deepseek_triton.ensemble.engine.decoding import Outcome, choose_all, sampled, sampling_of
+from deepseek_triton.ensemble.engine.decoding import Outcome, accept_sampled, choose_all, device_sampling
 from deepseek_triton.ensemble.engine.runners.base import (
     LAST_TOKEN,
     Decoded,
@@ -29,16 +30,16 @@ from deepseek_triton.ensemble.engine.sequence import Sequence as TokenSequence
 
 log = logging.getLogger(__name__)
 
-# Of the sequences that could decode, how many may be left out of a step because theirs is a token that the host must
-# choose first. They get half as many tokens as the others then; with more of them, all wait.
+# Maximum share of the decoding sequences that a step may leave out because the host must choose their token first.
+# Those then get half as many tokens as the others. If the share is larger, all sequences wait.
 MAX_SHARE_LEFT_OUT = 0.25
-LATE_SHARE = 0.02  # of a call's time: who waits for less of it came when it was over
+LATE_SHARE = 0.02  # if waiting took less than this share of a call's time, the call had ended before the wait
 
 
 class Part(NamedTuple):
-    """What a call does for one sequence: `num_tokens` positions of its slot, and a token if it `gives_token`.
+    """One sequence's part of a call: it fills `num_tokens` positions of the slot, and gives a token if `gives_token`.
 
-    row: where the token and its logits are in the call's results. draw: None: its logits come to the host.
+    row: index of the token in the call's results. sampling: the device sampling; None: the host chooses from logits.
     """
 
     sequence: TokenSequence
@@ -50,7 +51,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the runner."""
+    """One decode or prefill of the runner; begun_at is in seconds."""
 
     kind: Literal["decode", "prefill"]
     parts: Sequence[Part]
@@ -58,20 +59,20 @@ class Call:
 
     @property
     def sequences(self) -> list[TokenSequence]:
-        """Those that it computes."""
+        """The sequences that it computes."""
         return [part.sequence for part in self.parts]
 
     @property
     def num_tokens(self) -> int:
-        """Positions that it fills."""
+        """Number of positions that it fills."""
         return sum(part.num_tokens for part in self.parts)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a call gave to the sequences that still run, and how long the runner was busy with it.
+    """A call's outcomes for the sequences that still run, and its duration on the runner in seconds.
 
-    is_late: it was over before it was waited for, and took less than `seconds`.
+    is_late: the call had ended before the wait for it began, so `seconds` is an upper bound.
     """
 
     call: Call
@@ -82,7 +83,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Failure:
-    """A call that could not be begun, or gave nothing."""
+    """A call that could not be begun or finished."""
 
     call: Call
     error: Exception
@@ -95,23 +96,24 @@ class StepPipeline:
         self._runner = runner
         self._clock = clock
         self._steps: deque[list[Call]] = deque()  # in flight, the earliest first
-        self._is_step_begun = False  # by the last `begin`
-        self._sampled: set[TokenSequence] = (
-            set()
-        )  # whose last token the runner has, for it was sampled by the last step
+        self._is_step_begun = False  # whether the last `begin` began a step
+        self._device_sampled: set[TokenSequence] = set()  # sequences whose token the last step samples on the device
         self._finished_at = 0.0
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is in flight."""
+        """Whether no step is in flight."""
         return not self._steps
 
     def busy_since(self, now: float) -> float:
-        """When the runner began with what it computes now; `now` if that is nothing."""
+        """Return when the runner began the call that it computes now; `now` if it is idle."""
         return max(self._steps[0][0].begun_at, self._finished_at) if self._steps else now
 
     def begin(self, step: EngineStep, positions: Mapping[int, int]) -> list[Failure]:
-        """Begin what of `step` can be, and tell what failed; `positions` has one for every slot (Scheduler)."""
+        """Begin the calls of `step` that can be begun, and return the failures.
+
+        `positions` is that of Scheduler.positions: one for every slot.
+        """
         now = self._clock()
         groups = [step.prefill] if self._runner.packs_prompts else [(chunk,) for chunk in step.prefill]
         planned = [Call("decode", self._decode_parts(step.decode), now)]
@@ -122,22 +124,25 @@ class StepPipeline:
                 continue
             try:
                 self._start(call, positions)
-            except Exception as error:  # whatever a runner raises ends its sequences, not the engine
+            except Exception as error:  # any error of the runner ends the call's sequences, not the engine
                 failures.append(Failure(call, error))
                 continue
             begun.append(call)
             for part in call.parts:
                 part.sequence.num_in_flight += part.num_tokens
                 part.sequence.num_awaited += part.gives_token
-        if begun or failures:  # what failed may have been computed in part
-            self._sampled = {part.sequence for call in begun for part in call.parts if part.sampling is not None}
+        if begun or failures:  # a failed call may have been computed in part
+            self._device_sampled = {part.sequence for call in begun for part in call.parts if part.sampling is not None}
         self._is_step_begun = bool(begun)
         if begun:
             self._steps.append(begun)
         return failures
 
     def finish(self) -> Iterator[StepResult | Failure]:
-        """Wait for the earliest step, call by call; not if another may be begun before, and there was one to begin."""
+        """Wait for the earliest step and yield its results, call by call.
+
+        Yields nothing if the last `begin` began a step and the runner can take another one before the earliest ends.
+        """
         if not self._steps or (self._is_step_begun and len(self._steps) < self._runner.steps_in_flight):
             return
         for call in self._steps[0]:
@@ -146,7 +151,7 @@ class StepPipeline:
                 decoded = self._runner.finish_decode() if call.kind == "decode" else self._runner.finish_prefill()
                 now = self._clock()
                 outcomes = _outcomes(call, decoded)
-            except Exception as error:  # what was begun since builds upon it
+            except Exception as error:  # the later steps in flight depend on this call
                 self.discard()
                 yield Failure(call, error)
                 return
@@ -159,23 +164,23 @@ class StepPipeline:
         self._steps.popleft()
 
     def discard(self) -> None:
-        """Forget what is in flight: every sequence is where its last finished call left it."""
+        """Drop all steps in flight; each sequence keeps the state after its last finished call."""
         for part in (part for step in self._steps for call in step for part in call.parts):
             part.sequence.num_in_flight = part.sequence.num_awaited = 0
         self._steps.clear()
         try:
             self._runner.abandon()
-        except Exception as error:  # if it matters, the next call fails too
+        except Exception as error:  # if the runner is broken, the next call fails too
             log.error("abandoning steps failed", exc_info=error)
 
     def _decode_parts(self, sequences: Sequence[TokenSequence]) -> list[Part]:
-        """Those that can go on now, if they are enough."""
+        """Return the parts of the sequences that can decode now; none if too many would be left out."""
         parts, num_left_out = [], 0
         for sequence in sequences:
             if sequence.num_awaited and sequence.ends_with_awaited:
                 continue
             sampling = self._sampling(sequence)
-            if sequence.num_awaited and (sampling is None or sequence not in self._sampled):
+            if sequence.num_awaited and (sampling is None or sequence not in self._device_sampled):
                 num_left_out += 1
                 continue
             assert sequence.slot is not None
@@ -189,7 +194,7 @@ class StepPipeline:
         return Part(sequence, chunk.num_tokens, row, gives_token, sampling)
 
     def _sampling(self, sequence: TokenSequence) -> DeviceSampling | None:
-        sampling = sampling_of(sequence)
+        sampling = device_sampling(sequence)
         return sampling if sampling is not None and self._runner.can_sample(sampling) else None
 
     def _start(self, call: Call, positions: Mapping[int, int]) -> None:
@@ -209,21 +214,21 @@ class StepPipeline:
 
 
 def _outcomes(call: Call, decoded: Decoded) -> list[tuple[TokenSequence, Outcome]]:
-    """A token for each of the call's sequences that still runs, or why it has none."""
+    """Return a token or an error for each of the call's sequences that still run and get a token."""
     tokens, log_probs = decoded.tokens.tolist(), decoded.log_probs.tolist()
     rows = iter(decoded.logits)
     outcomes: list[tuple[TokenSequence, Outcome]] = []
-    left, logits = [], []
+    host_sampled, logits = [], []
     for sequence, _, row, gives_token, sampling in call.parts:
         own_logits = next(rows) if gives_token and sampling is None else None
         if not gives_token or sequence.finish_reason is not None:  # it ended while the call ran
             continue
         if own_logits is None:
-            outcomes.append((sequence, sampled(sequence, tokens[row], log_probs[row])))
+            outcomes.append((sequence, accept_sampled(sequence, tokens[row], log_probs[row])))
         else:
-            left.append(sequence)
+            host_sampled.append(sequence)
             logits.append(own_logits)
-    return outcomes + list(zip(left, choose_all(left, logits), strict=True))
+    return outcomes + list(zip(host_sampled, choose_all(host_sampled, logits), strict=True))
 
 
 def _prompt_chunk(sequence: TokenSequence, num_tokens: int) -> PromptChunk:

@@ -1,8 +1,8 @@
-"""The scheduler: which sequence has which slot, and what the next step computes.
+"""The scheduler assigns slots to sequences and plans the next step.
 
-A step is a budget's worth of prompts and one token for every running sequence. The waiting are served by priority and
-then in order; further sequences of one request wait until the first has computed their common prompt, which they then
-find in its slot.
+A step prefills as many prompt tokens as the budget allows and decodes one token of every running sequence. Waiting
+sequences are admitted by priority, then in order of arrival. A request's other sequences are queued when the first has
+computed their common prompt, and copy it from the first one's slot.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class PrefillChunk:
 
 @dataclass(frozen=True)
 class EngineStep:
-    """What to begin now: `copies` first and in order, then one token for each of `decode`, then chunks of prompts.
+    """One step: first the `copies`, in order, then one token for each of `decode`, then the chunks of `prefill`.
 
-    A sequence of `decode` may still await its last token, and perhaps ends with it.
+    A sequence in `decode` may still await its last token, and may end with it.
     """
 
     admitted: tuple[Sequence, ...]
@@ -44,13 +44,13 @@ class EngineStep:
 
 
 class Scheduler:
-    """Assigns slots and plans steps; pure bookkeeping, no model and no clock.
+    """Assigns slots and plans steps; it uses neither the model nor a clock.
 
     Args:
-        max_num_seqs: how many sequences run at once.
-        max_seq_len: positions of a slot. A step writes to idle slots too: there, the last position takes the harm.
-        budget: how much of the prompts a step computes.
-        reuses_prompts, reuses_answers: what a finished sequence leaves for later prompts.
+        max_num_seqs: maximum number of running sequences.
+        max_seq_len: positions of a slot. Steps also write to idle slots, at the last position, which is never reused.
+        budget: limits the prompt tokens of a step.
+        reuses_prompts, reuses_answers: whether later prompts may reuse a sequence's prompt and output.
     """
 
     def __init__(
@@ -73,25 +73,25 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences without a slot."""
+        """Number of sequences without a slot."""
         return len(self._waiting)
 
     @property
     def num_running(self) -> int:
-        """Slots that a sequence has."""
+        """Number of sequences with a slot."""
         return len(self._running)
 
     @property
     def num_free_slots(self) -> int:
-        """Slots that no sequence has."""
+        """Number of free slots."""
         return self._slots.num_free
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence behind those of its priority that wait already."""
+        """Queue a sequence after the waiting ones of its priority."""
         heapq.heappush(self._waiting, (sequence.request.priority, next(self._order), sequence))
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is; its slot is free at once."""
+        """Remove a waiting or running sequence and free its slot."""
         if sequence.slot is None:
             self._waiting = [entry for entry in self._waiting if entry[2] is not sequence]
             heapq.heapify(self._waiting)
@@ -102,12 +102,12 @@ class Scheduler:
         sequence.slot = None
 
     def schedule(self) -> EngineStep:
-        """Admit what fits and plan the next step; an empty step means that there is nothing to do."""
+        """Admit waiting sequences to free slots and plan the next step, which is empty if there is no work."""
         admitted: list[Sequence] = []
         copies: list[Copy] = []
         if self._slots.num_free and self._waiting:
             for running in self._running.values():
-                self._hold(running)  # as far as it is now
+                self._hold(running)  # with the tokens computed so far
         while self._slots.num_free and self._waiting:
             sequence = heapq.heappop(self._waiting)[2]
             placement = self._slots.take(sequence.request.prompt_ids)
@@ -119,8 +119,10 @@ class Scheduler:
         return EngineStep(tuple(admitted), tuple(copies), self._chunks(bool(decode)), decode)
 
     def forget_copies(self, admitted: Iterable[Sequence]) -> None:
-        """The copies of the step that admitted these have failed: they begin at the beginning, and nothing that a free
-        slot holds is certain."""
+        """Handle failed copies of the step that admitted these sequences.
+
+        The sequences compute their prompts in full, and the contents of free slots are no longer reused.
+        """
         for sequence in admitted:
             if sequence.slot is not None:
                 sequence.num_computed = 0
@@ -128,11 +130,11 @@ class Scheduler:
         self._slots.forget_free()
 
     def positions(self) -> dict[int, int]:
-        """For each slot, a position that a decode step may write to without harm.
+        """Return for each slot a position to which a decode step may write safely.
 
-        A decode step writes to every slot below the highest that it advances: a running one's next token goes there
-        anyway, behind those that are being computed; a free one's cache is never used up to its last position. A step
-        that is in flight when its sequence ends writes behind what the sequence computed, which nobody finds.
+        A decode step writes to every slot up to the highest that it advances. In a running slot the position is that of
+        its next token. In a free slot it is the last position, which is never reused. A step that is in flight when its
+        sequence ends writes after the sequence's computed tokens, which isn't reused either.
         """
         free = dict.fromkeys(range(self._max_num_seqs), self._last_position)
         return free | {slot: sequence.num_begun for slot, sequence in self._running.items()}
@@ -147,7 +149,7 @@ class Scheduler:
         return tuple(chunks)
 
     def _hold(self, sequence: Sequence) -> None:
-        """Note how much of the sequence's cache may be found by others."""
+        """Record which of the sequence's cached tokens other prompts may reuse."""
         assert sequence.slot is not None
         ids = sequence.request.prompt_ids
         if self._reuses_answers and sequence.is_prefilled:

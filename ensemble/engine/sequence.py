@@ -1,7 +1,7 @@
-"""Request and Sequence: one client's request, and each answer to it, on their way through the engine.
+"""Request and Sequence: the state of a client's request and of each of its output sequences.
 
-A request asks for one or more sequences of the same prompt. Both hold what was asked and how far it is; neither knows
-Triton. What goes back to the client goes through the request's Sink.
+A request has one or more sequences of the same prompt. Output goes to the client through the request's Sink. This
+module knows nothing of Triton.
 """
 
 from __future__ import annotations
@@ -27,25 +27,28 @@ NEVER = math.inf
 
 
 class Sink(Protocol):
-    """Where a request's output goes. Called from the engine's thread only."""
+    """Receives a request's output. Only the engine's thread calls it."""
 
     def send(self, request: Request, updates: Items[Update]) -> None:
-        """Deliver `updates`; the last response if `request.is_finished`."""
+        """Send `updates` as one response, the last one if `request.is_finished`; no updates: a heartbeat."""
 
     def fail(self, message: str, kind: FailureKind) -> None:
         """End the request with an error."""
 
     def is_cancelled(self) -> bool:
-        """Whether the client is known to have gone."""
+        """Return whether the client is known to have disconnected."""
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One answer, and its state.
+    """One output sequence and its state.
 
-    num_computed counts the tokens in its slot's cache, num_in_flight those behind them that are being computed;
-    num_awaited the output tokens that are being chosen meanwhile. num_sent counts the output tokens that the client
-    has; num_ready those that it may have: the last few may yet turn out to be part of a stop word.
+    num_computed: tokens in the slot's KV cache.
+    num_in_flight: tokens after them that calls in flight compute.
+    num_awaited: output tokens that calls in flight give.
+    num_ready: output tokens that may be sent; later ones may be part of a stop word.
+    num_sent: output tokens that were sent.
+    num_cut_chars: characters to remove from the end of the text, because they belong to a stop word.
     """
 
     request: Request
@@ -66,41 +69,44 @@ class Sequence:
     log_probs: list[float] = field(default_factory=list)
     top_log_probs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     total_log_prob: float = 0.0
-    first_scheduled_at: float | None = None  # seconds, as all times here, on the loop's clock
+    first_scheduled_at: float | None = None  # times are in seconds on the loop's clock
     first_token_at: float | None = None
     last_token_at: float | None = None
     finish_reason: FinishReason | None = None
-    is_reported: bool = False  # the client has the finish_reason
+    is_reported: bool = False  # finish_reason was sent
 
     @property
     def num_begun(self) -> int:
-        """Tokens that are in the cache or being computed: the position of the next."""
+        """Number of tokens computed or in flight, which is the position of the next token."""
         return self.num_computed + self.num_in_flight
 
     @property
     def is_prefilled(self) -> bool:
-        """Whether the whole prompt is in the cache."""
+        """Whether the whole prompt is in the KV cache."""
         return self.num_computed >= len(self.request.prompt_ids)
 
     @property
     def ends_with_awaited(self) -> bool:
-        """Whether the tokens that are awaited are its last for certain."""
+        """Whether the sequence reaches its maximum length with the awaited tokens."""
         return len(self.output_ids) + self.num_awaited >= self.request.max_new_tokens
 
     @property
     def is_guided(self) -> bool:
-        """Whether the guide decides about the next token: it begins where the reasoning ends."""
+        """Whether the guide constrains the next token. Reasoning isn't constrained."""
         return self.guide is not None and (self.thinking is None or not self.thinking.is_open)
 
     @property
     def has_news(self) -> bool:
-        """Whether there is anything that the client doesn't have."""
+        """Whether there are tokens or a finish reason to send."""
         return self.num_sent < self.num_ready or (self.finish_reason is not None and not self.is_reported)
 
     def append(self, sampled: Sampled, now: float) -> None:
-        """Take the next token, which sampler and bad words have already.
+        """Append the next token, which was already pushed to the sampler and the bad words.
 
-        It ends the sequence at an end token (which is no output), a stop word or its length.
+        An end token (which isn't output), a stop word or the maximum length finishes the sequence.
+
+        Raises:
+            GuideError: the guide doesn't allow the token.
         """
         token = sampled.token
         if self.is_guided and self.guide is not None:
@@ -131,12 +137,12 @@ class Sequence:
             self.finish("length")
 
     def finish(self, reason: FinishReason) -> None:
-        """Nothing more comes; what was held back goes out."""
+        """Mark the sequence finished and release tokens held for stop-word matching."""
         self.finish_reason = reason
         self.num_ready = len(self.output_ids)
 
     def take_update(self) -> Update:
-        """What the client doesn't have yet, as sent from now on."""
+        """Return what the client doesn't have yet, and mark it as sent."""
         start, end = self.num_sent, self.num_ready
         self.num_sent, self.is_reported = end, self.finish_reason is not None
         request = self.request
@@ -162,10 +168,12 @@ class Sequence:
 
 @dataclass(eq=False)
 class Request:
-    """What one client asked for: prompt_ids [n] int64 and how to answer.
+    """One client's request.
 
-    stream_id is unique among all engines' requests; request_id is the client's own and may be empty or used twice.
-    queue_deadline and deadline: when it must have a slot, and when it must be done, on the loop's clock.
+    stream_id: unique among the requests of all engines.
+    request_id: the client's; may be empty or used twice.
+    prompt_ids: [n] int64.
+    queue_deadline, deadline: when the request must have a slot and must be finished, in seconds on the loop's clock.
     """
 
     stream_id: int
@@ -185,12 +193,12 @@ class Request:
     returns_output_count: bool = True
     max_new_tokens: int = 0
     sequences: list[Sequence] = field(default_factory=list)
-    unacknowledged: list[float] = field(default_factory=list)  # when each was sent, oldest first
+    unacknowledged: list[float] = field(default_factory=list)  # send times of unacknowledged responses, oldest first
     last_sent_at: float = 0.0
 
     @property
     def is_finished(self) -> bool:
-        """Whether every sequence has come to its end."""
+        """Whether every sequence is finished."""
         return all(sequence.finish_reason is not None for sequence in self.sequences)
 
     @property

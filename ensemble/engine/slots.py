@@ -1,7 +1,7 @@
-"""Slots: which is free, and what each one's cache still holds for a prompt that begins the same way.
+"""Slot allocation with prefix reuse.
 
-A finished sequence leaves its tokens' keys and values behind. A new prompt that begins with them continues from there,
-in the same slot or by a copy. It plans in token ids and slot numbers; it computes nothing and knows no requests.
+A finished sequence's keys and values stay in its slot. A new prompt that begins with the same tokens reuses them, in
+the same slot or by a copy. This module plans with token ids and slot numbers; it computes nothing.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
-MIN_REUSED_TOKENS = 16  # fewer, such as a BOS that every prompt has, aren't worth a copy
+MIN_REUSED_TOKENS = 16  # a shorter prefix, such as the BOS that all prompts share, isn't worth a copy
 NO_IDS = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
 class Copy:
-    """The first `num_tokens` positions of slot `source` go to slot `target`."""
+    """A copy of the first `num_tokens` positions of slot `source` to slot `target`."""
 
     source: int
     target: int
@@ -29,7 +29,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a prompt goes: do the `copies` in order, then `slot` holds its first `num_reused` tokens."""
+    """The slot of a prompt. After the `copies`, done in order, `slot` holds the prompt's first `num_reused` tokens."""
 
     slot: int
     num_reused: int = 0
@@ -38,18 +38,22 @@ class Placement:
 
 @dataclass
 class _Held:
-    """What a slot's cache holds; `last_use` is a count, not a time."""
+    """The tokens in a slot's KV cache.
+
+    ids: [n]. last_use: a counter, not a time. beginning: the first ids as bytes, for a quick comparison: comparing all
+    ids of all slots with each new prompt would take longer than a step.
+    """
 
     ids: Ids
     last_use: int
-    beginning: bytes = b""  # of the ids: comparing all of them with each new prompt would take longer than a step
+    beginning: bytes = b""
 
 
 class Slots:
-    """The lowest free slot is taken first, which keeps the decoded range `0 … highest active slot` short.
+    """Allocates the lowest free slot, which keeps the decoded range `0 … highest active slot` short.
 
-    What that slot held moves to the free slot that was used longest ago, so that it can still be found. With
-    `is_reused` false nothing is ever found.
+    The slot's old contents move to the least recently used free slot, so that later prompts can reuse them. `is_reused`
+    false disables prefix reuse.
     """
 
     def __init__(self, max_num_seqs: int, *, is_reused: bool = True) -> None:
@@ -60,11 +64,11 @@ class Slots:
 
     @property
     def num_free(self) -> int:
-        """Slots that no sequence has."""
+        """Number of free slots."""
         return len(self._free)
 
     def take(self, prompt: Ids) -> Placement:
-        """Take a free slot for `prompt` [n]; there must be one."""
+        """Allocate a slot for `prompt` [n]; at least one slot must be free."""
         slot = heapq.heappop(self._free)
         if not self._is_reused:
             return Placement(slot)
@@ -80,21 +84,23 @@ class Slots:
         return Placement(slot, num_reused, tuple(copies))
 
     def hold(self, slot: int, ids: Ids) -> None:
-        """Note that the cache of `slot` holds `ids`, and may be copied from."""
+        """Record that the KV cache of `slot` holds `ids` [n], which later prompts may reuse."""
         self._held[slot] = _Held(ids, next(self._uses), _beginning(ids))
 
     def give_back(self, slot: int) -> None:
-        """Free `slot`; what it holds can be found until it is taken again."""
+        """Free `slot`; its contents can be reused until it is allocated again."""
         heapq.heappush(self._free, slot)
 
     def forget_free(self) -> None:
-        """Find nothing more of what the free slots hold."""
+        """Forget the contents of the free slots."""
         for slot in self._free:
             self._held[slot] = _Held(NO_IDS, 0)
 
     def _longest_match(self, prompt: Ids, preferred: int) -> tuple[int, int]:
-        """The slot that holds most of the prompt's beginning, and how many tokens; the last token is never reused,
-        for its logits are wanted."""
+        """Return the slot with the longest common prefix, `preferred` among equals, and the prefix's length.
+
+        The prompt's last token is never reused, because its logits are needed.
+        """
         best, most = preferred, 0
         reusable = prompt[:-1]
         if len(reusable) < MIN_REUSED_TOKENS:
@@ -107,7 +113,7 @@ class Slots:
         return best, most
 
     def _refuge(self, slot: int, source: int) -> int | None:
-        """The free slot, other than `source`, that was used longest ago, and before `slot` was."""
+        """Return the least recently used free slot except `source`; None if it was used later than `slot`."""
         free = [other for other in self._free if other != source]
         oldest = min(free, key=lambda other: self._held[other].last_use, default=None)
         if oldest is None or self._held[oldest].last_use > self._held[slot].last_use:

@@ -1,7 +1,7 @@
-"""Where a sequence's reasoning ends, by its tokens, and the budget that ends it.
+"""Tracks a sequence's reasoning section and enforces the thinking budget.
 
-Reasoning models write `<think>` … `</think>` before their answer, each tag one token. It knows token ids only; what the
-client sees of the reasoning is the detokenizer's business.
+Reasoning models write `<think>` … `</think>` before their answer; each tag is one token. This module knows token ids
+only; the detokenizer separates the reasoning's text.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ class ThinkingTags:
 
 
 class Thinking:
-    """Follows one sequence's tokens.
+    """The state of one sequence's reasoning.
 
     Args:
-        is_open: the prompt ends inside `<think>`.
-        budget: tokens of reasoning after which `</think>` is forced; None: as many as the model likes.
+        tags: ids of the tags.
+        is_open: whether the prompt ends inside `<think>`.
+        budget: number of reasoning tokens after which `</think>` is forced; None: no limit.
     """
 
     def __init__(self, tags: ThinkingTags, *, is_open: bool, budget: int | None = None) -> None:
@@ -34,18 +35,18 @@ class Thinking:
 
     @property
     def forced_token(self) -> int | None:
-        """The token that must come next, whatever the model says; None: its choice."""
+        """The token that must come next; None if the model chooses."""
         is_spent = self._budget is not None and self._num_tokens >= self._budget
         return self._tags.close_id if self.is_open and is_spent else None
 
     def may_force(self, num_unknown: int = 0) -> bool:
-        """Whether a token may be forced behind the next `num_unknown`, whatever they are."""
+        """Return whether a token may have to be forced after `num_unknown` tokens that aren't known yet."""
         if self._budget is None or not (self.is_open or (num_unknown and self._is_at_start)):
             return False
         return self._num_tokens + num_unknown >= self._budget
 
     def push(self, token: int) -> None:
-        """Take the sequence's next token."""
+        """Append the sequence's next token."""
         if self._is_at_start and token == self._tags.open_id:
             self.is_open = True
         elif token == self._tags.close_id:

@@ -1,9 +1,11 @@
-"""Structured output: which tokens a guide (a JSON schema, a regex, a grammar, a list of texts) allows next.
+"""Guided decoding: masks of the tokens that a guide (a JSON schema, a regex, a grammar or a choice) allows next.
+
+Imports between the modules:
 
     errors ◄─ vocabulary ◄─ guide ◄─ compiler ─► grammar
 
-The library behind it is llguidance: it needs no torch, compiles in a millisecond, and refuses what it can't enforce;
-xgrammar was measured beside it (benchmarks/results/guided-libraries.md).
+It uses llguidance, which needs no torch, compiles in about a millisecond and rejects what it can't enforce.
+benchmarks/results/guided-libraries.md compares it with xgrammar.
 """
 
 from deepseek_triton.ensemble.guided.compiler import GuideCompiler

@@ -1,4 +1,4 @@
-"""Guides of one model: compiled once, within bounds of time, memory and stack, and kept for the next request."""
+"""Compiles and caches one model's guides, with limits of time, memory and stack."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from deepseek_triton.ensemble.guided.vocabulary import Vocabulary
 
 MAX_CACHED_GUIDES = 64
 COMPILE_TIMEOUT_S = 10.0
-# The library recurses over chains of rules and references, with up to 6 KiB of stack for 50 bytes of schema. Untouched
-# pages cost nothing.
+# llguidance recurses over chains of rules and references, with up to 6 KiB of stack per 50 bytes of schema. Stack pages
+# that aren't touched use no memory.
 COMPILE_STACK_BYTES = 256 * 2**20
 
 
@@ -27,9 +27,9 @@ class GuideCompiler:
 
     Args:
         tokenizer_directory: holds tokenizer.json.
-        vocab_size: the model's. Ids that the tokenizer lacks, special tokens and markers such as `<think>` are never
-            allowed, whatever a guide says.
-        end_ids: the tokens that end a sequence: allowed exactly where the guide is satisfied.
+        vocab_size: the model's. No guide allows ids that the tokenizer lacks, special tokens or markers such as
+            `<think>`.
+        end_ids: the tokens that end a sequence. They are allowed if and only if the guide is satisfied.
 
     Raises:
         GuideError: tokenizer.json is damaged or doesn't fit the other arguments.
@@ -42,16 +42,19 @@ class GuideCompiler:
         self._compile_lock = threading.Lock()
 
     def compile(self, guide_type: str, guide: str) -> Guide:
-        """The beginning of a sequence under `guide`.
+        """Return a guide in its initial state.
 
-        json: any JSON object; `guide` is ignored.
-        json_schema: a JSON schema of draft 2020-12 (or what its `$schema` says), as text. Properties come in the
-            schema's order. llguidance's options are taken from a top-level `x-guidance`; without them a keyword that it
-            can't enforce is refused, by name, and so is a `oneOf` whose branches may overlap.
-        regex: in the syntax of Rust's `regex`, over the whole text; no look-around, no back references.
-        grammar, ebnf_grammar: Lark as llguidance has it, beginning with a rule `start` or `%llguidance {}`; anything
-            else is read as EBNF in llama.cpp's dialect (GBNF), beginning with a rule `root`.
-        choice: a JSON list of strings, one of which is the whole text.
+        Args:
+            guide_type: one of:
+                json: any JSON object; `guide` is ignored.
+                json_schema: a JSON schema of draft 2020-12 (or the draft that its `$schema` names). Properties are
+                    generated in the schema's order. A top-level `x-guidance` holds llguidance's options; without them a
+                    keyword that llguidance can't enforce, or a `oneOf` whose branches may overlap, is an error.
+                regex: the syntax of Rust's `regex` without look-around and back references. It matches the whole text.
+                grammar, ebnf_grammar: llguidance's Lark dialect, with a rule `start` or `%llguidance {}`; anything else
+                    is parsed as llama.cpp's EBNF dialect (GBNF), with a rule `root`.
+                choice: a JSON list of strings, one of which is the whole text.
+            guide: the schema, regex, grammar or list, as text.
 
         Raises:
             GuideError: the type is unknown, or the guide is empty, too long, invalid, too complex, or impossible to
@@ -71,16 +74,16 @@ class GuideCompiler:
             return compiled.copy()
 
     def _compile_apart(self, guide_type: str, guide: str) -> Guide:
-        """`_compile` on a thread with a large stack, one at a time, so that neither depth nor number can do harm."""
+        """Run `_compile` on a thread with a large stack. One runs at a time, which bounds memory and CPU."""
         outcomes: queue.SimpleQueue[Guide | Exception] = queue.SimpleQueue()
 
         def work() -> None:
             try:
                 outcomes.put(self._compile(guide_type, guide))
-            except Exception as error:  # whatever it is belongs to the caller, who waits for it
+            except Exception as error:  # re-raised on the caller's thread
                 outcomes.put(error)
             finally:
-                self._compile_lock.release()  # not before: one that overran its time still uses its core and memory
+                self._compile_lock.release()  # not earlier: after a timeout the thread still uses a core and memory
 
         if not self._compile_lock.acquire(timeout=COMPILE_TIMEOUT_S):
             raise GuideError("another guide is still being compiled: try again later")
@@ -98,7 +101,7 @@ class GuideCompiler:
         return outcome
 
     def _compile(self, guide_type: str, guide: str) -> Guide:
-        """The guide, with the first step taken: what is impossible or too complex shows there."""
+        """Compile a guide and compute its first mask, which reveals guides that are unsatisfiable or too complex."""
         compiled = Guide(self._vocabulary.matcher(GRAMMARS[guide_type](guide)), self._vocabulary)
         if compiled.error:
             raise GuideError(f"the {guide_type} is invalid: {compiled.error}")
@@ -111,7 +114,10 @@ class GuideCompiler:
 
 
 def _start_thread(target: Callable[[], None], stack_bytes: int) -> None:
-    """The size is a setting of the whole process: a thread that starts elsewhere meanwhile gets more than it needs."""
+    """Start a thread with a stack of `stack_bytes`.
+
+    The stack size is a process-wide setting: another thread that starts at the same moment may get the large stack too.
+    """
     default = threading.stack_size(stack_bytes)
     try:
         threading.Thread(target=target, name="guide compiler", daemon=True).start()

@@ -1,7 +1,7 @@
-"""A client's guide to the library's grammar: json_schema, regex, grammar and choice, each in one function.
+"""Converts a client's guide to an llguidance grammar, with one function per guide type.
 
-A guide is hostile until proven otherwise: its size is bounded before anything reads it, and what the library itself
-doesn't bound is checked here. Whether a grammar is valid, and what it costs, the library says: see compiler.py.
+Guides are untrusted: their size is checked before they are parsed, and so are costs that llguidance doesn't limit.
+llguidance itself validates the grammar and enforces the other limits (see compiler.py).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from deepseek_triton.ensemble.protocol.request_options import GUIDE_TYPES
 from deepseek_triton.ensemble.text.errors import one_line
 
 MAX_GUIDE_BYTES = {"json_schema": 64 * 1024, "regex": 16 * 1024, "grammar": 64 * 1024, "choice": 16 * 1024}
-MAX_EBNF_LEN = 16 * 1024  # its conversion is Python, and quadratic in the number of rules
-MAX_MULTIPLE = 100_000
+MAX_EBNF_LEN = 16 * 1024  # characters; the conversion to Lark is Python code, quadratic in the number of rules
+MAX_MULTIPLE = 100_000  # least common multiple of a schema's multipleOf values
 
-# Bounded: small models, where only whitespace and a token that they find unlikely are allowed, write blanks for ever.
+# Bounded, because small models may generate white space endlessly if all other allowed tokens are unlikely.
 WHITESPACE = r"[ \n\r\t]{1,32}"
 _ANY_OBJECT = '{"type":"object"}'
 
 
 def normalize(guide_type: str, guide: str) -> tuple[str, str]:
-    """The type without its aliases, and a guide of bounded size.
+    """Resolve the aliases of the guide type and check the guide's size; returns (type, guide).
 
     Raises:
-        GuideError: the type is unknown, the guide empty or too long.
+        GuideError: the type is unknown, or the guide is empty or too long.
     """
     if guide_type not in GUIDE_TYPES:
         raise GuideError(f"guided_decoding_guide_type is {guide_type[:40]!r}, must be one of {', '.join(GUIDE_TYPES)}")
@@ -41,11 +41,11 @@ def normalize(guide_type: str, guide: str) -> tuple[str, str]:
     try:
         size = len(guide.encode("utf-8"))
     except UnicodeEncodeError:
-        raise GuideError(f"the {guide_type} holds half a surrogate pair: write the character whole") from None
+        raise GuideError(f"the {guide_type} holds a lone surrogate: write the whole character") from None
     if not guide:
         raise GuideError(f"guided_decoding_guide is empty: send a {guide_type}")
     if size > MAX_GUIDE_BYTES[guide_type]:
-        raise GuideError(f"the {guide_type} has {size} bytes, at most {MAX_GUIDE_BYTES[guide_type]} are allowed")
+        raise GuideError(f"the {guide_type} has {size} bytes, must have at most {MAX_GUIDE_BYTES[guide_type]}")
     return guide_type, guide
 
 
@@ -60,7 +60,7 @@ def _from_schema(guide: str) -> str:
         return llguidance.LLMatcher.grammar_from_json_schema(
             json.dumps(schema), defaults={"whitespace_pattern": WHITESPACE, "lenient": False}
         )
-    except ValueError as error:  # half a surrogate pair
+    except ValueError as error:  # a lone surrogate
         raise GuideError(f"the json_schema is invalid: {one_line(error)}") from error
 
 
@@ -78,10 +78,10 @@ def _from_grammar(guide: str) -> str:
         try:
             inline, _ = json.JSONDecoder(parse_float=_finite).raw_decode(guide, match.end())
         except (ValueError, RecursionError):
-            continue  # the library will say so, unless it stands in a comment or a string
+            continue  # llguidance reports invalid JSON, unless this is in a comment or a string
         _check_multiples(inline)
     if not is_lark_syntax(guide) and len(guide) > MAX_EBNF_LEN:
-        raise GuideError(f"the EBNF grammar has {len(guide)} characters, at most {MAX_EBNF_LEN} are allowed")
+        raise GuideError(f"the EBNF grammar has {len(guide)} characters, must have at most {MAX_EBNF_LEN}")
     try:
         return llguidance.LLMatcher.grammar_from_lark(any_to_lark(guide))
     except Exception as error:  # the converter raises bare Exception
@@ -103,7 +103,7 @@ GRAMMARS: dict[str, Callable[[str], str]] = {
 
 
 def _literal(text: str) -> str:
-    """A regex for exactly this text."""
+    """Return a regex that matches exactly this text."""
     return re.sub(r"[^0-9A-Za-z]", lambda match: rf"\x{{{ord(match[0]):x}}}", text)
 
 
@@ -117,19 +117,25 @@ def _parse_json(guide: str, guide_type: str) -> Any:
 def _finite(number: str) -> float:
     value = float(number)
     if not math.isfinite(value):
-        raise ValueError(f"{number} is too large or no number")
+        raise ValueError(f"{number} is not a finite number")
     return value
 
 
 def _check_multiples(schema: Any) -> None:
-    """The automaton has a state for every remainder, of all multiples together where `allOf` joins them."""
+    """Bound the size of the automaton for multipleOf.
+
+    It has a state for each remainder of the values' least common multiple, since `allOf` may combine them.
+
+    Raises:
+        GuideError: the least common multiple is above MAX_MULTIPLE.
+    """
     multiple = 1
     for value in _values_of(schema, "multipleOf"):
         if isinstance(value, int | float) and value:
             digits = Decimal(str(value)).normalize().as_tuple().digits
             multiple = math.lcm(multiple, int("".join(map(str, digits))))
             if multiple > MAX_MULTIPLE:
-                raise GuideError(f"multipleOf is {value}: too many remainders, use a rounder number")
+                raise GuideError(f"multipleOf is {value}: it needs too many states, use a rounder number")
 
 
 def _values_of(schema: Any, key: str) -> Iterator[Any]:

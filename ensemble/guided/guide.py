@@ -1,7 +1,7 @@
-"""One sequence's guide, and the masks of a whole batch.
+"""The guide of one sequence, and the token masks of a batch.
 
-What enters: the tokens that were chosen. What leaves: bit masks over the model's vocabulary. It knows nothing of where
-logits come from, of sampling, of slots or of Triton.
+A guide takes the tokens that were chosen and gives bit masks over the model's vocabulary. It knows nothing of logits,
+sampling, slots or Triton.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     import llguidance
 
 _MAX_MESSAGE_LEN = 300
-# For each byte of a mask, what to add to eight logits.
+# For each value of a mask's byte [256], the addends of its eight logits [8]: 0 if allowed, else -inf.
 _ADDENDS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf)
 _ADDENDS = _ADDENDS.astype(np.float32)
 
 
 class Guide:
-    """What one sequence may still write. Not thread-safe; different guides may be used from different threads."""
+    """The state of one sequence's guide. It isn't thread-safe; different guides may be used from different threads."""
 
     def __init__(self, matcher: llguidance.LLMatcher, vocabulary: Vocabulary) -> None:
         self._matcher = matcher
@@ -34,10 +34,10 @@ class Guide:
         self._has_ended = False
 
     def accept(self, token: int) -> None:
-        """Go on behind `token`, the one that was chosen; an end token ends the guide.
+        """Advance by `token`, the one that was chosen; an end token ends the guide.
 
         Raises:
-            GuideError: the mask did not allow it; the guide is of no use any more.
+            GuideError: the mask doesn't allow the token; the guide can't be used any more.
         """
         if self._has_ended or not self._vocabulary.is_allowed(token):
             raise GuideError(f"token {token} is not allowed by the guide: {self._why_not()}")
@@ -49,40 +49,40 @@ class Guide:
             raise GuideError(f"token {token} is not allowed by the guide: {self.error}")
 
     def copy(self) -> Guide:
-        """An independent guide in the same state, for another sample of the same prompt."""
+        """Return an independent guide in the same state, for another sequence of the same prompt."""
         copied = Guide(self._matcher.deep_copy(), self._vocabulary)
         copied._has_ended = self._has_ended
         return copied
 
     @property
     def is_satisfied(self) -> bool:
-        """Whether the text so far is valid as it stands, so that an end token is allowed."""
+        """Whether the text so far is valid, so that an end token is allowed."""
         return self._has_ended or self._matcher.is_accepting()
 
     @property
     def is_complete(self) -> bool:
-        """Whether only end tokens are allowed from here."""
+        """Whether only end tokens are allowed next."""
         return self._has_ended or (self._matcher.is_stopped() and not self.error)
 
     @property
     def error(self) -> str:
-        """Why this guide is of no use, in one line; empty while it is."""
+        """The reason why this guide can't be used any more, in one line; empty if it can."""
         return _one_line(self._matcher.get_error()) if self._matcher.is_error() else ""
 
     def _why_not(self) -> str:
-        return "it has ended" if self._has_ended else "neither text nor an end token"
+        return "the guide has ended" if self._has_ended else "it is neither text nor an end token"
 
 
 def fill_masks(guides: Sequence[Guide], out: Mask) -> dict[int, GuideError]:
-    """Write what each guide allows into its row of `out` [len(guides), ceil(vocab_size / 32)]: one call for all.
+    """Write each guide's mask into its row of `out` uint32 [len(guides), ceil(vocab_size / 32)].
 
     Args:
-        guides: distinct ones, of one compiler.
+        guides: distinct guides of one compiler.
         out: C-contiguous.
 
     Returns:
-        For each guide that can't go on (nothing is allowed, or a step costs too much), its row and why; that row of
-        `out` is all zeros. The others are not disturbed.
+        The errors by row, of guides that allow no token or whose step exceeds a limit. Their rows of `out` are zeros;
+        other rows aren't affected.
     """
     if not guides:
         return {}
@@ -95,28 +95,28 @@ def fill_masks(guides: Sequence[Guide], out: Mask) -> dict[int, GuideError]:
     for row, (guide, is_any) in enumerate(zip(guides, out.any(axis=1), strict=True)):
         if guide._has_ended:
             out[row] = vocabulary.end_mask
-        elif guide.error:  # the library then allows the end token
+        elif guide.error:  # llguidance allows the end token after an error
             errors[row] = GuideError(guide.error)
         elif not is_any:
-            errors[row] = GuideError("only tokens that are no text would satisfy it")
+            errors[row] = GuideError("only special tokens would satisfy it")
     for row in errors:
         out[row] = 0
     return errors
 
 
 def apply_mask(logits: NDArray[np.float32], mask: Mask) -> None:
-    """Set `logits` [vocab_size] to -inf, in place, where `mask` [ceil(vocab_size / 32)] has no bit."""
+    """Set `logits` [vocab_size] to -inf, in place, where the bit in `mask` [ceil(vocab_size / 32)] is 0."""
     logits += _ADDENDS.take(mask.view(np.uint8), axis=0).reshape(-1)[: len(logits)]
 
 
 def _one_line(message: str) -> str:
-    """The library adds its state, behind a panic a backtrace, and regexes' errors are drawn over several lines."""
+    """Shorten a message of llguidance, which may hold its state, a backtrace or a drawing of the grammar."""
     text = re.split(r"\s<(?:state|backtrace|non-verbose/)>", message)[0]
     if text.startswith("NoExtension") or not text:
         return "no text satisfies it"
     if text.startswith("panic"):
-        return "it is beyond what the library can do"
-    text = text.split("\n   1 | ")[0]  # from here on it draws the grammar
+        return "the guided decoding library can't handle it"
+    text = text.split("\n   1 | ")[0]  # the grammar's source with markers follows
     if regex_error := re.search(r"regex parse error:.*\nerror: ([^\n]+)", text, re.DOTALL):
         text = f"regex parse error: {regex_error[1]}"
     return " ".join(text.split())[:_MAX_MESSAGE_LEN]

@@ -1,4 +1,4 @@
-"""tokenizer.json as llguidance wants it, with the tokens that no guide may ever allow.
+"""Converts tokenizer.json to an llguidance tokenizer, and determines the tokens that no guide may allow.
 
 It knows token ids and their bytes; it knows nothing of guides.
 """
@@ -19,16 +19,16 @@ from deepseek_triton.ensemble.text.errors import one_line
 if TYPE_CHECKING:
     import llguidance
 
-Mask = NDArray[np.uint32]  # bit i of word j: is token 32 j + i allowed?
+Mask = NDArray[np.uint32]  # bit i of word j says whether token 32 j + i is allowed
 
-MAX_LEXER_STATES = 50_000  # of 1 to 2 kB each, for one guide
+MAX_LEXER_STATES = 50_000  # per guide, 1 to 2 kB each
 
 
 class Vocabulary:
-    """One model's tokens.
+    """One model's tokens, as guided decoding sees them.
 
     Args:
-        tokenizer: the library's, as large as the model's vocabulary, with its end tokens.
+        tokenizer: llguidance's, with the model's vocabulary size and end tokens.
         not_text: ids that are never allowed, unless they end a sequence.
         end_ids: tokens that end a sequence.
     """
@@ -49,6 +49,11 @@ class Vocabulary:
 
     @classmethod
     def read(cls, path: Path, vocab_size: int, end_ids: Collection[int]) -> Vocabulary:
+        """Read tokenizer.json at `path`.
+
+        Raises:
+            GuideError: the file is damaged, or doesn't fit `vocab_size` or `end_ids`.
+        """
         import llguidance
 
         if not end_ids or min(end_ids) < 0 or max(end_ids) >= vocab_size:
@@ -58,8 +63,8 @@ class Vocabulary:
             added = {token["id"]: token for token in source.get("added_tokens") or []}
             num_known = max([*source["model"]["vocab"].values(), *added]) + 1
             for token in added.values():
-                # DeepSeek's <think> and tool markers are not "special", so that they show in a decoded text; but no
-                # string of a JSON document may hold one.
+                # DeepSeek's <think> and tool markers aren't "special", so that a decoded text shows them. But guided
+                # text must never hold them, not even within a JSON string.
                 token["special"] = token["special"] or (token["content"].startswith("<") and len(token["content"]) > 1)
             source["truncation"] = source["padding"] = None
             tokenizer = llguidance.LLTokenizer(json.dumps(source), n_vocab=vocab_size, eos_token=sorted(end_ids))
@@ -71,16 +76,16 @@ class Vocabulary:
         return cls(tokenizer, [*not_text, *range(num_known, vocab_size)], end_ids)
 
     def is_allowed(self, token: int) -> bool:
-        """Is it text or an end token?"""
+        """Return whether the token is text or an end token."""
         return 0 <= token < self.num_words * 32 and bool(self.allowed_mask[token >> 5] >> np.uint32(token & 31) & 1)
 
     def matcher(self, grammar: str) -> llguidance.LLMatcher:
-        """Never raises for a bad grammar: ask `is_error`."""
+        """Return a matcher for `grammar`. An invalid grammar doesn't raise; the matcher's `is_error` reports it."""
         import llguidance
 
         return llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
 
     def fill(self, matchers: Sequence[llguidance.LLMatcher], out: Mask) -> None:
-        """One mask for each matcher; the library works without the GIL, on several cores where there are."""
+        """Write the masks of `matchers` into the rows of `out`; llguidance releases the GIL and uses several cores."""
         rows = [(matcher, row) for row, matcher in enumerate(matchers)]
         self._executor.unsafe_compute_mask_ptr(rows, out.ctypes.data, self.num_words * 4, len(rows))

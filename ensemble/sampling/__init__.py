@@ -1,6 +1,6 @@
-"""How one sequence's next token is chosen: its parameters, validated once, and its sampler.
+"""Sampling of one sequence's next token: the validated parameters and the sampler.
 
-It sees one row of logits at a time; it knows nothing of batches, slots or text.
+A sampler sees one row of logits at a time; it knows nothing of batches, slots or text.
 """
 
 from __future__ import annotations

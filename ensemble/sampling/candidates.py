@@ -1,8 +1,8 @@
-"""The tokens that top_k, top_p and min_p leave, in that order (Hugging Face's), and the draw among them.
+"""Filtering by top_k, top_p and min_p, in that order (Hugging Face's), and the draw among the remaining tokens.
 
-Exact, and without sorting the vocabulary: sorting 150,000 tokens takes longer than a small model's step. Nor does it
-make more arrays of that length than it must: the memory allocator hands such back to the system, and the page faults
-of getting them again take longer than the arithmetic.
+The result is exact, but the vocabulary isn't sorted: sorting 150,000 tokens takes longer than a small model's step. The
+code also avoids temporary arrays of the vocabulary's length: the memory allocator returns them to the system, and the
+page faults of the next allocation take longer than the arithmetic.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from numpy.typing import NDArray
 
 from deepseek_triton.ensemble.sampling.params import SamplingParams
 
-# The likeliest tokens that top_p looks at first; they nearly always hold the mass.
+# top_p examines this many of the likeliest tokens first; they nearly always hold its probability mass.
 NUCLEUS_CANDIDATES = 1024
-# Where they don't, tokens are counted into so many bins by their score, down to the score whose weight is 0.
+# Otherwise it builds a histogram of the scores with this many bins, down to a score whose exp is 0 in float32.
 NUM_BINS = 2048
 LOWEST_SCORE = -104.0
-CHUNK_LEN = 16_384
-BLOCK_LEN = 256  # a draw adds up blocks of so many weights, then looks into one
+CHUNK_LEN = 16_384  # scores
+BLOCK_LEN = 256  # weights; draw_index sums blocks of this length, then searches one block
 
 Scores = NDArray[np.float32]
 
 
 def candidates(scores: Scores, params: SamplingParams) -> tuple[NDArray[np.int64] | None, Scores]:
-    """Ids (None: all, in order) and their unnormalised probabilities.
+    """Return the ids [n] that the filters keep (None: all, in order) and their unnormalised probabilities [n].
 
-    `scores` [vocab_size], whose maximum is 0, are overwritten.
+    `scores` [vocab_size] must have the maximum 0; they are overwritten.
     """
     ids: NDArray[np.int64] | None = None
     if params.top_k:
@@ -43,13 +43,16 @@ def candidates(scores: Scores, params: SamplingParams) -> tuple[NDArray[np.int64
     else:
         weights = np.exp(scores, out=scores)
     if params.min_p:
-        kept = np.flatnonzero(weights >= np.float32(params.min_p))  # the likeliest one's weight is 1
+        kept = np.flatnonzero(weights >= np.float32(params.min_p))  # the likeliest token's weight is 1
         ids, weights = kept if ids is None else ids[kept], weights[kept]
     return ids, weights
 
 
 def draw_index(weights: Scores, uniform: float) -> int:
-    """The index at which the weights' running sum passes `uniform` (0 … 1) of the whole; never that of a weight 0."""
+    """Return the index where the cumulative sum of `weights` [n] exceeds `uniform` (0 … 1) of their total.
+
+    An index whose weight is 0 is never returned.
+    """
     starts = np.arange(0, len(weights), BLOCK_LEN)
     blocks = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
     target = _below(uniform * blocks[-1], blocks[-1])
@@ -60,7 +63,7 @@ def draw_index(weights: Scores, uniform: float) -> int:
 
 
 def largest(values: Scores, count: int) -> NDArray[np.int64]:
-    """Ids of the `count` largest values, largest first, the lower id first among equals."""
+    """Return the ids of the `count` largest values in descending order; among equals the lower id comes first."""
     ids = np.arange(len(values)) if count >= len(values) else _superset(values, count)
     if count < len(ids):
         some = values[ids]
@@ -71,24 +74,24 @@ def largest(values: Scores, count: int) -> NDArray[np.int64]:
 
 
 def _superset(values: Scores, count: int) -> NDArray[np.int64]:
-    """Ids, ascending, among which the `count` largest values are: a few times so many, but for bad luck."""
+    """Return ascending ids that include the `count` largest values; usually a small multiple of `count`."""
     num_columns = 4 * count
     num_rows = len(values) // num_columns
     if num_rows < 2:
         return np.arange(len(values))
-    # `count` columns have a maximum of at least the bound, so at least `count` values do.
+    # The maxima of `count` columns are at least `bound`, so at least `count` values are.
     maxima = values[: num_rows * num_columns].reshape(num_rows, num_columns).max(axis=0)
     bound = np.partition(maxima, num_columns - count)[num_columns - count]
     return np.flatnonzero(values >= bound)
 
 
 def _chunks(scores: Scores) -> Iterator[Scores]:
-    """`scores` in pieces whose intermediate results stay in the processor's cache."""
+    """Split `scores` into chunks whose temporary arrays fit into the CPU's cache."""
     return (scores[start : start + CHUNK_LEN] for start in range(0, len(scores), CHUNK_LEN))
 
 
 def _nucleus(scores: Scores, top_p: float) -> NDArray[np.int64]:
-    """Ids of the likeliest tokens that together hold top_p."""
+    """Return the ids of the fewest likeliest tokens whose probabilities sum to at least top_p."""
     needed = top_p * sum(float(np.exp(chunk).sum(dtype=np.float64)) for chunk in _chunks(scores))
     ids = largest(scores, NUCLEUS_CANDIDATES)
     weights = np.exp(scores[ids])
@@ -98,11 +101,11 @@ def _nucleus(scores: Scores, top_p: float) -> NDArray[np.int64]:
 
 
 def _wide_nucleus(scores: Scores, needed: float) -> NDArray[np.int64]:
-    """`_nucleus` where it is wide: counts tokens into bins and sorts the one bin in which it ends."""
+    """Return the nucleus if it has many tokens: build a histogram and sort only the bin in which the nucleus ends."""
     lowest = min(max(float(scores.min()), LOWEST_SCORE), -1e-6)
     scale = np.float32((NUM_BINS - 1) / lowest)
 
-    def bins_of(chunk: Scores) -> NDArray[np.int64]:  # 0: the likeliest
+    def bins_of(chunk: Scores) -> NDArray[np.int64]:  # bin 0 holds the likeliest tokens
         return np.minimum(chunk * scale, np.float32(NUM_BINS - 1)).astype(np.int64)
 
     masses = sum(np.bincount(bins_of(chunk), np.exp(chunk), NUM_BINS) for chunk in _chunks(scores))
@@ -117,10 +120,10 @@ def _wide_nucleus(scores: Scores, needed: float) -> NDArray[np.int64]:
 
 
 def _num_holding(weights: Scores, needed: float) -> int:
-    """How many of the first weights together reach `needed`; all, where rounding keeps them below it."""
+    """Return how many of the first weights sum to at least `needed`; all, if rounding keeps their sum below it."""
     return min(int(np.searchsorted(np.cumsum(weights, dtype=np.float64), needed, side="left")) + 1, len(weights))
 
 
 def _below(value: float, limit: float) -> float:
-    """`value`, or the number next below `limit` where rounding took it there."""
+    """Return `value`, capped at the largest float below `limit`: rounding may have raised it to `limit`."""
     return min(value, float(np.nextafter(limit, 0)))

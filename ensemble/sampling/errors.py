@@ -1,4 +1,4 @@
-"""What sampling raises."""
+"""The error of sampling."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ class SamplingError(ValueError):
 
     @classmethod
     def not_finite(cls) -> SamplingError:
-        """The error for logits that hold NaN or infinity."""
-        return cls("the model's logits are not finite; the checkpoint or its precision is at fault")
+        """Return the error for logits that hold NaN or infinity."""
+        return cls("the model's logits are not finite; check the checkpoint and its precision")
 
     @classmethod
     def none_allowed(cls) -> SamplingError:
-        """The error for a step that rules every token out."""
-        return cls("no token is allowed here: min_tokens, guided decoding and bad_words leave none; relax one of them")
+        """Return the error for a step in which no token is allowed."""
+        return cls("no token is allowed here: min_tokens, guided decoding and bad_words exclude all; relax one of them")

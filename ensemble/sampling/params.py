@@ -54,31 +54,31 @@ class SamplingParams:
             raise SamplingError(f"min_tokens is {self.min_tokens}, must be at most max_tokens, {self.max_tokens}")
         if self.num_return_sequences > 1 and self.is_greedy:
             raise SamplingError(
-                f"num_return_sequences is {self.num_return_sequences}, but the likeliest text is always the same; "
+                f"num_return_sequences is {self.num_return_sequences}, but greedy sequences would all be equal; "
                 "give a temperature above 0"
             )
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
+        """Whether the likeliest token is always chosen."""
         if self.temperature is None:
             return not self.top_k and self.top_p == 1.0 and not self.min_p
         return self.temperature < MIN_TEMPERATURE or self.top_k == 1
 
     @property
     def effective_temperature(self) -> float:
-        """The temperature with its default resolved; 0 where decoding is greedy."""
+        """The temperature with its default resolved; 0 if decoding is greedy."""
         if self.is_greedy:
             return 0.0
         return 1.0 if self.temperature is None else float(self.temperature)
 
     @property
     def has_penalties(self) -> bool:
-        """Whether any of the three penalties changes anything."""
+        """Whether any of the three penalties differs from its default."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     def effective_end_ids(self, model_end_ids: frozenset[int]) -> frozenset[int]:
-        """The tokens that end this request's text, of a model whose own are `model_end_ids`."""
+        """Return the tokens that end this request's text; `model_end_ids` are the model's own."""
         if self.end_id is None:
             return model_end_ids
         return frozenset() if self.end_id == NO_END_ID else frozenset({self.end_id})

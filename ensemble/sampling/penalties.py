@@ -1,6 +1,6 @@
 """Repetition, presence and frequency penalties of one sequence.
 
-Each step touches the tokens that were seen, not the vocabulary, and counts are kept, not counted again.
+The counts are updated incrementally, and each step changes only the logits of tokens that were seen.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from deepseek_triton.ensemble.sampling.params import MAX_FLOAT32, SamplingParams
 
 
 class Penalties:
-    """Which tokens a sequence has seen, how often it generated each, and what that costs them.
+    """Counts the tokens of one sequence and applies the penalties to its logits.
 
-    Repetition counts prompt and output, as in Hugging Face, vLLM and TensorRT-LLM. Presence and frequency count the
-    output alone, as in OpenAI and vLLM (TensorRT-LLM counts the prompt too).
+    The repetition penalty covers prompt and output, as in Hugging Face, vLLM and TensorRT-LLM. The presence and
+    frequency penalties cover the output only, as in OpenAI and vLLM (TensorRT-LLM includes the prompt).
     """
 
     def __init__(self, params: SamplingParams, prompt_ids: Iterable[int]) -> None:
@@ -26,8 +26,8 @@ class Penalties:
             np.unique(np.fromiter(prompt_ids, np.int64)) if params.repetition_penalty != 1.0 else np.empty(0, np.int64)
         )
         self._num_seen = len(seen)
-        self._ids = seen  # [capacity], the first num_seen valid
-        self._counts = np.zeros(len(seen), np.int64)  # how often each was generated
+        self._ids = seen  # [capacity]; the first _num_seen are valid
+        self._counts = np.zeros(len(seen), np.int64)  # [capacity], how often each id was generated
         self._index = {token: index for index, token in enumerate(seen.tolist())}
 
     def push(self, token: int) -> None:
@@ -43,7 +43,7 @@ class Penalties:
         self._counts[index] += 1
 
     def apply(self, logits: NDArray[np.float32]) -> None:
-        """Change `logits` [vocab_size] in place. What float32 can't hold becomes its largest; -inf stays."""
+        """Apply the penalties to `logits` [vocab_size] in place. Overflow is clipped to float32's range; -inf stays."""
         ids, counts = self._ids[: self._num_seen], self._counts[: self._num_seen]
         params = self._params
         before = logits[ids]

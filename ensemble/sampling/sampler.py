@@ -1,8 +1,8 @@
-"""The sampler of one sequence: a row of logits in, a token out.
+"""The sampler of one sequence, which chooses a token from a row of logits.
 
-The order is vLLM's and Hugging Face's: guided decoding's mask, penalties, no end token before min_tokens, temperature,
-top_k, top_p, min_p, draw. Log probabilities are the model's own, of the logits before all of that, as vLLM and
-TensorRT-LLM report them by default: they say what the model thinks, and a chosen token always has a finite one.
+The order of the steps is vLLM's and Hugging Face's: the guide's mask, penalties, min_tokens (bans end tokens),
+temperature, top_k, top_p, min_p, draw. Log probabilities are computed from the model's logits before these
+steps, as in vLLM and TensorRT-LLM by default, so that of a chosen token is always finite.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from deepseek_triton.ensemble.sampling.params import SamplingParams
 from deepseek_triton.ensemble.sampling.penalties import Penalties
 from deepseek_triton.ensemble.sampling.seeds import CounterRandom, sequence_seed
 
-# Tokens drawn again, one by one, where a rule refuses them; then the likeliest are all looked at, so that a rule that
-# refuses nearly everything can't hold the engine up.
+# If a TokenRule rejects the drawn token, the sampler redraws up to MAX_REDRAWS times. Then it checks the MAX_CHECKED
+# likeliest tokens, so that a rule that rejects nearly all tokens can't stall the engine.
 MAX_REDRAWS = 8
-MAX_LOOKED_AT = 1024
+MAX_CHECKED = 1024
 
 
 class Sampled(NamedTuple):
-    """A chosen token, and what was asked of log probabilities: its own, and the likeliest tokens' with theirs."""
+    """A chosen token. If requested: its log probability, and the likeliest tokens as (id, log probability)."""
 
     token: int
     log_prob: float | None = None
@@ -35,23 +35,23 @@ class Sampled(NamedTuple):
 
 
 class TokenRule(Protocol):
-    """What may refuse a token that was drawn: BadWords."""
+    """A rule that may reject a drawn token, such as BadWords."""
 
     def is_allowed(self, token: int) -> bool:
-        """Whether `token` may come next."""
+        """Return whether `token` may come next."""
 
     def push(self, token: int) -> None:
-        """Take the token that came."""
+        """Append the token that was chosen."""
 
 
 class Sampler:
-    """Chooses one sequence's tokens; knows which came before.
+    """Chooses one sequence's tokens and keeps the sequence's sampling state.
 
     Args:
-        params: the request's.
-        prompt_ids: the prompt, which the repetition penalty counts.
+        params: the request's parameters.
+        prompt_ids: the prompt, for the repetition penalty.
         end_ids: the model's end tokens; the request's end_id replaces them.
-        index: which of the request's num_return_sequences this is.
+        index: index of the sequence among the request's num_return_sequences.
     """
 
     def __init__(
@@ -75,16 +75,16 @@ class Sampler:
         mask: NDArray[np.uint32] | None = None,
         is_allowed: Callable[[int], bool] | None = None,
     ) -> Sampled:
-        """Choose the next token from `logits` [vocab_size], which stay as they are, and push it.
+        """Choose the next token from `logits` [vocab_size], which aren't modified, and push it.
 
         Args:
             mask: bit i % 32 of word i // 32 says whether token i is allowed; tokens past its end are not.
-            is_allowed: is asked about each token that would be chosen, end tokens aside; it must not change.
+            is_allowed: is called for each candidate except end tokens, and must have no side effects.
 
         Raises:
             SamplingError: the logits hold NaN or infinity, or no token is allowed.
         """
-        best = int(logits.argmax())  # the first NaN, where there is one
+        best = int(logits.argmax())  # argmax returns the first NaN, if there is one
         if not np.isfinite(logits[best]):
             raise SamplingError.not_finite()
         row = self._processed(logits, mask)
@@ -97,23 +97,23 @@ class Sampler:
         return _with_log_probs(logits, token, self._params.num_log_probs)
 
     def force(self, token: int, logits: Logits) -> Sampled:
-        """Take `token`, whatever `logits` [vocab_size] say of it."""
+        """Choose `token` regardless of `logits` [vocab_size], which give its log probability, and push it."""
         self.push(token)
         if self._params.num_log_probs is None:
             return Sampled(token)
         return _with_log_probs(logits, token, self._params.num_log_probs)
 
     def push(self, token: int) -> None:
-        """Take a token that came from elsewhere: a runner's draw, or a sequence's past."""
+        """Count a token that this sampler didn't choose: one sampled by the runner, or an earlier one."""
         self.num_generated += 1
         if self._penalties is not None:
             self._penalties.push(token)
 
     def draw(self, num_awaited: int = 0) -> DeviceSampling | None:
-        """How a runner can choose the next token itself; None where it takes more than a DeviceSampling can say.
+        """Return the parameters with which a runner can sample the next token; None if the host must sample it.
 
-        The runner then gives the chosen token's log probability, but no others', and the token must be pushed. The
-        next token is that behind the `num_awaited` that aren't pushed yet.
+        The runner returns the token's log probability but none of other tokens; the caller must push the token. The
+        token's position is after the `num_awaited` tokens that aren't pushed yet.
         """
         step = self.num_generated + num_awaited
         if self._penalties is not None or self._bans_end(step) or self._params.num_log_probs:
@@ -132,12 +132,12 @@ class Sampler:
         return step < self._params.min_tokens and bool(self.end_ids)
 
     def _processed(self, logits: Logits, mask: NDArray[np.uint32] | None) -> Logits:
-        """`logits` itself, or a copy where anything changes it."""
+        """Apply mask, penalties and min_tokens to a copy of `logits`; returns `logits` itself if nothing applies."""
         if mask is None and self._penalties is None and not self._bans_end(self.num_generated):
             return logits
         row = logits.copy()
         if mask is not None:
-            bits = np.unpackbits(mask.view(np.uint8), count=len(row), bitorder="little")  # 0 past the mask's end
+            bits = np.unpackbits(mask.view(np.uint8), count=len(row), bitorder="little")  # zeros past the mask's end
             np.copyto(row, -np.inf, where=bits == 0)
         if self._penalties is not None:
             self._penalties.apply(row)
@@ -146,21 +146,21 @@ class Sampler:
         return row
 
     def _pick(self, row: Logits, best: int, is_allowed: Callable[[int], bool] | None) -> int:
-        """A token of `row`, whose likeliest is `best`."""
+        """Choose a token of `row` [vocab_size]; `best` is its argmax."""
         if row[best] == -np.inf:
             raise SamplingError.none_allowed()
         if self._random is None:
             token = best if self._may_follow(best, is_allowed) else None
         else:
-            with np.errstate(over="ignore"):  # a penalty may have put tokens as far apart as float32 goes
+            with np.errstate(over="ignore"):  # penalties may move logits to the limits of float32
                 scores = row - row[best]
                 scores /= self._temperature
                 ids, weights = candidates(scores, self._params)
             token = self._draw_allowed(ids, weights, is_allowed)
         if token is not None:
             return token
-        # None of those that would be drawn may follow: the likeliest that may.
-        for other in largest(row, MAX_LOOKED_AT).tolist():
+        # The rule rejects every candidate that the filters kept: take the likeliest token that it allows.
+        for other in largest(row, MAX_CHECKED).tolist():
             if row[other] > -np.inf and self._may_follow(other, is_allowed):
                 return int(other)
         raise SamplingError.none_allowed()
@@ -168,7 +168,7 @@ class Sampler:
     def _draw_allowed(
         self, ids: NDArray[np.int64] | None, weights: Logits, is_allowed: Callable[[int], bool] | None
     ) -> int | None:
-        """Draw until a token may follow: the distribution of a draw, given that it may."""
+        """Draw from the distribution, conditioned on the token being allowed; None if no candidate is."""
         assert self._random is not None
         for attempt in range(1 + MAX_REDRAWS):
             index = draw_index(weights, self._random.uniform(self.num_generated, attempt))
@@ -178,7 +178,7 @@ class Sampler:
             weights[index] = 0
             if not weights.any():
                 return None
-        likeliest = largest(weights, MAX_LOOKED_AT)
+        likeliest = largest(weights, MAX_CHECKED)
         tokens = likeliest if ids is None else ids[likeliest]
         for index, token in zip(likeliest.tolist(), tokens.tolist(), strict=True):
             if weights[index] > 0 and not self._may_follow(token, is_allowed):
@@ -192,7 +192,11 @@ class Sampler:
 
 
 def choose(sampler: Sampler, rule: TokenRule | None, logits: Logits, mask: NDArray[np.uint32] | None = None) -> Sampled:
-    """The next token that `rule` allows; sampler and rule have taken it, the rule no end token: it is no text."""
+    """Choose the next token that `rule` allows, and push it to the sampler and, unless it is an end token, to the rule.
+
+    Raises:
+        SamplingError: as `Sampler.sample`.
+    """
     if rule is None:
         return sampler.sample(logits, mask)
     sampled = sampler.sample(logits, mask, rule.is_allowed)

@@ -1,6 +1,6 @@
-"""Random numbers that depend on nothing but a seed and a step.
+"""Random numbers that are a function of a seed and a step only.
 
-So a sequence draws the same tokens alone and in a full batch, and again after it was taken out and put back.
+So a sequence draws the same tokens alone and in a full batch, and after it was preempted and resumed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import numpy as np
 
 
 def sequence_seed(seed: int | None, index: int) -> int:
-    """The 64-bit seed of a request's sample `index`: the request's own for the first; None: a random one."""
+    """Return the 64-bit seed of a request's sequence `index`.
+
+    Sequence 0 uses the request's seed, others a seed derived from it. Without a request's seed it is random.
+    """
     if seed is None:
         return secrets.randbits(64)
     if index == 0:
@@ -21,15 +24,15 @@ def sequence_seed(seed: int | None, index: int) -> int:
 
 
 class CounterRandom:
-    """Philox, a cipher of a counter: any number of the stream without those before it."""
+    """A counter-based generator (Philox): each number is computed directly from its counter."""
 
     def __init__(self, seed: int) -> None:
         self._generator = np.random.Philox(key=seed)
-        # Setting the state costs a microsecond, a new generator ten.
+        # Setting the state takes 1 µs, creating a generator 10 µs.
         self._state: Any = self._generator.state
 
     def uniform(self, step: int, attempt: int = 0) -> float:
-        """A number of 53 random bits, at least 0 and below 1; another for each attempt at the same step."""
+        """Return a number in [0, 1) with 53 random bits; each attempt at the same step has its own."""
         counter = self._state["state"]["counter"]
         counter[0], counter[1] = step, attempt
         self._generator.state = self._state

@@ -1,9 +1,9 @@
-"""Labels' scores → probabilities, and calibration.json: what makes those probabilities honest.
+"""Converts labels' scores to calibrated probabilities; reads and writes calibration.json.
 
-A score is a label's log-probability, normalised; the probabilities are softmax((score + bias) / temperature). The
-biases take away what the model thinks of the labels whatever the text (a prior measured on texts without content, or
-fitted); the temperature, how sure it is of itself. A linear head instead reads the model's hidden state. It knows
-nothing about how any of them was fitted.
+A score is a label's normalised log probability. The probabilities are softmax((score + bias) / temperature). The biases
+remove the model's prior for the labels (measured on texts without content, or fitted); the temperature corrects its
+confidence. A linear head on the model's hidden state may replace the scores. This module doesn't know how the values
+were fitted.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class LinearHead:
 
 @dataclass(frozen=True)
 class ProbabilityCalibration:
-    """How the scores of `labels` become probabilities.
+    """The calibration of the scores of `labels`.
 
-    biases: one for each label, in nats. method: how it was fitted. normalisation: of the scores that it was fitted on.
-    report: what fitting found: examples, expected calibration error and negative log-likelihood before and after.
-    head: takes the scores' place where there is one.
+    biases: one for each label, in nats. method: the fitting method. normalisation: that of the scores used for fitting.
+    report: results of fitting: number of examples, expected calibration error and negative log-likelihood before and
+    after. head: if given, computes the scores from the hidden state.
     """
 
     labels: tuple[str, ...]
@@ -78,15 +78,15 @@ class ProbabilityCalibration:
         return softmax((np.asarray(scores, np.float64) + np.array(self.biases)) / self.temperature)
 
     def to_json(self) -> str:
-        """The text of calibration.json."""
+        """Return the text of calibration.json."""
         return json.dumps(asdict(self), ensure_ascii=False, indent=None if self.head else 2) + "\n"
 
     @classmethod
     def load(cls, directory: Path) -> ProbabilityCalibration | None:
-        """Read `directory`'s calibration.json; None where there is none.
+        """Read `directory`'s calibration.json; None if there is none.
 
         Raises:
-            ProbabilityCalibrationError: it is damaged.
+            ProbabilityCalibrationError: the file is damaged or has another format.
         """
         path = directory / FILE_NAME
         try:
@@ -112,7 +112,14 @@ class ProbabilityCalibration:
 def label_scores(
     log_probs: NDArray[Any], target_labels: NDArray[Any], num_labels: int, normalisation: Normalisation
 ) -> tuple[Floats, Floats]:
-    """Targets' log-probabilities [targets], and the label of each (-1: none) → (sums, scores) [labels]."""
+    """Return (sums, scores), each [labels], of the labels' log probabilities.
+
+    Args:
+        log_probs: one for each target token, [targets].
+        target_labels: index of each target's label, [targets]; -1 is padding.
+        num_labels: number of labels.
+        normalisation: of the scores.
+    """
     is_real = target_labels >= 0
     labels = target_labels[is_real]
     sums = np.bincount(labels, np.asarray(log_probs, np.float64)[is_real], num_labels).astype(np.float64)
@@ -121,6 +128,6 @@ def label_scores(
 
 
 def softmax(values: Floats) -> Floats:
-    """Over the last axis."""
+    """Return the softmax over the last axis."""
     exponents = np.exp(values - values.max(axis=-1, keepdims=True))
     return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True))

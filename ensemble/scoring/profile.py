@@ -1,7 +1,6 @@
-"""scoring.json: how a text becomes a prompt, and which labels it is scored against, as data.
+"""The scoring profile, scoring.json: the prompt template, the labels and the limits of a scoring model.
 
-Builders write it beside the tokenizer and the scorer of a scoring model. It knows templates and limits; it knows
-nothing about token ids or probabilities.
+Builders write it into the directories of the tokenizer and the scorer. It knows nothing of token ids or probabilities.
 """
 
 from __future__ import annotations
@@ -15,25 +14,29 @@ from typing import Any, Literal, get_args
 FILE_NAME = "scoring.json"
 FORMAT = 1
 PLACE = "{text}"
-# mean: a label's log-probability for each of its tokens, so that labels of different lengths compete fairly, and one
-# that begins like another doesn't always win. sum: its log-probability as a continuation, as it is.
+# mean: a label's log probability divided by its number of tokens, so that short labels, or labels that are prefixes of
+# others, have no advantage. sum: a label's log probability as a continuation.
 Normalisation = Literal["mean", "sum"]
 NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)
 
 
 class ScoringProfileError(ValueError):
-    """A scoring profile, or a request's labels, that can't be used; one line."""
+    """A scoring profile or a request's labels are invalid; the message is one line."""
 
 
 @dataclass(frozen=True)
 class ScoringProfile:
-    """How requests are scored.
+    """The settings of scoring.
 
-    template: the prompt, with {text} once where a request's text goes. is_chat: the filled template is a user's
-    message, put through the checkpoint's chat template. labels: where a request brings none; empty: it must.
-    label_prefix: stands before each label, the space after "Answer:" say. max_seq_len: tokens of a prompt and its
-    labels. max_request_tokens: rows of a request times its longest row's tokens; 0: no limit but the batch size.
-    max_labels: in one request.
+    template: the prompt; contains {text} once, which the request's text replaces.
+    is_chat: the filled template is a user message, rendered with the checkpoint's chat template.
+    labels: default labels; empty: each request must have its own.
+    label_prefix: text before each label, such as the space after "Answer:".
+    normalisation: of the scores.
+    max_seq_len: maximum tokens of a prompt with its labels.
+    max_request_tokens: maximum of a request's rows times the tokens of its longest row; 0: the batch size limits it.
+    max_labels: maximum labels of a request.
+    format: version of the file.
     """
 
     template: str = PLACE
@@ -57,12 +60,12 @@ class ScoringProfile:
             check_labels(self.labels, self.max_labels)
 
     def fill(self, text: str) -> str:
-        """The template with `text` in its place; braces in either mean nothing."""
+        """Return the template with `text` inserted; other braces have no meaning."""
         before, after = self.template.split(PLACE)
         return f"{before}{text}{after}"
 
     def fill_messages(self, text: str) -> str:
-        """The filled template as a chat of one message, in JSON."""
+        """Return the filled template as a chat of one user message, in JSON."""
         return json.dumps([{"role": "user", "content": self.fill(text)}])
 
     def save(self, directory: Path) -> None:
@@ -75,7 +78,7 @@ class ScoringProfile:
         """Read `directory`'s scoring.json.
 
         Raises:
-            ScoringProfileError: it is missing, unreadable, or not of this version.
+            ScoringProfileError: the file is missing, unreadable or of another version.
         """
         path = directory / FILE_NAME
         try:
@@ -100,15 +103,13 @@ class ScoringProfile:
 
 
 def check_labels(labels: Sequence[str], max_labels: int) -> None:
-    """Can these be told apart, and is there a choice among them?
+    """Check that there are at least two labels, all distinct and not empty.
 
     Raises:
-        ScoringProfileError: names the first fault.
+        ScoringProfileError: names the first error.
     """
     if len(labels) < 2:
-        raise ScoringProfileError(
-            f"labels holds {len(labels)} label, must hold at least 2: of one there is nothing to choose"
-        )
+        raise ScoringProfileError(f"labels holds {len(labels)} label, must hold at least 2")
     if len(labels) > max_labels:
         raise ScoringProfileError(f"labels holds {len(labels)} labels, must hold at most {max_labels}")
     seen: set[str] = set()
@@ -116,5 +117,5 @@ def check_labels(labels: Sequence[str], max_labels: int) -> None:
         if not isinstance(label, str) or not label.strip():
             raise ScoringProfileError(f"labels[{index}] is {label!r}, must be text")
         if label in seen:
-            raise ScoringProfileError(f"labels[{index}] is {label!r}, which is there twice")
+            raise ScoringProfileError(f"labels[{index}] is {label!r}, which is a duplicate")
         seen.add(label)

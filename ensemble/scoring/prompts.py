@@ -1,7 +1,7 @@
-"""A scoring request's text and labels → a row of token ids.
+"""Converts a scoring request's text and labels to a ScoreRow and the label of each of its targets.
 
-What enters is what the client sent, what leaves is a ScoreRow and whose its targets are. Labels are encoded by
-themselves, behind the prompt's ids: no token joins the end of a prompt with the start of a label.
+Labels are tokenized separately and appended to the prompt's ids, so no token spans the end of a prompt and the start of
+a label.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from deepseek_triton.ensemble.text.errors import TextError, utf8_text
 from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 
 CACHED_LABEL_SETS = 256
-# Texts that begin as differently as texts do: a tokenizer may join the template's last characters with their first.
+# Texts with different first characters: a tokenizer may merge these with the template's last characters.
 BEGINNINGS = (
     "x",
     "The",
@@ -40,7 +40,7 @@ BEGINNINGS = (
 
 
 class Prompter:
-    """Makes rows by one profile and one tokenizer."""
+    """Makes rows with one profile and one tokenizer."""
 
     def __init__(self, profile: ScoringProfile, tokenizer: Tokenizer) -> None:
         self.profile = profile
@@ -48,14 +48,14 @@ class Prompter:
         self._label_ids: dict[tuple[str, ...], list[Ints]] = {}
 
     def labels_of(self, labels: Sequence[str | bytes] | None) -> tuple[str, ...]:
-        """A request's labels, or the profile's own.
+        """Return a request's labels, or the profile's.
 
         Raises:
-            ScoringProfileError, TextError: there are none, or they can't be used.
+            ScoringProfileError, TextError: there are no labels, or they are invalid.
         """
         if labels is None:
             if not self.profile.labels:
-                raise ScoringProfileError("labels is missing, and the model was built without: send at least 2")
+                raise ScoringProfileError("labels is missing, and the model has no default labels: send at least 2")
             return self.profile.labels
         own = tuple(utf8_text(label, f"labels[{index}]") for index, label in enumerate(labels))
         check_labels(own, self.profile.max_labels)
@@ -64,27 +64,27 @@ class Prompter:
     def row(
         self, text: str | bytes | None, messages: str | bytes | None, labels: tuple[str, ...]
     ) -> tuple[ScoreRow, Ints, int]:
-        """One text's row, the label of each of its targets, and how many tokens its prompt has.
+        """Return one text's row, the label index of each target [num_targets], and the prompt's length in tokens.
 
         Raises:
-            ScoringProfileError, TextError: text or labels are at fault, or too long.
+            ScoringProfileError, TextError: text or labels are invalid or too long.
         """
         prompt = self._prompt(text, messages)
-        # A chat template ends where the answer begins; only a prompt of our own wants the prefix.
+        # A rendered chat ends where the answer begins; the prefix belongs to the profile's template.
         prefix = self.profile.label_prefix if messages is None or self.profile.is_chat else ""
         row, targets = make_row(prompt, self._encoded(prefix, labels))
         limit = self.profile.max_seq_len
         if len(row) > limit:
             others = len(row) - len(prompt)
             raise TextError(
-                f"the prompt has {len(prompt)} tokens, its labels {others} more; at most {limit} in all: shorten it"
+                f"the prompt has {len(prompt)} tokens and its labels {others}; at most {limit} are allowed: shorten it"
             )
         return row, targets, len(prompt)
 
     def prefix_ids(self) -> list[int]:
-        """The ids that the prompts of texts begin with, as far as a few different texts tell."""
+        """Return the ids with which all prompts of the template begin, found by comparing the prompts of BEGINNINGS."""
         prompts: list[list[int]] = [self._prompt(text, None).tolist() for text in BEGINNINGS]
-        shortest = min(map(len, prompts)) - 1  # something of a prompt's own has to be left to ask about
+        shortest = min(map(len, prompts)) - 1  # the prefix must be shorter than any prompt
         differs = (i for i in range(shortest) if len({prompt[i] for prompt in prompts}) > 1)
         return prompts[0][: next(differs, shortest)]
 
@@ -102,7 +102,7 @@ class Prompter:
         return self._tokenizer.encode(self.profile.fill(own))
 
     def _encoded(self, prefix: str, labels: tuple[str, ...]) -> list[Ints]:
-        """The ids of each label behind the prefix, without the markers of a text's start and end."""
+        """Return the ids of each label with the prefix before it, without BOS and EOS."""
         key = (prefix, *labels)
         if key not in self._label_ids:
             ids = [self._tokenizer.encode_continuation(prefix + label) for label in labels]
@@ -110,9 +110,9 @@ class Prompter:
             for label, own in zip(labels, ids, strict=True):
                 if not len(own):
                     raise ScoringProfileError(f"label {label!r} has no tokens: choose another")
-                # Two texts that the tokenizer makes one of would share their probability by chance.
+                # Labels with equal ids would get equal probabilities.
                 if (other := spellings.setdefault(np.asarray(own).tobytes(), label)) != label:
-                    raise ScoringProfileError(f"labels {other!r} and {label!r} are the same tokens: drop one")
+                    raise ScoringProfileError(f"labels {other!r} and {label!r} have the same tokens: drop one")
             while len(self._label_ids) >= CACHED_LABEL_SETS:
                 del self._label_ids[next(iter(self._label_ids))]
             self._label_ids[key] = ids

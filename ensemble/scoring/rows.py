@@ -1,8 +1,8 @@
-"""One prompt and its candidate continuations as one row of token ids.
+"""Packs a prompt and its candidate continuations into one row of token ids, the input of a scoring engine.
 
-What enters are token ids, what leaves are the arrays that a scoring engine takes. The prompt stands once; behind it
-each candidate's tokens but the last, in a branch of their own that sees the prompt and itself. A candidate's last
-token is only asked for, never read. It knows nothing about text, graphs or Triton.
+A row holds the prompt once, then the tokens of each candidate except its last. Each candidate is a branch that attends
+to the prompt and to itself. A candidate's last token is a target only, never an input. This module knows nothing of
+text, graphs or Triton.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Ints = NDArray[np.int32]
 GRAPH_FILE = "scoring.onnx"
 PADDING = -1  # in branch_ids and target_labels
 
-# What Triton adds to a batch of ragged requests (`batch_input`), and a runner to its own.
+# Inputs that Triton adds to a ragged batch (`batch_input`), and a runner to its own batches.
 ROW_LENS = "row_lens"
 LOGIT_COUNTS = "logit_counts"
 TARGET_COUNTS = "target_counts"
 LONGEST_ROW = "longest_row"
 
-# What a graph on a CPU takes and gives besides, a tensor for each layer: the keys and values of a beginning that all
-# rows of a pass share [1, kv_heads, prefix_len, head_dim], and those of the rows [batch, kv_heads, seq_len, head_dim].
+# Further inputs and outputs of a CPU graph, one tensor per layer. Inputs: keys and values of the prefix that all rows
+# of a pass share [1, kv_heads, prefix_len, head_dim]. Outputs: those of the rows [batch, kv_heads, seq_len, head_dim].
 PREFIX = {"keys": "prefix_keys_", "values": "prefix_values_"}
 OWN = {"keys": "row_keys_", "values": "row_values_"}
 
@@ -48,12 +48,19 @@ FIELDS = {
 
 
 class RowError(ValueError):
-    """A row that no engine can score; one line."""
+    """A row is invalid; the message is one line."""
 
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """input_ids, branch_ids [num_tokens]; logit_positions [num_logits]; target_logits, target_ids [num_targets]."""
+    """One row.
+
+    input_ids [num_tokens]: the prompt, then each candidate's tokens except its last.
+    branch_ids [num_tokens]: 0 for the prompt, i + 1 for candidate i.
+    logit_positions [num_logits]: positions in the row whose logits are computed.
+    target_logits [num_targets]: for each target token, the index into logit_positions that predicts it.
+    target_ids [num_targets]: the target tokens.
+    """
 
     input_ids: Ints
     branch_ids: Ints
@@ -65,7 +72,7 @@ class ScoreRow:
         return len(self.input_ids)
 
     def begins_with(self, prefix: Ints) -> bool:
-        """Whether `prefix` is the prompt's beginning, and not all that is asked about."""
+        """Return whether the prompt begins with `prefix` [n] and no logits of the prefix are needed."""
         n = len(prefix)
         return (
             len(self) > n
@@ -74,15 +81,15 @@ class ScoreRow:
         )
 
     def without(self, num_tokens: int) -> ScoreRow:
-        """The row behind its first `num_tokens`, of which nothing is asked."""
+        """Return the row without its first `num_tokens`, whose logits must not be needed."""
         ids, branches = self.input_ids[num_tokens:], self.branch_ids[num_tokens:]
         return ScoreRow(ids, branches, self.logit_positions - np.int32(num_tokens), self.target_logits, self.target_ids)
 
     def check(self, vocab_size: int, max_seq_len: int) -> None:
-        """Is every value one that an engine can take? A wrong one would fail the whole batch.
+        """Validate every value, since an invalid one would fail the whole batch.
 
         Raises:
-            RowError: names the first that is not.
+            RowError: names the first invalid value.
         """
         if not 1 <= len(self) <= max_seq_len:
             raise RowError(f"input_ids holds {len(self)} tokens, must hold 1 to {max_seq_len}")
@@ -91,9 +98,7 @@ class ScoreRow:
         if len(self.target_logits) != len(self.target_ids):
             raise RowError(f"target_logits holds {len(self.target_logits)} values, target_ids {len(self.target_ids)}")
         if self.branch_ids[0] != 0 or self.branch_ids.min() < 0:
-            raise RowError(
-                "branch_ids must begin with 0, the prompt's, and hold nothing below it but padding at the end"
-            )
+            raise RowError("branch_ids must begin with 0 (the prompt) and be at least 0 except for padding at the end")
         if not (len(self.logit_positions) and len(self.target_ids)):
             raise RowError("logit_positions and target_ids must hold at least one value each")
         for name, limit in (
@@ -108,7 +113,7 @@ class ScoreRow:
 
 
 def make_row(prompt: Ints, candidates: Sequence[Ints]) -> tuple[ScoreRow, Ints]:
-    """The row, and which candidate each of its targets is a token of [num_targets]."""
+    """Return the row of `prompt` [n] and `candidates`, and the candidate index of each target [num_targets]."""
     ids, branches = [prompt], [np.zeros(len(prompt), np.int32)]
     positions, logits, labels = [len(prompt) - 1], [], []
     length = len(prompt)
@@ -125,7 +130,7 @@ def make_row(prompt: Ints, candidates: Sequence[Ints]) -> tuple[ScoreRow, Ints]:
 
 
 def stack_rows(rows: Sequence[tuple[ScoreRow, Ints]]) -> dict[str, Ints]:
-    """Tensors [n, …] of one request, by their contract's names; shorter rows padded to the longest."""
+    """Return the tensors [n, …] of one request by name; shorter rows are padded to the longest."""
     padding = {BRANCH_IDS.name: PADDING}
     tensors = {
         spec.name: _stack([getattr(row, name) for row, _ in rows], padding.get(spec.name, 0))
@@ -135,10 +140,10 @@ def stack_rows(rows: Sequence[tuple[ScoreRow, Ints]]) -> dict[str, Ints]:
 
 
 def split_rows(tensors: Mapping[str, NDArray[Any]]) -> list[ScoreRow]:
-    """`stack_rows` taken apart again, its padding of the tokens left out.
+    """Return the rows of `stack_rows` without padding of the tokens.
 
     Raises:
-        RowError: a tensor is missing, or they don't fit together.
+        RowError: a tensor is missing, or the tensors are inconsistent.
     """
     for spec in FIELDS.values():
         if spec.name not in tensors:
@@ -156,7 +161,7 @@ def split_rows(tensors: Mapping[str, NDArray[Any]]) -> list[ScoreRow]:
 
 
 def batch_tensors(rows: Sequence[ScoreRow]) -> dict[str, Ints]:
-    """What a scoring graph takes: every row's values one behind the other, and how many are whose."""
+    """Return the inputs of a scoring graph: the concatenated values of all rows, and the counts per row [n, 1]."""
     tensors = {FIELDS[f.name].name: np.concatenate([getattr(row, f.name) for row in rows]) for f in fields(ScoreRow)}
     for name, count_of in ((ROW_LENS, "input_ids"), (LOGIT_COUNTS, "logit_positions"), (TARGET_COUNTS, "target_ids")):
         tensors[name] = _ints([len(getattr(row, count_of)) for row in rows])[:, None]
@@ -164,9 +169,9 @@ def batch_tensors(rows: Sequence[ScoreRow]) -> dict[str, Ints]:
 
 
 def group_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Rows' numbers in groups of like length, each of at most `max_tokens` once padded (or of one row).
+    """Group the indices of rows by similar length, each group with at most `max_tokens` after padding (or one row).
 
-    On a processor a batch gains nothing beyond some hundred tokens, and padding costs as much as tokens do.
+    On a CPU larger batches than a few hundred tokens aren't faster, and padding costs as much as tokens.
     """
     groups: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):

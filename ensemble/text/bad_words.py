@@ -1,4 +1,4 @@
-"""Which tokens may not come next: those that would write a bad word, however its text is split into tokens."""
+"""Bans tokens that would complete a bad word, however the word is split into tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class BadWords:
     """Keeps `words` out of the text of one sequence's generated tokens; a TokenRule for the sampler.
 
     Raises:
-        TextError: a bad word can't be looked for.
+        TextError: a bad word is empty, too long or not valid text.
     """
 
     def __init__(self, tokenizer: Tokenizer, words: Sequence[str | bytes]) -> None:
@@ -21,9 +21,9 @@ class BadWords:
         self._state = 0
 
     def is_allowed(self, token: int) -> bool:
-        """Whether the text, if it ended with `token`, would be free of bad words."""
+        """Return whether the text stays free of bad words if `token` is appended."""
         return self._finder.advance(self._state, self._detokenizer.peek((token,)))[1] is None
 
     def push(self, token: int) -> None:
-        """Take the token that came."""
+        """Append the token that was chosen."""
         self._state, _ = self._finder.advance(self._state, self._detokenizer.push((token,)))

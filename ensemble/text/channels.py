@@ -1,6 +1,6 @@
-"""A model's text to what a client reads apart: reasoning, text, tool calls.
+"""Splits a model's streamed text into reasoning, answer text and tool calls.
 
-What enters: text, cut anywhere, and what the chat template said of it. It knows nothing of tokens or tensors.
+The text may be split anywhere. This module knows nothing of tokens or tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from deepseek_triton.ensemble.text.tool_calls.parser import ToolCallDelta, ToolC
 
 
 class Channels(NamedTuple):
-    """What one piece of text added to each."""
+    """The increment of each channel."""
 
     text: str
     reasoning: str = ""
@@ -21,9 +21,11 @@ class Channels(NamedTuple):
 
 
 class ChannelSplitter:
-    """One sequence's text to its channels: reasoning first, tool calls in the answer alone.
+    """Splits one sequence's text into its channels. Reasoning comes first; tool calls are parsed in the answer only.
 
-    None switches a part off: the text then passes it unchanged, at no cost.
+    Args:
+        is_reasoning_open: whether the prompt ends inside `<think>`; None: reasoning isn't separated.
+        tool_format: None: tool calls aren't parsed.
     """
 
     def __init__(self, is_reasoning_open: bool | None, tool_format: ToolFormat | None) -> None:
@@ -31,7 +33,7 @@ class ChannelSplitter:
         self._tool_calls = None if tool_format is None else ToolCallParser(tool_format)
 
     def push(self, text: str, final: bool = False) -> Channels:
-        """What `text` completes in each channel; with `final`, all that is left."""
+        """Return what `text` completes in each channel; `final` flushes what is held back."""
         reasoning = ""
         calls: tuple[ToolCallDelta, ...] = ()
         if self._reasoning is not None:

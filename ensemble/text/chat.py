@@ -1,7 +1,7 @@
-"""Chat messages in, a prompt out: the client's JSON, checked, and the checkpoint's Jinja template.
+"""Renders chat messages into a prompt: validates the client's JSON and runs the checkpoint's Jinja template.
 
-It knows the chat formats of OpenAI and Hugging Face; it knows nothing of tokens. The form of tool calls is
-ensemble/text/tool_calls/messages.py's.
+It knows the chat formats of OpenAI and Hugging Face; it knows nothing of tokens. ensemble/text/tool_calls/messages.py
+converts tool calls.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from deepseek_triton.ensemble.text.reasoning import CLOSE_TAG, OPEN_TAG, opens_r
 from deepseek_triton.ensemble.text.tool_calls.formats import ToolFormat, detect_format
 from deepseek_triton.ensemble.text.tool_calls.messages import CallForm, check_tool_calls, find_form, has_tool_messages
 
-# What templates call the switch: Qwen3's, DeepSeek-V3.1's.
+# The template variable that switches reasoning on or off: Qwen3's name, DeepSeek-V3.1's name.
 _THINKING_VARIABLES = ("enable_thinking", "thinking")
 _REQUEST_KEYS = ("messages", "tools", "add_generation_prompt", "chat_template_kwargs")
 
 
 class ChatTemplate:
-    """A checkpoint's Jinja chat template, compiled once. It runs in a sandbox: it is data from outside."""
+    """A checkpoint's Jinja chat template, compiled once. It runs in a sandbox, because it is untrusted."""
 
     def __init__(self, source: str, name: str = "chat_template") -> None:
         environment = ImmutableSandboxedEnvironment(
@@ -50,18 +50,18 @@ class ChatTemplate:
 
     @property
     def markers(self) -> frozenset[str]:
-        """The spellings that set reasoning and tool calls apart in this model's text."""
+        """The markers that delimit reasoning and tool calls in this model's text."""
         tags = {OPEN_TAG, CLOSE_TAG} if self.has_reasoning else set()
         return frozenset(tags) if self.tool_format is None else self.tool_format.markers | tags
 
     def render(self, variables: Mapping[str, Any], enable_thinking: bool | None = None) -> str:
-        """The prompt that `variables` (messages, add_generation_prompt, tools ...) make.
+        """Render the prompt from `variables` (messages, add_generation_prompt, tools …).
 
-        `enable_thinking` goes to the template under the name it knows; None leaves the choice to the template,
-        or to `variables`.
+        `enable_thinking` is passed to the template under the template's own name for it. None leaves the choice to the
+        template, or to `variables`.
 
         Raises:
-            TextError: the template refused the messages, or cannot switch thinking as asked.
+            TextError: the template rejected the messages, or has no switch for thinking.
         """
         if enable_thinking is not None and self.thinking_variable is not None:
             variables = {**variables, self.thinking_variable: enable_thinking}
@@ -87,12 +87,16 @@ class ChatTemplate:
     def _render(self, variables: Mapping[str, Any]) -> str:
         try:
             return self._template.render(variables)
-        except Exception as error:  # the template runs on the client's data: whatever it raises is about that
+        except Exception as error:  # the template runs on the client's data, so every error is the client's
             raise TextError(f"the model's chat template refused the messages: {one_line(error)}") from error
 
 
 def parse_messages(messages_json: str | bytes) -> dict[str, Any]:
-    """The client's JSON, checked, as a template's variables (transformers' names; None where absent)."""
+    """Validate the client's JSON and return the template's variables (transformers' names; None where absent).
+
+    Raises:
+        TextError: the JSON is malformed; the message names the field.
+    """
     text = utf8_text(messages_json, "messages")
     try:
         request = json.loads(text)
@@ -131,18 +135,18 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise TextError(f"{where}.content is missing: send a string")
     elif content is not None and not isinstance(content, str):
         raise TextError(f"{where}.content must be a string or a list of text parts")
-    # Some templates take an empty list for calls.
+    # Some templates treat an empty list as calls.
     return {**{key: value for key, value in message.items() if key != "tool_calls" or value}, "content": content}
 
 
 def _part(part: Any, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
-    raise TextError(f'{where} must be {{"type": "text", "text": "..."}}: this model reads text alone')
+    raise TextError(f'{where} must be {{"type": "text", "text": "..."}}: this model accepts text only')
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}`, which marks the assistant's text for training: here its body alone counts."""
+    """The tag `{% generation %}`, which marks the assistant's text for training. It renders its body."""
 
     tags = {"generation"}  # noqa: RUF012  # jinja2 declares it so
 
@@ -152,7 +156,7 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    # Jinja's own filter escapes HTML, which models have never seen in a prompt.
+    # Jinja's own filter escapes HTML; models are trained on JSON without such escapes.
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 

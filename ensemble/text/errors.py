@@ -1,23 +1,23 @@
-"""What the text side raises, and how a client's bytes become text.
+"""Errors of the text code, and the decoding of a client's bytes.
 
 ValueError
-├── TextError           the client's input is bad: the message says what, and what to do
-└── TokenizerLoadError  a file of the tokenizer is missing or damaged: the message names it
+├── TextError           the client's input is invalid; the message says why and what to do
+└── TokenizerLoadError  a file of the tokenizer is missing or damaged; the message names it
 """
 
 from __future__ import annotations
 
 
 class TextError(ValueError):
-    """The client's text or messages cannot be turned into ids."""
+    """The client's text or messages can't be tokenized."""
 
 
 class TokenizerLoadError(ValueError):
-    """A tokenizer's file is missing, damaged or contradicts another."""
+    """A file of the tokenizer is missing, damaged or inconsistent with another."""
 
 
 def utf8_text(value: str | bytes, field: str) -> str:
-    """`value` as str; `field` names it in the error.
+    """Return `value` as str; `field` names it in the error.
 
     Raises:
         TextError: the bytes are not UTF-8.
@@ -29,5 +29,5 @@ def utf8_text(value: str | bytes, field: str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """An exception's message without line breaks."""
+    """Return an exception's message without line breaks; its type's name if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__

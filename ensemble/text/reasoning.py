@@ -1,10 +1,9 @@
-r"""The model's reasoning, apart from its answer: DeepSeek's `<think>` convention over streamed text.
+r"""Separates a model's reasoning from its answer in streamed text, by DeepSeek's `<think>` convention.
 
-What enters: text, cut anywhere. What leaves: the same text in two parts, without the tags. It knows nothing
-of tokens, chat templates or tool calls.
+The text may be split anywhere; the tags are removed. This module knows nothing of tokens, chat templates or tool calls.
 
-White space stays where the model put it, as in vLLM and SGLang: R1's answer begins with the "\n\n" that follows
-its `</think>`. Only what precedes the opening tag is dropped with it.
+White space is kept, as in vLLM and SGLang: R1's answer begins with the "\n\n" that follows its `</think>`. Only white
+space before the opening tag is dropped.
 """
 
 from __future__ import annotations
@@ -18,30 +17,30 @@ CLOSE_TAG = "</think>"
 
 
 class ReasoningSplit(NamedTuple):
-    """What one piece of text added to the reasoning and to the answer."""
+    """The increments of the reasoning and of the answer."""
 
     reasoning: str
     text: str
 
 
 def opens_reasoning(prompt: str) -> bool:
-    r"""Does the prompt end in an opened `<think>`, so that the model's first words are reasoning?
+    r"""Return whether the prompt ends with an open `<think>`, so that the output begins with reasoning.
 
-    R1's templates do; Qwen3's `<think>\n\n</think>\n\n` is closed again. A tag with words behind it is one that
-    somebody wrote about: the templates write nothing but white space after theirs.
+    R1's templates end so; Qwen3's `<think>\n\n</think>\n\n` is closed. A tag that other text follows is a mention of
+    the tag: templates write only white space after theirs.
     """
     return prompt.rstrip().endswith(OPEN_TAG)
 
 
 class ReasoningSplitter:
-    """One sequence's text, as it comes, to reasoning and answer.
+    """Splits one sequence's text into reasoning and answer.
 
-    One section of reasoning, at the very beginning; white space may precede its tag. With `is_open` the prompt
-    has opened it already: a model that writes the tag nevertheless writes it in vain. In the answer a later tag
-    is plain text. A text that ends within the section is all reasoning.
+    There is one section of reasoning, at the beginning; white space may precede its tag. `is_open` says that the prompt
+    has opened it already; an opening tag at the start of the text is then dropped. Later tags are plain text. If the
+    section isn't closed, all text is reasoning.
 
-    Nothing of a tag leaks to either side; what turns out to be no tag comes out as it was. The parts joined don't
-    depend on how the text was cut.
+    No part of a tag appears in either output, and text that only resembles a tag is returned unchanged. Where the
+    input is split doesn't change the joined outputs.
     """
 
     def __init__(self, is_open: bool, open_tag: str = OPEN_TAG, close_tag: str = CLOSE_TAG) -> None:
@@ -54,7 +53,7 @@ class ReasoningSplitter:
         self._is_final = False
 
     def push(self, text: str, final: bool = False) -> ReasoningSplit:
-        """The parts that `text` completes; with `final`, all that is left. Nothing may follow a final push."""
+        """Return what `text` completes; `final` flushes what is held back. Nothing may be pushed after it."""
         if self._is_final:
             raise RuntimeError("push after the final push: make a new ReasoningSplitter for each sequence")
         self._is_final = final

@@ -1,8 +1,8 @@
-"""Where one sequence's text ends: stop words, found across token borders while the text is made.
+"""Finds stop words in one sequence's generated text, also across token boundaries.
 
-Token ids enter one by one. What leaves is how many of them may go to the client, whose detokenizer then gives no
-character that could turn out to belong to a stop word, and at a stop how many characters to cut off. It knows nothing
-of end tokens and lengths: where they end the text, every token goes out.
+Token ids enter one by one. The result says how many of them may be sent: their text holds no character that could
+belong to a stop word. At a stop it says how many characters to cut off. This module knows nothing of end tokens and
+length limits.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from deepseek_triton.ensemble.text.word_finder import word_finder
 
 @dataclass(frozen=True)
 class StopState:
-    """What is known after a token.
+    """The result of one push.
 
-    num_safe_tokens: of the tokens pushed, so many may be sent before the end. Never fewer than before.
-    is_stop: the text holds a stop word: send every token, with `final`, and cut.
-    num_cut_chars: to take off the end of the text of all tokens, and so off that of the final piece.
+    num_safe_tokens: number of tokens, of all that were pushed, that may be sent. It never decreases.
+    is_stop: the text holds a stop word. Send every token, detokenize with `final`, and cut.
+    num_cut_chars: number of characters to remove from the end of the text.
     """
 
     num_safe_tokens: int
@@ -30,31 +30,31 @@ class StopState:
 
 
 class StopMatcher:
-    """Looks for `stop_words` in the text of one sequence's generated tokens, end tokens left out.
+    """Searches the text of one sequence's generated tokens, without end tokens, for `stop_words`.
 
-    The text ends before the stop word that begins first. Whole tokens are held back: those whose text reaches into an
-    end of the text that begins a stop word.
+    The text ends before the stop word that begins first. A token is held back while its text may be part of a stop
+    word.
 
     Raises:
-        TextError: a stop word can't be looked for.
+        TextError: a stop word is empty, too long or not valid text.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_words: Sequence[str | bytes]) -> None:
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._finder = word_finder(stop_words, "stop_words")
         self._state = 0
-        self._text_len = 0  # of what a detokenizer gives for the tokens so far, were more to follow
-        self._held: deque[int] = deque()  # the text's length after each token that is not safe yet
+        self._text_len = 0  # in characters, without text that the detokenizer holds back
+        self._held: deque[int] = deque()  # the text's length after each token that is held back
         self._num_safe = 0
         self._is_stop = False
 
     def push(self, token: int) -> StopState:
-        """Take the next token. Nothing may follow a stop."""
+        """Append the next token. Nothing may be pushed after a stop."""
         if self._is_stop:
             raise RuntimeError("push after a stop: make a new StopMatcher for each sequence")
         text = self._detokenizer.push((token,))
         state, start = self._finder.advance(self._state, text)
-        if self._detokenizer.is_in_byte_run:  # not given out yet; but it would be, if the text ended here
+        if self._detokenizer.is_in_byte_run:  # the detokenizer holds this text back, but it may complete a stop word
             _, start = self._finder.advance(self._state, text + self._detokenizer.peek())
         if start is not None:
             self._is_stop = True

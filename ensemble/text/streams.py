@@ -1,7 +1,7 @@
-"""One stream's updates from the engine → a client's outputs.
+"""Converts one stream's updates from the engine into a client's output tensors.
 
-Ids become text as soon as it is certain, stop words are cut off, reasoning and tool calls are told apart. What is left
-over from one response to the next is kept here, for each of the stream's sequences. It knows nothing of Triton.
+It detokenizes incrementally, cuts stop words off and separates reasoning and tool calls. It keeps the state of each of
+the stream's sequences between responses. It knows nothing of Triton.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Stream:
     """The outputs of one request.
 
     Args:
-        head: what the first response said of the prompt; None for a stream whose first response was not seen.
+        head: the StreamHead of the first response; None if that response was missed.
     """
 
     def __init__(self, tokenizer: Tokenizer, head: StreamHead | None) -> None:
@@ -31,7 +31,7 @@ class Stream:
         self._sequences: dict[int, _Sequence] = {}
 
     def push(self, progress: Progress) -> StreamOutputs:
-        """The tensors of one response, a value for each of `progress.updates`."""
+        """Return the tensors of one response, with one value for each of `progress.updates`."""
         outputs: StreamOutputs = {contract.TEXT_OUTPUT: [], contract.FINISH_REASON: []}
         for update in progress.updates:
             self._push(update, outputs)
@@ -60,7 +60,7 @@ class Stream:
 
 
 class _Sequence:
-    """One sequence's text so far."""
+    """The detokenizer and the channels of one sequence."""
 
     def __init__(self, tokenizer: Tokenizer, head: StreamHead) -> None:
         self._detokenizer = IncrementalDetokenizer(tokenizer)
@@ -72,7 +72,7 @@ class _Sequence:
         self._channels = ChannelSplitter(is_reasoning_open, tool_format)
 
     def push(self, update: Update) -> tuple[str, Channels]:
-        """The prompt's text, once, where it is wanted; and what the update adds to each channel."""
+        """Return the echoed prompt (in the first update, if requested) and the increment of each channel."""
         is_final = update.finish_reason is not None
         text = self._detokenizer.push(update.ids, final=is_final)
         if update.num_cut_chars:
@@ -92,7 +92,7 @@ def _add_counts(progress: Progress, outputs: StreamOutputs) -> None:
 
 
 def _add_log_probs(tokenizer: Tokenizer, log_probs: LogProbs, outputs: StreamOutputs) -> None:
-    """Log probabilities of a response with several sequences lie one behind the other, as their texts' tokens do."""
+    """Append the log probabilities. Those of a response's sequences are concatenated, as their tokens are."""
     outputs.setdefault(contract.OUTPUT_LOG_PROBS, []).extend(log_probs.tokens)
     outputs.setdefault(contract.CUM_LOG_PROBS, []).append(log_probs.total)
     if log_probs.top:

@@ -1,8 +1,8 @@
-"""Text in, token ids out, and back again: tokenizer.json and streamed detokenization.
+"""Tokenization and incremental detokenization with a checkpoint's tokenizer.json.
 
-What enters: a client's text or chat messages, as str or as the bytes that Triton hands over. What leaves:
-int32 ids and str. It reads a directory in Hugging Face's layout and needs no transformers; it knows
-nothing about Triton, tensors' names or engines. Chat messages are ensemble/text/chat.py's.
+Input is a client's text or chat messages, as str or UTF-8 bytes; output is int32 ids, and str for ids. It reads a
+directory in Hugging Face's layout without transformers. It knows nothing of Triton, tensor names or engines.
+ensemble/text/chat.py renders chat messages.
 """
 
 from __future__ import annotations
@@ -27,24 +27,29 @@ Ids = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's text, ready to be encoded, and what reading the answer needs to know of it."""
+    """A prompt's text before tokenization, and the facts that parsing the answer needs.
+
+    is_templated: a chat template rendered it, BOS included.
+    is_reasoning_open: it ends inside `<think>`; None: the model doesn't reason.
+    has_tools: the client passed tools.
+    """
 
     text: str
-    is_templated: bool = False  # a chat template wrote it, and with it the BOS that it wants
-    is_reasoning_open: bool | None = None  # it ends in an opened <think>; None: the model knows no reasoning
-    has_tools: bool = False  # the client gave tools
+    is_templated: bool = False
+    is_reasoning_open: bool | None = None
+    has_tools: bool = False
 
 
 class Tokenizer:
-    """Text and messages to ids, ids to text, exactly as the checkpoint's own files say.
+    """Converts text and messages to ids, and ids to text, as the checkpoint's files define.
 
-    BOS and EOS follow `tokenizer_config.json` where it states `add_bos_token` (as transformers' Llama
-    tokenizers do: DeepSeek's tokenizer.json adds none itself), else tokenizer.json's post-processor. A BOS
-    that the text already begins with is never doubled. A chat template writes its own BOS.
+    If `tokenizer_config.json` has `add_bos_token`, it decides about BOS and EOS (as in transformers' Llama tokenizers;
+    DeepSeek's tokenizer.json adds none itself); else tokenizer.json's post-processor does. A BOS that the text begins
+    with is never doubled. A chat template writes its own BOS.
 
-    `shown` are spellings of tokens that `decode` shows though they are special; by default the markers of the
-    chat template, which ensemble/text/reasoning.py and ensemble/text/tool_calls/ read. DeepSeek's own tokenizer.json
-    has them as ordinary added tokens; a converted checkpoint may have them as special ones.
+    `shown` lists special tokens that `decode` doesn't hide; by default the markers of the chat template, which
+    ensemble/text/reasoning.py and ensemble/text/tool_calls/ parse. In DeepSeek's own tokenizer.json they are ordinary
+    added tokens; in a converted checkpoint they may be special.
     """
 
     def __init__(
@@ -59,7 +64,7 @@ class Tokenizer:
         shown: frozenset[str] | None = None,
     ) -> None:
         self._backend = backend
-        backend.no_truncation()  # some checkpoints ship the limits of their training runs
+        backend.no_truncation()  # some checkpoints ship truncation and padding settings of their training
         backend.no_padding()
         self.bos_token, self.eos_token = bos_token, eos_token
         self.bos_id = self._special_id("bos_token", bos_token)
@@ -71,7 +76,7 @@ class Tokenizer:
                 raise TokenizerLoadError(f"tokenizer_config.json: add_{name}_token is true without {name}_token")
         self._add_bos, self._add_eos = add_bos_token, add_eos_token
         self._chat_template = chat_template
-        self.vocab_size: int = backend.get_vocab_size()  # added tokens included
+        self.vocab_size: int = backend.get_vocab_size()  # including added tokens
         if shown is None:
             shown = frozenset() if chat_template is None else chat_template.markers
         self._hidden_ids = frozenset(
@@ -94,7 +99,7 @@ class Tokenizer:
         source = _read(file)
         try:
             backend = tokenizers.Tokenizer.from_str(source)
-        except Exception as error:  # the library raises bare Exception on any fault of the file
+        except Exception as error:  # the library raises bare Exception for every defect of the file
             raise TokenizerLoadError(f"{file} is not a tokenizer: {one_line(error)}") from error
         file = directory / "tokenizer_config.json"
         try:
@@ -111,10 +116,10 @@ class Tokenizer:
             raise TokenizerLoadError(f"{file} is not JSON: {error}") from error
 
     def text_prompt(self, text: str | bytes) -> Prompt:
-        """A text to be continued.
+        """Return the prompt for a text to be continued.
 
         Raises:
-            TextError: it is empty, or no UTF-8.
+            TextError: the text is empty or not UTF-8.
         """
         prompt = _encodable(utf8_text(text, "text_input"), "text_input")
         if not prompt:
@@ -122,7 +127,7 @@ class Tokenizer:
         return Prompt(prompt, is_reasoning_open=opens_reasoning(prompt))
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> list[Ids]:
-        """Ids [num_tokens] of each prompt, with BOS where the checkpoint wants it; several are encoded in parallel."""
+        """Return the ids [num_tokens] of each prompt, with BOS if the checkpoint adds it; encodes in parallel."""
         ids: list[Ids] = [np.empty(0, np.int32)] * len(prompts)
         for is_templated in (False, True):
             chosen = [index for index, prompt in enumerate(prompts) if prompt.is_templated == is_templated]
@@ -133,31 +138,30 @@ class Tokenizer:
         return ids
 
     def encode_prompt(self, prompt: Prompt) -> Ids:
-        """Ids [num_tokens] of one prompt."""
+        """Return the ids [num_tokens] of one prompt."""
         return self.encode_prompts([prompt])[0]
 
     def encode(self, text: str | bytes) -> Ids:
-        """Ids [num_tokens] of a text to be continued; raises as `text_prompt`."""
+        """Return the ids [num_tokens] of a text to be continued; raises as `text_prompt`."""
         return self.encode_prompt(self.text_prompt(text))
 
     @property
     def tool_format(self) -> ToolFormat | None:
-        """How the model writes tool calls, as far as its chat template tells."""
+        """The model's format of tool calls, detected from its chat template; None if there is none."""
         return None if self._chat_template is None else self._chat_template.tool_format
 
     def encode_messages(self, messages_json: str | bytes, enable_thinking: bool | None = None) -> Ids:
-        """Ids [num_tokens] of a chat; raises as `chat_prompt`."""
+        """Return the ids [num_tokens] of a chat; raises as `chat_prompt`."""
         return self.encode_prompt(self.chat_prompt(messages_json, enable_thinking))
 
     def chat_prompt(self, messages_json: str | bytes, enable_thinking: bool | None = None) -> Prompt:
-        """A chat, by the checkpoint's template, ready for the assistant's answer.
+        """Render a chat with the checkpoint's template.
 
-        The JSON is a list of messages, or an object with `messages` and, where the template has a use for
-        them, `tools`, `add_generation_prompt` and `chat_template_kwargs`. `enable_thinking` overrides a
-        `chat_template_kwargs` that says otherwise.
+        The JSON is a list of messages, or an object with `messages` and optionally `tools`, `add_generation_prompt`
+        and `chat_template_kwargs`. `enable_thinking` overrides `chat_template_kwargs`.
 
         Raises:
-            TextError: the JSON, a message or the wish to switch thinking can't be had; the message says why.
+            TextError: the JSON or a message is invalid, or the template can't switch thinking; the message says why.
         """
         template = self._chat_template
         if template is None:
@@ -175,32 +179,32 @@ class Tokenizer:
         )
 
     def encode_continuation(self, text: str) -> Ids:
-        """Ids [num_tokens] of a text that continues another: no BOS, no EOS."""
+        """Return the ids [num_tokens] of a text that continues another, without BOS and EOS."""
         return np.array(self._ids([_encodable(text, "text")], add_special_tokens=False)[0], dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids` [num_tokens], hidden special tokens and ids outside the vocabulary left out."""
+        """Return the text of `ids` [num_tokens] without hidden special tokens and ids outside the vocabulary."""
         visible = [index for index in map(int, ids) if index not in self._hidden_ids]
         text: str = self._backend.decode(visible, skip_special_tokens=False)
         return text
 
     def token_id(self, spelling: str) -> int | None:
-        """The id of the one token that is spelt so; None if there is none."""
+        """Return the id of the token that `spelling` is in the vocabulary; None if there is none."""
         index: int | None = self._backend.token_to_id(spelling)
         return index
 
     def token_text(self, index: int) -> str:
-        """The text of one token, special ones included; U+FFFD where it is part of a character."""
+        """Return the text of one token, also of a special one; U+FFFD for part of a character."""
         text: str = self._backend.decode([index], skip_special_tokens=False)
         return text
 
     def visible_token(self, index: int) -> str | None:
-        """The vocabulary's spelling of an id that `decode` shows; None for one that it leaves out."""
+        """Return the vocabulary's spelling of an id; None if `decode` hides it."""
         token: str | None = None if index in self._hidden_ids else self._backend.id_to_token(index)
         return token or None
 
     def is_byte_token(self, token: str) -> bool:
-        """Is this one byte of a character that the vocabulary lacks (SentencePiece's `<0xE4>`)?"""
+        """Return whether the token is a byte of SentencePiece's byte fallback (`<0xE4>`)."""
         return self._has_byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
     def _ids(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
@@ -223,36 +227,35 @@ class Tokenizer:
         if index is None:
             raise TokenizerLoadError(f"tokenizer_config.json: {name} {token!r} is not in tokenizer.json")
         added = self._backend.get_added_tokens_decoder().get(index)
-        if added is None or not added.special:  # DeepSeek Coder's <|EOT|>: its name makes it special
+        if added is None or not added.special:  # DeepSeek Coder's <|EOT|> isn't marked as special
             self._backend.add_special_tokens([token])
         return index
 
 
 class IncrementalDetokenizer:
-    """One sequence's ids, as they come, to text that can be sent at once.
+    """Converts one sequence's ids to text incrementally.
 
-    Whatever the pushes, their texts joined are `Tokenizer.decode` of all ids; no half character and no
-    text that a later id could change is ever given out. Each push decodes only its own ids behind the
-    last few of the ids before:
+    The joined texts of all pushes equal `Tokenizer.decode` of all ids. Incomplete characters, and text that a later id
+    could change, are held back. Each push decodes its own ids after the last four shown ids, which are its context:
 
-    - A byte-level decoder joins bytes. Four shown ids before hold at least four bytes, so they hold the
-      last whole character and the start of any that is unfinished: they fix how the next bytes decode.
-      Unfinished or invalid bytes at the end show as one U+FFFD, which is held back.
-    - SentencePiece's byte fallback decodes each run of byte tokens as a whole, valid or not, so a run is
-      held back until another token ends it. The one space that it strips lies in the first of the four.
+    - A byte-level decoder concatenates bytes. Four shown ids hold at least four bytes, so they hold the last complete
+      character and the beginning of an incomplete one, which determines how the next bytes decode. Incomplete or
+      invalid bytes at the end decode to one U+FFFD, which is held back.
+    - SentencePiece's byte fallback decodes each run of byte tokens as a whole, valid or not, so a run is held back
+      until another token ends it. The space that this decoder strips lies in the first of the four ids.
     """
 
     _CONTEXT_LEN = 4
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._context: list[int] = []  # the last shown ids, already given out (but for a last U+FFFD)
+        self._context: list[int] = []  # the last shown ids; their text was returned, except a final U+FFFD
         self._pending: list[int] = []
-        self._byte_run_len = 0  # how many of the last pending ids are byte tokens
+        self._byte_run_len = 0  # number of byte tokens at the end of the pending ids
         self._is_final = False
 
     def push(self, ids: Iterable[int], final: bool = False) -> str:
-        """The text that `ids` complete; with `final`, all that is left. Nothing may follow a final push."""
+        """Return the text that `ids` complete; `final` flushes what is held back. Nothing may be pushed after it."""
         if self._is_final:
             raise RuntimeError("push after the final push: make a new IncrementalDetokenizer for each sequence")
         self._is_final = final
@@ -274,11 +277,11 @@ class IncrementalDetokenizer:
 
     @property
     def is_in_byte_run(self) -> bool:
-        """Whether the last ids are byte tokens, which only another kind of token or the end turns into text."""
+        """Whether the last ids are byte tokens, whose text is held back until another token or the end follows."""
         return self._byte_run_len > 0
 
     def peek(self, ids: Iterable[int] = ()) -> str:
-        """What `push(ids, final=True)` would give; nothing changes."""
+        """Return what `push(ids, final=True)` would return, without changing the state."""
         other = IncrementalDetokenizer(self._tokenizer)
         other._context, other._pending = self._context, list(self._pending)
         other._byte_run_len = self._byte_run_len
@@ -289,7 +292,7 @@ def _encodable(text: str, field: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise TextError(f"{field} holds half a surrogate pair: escape the character whole") from error
+        raise TextError(f"{field} holds a lone surrogate: escape both halves of the surrogate pair") from error
     return text
 
 
@@ -307,7 +310,7 @@ def _config_value(config: Any, key: str, kind: type[_T]) -> _T | None:
     if not isinstance(config, dict):
         raise TokenizerLoadError("tokenizer_config.json must hold a JSON object")
     value = config.get(key)
-    if kind is str and isinstance(value, dict):  # an AddedToken, written out
+    if kind is str and isinstance(value, dict):  # a serialised AddedToken
         value = value.get("content")
     if value is not None and not isinstance(value, kind):
         raise TokenizerLoadError(f"tokenizer_config.json: {key} must be a {kind.__name__}, got {value!r}")

@@ -1,7 +1,7 @@
-"""Words to find in a text that comes in pieces: the search behind stop_words and bad_words.
+"""Multi-pattern search in streamed text with an Aho-Corasick automaton, for stop_words and bad_words.
 
-An Aho-Corasick automaton: each character costs the same however many words there are, no text is kept or read twice,
-and a state says how much of a word the text ends with.
+The cost per character doesn't depend on the number of words, and no text is stored or read twice. The automaton's state
+says how many characters at the end of the text may begin a word.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from functools import lru_cache
 
 from deepseek_triton.ensemble.text.errors import TextError, utf8_text
 
-MAX_CHARACTERS = 16_384  # of all words of a list together; building the automaton takes about a microsecond for each
+MAX_CHARACTERS = 16_384  # of all words together; the automaton takes about 1 µs per character to build
 
 
 class WordFinder:
-    """Finds any of `words`, none of them empty. It holds no text: the caller keeps the state, 0 before the text."""
+    """Finds any of `words`, none of them empty. The caller keeps the state, which is 0 at the start of the text."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self._children: list[dict[str, int]] = [{}]
-        self._fallback = [0]  # the state of the longest shorter end of the text that begins a word
-        self._longest = [0]  # the length of the longest word that ends here
-        self._depth = [0]
+        self._fallback = [0]  # by state: the state of its longest proper suffix that begins a word
+        self._longest = [0]  # by state: the length of the longest word that ends there, 0 for none
+        self._depth = [0]  # by state: the number of characters that lead to it
         for word in words:
             self._add(word)
         waiting = deque(self._children[0].values())
@@ -34,9 +34,9 @@ class WordFinder:
                 waiting.append(child)
 
     def advance(self, state: int, text: str) -> tuple[int, int | None]:
-        """The state after `text`, and where in it the word that begins first begins, if one ends in it.
+        """Return the state after `text`, and the start index of the first word that ends in it; None if none does.
 
-        The place is negative where the word began in an earlier piece.
+        Of several words the one that begins first counts. The index is negative if the word began in an earlier piece.
         """
         first: int | None = None
         for end, character in enumerate(text, 1):
@@ -46,7 +46,7 @@ class WordFinder:
         return state, first
 
     def num_begun(self, state: int) -> int:
-        """How many characters at the text's end may be the beginning of a word: the most that any word allows."""
+        """Return how many characters at the end of the text may be the beginning of a word."""
         return self._depth[state]
 
     def _add(self, word: str) -> None:
@@ -69,17 +69,17 @@ class WordFinder:
 
 
 def word_finder(words: Sequence[str | bytes], field: str) -> WordFinder:
-    """The finder of a client's words; `field` names them in errors. Clients send the same again: some are kept.
+    """Return the finder for a client's words; `field` names them in errors. The last 32 finders are cached.
 
     Raises:
-        TextError: a word is empty or not UTF-8, holds U+FFFD, or they are too long together.
+        TextError: a word is empty, isn't UTF-8 or holds U+FFFD, or the words are too long in total.
     """
     texts = tuple(utf8_text(word, f"{field}[{index}]") for index, word in enumerate(words))
     for index, text in enumerate(texts):
         if not text:
             raise TextError(f"{field}[{index}] is empty: leave it out")
-        if "\ufffd" in text:  # every unfinished character shows as one, and passes
-            raise TextError(f"{field}[{index}] holds U+FFFD, which stands for bytes that are no text: leave it out")
+        if "\ufffd" in text:  # each incomplete character decodes to U+FFFD for a while, and would match
+            raise TextError(f"{field}[{index}] holds U+FFFD, which stands for invalid bytes: remove it")
     if (length := sum(map(len, texts))) > MAX_CHARACTERS:
         raise TextError(f"{field} has {length} characters in all, must have at most {MAX_CHARACTERS}")
     return _cached(texts)

@@ -151,11 +151,11 @@ def test_a_request_alone_waits_no_longer_than_was_promised(server: TritonServer,
     ("arguments", "message"),
     [
         ({"texts": "x", "labels": ["a"]}, "labels holds 1 label, must hold at least 2"),
-        ({"texts": "x", "labels": ["a", "a"]}, r"labels\[1\] is 'a', which is there twice"),
+        ({"texts": "x", "labels": ["a", "a"]}, r"labels\[1\] is 'a', which is a duplicate"),
         ({"texts": "x", "labels": ["a", ""]}, r"labels\[1\] is '', must be text"),
         ({"texts": "x", "labels": [f"l{i}" for i in range(1000)]}, "labels holds 1000 labels, must hold at most 256"),
         ({"texts": ""}, "text_input is empty"),
-        ({"texts": "word " * 300}, r"the prompt has 30\d tokens, its labels 0 more; at most 256 in all"),
+        ({"texts": "word " * 300}, r"the prompt has 30\d tokens and its labels 0; at most 256 are allowed"),
         ({"texts": ["x"] * 9}, "batch-size must be <= 8"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Tool calls in a model's text: the formats, and the parser that reads them while they stream."""
+"""Parsing of tool calls in a model's streamed text, and the formats in which models write them."""

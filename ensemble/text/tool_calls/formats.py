@@ -1,13 +1,13 @@
-r"""How models write tool calls, as data, and which format a chat template asks for.
+r"""Formats of tool calls as data tables, and the detection of a model's format from its chat template.
 
-DeepSeek V3 and R1, one line for the section's frame and one call:
+DeepSeek V3 and R1 (a section with one call):
     <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\n{...}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>
 DeepSeek V3.1:
     <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{...}<｜tool▁call▁end｜><｜tool▁calls▁end｜>
-Hermes, which Qwen 2.5 and 3 write too:
+Hermes, also Qwen 2.5 and Qwen 3:
     <tool_call>\n{"name": "NAME", "arguments": {...}}\n</tool_call>
 
-The two of DeepSeek can't be mistaken for each other, so one format reads both, whichever the template shows.
+The two DeepSeek formats are unambiguous, so one ToolFormat parses both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from deepseek_triton.ensemble.text.tool_calls.match import JSON_NAME, NAME, SPAC
 
 @dataclass(frozen=True)
 class Opening:
-    """What precedes a call's arguments, its `{` included; or, without arguments, the whole call."""
+    """The pattern of a call up to and including the `{` of its arguments; of the whole call if it has no arguments."""
 
     steps: tuple[MatchStep, ...]
     has_arguments: bool = True
@@ -28,15 +28,22 @@ class Opening:
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """One way to write calls. The first of `openings` that isn't ruled out decides."""
+    """One format of tool calls. The parser tries `openings` in order and takes the first that matches.
+
+    starts: markers, with one of which each call begins.
+    closing: literals that may follow the arguments, in this order, with white space between; each is optional.
+    stops: markers that end unclosed arguments, unless they stand in a JSON string.
+    section_end: the marker after the last call.
+    whole: the beginning of a call that is one JSON object whose members may have any order.
+    """
 
     name: str
-    starts: tuple[str, ...]  # a call begins with one of them
+    starts: tuple[str, ...]
     openings: tuple[Opening, ...]
-    closing: tuple[str, ...]  # follows the arguments, in this order, with white space between; none must be there
-    stops: tuple[str, ...]  # end arguments that were never closed, outside of their strings
-    section_end: str | None = None  # after the last call
-    whole: tuple[MatchStep, ...] = ()  # a call as one JSON object begins so, in whatever order its members come
+    closing: tuple[str, ...]
+    stops: tuple[str, ...]
+    section_end: str | None = None
+    whole: tuple[MatchStep, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.starts or not self.openings:
@@ -47,7 +54,7 @@ class ToolFormat:
 
     @property
     def markers(self) -> frozenset[str]:
-        """Every marker's spelling: a tokenizer that has them as tokens must show them to the parser."""
+        """The text of every marker. A tokenizer that has them as special tokens must not hide them from the parser."""
         literals = {step for opening in self.openings for step in opening.steps if isinstance(step, str)}
         found = {*self.starts, *self.stops, *literals, *filter(None, [self.section_end])}
         return frozenset(literal for literal in found if literal.startswith("<"))
@@ -88,7 +95,7 @@ HERMES: Final = ToolFormat(
 
 @dataclass(frozen=True)
 class _Sign:
-    """A template with all of `present` and none of `absent` asks for this format."""
+    """A template whose source has all of `present` and none of `absent` uses this format."""
 
     format: ToolFormat
     present: tuple[str, ...]
@@ -97,15 +104,15 @@ class _Sign:
 
 _SIGNS = (
     _Sign(DEEPSEEK, ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>")),
-    # Qwen3-Coder and GLM put other things than a JSON object into the same tag.
+    # Qwen3-Coder and GLM use the same tag, but don't put a JSON object into it.
     _Sign(HERMES, ("<tool_call>", "arguments"), absent=("<function=", "<arg_key>")),
 )
 
 
 def detect_format(chat_template: str) -> ToolFormat | None:
-    """The format in which a chat template's source writes calls; None where it is none of these.
+    """Return the format of tool calls that a chat template's source uses; None if it uses none of the known formats.
 
-    The template decides, not the vocabulary: R1-Distill's writes DeepSeek's markers though no token spells them.
+    The template decides, not the vocabulary: R1-Distill writes DeepSeek's markers without having tokens for them.
     """
     for sign in _SIGNS:
         if all(map(chat_template.__contains__, sign.present)) and not any(map(chat_template.__contains__, sign.absent)):

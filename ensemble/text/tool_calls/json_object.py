@@ -1,7 +1,7 @@
-"""Where a streamed JSON object ends.
+"""Finds the end of a JSON object in streamed text.
 
-What enters: text, cut anywhere, that begins with `{`. It follows strings and brackets and nothing more: what the
-object means, and whether it is valid, is its reader's business.
+The text begins with `{` and may be split anywhere. The scanner follows strings and brackets only; it neither parses nor
+validates the object.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ _IN_STRING = re.compile(r'["\\]')
 
 
 class ObjectScanner:
-    """Counts brackets outside of strings, up to the object's end or to a marker that ends it early.
+    """Counts brackets outside of strings, up to the object's end or to a stop marker that ends it early.
 
-    A marker within a string is the string's: a model may write about tool calls in a call's arguments.
+    Markers within a string are ignored: a model may write about tool calls in a call's arguments.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -28,7 +28,7 @@ class ObjectScanner:
         self.is_done = False
 
     def scan(self, text: str, final: bool) -> int:
-        """How many characters of `text` are the object's; hand the others in again, with more behind them."""
+        """Return how many characters of `text` belong to the object. Pass the others again with the next text."""
         position = 0
         while not self.is_done:
             pattern = _IN_STRING if self._in_string else self._outside
@@ -39,7 +39,7 @@ class ObjectScanner:
             symbol = found.group()
             position = found.end()
             if symbol == "\\":
-                if position == len(text) and not final:  # what it escapes decides
+                if position == len(text) and not final:  # the escaped character hasn't arrived yet
                     return found.start()
                 position = min(position + 1, len(text))
             elif symbol == '"':

@@ -1,7 +1,7 @@
-"""Does a text begin with these steps? Of a text that is still coming, the answer may be: not known yet.
+"""Matches a sequence of literals and patterns against streamed text.
 
-What enters: steps (spellings and runs of characters) and a text. What leaves: where they end and the name they
-hold. It knows nothing of tools or formats.
+Of a text that is incomplete the result may be UNKNOWN: more text is needed. This module knows nothing of tools or
+their formats.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-MAX_NAME_LEN: Final = 256  # OpenAI allows 64; what is longer is no name, and is not held back for ever
+MAX_NAME_LEN: Final = 256  # in characters; OpenAI allows 64. The limit bounds how much text is held back.
 
 
 @dataclass(frozen=True)
 class Maybe:
-    """A spelling that may be left out."""
+    """An optional literal."""
 
     literal: str
 
 
 @dataclass(frozen=True)
 class TextRun:
-    """As many characters as `pattern` takes, also none; the pattern must match every beginning of its matches."""
+    """The longest match of `pattern`, which may be empty. The pattern must also match every prefix of its matches."""
 
     pattern: re.Pattern[str]
 
 
 @dataclass(frozen=True)
 class Name(TextRun):
-    """A run that `read` makes the call's name of; None, and the text is no call."""
+    """A run that holds the call's name. `read` returns the name, or None if the run isn't a valid one."""
 
     read: Callable[[str], str | None]
 
@@ -42,21 +42,21 @@ MatchStep = str | Maybe | TextRun
 
 @dataclass(frozen=True)
 class Match:
-    """The steps' text ends at `end`; `name` is what its `Name` read."""
+    """The matched text ends at index `end`; `name` is the value of its `Name` step."""
 
     end: int
     name: str
 
 
 class NoMatch(Enum):
-    """Why there is none."""
+    """Why there is no match."""
 
-    NEVER = "whatever follows"
-    UNKNOWN = "the text ends too early to say"
+    NEVER = "no continuation of the text matches"
+    UNKNOWN = "the text may match when more of it has arrived"
 
 
 def is_name(value: object) -> bool:
-    """Can a tool be called so? JSON may escape half a surrogate pair, which no response could carry."""
+    """Return whether `value` can be a tool's name: a string, not empty, without lone surrogates (invalid in UTF-8)."""
     return isinstance(value, str) and value != "" and not any("\ud800" <= symbol <= "\udfff" for symbol in value)
 
 
@@ -74,9 +74,9 @@ JSON_NAME = Name(re.compile(rf'"(?:[^"\\\n]|\\.?){{0,{MAX_NAME_LEN}}}"?'), _json
 
 
 def match(steps: Sequence[MatchStep], text: str, start: int, final: bool) -> Match | NoMatch:
-    """Follow `steps` through `text` from `start`; with `final` nothing comes after `text`.
+    """Match `steps` against `text` from index `start`; `final` says that the text is complete.
 
-    An answer other than UNKNOWN stays the same whatever is appended to a text that isn't final.
+    A result other than UNKNOWN doesn't change when text is appended.
     """
     position, name = start, ""
     for step in steps:

@@ -1,12 +1,11 @@
-"""Tool calls in the messages that a client sends back, and the form in which a chat template wants them.
+"""Converts tool calls in chat messages from OpenAI's form to the form that a chat template expects.
 
-What enters: messages in OpenAI's form, where a call's arguments are a JSON string (an object is taken too). What
-leaves: messages that the checkpoint's template renders. It knows nothing of tokens.
+In OpenAI's form a call's arguments are a JSON string (an object is accepted too). This module knows nothing of tokens.
 
-Templates disagree: DeepSeek's join the arguments to the prompt as a string, Qwen 2.5's and Llama's write an object
-as JSON (and a string as a quoted string), Qwen 3's take both, Qwen3-Coder's walk through an object; R1's writes
-calls only where the content is null. So each template is tried once, with a call whose text is known.
-A string is preferred: the prompt then repeats the model's own characters, and a cached prefix stays valid.
+Templates differ: DeepSeek's concatenate the arguments as a string, Qwen 2.5's and Llama's serialise an object (and
+would quote a string), Qwen 3's accept both, Qwen3-Coder's iterate over an object; R1's renders calls only if the
+content is null. So each template is probed once with a known call. A string is preferred: the prompt then repeats the
+model's own characters, and a cached prefix stays valid.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Render = Callable[[Sequence[ChatMessage]], str]
 
 
 def check_tool_calls(message: ChatMessage, where: str) -> None:
-    """The tool fields of one message.
+    """Validate the tool fields of one message.
 
     Raises:
         TextError: a field is not in OpenAI's form; `where` and the field's path name it.
@@ -46,14 +45,19 @@ def check_tool_calls(message: ChatMessage, where: str) -> None:
 
 @dataclass(frozen=True)
 class CallForm:
-    """How a template wants an assistant's calls."""
+    """The form in which a template expects an assistant's calls.
 
-    is_object: bool  # the arguments
-    empty_content: str | None  # beside calls without text
-    is_apart: bool = False  # text beside calls goes into a message of its own, else the calls would vanish
+    is_object: the arguments are an object, not a JSON string.
+    empty_content: the content of a message that has calls and no text.
+    is_apart: text goes into a message before the calls', because the template drops the calls of a message with text.
+    """
+
+    is_object: bool
+    empty_content: str | None
+    is_apart: bool = False
 
     def shape(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-        """The messages in this form; where a tool's answer lacks the tool's name, the call's is filled in."""
+        """Return the messages in this form. A tool message without a name gets the name from its call."""
         calls = [call for message in messages for call in _calls(message)]
         names = {call["id"]: call["function"]["name"] for call in calls if call.get("id")}
         return [shaped for message in messages for shaped in self._shape(message, names)]
@@ -81,7 +85,7 @@ class CallForm:
 
 
 def find_form(render: Render) -> CallForm:
-    """The form in which `render`, a template, shows a call; the most usual one where it shows none."""
+    """Return the form in which the template behind `render` shows a call; the most common form if it shows none."""
     rendered = [(form, _try(render, form, "")) for form in _FORMS]
     for sign in (_is_whole, _is_named):
         for form, text in rendered:
@@ -135,7 +139,7 @@ def _as_string(arguments: dict[str, Any]) -> str:
 
 
 def _as_object(arguments: str) -> Any:
-    # What a model wrote wrongly and its client sends back stays the string it is: the chat goes on.
+    # Invalid JSON from the model stays a string: it must not make the rest of the chat unusable.
     try:
         parsed = json.loads(arguments)
     except (ValueError, RecursionError):

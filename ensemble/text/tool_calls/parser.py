@@ -1,12 +1,12 @@
-"""A model's text, as it comes, to text and tool calls.
+"""Incremental parser of tool calls in a model's text.
 
-What enters: text, cut anywhere, and the format that the model was taught. What leaves: the text outside of calls,
-and the calls in pieces as OpenAI streams them. It knows nothing of tokens, of reasoning or of which tools there are.
+It takes text, split anywhere, and a ToolFormat. It returns the text outside of calls, and the calls as deltas in
+OpenAI's streaming form. It knows nothing of tokens, of reasoning or of the available tools.
 
-What a call is: from its name and the `{` of its arguments on, it is one. Up to there whatever doesn't fit comes out
-as the text that it was, markers included. From there on nothing is taken back: the arguments are the model's
-own characters to the object's end, or, where it never closes, to the call's end marker or the end of the text. White
-space between and after calls belongs to their frame and is dropped. Nothing raises; no other text is lost.
+A call is recognised at its name and the `{` of its arguments. Text that fails to match before that point is returned
+unchanged, markers included. After that point the parser doesn't go back: the arguments are the model's own characters
+up to the end of the object, or, if the object is never closed, up to the call's end marker or the end of the text.
+White space between and after calls is dropped; no other text is lost. The parser never raises on malformed calls.
 """
 
 from __future__ import annotations
@@ -25,15 +25,20 @@ from deepseek_triton.ensemble.text.tool_calls.match import Match, NoMatch, is_na
 
 @dataclass(frozen=True)
 class ToolCallDelta:
-    """What one piece of text added to a call. `id` and `name` come once, with the first."""
+    """An increment of one tool call.
 
-    index: int  # of the call among the sequence's
+    index: number of the call within the sequence, from 0.
+    id, name: set in the call's first delta only.
+    arguments: the next characters of the arguments' JSON.
+    """
+
+    index: int
     id: str | None
     name: str | None
-    arguments: str  # the next characters of the arguments' JSON
+    arguments: str
 
     def as_openai(self) -> dict[str, Any]:
-        """An element of `delta.tool_calls` in OpenAI's stream; of a whole answer, of `message.tool_calls`."""
+        """Return an element of OpenAI's `delta.tool_calls`; for a complete answer, of `message.tool_calls`."""
         function = (
             {"arguments": self.arguments} if self.name is None else {"name": self.name, "arguments": self.arguments}
         )
@@ -42,12 +47,12 @@ class ToolCallDelta:
 
 
 def random_id() -> str:
-    """An id that no other call has: clients send it back, perhaps among those of many requests."""
+    """Return an id that is unique across requests: clients send the ids of several answers back in one chat."""
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
 class ToolCallParser:
-    """One sequence's text to text and calls. Joined, neither depends on how the text was cut, ids aside."""
+    """Splits one sequence's text into text and calls. Where the input is split doesn't change the joined output."""
 
     def __init__(self, tool_format: ToolFormat, new_id: Callable[[], str] = random_id) -> None:
         self._format = tool_format
@@ -57,12 +62,15 @@ class ToolCallParser:
         self._scanner = ObjectScanner(())
         self._num_scanned = 0
         self._num_calls = 0
-        self._text: list[str] = []  # of this push
+        self._text: list[str] = []  # collected by the current push, as are the deltas
         self._deltas: dict[int, ToolCallDelta] = {}
         self._is_final = False
 
     def push(self, text: str, final: bool = False) -> tuple[str, tuple[ToolCallDelta, ...]]:
-        """What `text` completes: text, and at most one delta for each call. Nothing may follow a final push."""
+        """Return the text, and at most one delta per call, that `text` completes.
+
+        `final` flushes what is held back. Nothing may be pushed after it.
+        """
         if self._is_final:
             raise RuntimeError("push after the final push: make a new ToolCallParser for each sequence")
         self._is_final = final
@@ -73,7 +81,7 @@ class ToolCallParser:
         self._text, self._deltas = [], {}
         return ready
 
-    # Each step takes from the buffer what it can tell, and sets the next; False: it needs more text.
+    # The states. Each consumes what it recognises of the buffer and sets the next state; False: it needs more text.
 
     def _in_text(self, final: bool) -> bool:
         found = find_first(self._buffer, self._format.starts)
@@ -86,7 +94,7 @@ class ToolCallParser:
         return True
 
     def _in_opening(self, final: bool) -> bool:
-        """The buffer begins with a start marker, white space before it perhaps."""
+        """Parse a call's opening. The buffer begins with a start marker, perhaps after white space."""
         start = len(self._buffer) - len(self._buffer.lstrip())
         for opening in self._format.openings:
             found = match(opening.steps, self._buffer, start, final)
@@ -122,7 +130,7 @@ class ToolCallParser:
         return self._scanner.is_done
 
     def _in_whole_call(self, final: bool) -> bool:
-        """Members in another order than the opening's: the call is known when its object ends."""
+        """Parse a call whose members have another order: it can be read only when the whole object has arrived."""
         start = self._num_scanned
         self._num_scanned += self._scanner.scan(self._buffer[start:], final)
         if not self._scanner.is_done and not final:
@@ -169,7 +177,7 @@ class ToolCallParser:
         return True
 
     def _give_marker(self) -> None:
-        """The buffer's start marker begins no call: it is text, and so may be what follows."""
+        """Return the buffer's start marker as text, because no call follows it."""
         start = len(self._buffer) - len(self._buffer.lstrip())
         marker = next(marker for marker in self._format.starts if self._buffer.startswith(marker, start))
         self._give_text(start + len(marker))
@@ -195,16 +203,16 @@ class ToolCallParser:
 
 
 def _read_call(source: str) -> tuple[str, str] | None:
-    """Name and arguments of a call that is one JSON object; None where it isn't a call."""
+    """Return the name and the arguments of a call that is one JSON object; None if the object isn't a call."""
     try:
         call = json.loads(source)
     except (ValueError, RecursionError):
         return None
     name, arguments = call.get("name"), call.get("arguments", {})
-    if isinstance(arguments, str):  # JSON in a string, as OpenAI's own messages have it
+    if isinstance(arguments, str):  # JSON in a string, as in OpenAI's messages
         is_call = is_name(arguments)
     else:
         is_call = arguments is None or isinstance(arguments, dict)
-        # What the model escaped stays escaped: it may be half a surrogate pair.
+        # Keep the model's escapes: they may be lone surrogates.
         arguments = json.dumps(arguments or {}, ensure_ascii="\\u" in source)
     return (name, arguments) if is_call and is_name(name) else None

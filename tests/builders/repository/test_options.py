@@ -124,7 +124,7 @@ def test_bytes_that_are_no_text_are_refused_by_name(spec: TensorSpec) -> None:
         ({contract.OPTIONS["num_top_log_probs"]: 21}, "num_top_log_probs is 21, must be 0 to 20"),
         (
             {contract.OPTIONS["num_return_sequences"]: 2},
-            "num_return_sequences is 2, but the likeliest text is always the same",
+            "num_return_sequences is 2, but greedy sequences would all be equal",
         ),
         ({contract.OPTIONS["num_return_sequences"]: 0}, "num_return_sequences is 0, must be 1 to 64"),
         ({contract.OPTIONS["thinking_token_budget"]: -1}, "thinking_token_budget is -1, must be at least 0"),

@@ -104,9 +104,9 @@ def test_the_end_token_can_be_another_or_none(plain: Path, end_id: int | None, e
 @pytest.mark.parametrize(
     ("params", "options", "message"),
     [
-        ({"end_id": VOCAB_SIZE}, {}, "end_id is 352, the model has 352 tokens"),
-        ({"end_id": 3}, {"guide_type": "json"}, "end_id can't be given with guided decoding"),
-        ({"end_id": -1}, {"guide_type": "json"}, "end_id can't be given with guided decoding"),
+        ({"end_id": VOCAB_SIZE}, {}, "end_id is 352, must be below the vocabulary size, 352"),
+        ({"end_id": 3}, {"guide_type": "json"}, "end_id can't be combined with guided decoding"),
+        ({"end_id": -1}, {"guide_type": "json"}, "end_id can't be combined with guided decoding"),
         ({}, {"guide_type": "jsn"}, "guided_decoding_guide_type is 'jsn', must be one of json"),
         ({}, {"guide_type": "json_schema"}, "guided_decoding_guide is empty: send a json_schema"),
         ({}, {"guide_type": "json_schema", "guide": "{"}, "the json_schema is not JSON"),

@@ -494,7 +494,7 @@ def test_waiting_too_long_is_an_error_and_so_is_running_too_long() -> None:
     assert waiting.error is None
     engine.now = 1.5
     engine.step()
-    assert waiting.error == "the request ran out of time after 1500 ms, waiting for a slot"
+    assert waiting.error == "the request timed out after 1500 ms, waiting for a slot"
     assert waiting.error_kind == "unavailable" and running.error is None
     engine.now = 2.5
     engine.step()

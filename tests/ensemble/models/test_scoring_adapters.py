@@ -124,7 +124,7 @@ def test_a_calibration_is_used_for_its_own_labels_in_their_order_alone(parts: An
         ((strings(contract.TEXT_INPUT, [""]),), "text_input is empty"),
         ((strings(contract.TEXT_INPUT, ["a", "b"]),), r"text_input has shape [1, 2], must be [texts, 1]"),
         ((strings(contract.TEXT_INPUT, ["a"]), strings(contract.LABELS, ["a"])), "labels holds 1 label"),
-        ((strings(contract.TEXT_INPUT, ["a"]), strings(contract.LABELS, ["a", "a"])), "is there twice"),
+        ((strings(contract.TEXT_INPUT, ["a"]), strings(contract.LABELS, ["a", "a"])), "is a duplicate"),
         ((strings(contract.MESSAGES, ["[]"]),), "messages is empty"),
         ((strings(contract.TEXT_INPUT, ["a" * 70]),), "the prompt has 70 tokens"),
     ],

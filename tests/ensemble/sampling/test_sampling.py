@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from deepseek_triton.ensemble.engine.runners.base import DeviceSampling
 from deepseek_triton.ensemble.sampling import Sampler, SamplingError, SamplingParams
 from deepseek_triton.ensemble.sampling.candidates import NUCLEUS_CANDIDATES
-from deepseek_triton.ensemble.sampling.sampler import MAX_LOOKED_AT
+from deepseek_triton.ensemble.sampling.sampler import MAX_CHECKED
 from deepseek_triton.ensemble.sampling.seeds import CounterRandom, sequence_seed
 
 Logits = NDArray[np.float32]
@@ -208,7 +208,7 @@ def test_logits_that_cannot_be_sampled(bad: float, params: dict[str, Any]) -> No
         logits[:] = bad
     else:
         logits[4] = bad
-    with pytest.raises(SamplingError, match="not finite; the checkpoint or its precision is at fault"):
+    with pytest.raises(SamplingError, match="not finite; check the checkpoint and its precision"):
         Sampler(SamplingParams(**params)).sample(logits)
 
 
@@ -258,7 +258,7 @@ def test_a_mask_says_which_tokens_may_come(dtype: type[np.generic]) -> None:
 
 
 def test_a_step_that_allows_nothing() -> None:
-    message = "no token is allowed here: min_tokens, guided decoding and bad_words leave none"
+    message = "no token is allowed here: min_tokens, guided decoding and bad_words exclude all"
     only_3 = np.array([0b1000], np.uint32)
     for params in (SamplingParams(min_tokens=2), SamplingParams(min_tokens=2, top_p=0.5)):
         with pytest.raises(SamplingError, match=message):
@@ -299,7 +299,7 @@ def test_where_none_of_those_drawn_among_is_allowed_the_likeliest_is_taken() -> 
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "seed": 2}, {"top_k": 5, "seed": 2}])
 def test_a_rule_that_refuses_nearly_everything(params: dict[str, Any]) -> None:
     logits = np.linspace(5, 0, 5000, dtype=np.float32)  # the lower the id, the likelier
-    last = MAX_LOOKED_AT - 1
+    last = MAX_CHECKED - 1
     num_asked = 0
 
     def is_allowed(token: int) -> bool:
@@ -308,7 +308,7 @@ def test_a_rule_that_refuses_nearly_everything(params: dict[str, Any]) -> None:
         return token in (last, 4999)
 
     assert Sampler(SamplingParams(**params)).sample(logits, is_allowed=is_allowed).token in (last, 4999)
-    assert num_asked <= 2 * MAX_LOOKED_AT + 9
+    assert num_asked <= 2 * MAX_CHECKED + 9
     with pytest.raises(SamplingError, match="no token is allowed"):
         Sampler(SamplingParams()).sample(logits, is_allowed=lambda token: token == 4999)
 

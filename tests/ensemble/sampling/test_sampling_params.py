@@ -46,7 +46,7 @@ FLOATS = {field: allowed for field, allowed in RANGES.items() if not allowed.is_
         ({"num_log_probs": -1}, "num_log_probs is -1"),
         ({"num_return_sequences": 0}, "num_return_sequences is 0, must be 1 to 64"),
         ({"num_return_sequences": 65, "temperature": 1.0}, "num_return_sequences is 65"),
-        ({"num_return_sequences": 2}, "num_return_sequences is 2, but the likeliest text is always the same; give a"),
+        ({"num_return_sequences": 2}, "num_return_sequences is 2, but greedy sequences would all be equal; give a"),
         ({"num_return_sequences": 2, "temperature": 0.0, "top_p": 0.5}, "num_return_sequences is 2, but"),
     ],
 )

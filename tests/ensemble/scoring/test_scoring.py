@@ -166,7 +166,7 @@ def test_a_profile_at_fault(fields: dict[str, Any], message: str) -> None:
     [
         ([], "labels holds 0 label"),
         (["a"], "labels holds 1 label"),
-        (["a", "b", "a"], r"labels\[2\] is 'a', which is there twice"),
+        (["a", "b", "a"], r"labels\[2\] is 'a', which is a duplicate"),
         (["a", ""], r"labels\[1\] is '', must be text"),
         ([str(n) for n in range(1000)], "labels holds 1000 labels, must hold at most 256"),
     ],
@@ -245,13 +245,13 @@ def test_prompts_at_fault(tokenizer: Tokenizer) -> None:
         ((" \n", None), "text_input is empty"),
         ((None, None), "give either text_input or messages"),
         (("x", "[]"), "give either text_input or messages"),
-        (("123456", None), "the prompt has 6 tokens, its labels 5 more; at most 10 in all"),
+        (("123456", None), "the prompt has 6 tokens and its labels 5; at most 10 are allowed"),
         ((b"\xff", None), "text_input is not UTF-8"),
     ):
         with pytest.raises(TextError, match=message):
             prompter.row(arguments[0], arguments[1], labels)
     assert len(prompter.row("12345", None, labels)[0]) == 10
-    with pytest.raises(ScoringProfileError, match="labels is missing, and the model was built without"):
+    with pytest.raises(ScoringProfileError, match="labels is missing, and the model has no default labels"):
         prompter.labels_of(None)
     with pytest.raises(TextError, match=r"labels\[1\] is not UTF-8"):
         prompter.labels_of([b"a", b"\xff"])
@@ -280,7 +280,7 @@ def test_a_row_begins_with_a_prefix_only_where_something_of_its_prompt_is_left()
 def test_labels_that_are_the_same_tokens_are_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     prompter = Prompter(ScoringProfile(), tokenizer)
     monkeypatch.setattr(tokenizer, "encode_continuation", lambda text: ints(*text.lower().encode()))
-    with pytest.raises(ScoringProfileError, match="labels 'Yes' and 'yes' are the same tokens: drop one"):
+    with pytest.raises(ScoringProfileError, match="labels 'Yes' and 'yes' have the same tokens: drop one"):
         prompter.row("x", None, ("Yes", "yes"))
 
 

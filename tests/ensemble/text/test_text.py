@@ -140,7 +140,7 @@ def test_limits_from_training_do_not_cut_prompts(tmp_path: Path) -> None:
         ("", "text_input is empty: send"),
         (b"", "text_input is empty: send"),
         (b"ok \xff\xfe", r"text_input is not UTF-8 \(byte 3\)"),
-        ("half \ud83d", "text_input holds half a surrogate pair"),
+        ("half \ud83d", "text_input holds a lone surrogate"),
     ],
 )
 def test_bad_text(text: str | bytes, message: str) -> None:
@@ -227,9 +227,9 @@ def test_text_parts_and_tool_calls() -> None:
         ('[{"role": "user", "content": "Hi"}, {"role": "user"}]', r"messages\[1\]\.content is missing"),
         ('[{"role": "user", "content": null}]', r"messages\[0\]\.content is missing"),
         ('[{"role": "user", "content": 1}]', r"messages\[0\]\.content must be a string"),
-        ('[{"role": "user", "content": ["Hi"]}]', r"content\[0\] must be .* this model reads text alone"),
+        ('[{"role": "user", "content": ["Hi"]}]', r"content\[0\] must be .* this model accepts text only"),
         ('[{"role": "user", "content": [{"type": "image_url"}]}]', r"content\[0\] must be"),
-        ('[{"role": "user", "content": "\\ud83d"}]', "messages holds half a surrogate pair"),
+        ('[{"role": "user", "content": "\\ud83d"}]', "messages holds a lone surrogate"),
     ],
 )
 def test_bad_messages(messages: str | bytes, message: str) -> None:
