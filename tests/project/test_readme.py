@@ -1,9 +1,10 @@
 """README.md and the pages that show how to begin: their commands and programs are run; the tree is the files'.
 
-    ```bash     run as it stands against a real server, but for three kinds of line:
+    ```bash     run as it stands against a real server, but for four kinds of line:
                   make …                    a target of the Makefile
                   deepseek-triton build …   options that the command has; so with the others of PARSED
                   docker …                  not run; a --target is a stage of the Dockerfile
+                  . .venv/bin/activate, pip install …, deepseek-triton serve …   not run: the tests have all that
     ```python   run as it stands against a real server
     ```text     what a command prints, or the tree
 
@@ -66,7 +67,9 @@ BLOCKS = [block for page in PAGES for block in read_blocks((ROOT / page).read_te
 LINES = [line for block in BLOCKS if block.language == "bash" for line in block.lines]
 # They take a checkpoint of the reader's: only their options are checked.
 PARSED = tuple(f"deepseek-triton {command} " for command in ("build", "compare", "evaluate", "fit", "tune"))
-NOT_RUN = ("make ", *PARSED, "docker ")
+# What the tests' environment has already: a server, and the packages.
+THERE_ALREADY = (". .venv/bin/activate", "pip install ", "deepseek-triton serve ")
+NOT_RUN = ("make ", *PARSED, *THERE_ALREADY, "docker ")
 
 
 def runnable(block: Block) -> str:
