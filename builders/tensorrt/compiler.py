@@ -10,7 +10,7 @@ from typing import Any
 
 from deepseek_triton.builders.tensorrt.errors import EngineError, UnsupportedGpuError
 from deepseek_triton.ensemble.artefacts.tensorrt_api import TensorRTError, load_tensorrt
-from deepseek_triton.ensemble.engine.runners.cuda_runtime import device_compute_capability
+from deepseek_triton.ensemble.engine.cuda_runtime import device_compute_capability
 
 PRECISIONS = ("fp32", "fp16", "fp8")
 FP8_COMPUTE_CAPABILITY = "8.9"  # Ada; the first with FP8 matrix multiplication

@@ -11,7 +11,7 @@ from typing import Any
 
 from deepseek_triton.builders.tensorrt.compiler import CompileTarget
 from deepseek_triton.ensemble.artefacts.tensorrt_api import Messages, make_logger
-from deepseek_triton.ensemble.engine.runners.cuda_runtime import device_compute_capability
+from deepseek_triton.ensemble.engine.cuda_runtime import device_compute_capability
 
 log = logging.getLogger(__name__)
 

@@ -50,6 +50,9 @@ ARROWS = {
     "clients know of the rest only the contract": Arrow(("clients",), ("builders", "ensemble"), allowed=CONTRACT),
     "builders don't know the runners": Arrow(("builders",), ("ensemble.engine.runners",)),
     "what runs inside Triton knows neither builders nor clients": Arrow(("ensemble",), ("builders", "clients")),
+    "a decoder's structure depends on nothing": Arrow(
+        ("ensemble.decoder",), (*PRODUCT, "numpy", "onnx"), allowed=("ensemble.decoder",)
+    ),
     "the contract is a leaf": Arrow(CONTRACT, PRODUCT, allowed=CONTRACT),
     "only the command line starts clients and servers": Arrow(
         ("builders",),
@@ -98,13 +101,21 @@ def module_name(path: Path) -> str:
 
 
 def imported_modules(source: str, module: str) -> Iterator[str]:
-    """Every module that `source` names in an import, those inside functions and strings of import_module included."""
+    """Every module that `source` names in an import, those inside functions and strings of import_module included.
+
+    The project's own are named by their folders, without the common name before.
+    """
+    for name in imported_names(source, module):
+        yield name.removeprefix("deepseek_triton.")
+
+
+def imported_names(source: str, module: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: relative import"
-            # `from ensemble import server` imports ensemble.server.tritonserver
+            # `from deepseek_triton.ensemble import server` imports ensemble.server
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
             yield from (str(argument.value) for argument in node.args[:1] if isinstance(argument, ast.Constant))
@@ -142,21 +153,21 @@ def test_imports_point_one_way(arrow: Arrow) -> None:
 @pytest.mark.parametrize(
     ("module", "source", "rule"),
     [
-        ("clients.http", "from ensemble import server", "clients know of the rest only the contract"),
-        ("clients.http", "def f():\n    import builders", "clients know of the rest only the contract"),
+        ("clients.http", "from deepseek_triton.ensemble import server", "clients know of the rest only the contract"),
+        ("clients.http", "def f():\n    import deepseek_triton.builders", "clients know of the rest only the contract"),
         (
             "builders.checkpoint.spec",
-            "import ensemble.engine.runners.onnx as o",
+            "import deepseek_triton.ensemble.engine.runners.onnx as o",
             "builders don't know the runners",
         ),
         (
             "builders.checkpoint.spec",
-            "from ensemble.engine import runners",
+            "from deepseek_triton.ensemble.engine import runners",
             "builders don't know the runners",
         ),
         (
             "builders.repository.check",
-            "from clients import cli",
+            "from deepseek_triton.clients import cli",
             "only the command line starts clients and servers",
         ),
         (
@@ -171,7 +182,7 @@ def test_imports_point_one_way(arrow: Arrow) -> None:
         ),
         (
             "ensemble.protocol.contract",
-            "from ensemble.text.tokenizer import Tokenizer",
+            "from deepseek_triton.ensemble.text.tokenizer import Tokenizer",
             "the contract is a leaf",
         ),
         ("loadtest.compare", "import locust", "only what Locust runs may import what gevent patches"),

@@ -32,8 +32,8 @@ from deepseek_triton.ensemble.artefacts.tensorrt_api import (
     load_tensorrt,
     make_logger,
 )
+from deepseek_triton.ensemble.engine.cuda_runtime import Cuda, CudaError, load_cuda
 from deepseek_triton.ensemble.engine.runners.base import Decoded, DeviceSampling, Ids, Logits, RunnerError
-from deepseek_triton.ensemble.engine.runners.cuda_runtime import Cuda, CudaError, load_cuda
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 
 log = logging.getLogger(__name__)

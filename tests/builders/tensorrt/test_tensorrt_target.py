@@ -19,7 +19,7 @@ from deepseek_triton.builders.tensorrt.errors import EngineError, UnsupportedGpu
 from deepseek_triton.builders.tensorrt.inspector import EngineLayer, parse_layers
 from deepseek_triton.builders.tensorrt.progress import ProgressTracker
 from deepseek_triton.ensemble.artefacts.tensorrt_api import Messages
-from deepseek_triton.ensemble.engine.runners.cuda_runtime import device_compute_capability
+from deepseek_triton.ensemble.engine.cuda_runtime import device_compute_capability
 from tests.support.fake_tensorrt import FakeCudaRuntime
 
 DATACENTER = SimpleNamespace(__version__="10.15.1.29")  # builds for the GPU that is here: no ComputeCapability
