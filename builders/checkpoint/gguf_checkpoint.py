@@ -13,7 +13,7 @@ from deepseek_triton.builders.checkpoint.gguf_metadata import from_gguf
 from deepseek_triton.builders.checkpoint.tensor_checks import FETCH_AGAIN, check_tensors, naming_file, update_digest
 from deepseek_triton.builders.errors import CheckpointError, UnsupportedError
 from deepseek_triton.ensemble.decoder.architectures import ARCHITECTURES
-from deepseek_triton.ensemble.decoder.gqa import K, Q
+from deepseek_triton.ensemble.decoder.part import Linear
 from deepseek_triton.ensemble.decoder.spec import layer_prefix
 from deepseek_triton.ensemble.text.errors import one_line
 
@@ -61,10 +61,12 @@ class GGUFCheckpoint:
         return {f"{old}.{kind}": f"{new}.{kind}" for old, new in pairs.items() for kind in ("weight", "bias")}
 
     def _interleaved_heads(self) -> dict[str, int]:
-        """Modules whose rows lie in llama.cpp's order, which rotates neighbouring channels, and their heads."""
+        """Modules whose rows lie in llama.cpp's order (it rotates neighbouring channels) → their number of heads."""
         if not ARCHITECTURES[self.spec.architecture].gguf_interleaves_heads:
             return {}
-        return {Q: self.spec.num_heads, K: self.spec.num_kv_heads}
+        layers = range(self.spec.num_layers)
+        modules = (module for layer in layers for part in self.spec.parts(layer) for module in part.modules)
+        return {m.module: m.rotary_heads for m in modules if isinstance(m, Linear) and m.rotary_heads}
 
     def read(self, name: str) -> Array:
         import gguf

@@ -16,7 +16,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.builders.graph.float8 import Float8Linear
-from deepseek_triton.ensemble.decoder.architectures import TAP_OF
 from deepseek_triton.ensemble.decoder.spec import ModelSpec
 
 
@@ -40,6 +39,7 @@ class Artefact:
         except Exception as error:  # protobuf raises its own DecodeError
             raise ArtefactError(f"{path} is not an ONNX graph: {error}") from error
         self._tensors: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
+        self._inputs: dict[str, str] = {node.input[1]: node.input[0] for node in graph.node if node.op_type == "MatMul"}
         if "model.embed_tokens.weight" not in self._tensors:
             raise ArtefactError(f"{path} is not a decoder graph of this project: it has no model.embed_tokens.weight")
 
@@ -69,10 +69,9 @@ class Artefact:
         name = f"{module}.weight"
         if self._tensor(name).data_type != TensorProto.FLOAT8E4M3FN:
             return None
-        layer, short = ".".join(module.split(".")[:3]), ".".join(module.split(".")[3:])
         # A dynamic scale's constant is 1: it is told by the nodes' other constants.
         is_dynamic = "min_token_scale" in self._tensors
-        input_scale = None if is_dynamic else float(self._array(f"{layer}.{TAP_OF[short]}.input_scale"))
+        input_scale = None if is_dynamic else float(self._array(f"{self._input(module)}.input_scale"))
         bias = self._array(f"{module}.bias") if f"{module}.bias" in self._tensors else None
         return Float8Linear(
             self._array(name).T,
@@ -89,6 +88,13 @@ class Artefact:
     def precision_of(self, module: str) -> str:
         """The dtype that the module's weight is stored in, in ONNX's words: FLOAT8E4M3FN, FLOAT16, FLOAT."""
         return str(TensorProto.DataType.Name(self._tensor(f"{module}.weight").data_type))
+
+    def _input(self, module: str) -> str:
+        """The value that an FP8 layer reads, before it is rounded."""
+        rounded = self._inputs.get(f"{module}.weight.dequantized")
+        if rounded is None:
+            raise ArtefactError(f"{self.path} has no matrix product of {module}.weight: not a graph of this project")
+        return rounded.removesuffix(".dequantized")
 
     def _tensor(self, name: str) -> TensorProto:
         if name not in self._tensors:

@@ -65,7 +65,7 @@ class Recipe:
     def precision_of(self, module: str) -> Precision:
         """What a module, by its Hugging Face name without `.weight`, is stored and multiplied in."""
         # Embedding, head and norms are not among these.
-        is_linear = module.startswith("model.layers.") and module.endswith(LINEAR_MODULES)
+        is_linear = any(fnmatchcase(module, f"model.layers.*.{pattern}") for pattern in LINEAR_MODULES)
         is_kept = any(fnmatchcase(module, pattern) for pattern in self.keep)
         return "fp8" if is_linear and not is_kept else "network"
 

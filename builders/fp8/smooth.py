@@ -51,7 +51,7 @@ def smooth_layer(
         tap → what its channels were divided by, [in].
     """
     divided = {}
-    for part, tap in ((owner, tap) for owner in parts for tap in owner.TAPS):
+    for part, tap in ((owner, tap) for owner in parts for tap in owner.taps):
         readers = [weights[f"{module}.weight"] for module in tap.modules]
         shared = part.shared_channels(tap.value)
         if shared is None:

@@ -74,7 +74,7 @@ class DecoderShape:
     @cached_property
     def matrices(self) -> dict[str, tuple[int, int]]:
         """The fused matrices of a layer, [out, in], in the order in which they are used."""
-        return {name: fused_shape(part, name) for part in self.parts for name in part.FUSED}
+        return {name: fused_shape(part, name) for part in self.parts for name in part.fused}
 
     def cache_bytes(self, num_sequences: int, itemsize: int = 2) -> int:
         """Bytes that `num_sequences` whole sequences have in the caches of all layers."""

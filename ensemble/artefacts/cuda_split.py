@@ -62,7 +62,7 @@ class ShardedDecoder:
         matrix, _, kind = name.rpartition(".")
         matrix = matrix.rpartition(".")[2]
         for part in self.whole.parts:
-            if matrix in part.FUSED:
+            if matrix in part.fused:
                 return part.shard(matrix, kind, self.rank, self.size)
         return WHOLE
 

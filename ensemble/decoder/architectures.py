@@ -17,10 +17,9 @@ from deepseek_triton.ensemble.decoder.part import Part
 if TYPE_CHECKING:
     from deepseek_triton.ensemble.decoder.spec import ModelSpec
 
-# Every kind of part, so that what depends on names alone (a recipe's patterns, say) needs no model.
 PARTS: tuple[type[Part], ...] = (GroupedQueryAttention, DenseMlp)
-TAP_OF = {module: tap.value for part in PARTS for tap in part.TAPS for module in tap.modules}
-LINEAR_MODULES = tuple(TAP_OF)
+# Patterns of the linear layers of every kind of part: a recipe is told modules' names and no model.
+LINEAR_MODULES = tuple(pattern for part in PARTS for pattern in part.LINEARS)
 
 
 def dense_layer(spec: ModelSpec, layer: int) -> tuple[Part, ...]:

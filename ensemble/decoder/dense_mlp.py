@@ -33,8 +33,7 @@ class DenseMlp:
     intermediate_size: int
     has_bias: bool = False
 
-    FUSED: ClassVar[dict[str, tuple[str, ...]]] = {"gate_up": (GATE, UP), "down": (DOWN,)}
-    TAPS: ClassVar[tuple[Tap, ...]] = (Tap(NORM, (GATE, UP), producer=NORM), Tap(PRODUCT, (DOWN,), producer=UP))
+    LINEARS: ClassVar[tuple[str, ...]] = (GATE, UP, DOWN)
 
     @property
     def modules(self) -> tuple[Norm | Linear, ...]:
@@ -46,6 +45,16 @@ class DenseMlp:
             Linear(UP, "ffn_up", inner, hidden, self.has_bias),
             Linear(DOWN, "ffn_down", hidden, inner, self.has_bias),
         )
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """See `Part`."""
+        return Tap(NORM, (GATE, UP), producer=NORM), Tap(PRODUCT, (DOWN,), producer=UP)
+
+    @property
+    def fused(self) -> dict[str, tuple[str, ...]]:
+        """All of gate, then all of up; and down."""
+        return {"gate_up": (GATE, UP), "down": (DOWN,)}
 
     @property
     def cache(self) -> tuple[CacheTensor, ...]:

@@ -36,8 +36,7 @@ class GroupedQueryAttention:
     o_bias: bool = False
     qk_norm: bool = False
 
-    FUSED: ClassVar[dict[str, tuple[str, ...]]] = {"qkv": (Q, K, V), "o": (OUT,)}
-    TAPS: ClassVar[tuple[Tap, ...]] = (Tap(NORM, (Q, K, V), producer=NORM), Tap(ATTENDED, (OUT,), producer=V))
+    LINEARS: ClassVar[tuple[str, ...]] = (Q, K, V, OUT)
 
     @property
     def q_size(self) -> int:
@@ -60,13 +59,23 @@ class GroupedQueryAttention:
 
         return (
             Norm(NORM, "attn_norm", "attention_norm", hidden),
-            Linear(Q, "attn_q", self.q_size, hidden, self.qkv_bias),
+            Linear(Q, "attn_q", self.q_size, hidden, self.qkv_bias, self.num_heads),
             *head_norm("q"),
-            Linear(K, "attn_k", self.kv_size, hidden, self.qkv_bias),
+            Linear(K, "attn_k", self.kv_size, hidden, self.qkv_bias, self.num_kv_heads),
             *head_norm("k"),
             Linear(V, "attn_v", self.kv_size, hidden, self.qkv_bias),
             Linear(OUT, "attn_output", hidden, self.q_size, self.o_bias),
         )
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """See `Part`."""
+        return Tap(NORM, (Q, K, V), producer=NORM), Tap(ATTENDED, (OUT,), producer=V)
+
+    @property
+    def fused(self) -> dict[str, tuple[str, ...]]:
+        """Query heads, key heads, then value heads; and o."""
+        return {"qkv": (Q, K, V), "o": (OUT,)}
 
     @property
     def cache(self) -> tuple[CacheTensor, ...]:

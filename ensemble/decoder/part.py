@@ -23,13 +23,17 @@ class Norm:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer's weight [out_features, in_features], and its bias [out_features] where it has one."""
+    """A linear layer's weight [out_features, in_features], and its bias [out_features] where it has one.
+
+    rotary_heads: heads in its output that get a rotary embedding; 0: none.
+    """
 
     module: str
     gguf: str
     out_features: int
     in_features: int
     has_bias: bool = False
+    rotary_heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,16 +98,23 @@ def part_of(start: int, rank: int, width: int) -> slice:
 class Part(Protocol):
     """One part of a decoder layer.
 
-    FUSED: stored matrix → the modules whose rows it holds, in order; they read one input. TAPS: see `Tap`. Modules are
-    named as in Hugging Face's checkpoints, without the layer's prefix.
+    Modules are named as in Hugging Face's checkpoints, without the layer's prefix. LINEARS: patterns (`*` any
+    characters) of the linear layers that may be FP8; a recipe matches names with them and has no model.
     """
 
-    FUSED: ClassVar[dict[str, tuple[str, ...]]]
-    TAPS: ClassVar[tuple[Tap, ...]]
+    LINEARS: ClassVar[tuple[str, ...]]
 
     @property
     def modules(self) -> tuple[Norm | Linear, ...]:
         """Its modules in the order in which the graph reads them; the norm before it comes first."""
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """The values that its linear layers read, in the order in which they are computed."""
+
+    @property
+    def fused(self) -> dict[str, tuple[str, ...]]:
+        """Stored matrix → the modules whose rows it holds, in order; they read one input."""
 
     @property
     def cache(self) -> tuple[CacheTensor, ...]:
@@ -119,11 +130,11 @@ class Part(Protocol):
         """What each of `size` ranks computes."""
 
     def shard(self, matrix: str, kind: str, rank: int, size: int) -> Shard:
-        """A rank's share of one of the FUSED matrices; kind: "weight", "scale" or "bias"."""
+        """A rank's share of one of its fused matrices; kind: "weight", "scale" or "bias"."""
 
 
 def fused_shape(part: Part, matrix: str) -> tuple[int, int]:
-    """[out_features, in_features] of one of a part's FUSED matrices."""
+    """[out_features, in_features] of one of a part's fused matrices."""
     linears = [module for module in part.modules if isinstance(module, Linear)]
-    members = [linear for linear in linears if linear.module in part.FUSED[matrix]]
+    members = [linear for linear in linears if linear.module in part.fused[matrix]]
     return sum(linear.out_features for linear in members), members[0].in_features

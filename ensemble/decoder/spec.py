@@ -97,7 +97,7 @@ class ModelSpec:
 
     def taps(self, layer: int) -> tuple[Tap, ...]:
         """The values that a layer's linear layers read."""
-        return tuple(tap for part in self.parts(layer) for tap in part.TAPS)
+        return tuple(tap for part in self.parts(layer) for tap in part.taps)
 
     def cache_elements(self) -> int:
         """Elements of one token in the caches of all layers."""

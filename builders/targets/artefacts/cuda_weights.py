@@ -159,7 +159,7 @@ def _stored_as(spec: ModelSpec, recipe: Recipe | None) -> tuple[frozenset[str], 
 
 def _fused(spec: ModelSpec, layer: int) -> dict[str, tuple[str, ...]]:
     """Stored matrix → the modules whose rows it holds."""
-    return {matrix: modules for part in spec.parts(layer) for matrix, modules in part.FUSED.items()}
+    return {matrix: modules for part in spec.parts(layer) for matrix, modules in part.fused.items()}
 
 
 def _layer(
