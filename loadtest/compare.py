@@ -27,7 +27,7 @@ from deepseek_triton.loadtest.intervals import (
     Floats,
     Measure,
     Resample,
-    Run,
+    ResampledRun,
     difference,
     resample,
 )
@@ -67,7 +67,9 @@ def compare(a: LoadTestResult, b: LoadTestResult, *, num_resamples: int = NUM_RE
     return Comparison(differences, num_blocks, a.profile.duration_s / num_blocks, is_paired)
 
 
-def _difference(measure: Measure, runs: tuple[Run, Run], draws: Sequence[Resample], num_blocks: int) -> Difference:
+def _difference(
+    measure: Measure, runs: tuple[ResampledRun, ResampledRun], draws: Sequence[Resample], num_blocks: int
+) -> Difference:
     """Return the difference; without an interval if there are too few blocks or requests above a percentile."""
     found = difference(measure, runs, draws, num_blocks)
     is_thin = measure.num_beyond is not None and any(measure.num_beyond(run.figures) < MIN_BEYOND for run in runs)
@@ -87,9 +89,9 @@ def _num_blocks(a: LoadTestResult, b: LoadTestResult) -> int:
     return max(num_blocks, 1)
 
 
-def _run(result: LoadTestResult, num_blocks: int) -> Run:
+def _run(result: LoadTestResult, num_blocks: int) -> ResampledRun:
     seconds = result.profile.duration_s
-    return Run(figures_of(result.samples, seconds, num_blocks), seconds)
+    return ResampledRun(figures_of(result.samples, seconds, num_blocks), seconds)
 
 
 def figures_of(samples: Sequence[Sample], duration_s: float, num_blocks: int) -> Figures:

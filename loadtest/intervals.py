@@ -74,7 +74,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Run:
+class ResampledRun:
     """A run's counted requests and its duration in seconds."""
 
     figures: Figures
@@ -135,7 +135,7 @@ Resample = tuple[float | None, ...]  # one value for each run
 
 
 def resample(
-    runs: Sequence[Run],
+    runs: Sequence[ResampledRun],
     measures: Sequence[Measure],
     num_blocks: int,
     *,
@@ -172,7 +172,11 @@ def interval(
 
 
 def difference(
-    measure: Measure, runs: tuple[Run, Run], draws: Sequence[Resample], num_blocks: int, confidence: float = CONFIDENCE
+    measure: Measure,
+    runs: tuple[ResampledRun, ResampledRun],
+    draws: Sequence[Resample],
+    num_blocks: int,
+    confidence: float = CONFIDENCE,
 ) -> Difference:
     """Return the difference of one measure of two runs; `draws` are its bootstrap samples."""
     changes = [None if one is None or other is None else other - one for one, other in draws]

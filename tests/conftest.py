@@ -19,6 +19,7 @@ MAX_SEQ_LEN = 512
 SHARED = ("server", "smollm2_repository")  # fixtures that are dear: one worker makes each, and runs what uses it
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep a file's tests on one worker, and all tests of the shared server on one; start with the longest groups."""
     for item in items:

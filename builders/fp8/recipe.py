@@ -1,6 +1,6 @@
 """Recipe: the one answer to «what precision has module X», and how its numbers are chosen.
 
-Frozen data; `quantize.py` carries it out. The named recipes are those that benchmarks/fp8_quality.py compares.
+Frozen data; `quantizer.py` carries it out. The named recipes are those that benchmarks/fp8_quality.py compares.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from deepseek_triton.builders.fp8.calibrate import Calibration, Report
 from deepseek_triton.builders.fp8.e4m3 import Float32
 from deepseek_triton.builders.fp8.evaluate import Final, compare
 from deepseek_triton.builders.fp8.layer_session import Ids, embed, final_norm, layer_session
-from deepseek_triton.builders.fp8.quantize import Quantizer
+from deepseek_triton.builders.fp8.quantizer import Quantizer
 from deepseek_triton.builders.fp8.recipe import Recipe
 from deepseek_triton.builders.graph.decoder import DTYPES
 from deepseek_triton.builders.graph.float8 import Float8Linear

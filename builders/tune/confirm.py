@@ -24,7 +24,7 @@ from deepseek_triton.loadtest.intervals import (
     Difference,
     Figures,
     Measure,
-    Run,
+    ResampledRun,
     difference,
     interval,
     resample,
@@ -170,10 +170,10 @@ def _throughput(one: Confirmed) -> float:
     return one.requests_per_s.value if one.requests_per_s else 0.0
 
 
-def _run(column: Sequence[Measurement]) -> Run:
+def _run(column: Sequence[Measurement]) -> ResampledRun:
     """Return one configuration's rounds as the blocks of one run."""
     counts = [len(result.latencies_ms) for result in column]
     latency_s = np.concatenate([np.array(result.latencies_ms) / 1e3 for result in column])
     none, zero = np.full(len(latency_s), np.nan), np.zeros(len(latency_s))
     block = np.repeat(np.arange(len(column)), counts)
-    return Run(Figures(block, latency_s, none, none, zero, zero), sum(result.seconds for result in column))
+    return ResampledRun(Figures(block, latency_s, none, none, zero, zero), sum(result.seconds for result in column))

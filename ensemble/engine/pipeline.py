@@ -36,7 +36,7 @@ MAX_SHARE_LEFT_OUT = 0.25
 LATE_SHARE = 0.02  # if waiting took less than this share of a call's time, the call had ended before the wait
 
 
-class Part(NamedTuple):
+class StepPart(NamedTuple):
     """One sequence's part of a call: it fills `num_tokens` positions of the slot, and gives a token if `gives_token`.
 
     row: index of the token in the call's results. sampling: the device sampling; None: the host chooses from logits.
@@ -54,7 +54,7 @@ class Call:
     """One decode or prefill of the runner; begun_at is in seconds."""
 
     kind: Literal["decode", "prefill"]
-    parts: Sequence[Part]
+    parts: Sequence[StepPart]
     begun_at: float
 
     @property
@@ -173,7 +173,7 @@ class StepPipeline:
         except Exception as error:  # if the runner is broken, the next call fails too
             log.error("abandoning steps failed", exc_info=error)
 
-    def _decode_parts(self, sequences: Sequence[TokenSequence]) -> list[Part]:
+    def _decode_parts(self, sequences: Sequence[TokenSequence]) -> list[StepPart]:
         """Return the parts of the sequences that can decode now; none if too many would be left out."""
         parts, num_left_out = [], 0
         for sequence in sequences:
@@ -184,14 +184,14 @@ class StepPipeline:
                 num_left_out += 1
                 continue
             assert sequence.slot is not None
-            parts.append(Part(sequence, 1, sequence.slot, True, sampling))
+            parts.append(StepPart(sequence, 1, sequence.slot, True, sampling))
         return [] if num_left_out > MAX_SHARE_LEFT_OUT * (num_left_out + len(parts)) else parts
 
-    def _prefill_part(self, chunk: PrefillChunk, row: int) -> Part:
+    def _prefill_part(self, chunk: PrefillChunk, row: int) -> StepPart:
         sequence = chunk.sequence
         gives_token = sequence.num_begun + chunk.num_tokens >= len(sequence.request.prompt_ids)
         sampling = self._sampling(sequence) if gives_token and self._runner.packs_prompts else None
-        return Part(sequence, chunk.num_tokens, row, gives_token, sampling)
+        return StepPart(sequence, chunk.num_tokens, row, gives_token, sampling)
 
     def _sampling(self, sequence: TokenSequence) -> DeviceSampling | None:
         sampling = device_sampling(sequence)

@@ -12,22 +12,24 @@ from deepseek_triton.loadtest.intervals import (
     REQUESTS_PER_S,
     Figures,
     Floats,
-    Run,
+    ResampledRun,
     difference,
     interval,
     resample,
 )
 
 
-def run_of(latencies_s: list[Floats], seconds: float) -> Run:
+def run_of(latencies_s: list[Floats], seconds: float) -> ResampledRun:
     """A run without failures; an array for each block."""
     count = sum(map(len, latencies_s))
     none = np.full(count, math.nan)
     blocks = np.repeat(np.arange(len(latencies_s)), [len(each) for each in latencies_s])
-    return Run(Figures(blocks, np.concatenate(latencies_s), none, none, np.zeros(count), np.zeros(count)), seconds)
+    return ResampledRun(
+        Figures(blocks, np.concatenate(latencies_s), none, none, np.zeros(count), np.zeros(count)), seconds
+    )
 
 
-def counts_run(counts: Floats) -> Run:
+def counts_run(counts: Floats) -> ResampledRun:
     """So many requests in each second, a second a block."""
     return run_of([np.ones(int(count)) for count in counts], float(len(counts)))
 

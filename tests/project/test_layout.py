@@ -266,3 +266,42 @@ def test_no_file_speaks_of_a_private_machine() -> None:
 def test_a_private_path_is_seen(template: str) -> None:
     assert private_words(template.format("/"))
     assert not private_words(template.format("example/"))
+
+
+def test_one_public_class_name_means_one_thing() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in (path for path in checkout() if path.suffix == ".py" and path.parts[0] in (*PRODUCT, "loadtest")):
+        for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(str(path))
+    homes.pop("TritonPythonModel")  # Triton's own name for every adapter
+    assert {name: places for name, places in homes.items() if len(places) > 1} == {}
+
+
+def imports_when_it_runs(path: Path) -> set[str]:
+    """As `imported_modules`, without what is imported for type checks alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    return set(imported_modules(ast.unparse(tree), module_name(path)))
+
+
+def test_no_modules_of_the_builders_import_each_other_in_a_circle() -> None:
+    imported = {module_name(path): imports_when_it_runs(path) for path in (ROOT / "builders").rglob("*.py")}
+    edges = {
+        module: {other for other in imported if other != module and any(is_in(name, (other,)) for name in names)}
+        for module, names in imported.items()
+    }
+
+    def reachable(start: str) -> set[str]:
+        seen: set[str] = set()
+        stack = list(edges[start])
+        while stack:
+            module = stack.pop()
+            if module not in seen:
+                seen.add(module)
+                stack += edges[module]
+        return seen
+
+    assert [module for module in edges if module in reachable(module)] == []

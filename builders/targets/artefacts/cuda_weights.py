@@ -75,7 +75,8 @@ def write_engine_weights(job: BuildJob) -> tuple[Path, Recipe | None]:
         )  # fmt: skip
         return path, None
     from deepseek_triton.builders.fp8.calibration_text import load_or_calibrate
-    from deepseek_triton.builders.fp8.quantize import NETWORK, Quantizer, settled_recipe
+    from deepseek_triton.builders.fp8.quantize import settled_recipe
+    from deepseek_triton.builders.fp8.quantizer import NETWORK, Quantizer
 
     recipe = chosen_recipe(options)
     check_recipe(recipe)

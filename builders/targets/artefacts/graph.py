@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib.metadata import version as package_version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
 
 from deepseek_triton.builders.fp8.recipe import Recipe, recipe_named
 from deepseek_triton.builders.graph.builder import Progress
 from deepseek_triton.builders.graph.decoder import DTYPES, ScoringMode, build_graph
-from deepseek_triton.builders.repository.options import BuildOptions
-from deepseek_triton.builders.targets.artefacts.target import BuildJob
 from deepseek_triton.ensemble.decoder.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from deepseek_triton.builders.repository.options import BuildOptions
+    from deepseek_triton.builders.targets.artefacts.target import BuildJob
 
 # A build's precision → that of what stays float in it: in an FP8 graph embedding, head, norms and cache.
 NETWORK_OF = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "fp8": "fp16"}

@@ -21,7 +21,8 @@ from deepseek_triton.builders.fp8.e4m3 import encode, least_error_scale, max_sca
 from deepseek_triton.builders.fp8.evaluate import FloatSource, compare, run_model
 from deepseek_triton.builders.fp8.graph_weights import Artefact
 from deepseek_triton.builders.fp8.layer_session import runnable_opset
-from deepseek_triton.builders.fp8.quantize import Quantizer, quantized_graph
+from deepseek_triton.builders.fp8.quantize import quantized_graph
+from deepseek_triton.builders.fp8.quantizer import Quantizer
 from deepseek_triton.builders.fp8.recipe import RECIPES, Recipe, recipe_named
 from deepseek_triton.builders.fp8.sensitivity import float8_bytes, keep_most_sensitive, measure_sensitivity
 from deepseek_triton.builders.graph.decoder import build_graph

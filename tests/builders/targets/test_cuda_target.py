@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from deepseek_triton.builders.checkpoint.reader import open_checkpoint
 from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.builders.fp8.calibrate import calibrate
-from deepseek_triton.builders.fp8.quantize import Quantizer
+from deepseek_triton.builders.fp8.quantizer import Quantizer
 from deepseek_triton.builders.fp8.recipe import RECIPES, Recipe
 from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.check import check_repository

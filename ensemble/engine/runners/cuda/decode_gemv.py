@@ -10,7 +10,7 @@ import triton
 from deepseek_triton.ensemble.engine.runners.cuda.group import Group
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import gemv
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
-from deepseek_triton.ensemble.engine.runners.cuda.linear import Linear
+from deepseek_triton.ensemble.engine.runners.cuda.linear import DeviceLinear
 from deepseek_triton.ensemble.engine.runners.cuda.plan import KernelPlan
 
 
@@ -27,7 +27,7 @@ class DecodeGemv:
         self.attention_amax, self.mlp_amax = launch.empty(1).zero_(), launch.empty(1).zero_()
 
     def norm_gemv(
-        self, hidden: torch.Tensor, norm: torch.Tensor, linear: Linear, out: torch.Tensor, zero: torch.Tensor
+        self, hidden: torch.Tensor, norm: torch.Tensor, linear: DeviceLinear, out: torch.Tensor, zero: torch.Tensor
     ) -> None:
         """out = norm(hidden) @ weight.T + bias; `zero` [1] = 0."""
         n, k = linear.weight.shape
@@ -40,7 +40,7 @@ class DecodeGemv:
             HAS_BIAS=linear.bias is not None, num_warps=tile.num_warps,
         )  # fmt: skip
 
-    def norm_gemv_silu(self, hidden: torch.Tensor, norm: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
+    def norm_gemv_silu(self, hidden: torch.Tensor, norm: torch.Tensor, linear: DeviceLinear, out: torch.Tensor) -> None:
         """out = silu(gate) * up of the normed row; mlp_amax = max |out|; attention_amax = 0."""
         n, k = linear.weight.shape[0] // 2, linear.weight.shape[1]
         columns, or_nothing = triton.next_power_of_2(k), self.launch.or_nothing
@@ -54,7 +54,7 @@ class DecodeGemv:
             HAS_BIAS=linear.bias is not None, num_warps=tile.num_warps,
         )  # fmt: skip
 
-    def residual_gemv(self, x: torch.Tensor, amax: torch.Tensor, linear: Linear, hidden: torch.Tensor) -> None:
+    def residual_gemv(self, x: torch.Tensor, amax: torch.Tensor, linear: DeviceLinear, hidden: torch.Tensor) -> None:
         """hidden += x @ weight.T + bias; amax [1]: max |x|."""
         n, k = linear.weight.shape
         tile, or_nothing = self.plan.gemv[linear.name], self.launch.or_nothing
@@ -65,7 +65,7 @@ class DecodeGemv:
             FP8=linear.is_fp8, HAS_BIAS=linear.bias is not None, num_warps=tile.num_warps,
         )  # fmt: skip
 
-    def add(self, x: torch.Tensor, amax: torch.Tensor, linear: Linear, hidden: torch.Tensor) -> None:
+    def add(self, x: torch.Tensor, amax: torch.Tensor, linear: DeviceLinear, hidden: torch.Tensor) -> None:
         """`residual_gemv` summed over all ranks: rank 0 adds its part to residual and bias, the others to zero."""
         if self._group is not None and self._group.split.rank > 0:
             hidden.zero_()

@@ -8,7 +8,7 @@ import torch
 
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
-from deepseek_triton.ensemble.engine.runners.cuda.linear import Linear
+from deepseek_triton.ensemble.engine.runners.cuda.linear import DeviceLinear
 from deepseek_triton.ensemble.engine.runners.cuda.parts.dense_mlp import DenseMlpWeights
 from deepseek_triton.ensemble.engine.runners.cuda.parts.gqa import GqaWeights
 from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightLoader, WeightSource
@@ -22,7 +22,7 @@ class Layer:
     mlp: DenseMlpWeights
 
     @property
-    def matrices(self) -> tuple[Linear, ...]:
+    def matrices(self) -> tuple[DeviceLinear, ...]:
         """The matrices in the order in which they are used."""
         return *self.attention.matrices, *self.mlp.matrices
 
@@ -38,7 +38,7 @@ class DecoderWeights:
     embedding: torch.Tensor
     layers: list[Layer]
     norm: torch.Tensor
-    head: Linear
+    head: DeviceLinear
     cos: torch.Tensor
     sin: torch.Tensor
 
@@ -67,4 +67,4 @@ class DecoderWeights:
             if missing := split.vocab_width - len(head):  # the last ranks' rows are padded
                 head = torch.nn.functional.pad(head, (0, 0, 0, missing))
         norm, cos, sin = (loader.tensor(name) for name in ("norm", "rope.cos", "rope.sin"))
-        return cls(embedding, layers, norm, Linear("head", head, None, None), cos, sin)
+        return cls(embedding, layers, norm, DeviceLinear("head", head, None, None), cos, sin)

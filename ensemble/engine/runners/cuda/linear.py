@@ -20,7 +20,7 @@ from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightLoader
 
 
 @dataclass(frozen=True)
-class Linear:
+class DeviceLinear:
     """A stored matrix: weight [out, in], E4M3 codes where there is a scale [out]; bias [out] or None.
 
     name: of the matrix within its layer, by which the plan knows it.
@@ -32,7 +32,7 @@ class Linear:
     bias: torch.Tensor | None
 
     @classmethod
-    def load(cls, loader: WeightLoader, name: str) -> Linear:
+    def load(cls, loader: WeightLoader, name: str) -> DeviceLinear:
         """Read the matrix `name`; a weight without a scale is converted to the loader's dtype."""
         scale, bias = loader.optional(f"{name}.scale"), loader.optional(f"{name}.bias")
         return cls(name, loader.tensor(f"{name}.weight", loader.dtype if scale is None else None), scale, bias)
@@ -108,7 +108,7 @@ class LinearOps:
         )  # fmt: skip
         return Rows(out, scale)
 
-    def quantise(self, x: torch.Tensor, linear: Linear) -> Rows:
+    def quantise(self, x: torch.Tensor, linear: DeviceLinear) -> Rows:
         """`x` [rows, in] in the dtype in which `linear` is multiplied."""
         if not linear.is_fp8:
             return Rows(x.to(self.launch.dtype), None)
@@ -133,7 +133,7 @@ class LinearOps:
         )  # fmt: skip
         return Rows(out, scale)
 
-    def multiply(self, x: Rows, linear: Linear) -> Parts:
+    def multiply(self, x: Rows, linear: DeviceLinear) -> Parts:
         """x @ weight.T, without the bias."""
         count, n, k = len(x.values), *linear.weight.shape
         if self.plan.use_library(count):
@@ -151,7 +151,7 @@ class LinearOps:
         )  # fmt: skip
         return Parts(parts)
 
-    def head(self, normed: Rows, head: Linear) -> torch.Tensor:
+    def head(self, normed: Rows, head: DeviceLinear) -> torch.Tensor:
         """Logits [rows, out] float32."""
         if self.plan.use_library(len(normed.values)):
             return torch.mm(normed.values, head.weight.t(), out_dtype=torch.float32)
@@ -171,7 +171,7 @@ class LinearOps:
         return out, self.launch.empty(count) if is_fp8 else None
 
 
-def _library_product(x: Rows, linear: Linear) -> torch.Tensor:
+def _library_product(x: Rows, linear: DeviceLinear) -> torch.Tensor:
     if linear.scale is None or x.scale is None:
         return x.values @ linear.weight.t()
     return torch._scaled_mm(

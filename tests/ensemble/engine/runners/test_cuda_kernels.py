@@ -24,7 +24,7 @@ from deepseek_triton.ensemble.engine.runners.cuda.buffers import Prompts
 from deepseek_triton.ensemble.engine.runners.cuda.decoder import Decoder
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import sampling
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
-from deepseek_triton.ensemble.engine.runners.cuda.linear import Linear, LinearOps, Parts, Rows
+from deepseek_triton.ensemble.engine.runners.cuda.linear import DeviceLinear, LinearOps, Parts, Rows
 from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import PeerBuffers, RowPeerBuffers
 from deepseek_triton.ensemble.engine.runners.cuda.plan import FAST, INVARIANT, Gemv
 from deepseek_triton.ensemble.engine.runners.cuda.prompts import pack
@@ -49,19 +49,19 @@ def decoder(*, is_fp8: bool = True, shape: DecoderShape = SHAPE) -> Decoder:
     return Decoder(shape, source, FAST, DEVICE, dtype=DTYPE, pdl=HAS_GPU)
 
 
-def linear(name: str, n: int, k: int, *, is_fp8: bool, has_bias: bool) -> Linear:
+def linear(name: str, n: int, k: int, *, is_fp8: bool, has_bias: bool) -> DeviceLinear:
     weight, bias = random(n, k, seed=1), random(n, seed=2) if has_bias else None
     if not is_fp8:
-        return Linear(name, weight.to(DTYPE), None, bias)
-    return Linear(name, (weight * 100).to(torch.float8_e4m3fn), random(n, seed=3).abs() / 100, bias)
+        return DeviceLinear(name, weight.to(DTYPE), None, bias)
+    return DeviceLinear(name, (weight * 100).to(torch.float8_e4m3fn), random(n, seed=3).abs() / 100, bias)
 
 
-def matrix(linear: Linear) -> torch.Tensor:
+def matrix(linear: DeviceLinear) -> torch.Tensor:
     weight = linear.weight.double()
     return weight if linear.scale is None else weight * linear.scale.double()[:, None]
 
 
-def rounded(x: torch.Tensor, linear: Linear) -> torch.Tensor:
+def rounded(x: torch.Tensor, linear: DeviceLinear) -> torch.Tensor:
     return round_rows(x.double()) if linear.is_fp8 else x.double()
 
 

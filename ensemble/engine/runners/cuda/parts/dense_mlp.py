@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from deepseek_triton.ensemble.engine.runners.cuda.decode_gemv import DecodeGemv
-from deepseek_triton.ensemble.engine.runners.cuda.linear import Linear, LinearOps
+from deepseek_triton.ensemble.engine.runners.cuda.linear import DeviceLinear, LinearOps
 from deepseek_triton.ensemble.engine.runners.cuda.parts.residual import Residual
 from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightLoader
 
@@ -17,16 +17,16 @@ class DenseMlpWeights:
     """norm: [hidden_size]."""
 
     norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: DeviceLinear
+    down: DeviceLinear
 
     @classmethod
     def load(cls, loader: WeightLoader) -> DenseMlpWeights:
         """Read one layer's."""
-        return cls(loader.tensor("mlp_norm"), Linear.load(loader, "gate_up"), Linear.load(loader, "down"))
+        return cls(loader.tensor("mlp_norm"), DeviceLinear.load(loader, "gate_up"), DeviceLinear.load(loader, "down"))
 
     @property
-    def matrices(self) -> tuple[Linear, ...]:
+    def matrices(self) -> tuple[DeviceLinear, ...]:
         """The matrices in the order in which they are used."""
         return self.gate_up, self.down
 

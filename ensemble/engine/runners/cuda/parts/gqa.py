@@ -9,7 +9,7 @@ import torch
 from deepseek_triton.ensemble.engine.runners.cuda.attention import Attention, Caches
 from deepseek_triton.ensemble.engine.runners.cuda.buffers import Prompts
 from deepseek_triton.ensemble.engine.runners.cuda.decode_gemv import DecodeGemv
-from deepseek_triton.ensemble.engine.runners.cuda.linear import Linear, LinearOps, Parts
+from deepseek_triton.ensemble.engine.runners.cuda.linear import DeviceLinear, LinearOps, Parts
 from deepseek_triton.ensemble.engine.runners.cuda.parts.residual import Residual
 from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightLoader
 
@@ -20,8 +20,8 @@ class GqaWeights:
 
     norm: torch.Tensor
     qk_norms: torch.Tensor | None
-    qkv: Linear
-    o: Linear
+    qkv: DeviceLinear
+    o: DeviceLinear
 
     @classmethod
     def load(cls, loader: WeightLoader, *, qk_norm: bool) -> GqaWeights:
@@ -30,10 +30,10 @@ class GqaWeights:
         qk_norms = None
         if qk_norm:
             qk_norms = torch.stack([loader.tensor("q_norm", dtype), loader.tensor("k_norm", dtype)])
-        return cls(norm, qk_norms, Linear.load(loader, "qkv"), Linear.load(loader, "o"))
+        return cls(norm, qk_norms, DeviceLinear.load(loader, "qkv"), DeviceLinear.load(loader, "o"))
 
     @property
-    def matrices(self) -> tuple[Linear, ...]:
+    def matrices(self) -> tuple[DeviceLinear, ...]:
         """The matrices in the order in which they are used."""
         return self.qkv, self.o
 
