@@ -6,7 +6,6 @@
                   docker …                  not run; a --target is a stage of the Dockerfile
                   . .venv/bin/activate, pip install …, deepseek-triton serve …   not run: the tests have all that
     ```python   run as it stands against a real server
-    ```text     what a command prints, or the tree
 
 A block in another language fails: nothing that could run stays unseen. `make demo`'s output is test_examples' business.
 """
@@ -33,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = ("README.md", "docs/getting-started.md", "docs/serving.md", "docs/targets.md")
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-LANGUAGES = ("bash", "python", "text")
+LANGUAGES = ("bash", "python")
 
 # The command line with the test server's addresses as its defaults.
 COMMAND = """#!{python}
