@@ -224,7 +224,7 @@ def kill_stub(repository: Path, part: str) -> float:
         except OSError:
             continue
         is_part = command[0].endswith(b"stub") and command[1].startswith(bytes(repository / f"{NAME}-{part}"))
-        if is_part and b"serve" in parent_command(parent_of(directory)):
+        if is_part and b"deepseek_triton.builders.cli" in parent_command(parent_of(directory)):
             os.kill(int(directory.name), signal.SIGKILL)
             return time.monotonic()
     raise AssertionError(f"no {part} of {repository} runs")
