@@ -1,8 +1,8 @@
-"""How often one FP8 model, computed twice, chooses the same token: python -m benchmarks.fp8_agreement ARTEFACT TEXT
+"""Measure how often two computations of one FP8 model agree: python -m benchmarks.fp8_agreement ARTEFACT TEXT
 
 ARTEFACT is the version directory of an engine built with `--target cuda --precision fp8`. Its decoder is computed in
-plain torch, rounding activations to E4M3 as the kernels do, in float64 and float32 and with each product's sums taken
-in another order: what any other implementation of it can be asked for. Writes benchmarks/results/fp8-agreement.json.
+plain torch: activations are rounded to E4M3 as the kernels do it, in float64 and float32, and with another order of
+each product's sum. No implementation can be asked for more agreement. Writes benchmarks/results/fp8-agreement.json.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from benchmarks.cuda_reference import Reference
 from benchmarks.machine import describe
 from benchmarks.smollm2_reference import NUM_WINDOWS, WINDOW
-from deepseek_triton.builders.fp8.calibration_text import read_text
-from deepseek_triton.builders.fp8.evaluate import text_windows
+from deepseek_triton.builders.fp8.quality.evaluate import text_windows
+from deepseek_triton.builders.fp8.texts.calibration_text import read_text
 from deepseek_triton.ensemble.artefacts.cuda_layout import WEIGHTS_FILE, DecoderShape
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.engine.runners.cuda.weights import StoredWeights

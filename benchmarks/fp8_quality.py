@@ -1,8 +1,8 @@
-"""What each way of making FP8 costs in quality and bytes, on SmolLM2-135M: python -m benchmarks.fp8_quality TEXT
+"""Measure the quality and bytes of each FP8 recipe on SmolLM2-135M: python -m benchmarks.fp8_quality TEXT
 
-Every row is an artefact that was really written (FP8 layers, the rest float16) and evaluated on TEXT by
-`builders/fp8/evaluate.py` against the float32 checkpoint; calibration sees the built-in texts and the model's own,
-never TEXT. Writes benchmarks/results/fp8-quality.{json,md,png}. Takes some 20 minutes on two cores.
+Every row is a written artefact (FP8 layers, the rest float16) that `builders/fp8/quality/evaluate.py` compares with the
+float32 checkpoint on TEXT. Calibration uses the built-in texts and text that the model generates, never TEXT. Writes
+benchmarks/results/fp8-quality.{json,md,png}. Takes some 20 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 from benchmarks.machine import describe
 from benchmarks.weights import smollm2
 from deepseek_triton.builders.checkpoint.reader import open_checkpoint
-from deepseek_triton.builders.fp8.calibration_text import load_or_calibrate, load_tokenizer, read_text
-from deepseek_triton.builders.fp8.evaluate import FloatSource, compare, module_errors, run_model, text_windows
-from deepseek_triton.builders.fp8.graph_weights import Artefact
-from deepseek_triton.builders.fp8.quality_report import TABLE_TOKENS, Evaluation, plot
+from deepseek_triton.builders.fp8.quality.evaluate import FloatSource, compare, module_errors, run_model, text_windows
+from deepseek_triton.builders.fp8.quality.graph_weights import Artefact
+from deepseek_triton.builders.fp8.quality.quality_report import TABLE_TOKENS, Evaluation, plot
+from deepseek_triton.builders.fp8.quality.sensitivity import Sensitivity, keep_most_sensitive, measure_sensitivity
 from deepseek_triton.builders.fp8.quantize import quantized_graph
 from deepseek_triton.builders.fp8.recipe import RECIPES, Recipe
-from deepseek_triton.builders.fp8.sensitivity import Sensitivity, keep_most_sensitive, measure_sensitivity
+from deepseek_triton.builders.fp8.texts.calibration_text import load_or_calibrate, load_tokenizer, read_text
 
 RESULTS = Path(__file__).parent / "results"
 NEAREST = RECIPES["nearest"]
@@ -38,6 +38,7 @@ TRIED: dict[str, Recipe] = {
     "nearest, least-error scales": replace(NEAREST, scales="least_error"),
     "nearest, smoothing 0.5": replace(NEAREST, smoothing=0.5),
     "nearest, bias correction": replace(NEAREST, bias_correction=True),
+    "fast: no calibration, least-error scales of the weights, dynamic activations": RECIPES["fast"],
     "nearest, dynamic activations": replace(NEAREST, activations="dynamic"),
     "compensated, max scales": replace(COMPENSATED, scales="max"),
     "compensated": COMPENSATED,
@@ -67,17 +68,18 @@ def main(argv: Sequence[str] | None = None) -> int | str:
     spec = checkpoint.spec
     ids = load_tokenizer(checkpoint).encode(read_text(arguments.text))
     windows = text_windows(ids, 512, arguments.tokens, spec.vocab_size)
-    calibration = load_or_calibrate(path, arguments.ranges, None, _progress)
+    tried = {name: recipe for name, recipe in TRIED.items() if arguments.only in name}
+    calibration = None
+    if any(recipe.needs_calibration for recipe in tried.values()):
+        calibration = load_or_calibrate(checkpoint, arguments.ranges, None, _progress)
     reference = run_model(FloatSource(checkpoint), spec, windows, _progress)
     rankings: dict[str, list[Sensitivity]] = {}
     rows: list[dict[str, Any]] = []
-    for name, recipe in TRIED.items():
-        if arguments.only not in name:
-            continue
+    for name, recipe in tried.items():
         with tempfile.TemporaryDirectory() as directory:
             began = time.perf_counter()
             chosen = recipe
-            if recipe.extra_bytes:
+            if recipe.extra_bytes and calibration is not None:
                 kind = recipe.activations
                 if kind not in rankings:
                     rankings[kind] = measure_sensitivity(open_checkpoint(path), recipe, calibration, report=_progress)
@@ -89,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int | str:
             artefact = Artefact(graph)
             quality = compare(reference, run_model(artefact, spec, windows, _progress), windows)
             row = {"name": name, "recipe": chosen.to_dict(), "bytes": artefact.num_bytes, "seconds": round(seconds)}
+            row["processor"] = describe()["processor"]
             rows.append(row | quality.to_dict())
             print("\r" + _line(rows[-1], spec.num_parameters() * 4), flush=True)
             if recipe == RECIPES["default"]:
@@ -116,11 +119,13 @@ def _line(row: dict[str, Any], float_bytes: int) -> str:
 def _write(new: list[dict[str, Any]], text: str, float_bytes: int) -> None:
     file = RESULTS / "fp8-quality.json"
     last: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"text": text, "rows": []}
-    # Rows measured on another text, or on more or less of it, don't belong in one table with these.
+    # The table has only rows that were measured on the same tokens of the same text.
     old = [r for r in last["rows"] if last["text"] == text and r["num_tokens"] == new[0]["num_tokens"]]
     known = {row["name"]: row for row in (*old, *new)}
     rows = [known[name] for name in TRIED if name in known]
     machine = describe()
+    # The first rows don't tell theirs.
+    processors = " and ".join(sorted({row.get("processor", "AMD EPYC") for row in rows}))
     result = {"text": text, "machine": machine, "float_bytes": float_bytes, "rows": rows}
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     first = rows[0]
@@ -128,8 +133,8 @@ def _write(new: list[dict[str, Any]], text: str, float_bytes: int) -> None:
         f"# FP8 on SmolLM2-135M\n\n{text}, {first['num_tokens']} tokens in windows of 512; float32 perplexity "
         f"{first['float_perplexity']:.3f}, next-token accuracy {first['float_accuracy']:.4f}, "
         f"{float_bytes / 1e6:.1f} MB. Embedding, head and norms stay float16; activations are static per tensor unless "
-        f"said otherwise. Made by `python -m benchmarks.fp8_quality` on {machine['processor']}, {machine['cores']} "
-        f"cores, ONNX Runtime {version('onnxruntime')}; the time is that of quantising, "
+        f"said otherwise. Made by `python -m benchmarks.fp8_quality` on {processors}, "
+        f"{machine['cores']} cores, ONNX Runtime {version('onnxruntime')}; the time is that of quantising, "
         "calibration left out, on a machine that other work shared.\n\n"
         "| recipe | perplexity × | accuracy kept | top-1 agreement | mean KL | worst KL | MB | of float32 | s |\n"
         "|---|---|---|---|---|---|---|---|---|\n"

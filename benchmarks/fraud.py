@@ -4,7 +4,7 @@ Every judge sees the same held-out payments (benchmarks/payments.py). The langua
 tritonserver: with the prompt alone, with examples in the prompt, calibrated, and with a linear head on its hidden state
 that was fitted on the same training records as the logistic regression.
     python -m benchmarks.fraud [--train 600] [--test 240]
-writes benchmarks/results/fraud.json and prints the table.
+writes benchmarks/results/fraud-prompts.json and prints the table.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ A card payment is screened for fraud.
 Payment: {text}
 This payment is"""
 FEW_SHOT_EXAMPLES = 4
-FEW_SHOT_TRAIN = 60  # of the training records: a bias needs no more, and each costs half a second
+FEW_SHOT_TRAIN = 60  # training records to fit the bias on; each takes half a second
 Probabilities = NDArray[Any]
 
 
 def few_shot(examples: Sequence[Payment]) -> str:
-    """The prompt with some training records and their labels before the question."""
+    """The prompt: some training records with their labels, then the question."""
     shown = "\n\n".join(f"Payment: {payment.text()}\nThis payment is {payment.label}" for payment in examples)
     return ZERO_SHOT.replace("Payment:", f"{shown}\n\nPayment:", 1)
 
 
 def judge(probabilities: Probabilities, truth: NDArray[Any]) -> dict[str, float]:
-    """How good [n, 2] probabilities are; fraud is what is looked for, at a threshold of one half."""
+    """Quality of probabilities [n, 2]; fraud is the positive class, at a threshold of one half."""
     from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
     found = probabilities[:, 1] > 0.5
@@ -82,7 +82,7 @@ def baselines(train: Sequence[Payment], test: Sequence[Payment]) -> dict[str, Pr
 
 
 def through_triton(template: str, train: Sequence[Payment], test: Sequence[Payment]) -> tuple[ScoredTexts, ScoredTexts]:
-    """What the model says of both sets, asked through a server of its own."""
+    """The model's scores of both sets, from a server that is started for it."""
     with tempfile.TemporaryDirectory() as directory:
         repository = Path(directory) / "models"
         scoring = ScoringOptions(template=template, labels=LABELS)
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "judges": figures,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "fraud.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (RESULTS / "fraud-prompts.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     columns = list(next(iter(figures.values())))
     print(f"{'':40}" + "".join(f"{column[:12]:>13}" for column in columns))
     for name, values in figures.items():

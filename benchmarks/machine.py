@@ -1,3 +1,3 @@
-"""What a figure was measured on."""
+"""Describe the machine that a figure was measured on."""
 
 from deepseek_triton.ensemble.processes.machine import describe as describe

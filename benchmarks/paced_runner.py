@@ -1,4 +1,4 @@
-"""A runner that takes a known time for each call and computes nothing: what is left is the cost of everything else."""
+"""A runner that takes a known time for each call and computes nothing, to measure the overhead of everything else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deepseek_triton.ensemble.engine.runners.base import Decoded, DeviceSampling
 
 
 class PacedRunner:
-    """As a GPU does, it chooses tokens itself and takes up one call after the other while the caller goes on.
+    """Works like a GPU: it samples tokens itself, and processes queued calls in order while the caller goes on.
 
     Args:
         step_s: seconds that a decode takes.
@@ -39,7 +39,7 @@ class PacedRunner:
         self._prefills: deque[tuple[float, int]] = deque()
 
     def prefill(self, slot: int, ids: Ids, start: int) -> Logits:
-        """Not used, nor `decode`: every token is sampled."""
+        """Not used, because every token is sampled on the device."""
         raise NotImplementedError
 
     def decode(self, ids: Ids, positions: Ids) -> Logits:
@@ -84,7 +84,7 @@ class PacedRunner:
         """See Runner."""
 
     def _end(self, seconds: float) -> float:
-        """When a call that is begun now ends."""
+        """The time at which a call that starts now ends."""
         self._free_at = max(self._free_at, time.perf_counter()) + seconds
         return self._free_at
 

@@ -1,8 +1,8 @@
-"""Synthetic payment records for the fraud example: made up here, seeded, nobody's data.
+"""Synthetic payment records for the fraud example: generated from a seed, no real data.
 
-Each record's label is drawn from a probability that a hidden rule gives it, so even the best judge errs now and then.
-The rule knows amounts, places, times and habits, and two of its parts act only together: a linear model of the fields
-can't have it all. It knows nothing of models.
+A hidden rule gives each record a probability, from which its label is sampled, so that even the best classifier errs
+now and then. The rule uses amounts, places, times and habits. Two of its conditions act only together, which a linear
+model of the fields can't express.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _payment(random: np.random.Generator) -> Payment:
     card_age = int(random.integers(3, 2000))
     recent = int(random.poisson(0.8) + (random.random() < 0.12) * random.integers(2, 8))
     score = -3.6 + taste + 0.55 * math.log(amount / usual) + 1.4 * is_far + 0.45 * recent + 0.9 * (card_age < 60)
-    # Harmless each by itself: a new device at night, and far away but in the shop.
+    # Each of these is harmless by itself: a new device at night; far away, but in the shop.
     score += 2.6 * (is_new_device and hour < 6) + 1.2 * (is_new_device and is_online) - 1.0 * (is_far and not is_online)
     is_fraud = bool(random.random() < 1 / (1 + math.exp(-score)))
     return Payment(

@@ -1,7 +1,8 @@
-"""The same figures of what a user would pick instead: python -m benchmarks.peers_gpu
+"""Measure the same figures of vLLM and transformers: python -m benchmarks.peers_gpu
 
-vLLM (its offline engine, FP8) and transformers (`generate`, BF16), each where it is installed, on the shape of
-benchmarks/decode_gpu.py with random weights. Adds to the same JSON; run both on one machine.
+vLLM (its offline engine, FP8) and transformers (`generate`, BF16), each where it is installed, on a shape of
+benchmarks/decode_gpu.py with random weights. Adds to the same JSON; run both on one machine. `vllm --shape v2-lite`
+measures vLLM alone on DeepSeek-V2-Lite's shape.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.decode_gpu import ANSWER, BATCHES, FILE, PROMPT, PROMPTS, SHAPE, write
+from benchmarks.decode_gpu import ANSWER, BATCHES, FILE, PROMPT, PROMPTS, SHAPE, SHAPES, file_of, write
+from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 
 # What is timed: answer `prompts` [n, prompt_len] with `num_tokens` each.
 Answer = Callable[[np.ndarray[Any, np.dtype[np.int64]], int], None]
@@ -28,39 +30,69 @@ Answer = Callable[[np.ndarray[Any, np.dtype[np.int64]], int], None]
 def main(argv: Sequence[str] | None = None) -> int | str:
     """Measure each peer that is installed."""
     parser = argparse.ArgumentParser(description="vLLM and transformers on one GPU")
-    parser.add_argument("--output", type=Path, default=FILE, help="default: %(default)s")
+    parser.add_argument("peers", nargs="*", help="default: all")
+    parser.add_argument("--shape", choices=SHAPES, default="r1-distill-qwen-7b", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, help=f"default: {FILE}, of another shape beside it")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         return "error: this needs an NVIDIA GPU"
-    measured = 0
+    measured, shape = 0, SHAPES[arguments.shape]
     for name, (open_peer, batches) in PEERS.items():
+        if arguments.peers and name not in arguments.peers:
+            continue
         if importlib.util.find_spec(name) is None:
             print(f"{name} is not installed: left out", file=sys.stderr)
             continue
         with tempfile.TemporaryDirectory() as directory:
-            (Path(directory) / "config.json").write_text(json.dumps(hf_config()), encoding="utf-8")
-            write(arguments.output, name, measure(open_peer(Path(directory)), batches))
+            (Path(directory) / "config.json").write_text(json.dumps(hf_config(shape)), encoding="utf-8")
+            figures = measure(open_peer(Path(directory)), batches, shape.vocab_size)
+            print(json.dumps(figures, indent=1), flush=True)
+            write(arguments.output or file_of(arguments.shape), name, figures, shape)
         measured += 1
     return 0 if measured else "error: neither vLLM nor transformers is installed"
 
 
-def hf_config() -> dict[str, Any]:
+def hf_config(shape: DecoderShape = SHAPE) -> dict[str, Any]:
     """The shape as a Hugging Face configuration."""
-    return {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": SHAPE.vocab_size,
-        "hidden_size": SHAPE.hidden_size, "intermediate_size": SHAPE.intermediate_size,
-        "num_hidden_layers": SHAPE.num_layers, "num_attention_heads": SHAPE.num_heads,
-        "num_key_value_heads": SHAPE.num_kv_heads, "max_position_embeddings": 131072, "hidden_act": "silu",
-        "rms_norm_eps": SHAPE.rms_norm_eps, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-        "bos_token_id": 151643, "eos_token_id": 151643,
+    values = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.num_layers, "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads, "max_position_embeddings": 131072, "hidden_act": "silu",
+        "rms_norm_eps": shape.rms_norm_eps, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "bos_token_id": 0, "eos_token_id": 1,
     }  # fmt: skip
+    latent, experts = shape.latent, shape.experts
+    if latent is None:
+        return values
+    values |= {
+        "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank, "qk_nope_head_dim": latent.qk_nope_head_dim,
+        "qk_rope_head_dim": latent.qk_rope_head_dim, "v_head_dim": latent.v_head_dim, "attention_bias": False,
+        "rope_theta": 10000, "first_k_dense_replace": shape.num_layers, "moe_layer_freq": 1,
+        # V2-Lite's own, from its config.json
+        "rope_scaling": {
+            "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
+            "mscale": 0.707, "mscale_all_dim": 0.707,
+        },
+        "max_position_embeddings": 163840,
+    }  # fmt: skip
+    if experts is not None:
+        values |= {
+            "n_routed_experts": experts.num_experts, "num_experts_per_tok": experts.num_experts_per_tok,
+            "moe_intermediate_size": experts.intermediate_size, "n_shared_experts": experts.num_shared_experts,
+            "first_k_dense_replace": experts.first_dense_layers, "scoring_func": experts.scores,
+            "topk_method": "greedy", "n_group": 1, "topk_group": 1, "norm_topk_prob": experts.is_normalised,
+            "routed_scaling_factor": experts.scale,
+        }  # fmt: skip
+    return values
 
 
-def measure(answer: Answer, batches: Sequence[int]) -> dict[str, Any]:
+def measure(answer: Answer, batches: Sequence[int], vocab_size: int) -> dict[str, Any]:
     """Time between tokens, time to first token and tokens/s, defined as for our own runner."""
 
     def seconds(num_requests: int, prompt_len: int, num_tokens: int, repeats: int = 3) -> float:
-        prompts = np.random.default_rng(0).integers(0, 150000, (num_requests, prompt_len))
+        prompts = np.random.default_rng(0).integers(2, vocab_size, (num_requests, prompt_len))
         best = float("inf")
         for _ in range(repeats):
             torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""How much a long prompt stalls the streams that run already: 99th percentile of the time between two tokens.
+"""Measure how long prompts stall running streams: 99th percentile of the time between two tokens.
 
 Streams run through the real server, with and without a prompt of 2,000 tokens arriving among them, in turn.
     python -m benchmarks.prefill_stall [--streams 4] [--rounds 3]
@@ -36,7 +36,7 @@ WARM_UP_TOKENS = 10
 
 
 def intervals(client: GrpcClient, seed: int, started: threading.Barrier) -> list[float]:
-    """Seconds between the tokens of one stream, those of a response sharing its interval."""
+    """Seconds between the tokens of one stream; the tokens of one response share its interval equally."""
     found, last, count = [], 0.0, 0
     request = GenerateRequest(prompt=f"{seed} 2 3 4 5 6 7 8", max_tokens=TOKENS, min_tokens=TOKENS)
     for chunk in client.stream(request):
@@ -67,7 +67,7 @@ def measure(client: GrpcClient, streams: int, prompt: str | None, seed: int) -> 
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` of the values lie."""
+    """The quantile: `share` of the values lie below it."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 

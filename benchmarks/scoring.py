@@ -1,9 +1,9 @@
-"""What dynamic batching brings a scoring model, and what it costs: servers on the same weights, in turn.
+"""Measure the gain and cost of dynamic batching for a scoring model: servers on the same weights, in turn.
 
 One server's engine has Triton's dynamic batcher, another's has none; two more have two engine instances of half the
 cores each. Rounds alternate, and every figure that is judged is a ratio or difference of one run. Batch sizes and queue
-times are Triton's own statistics. Beside the requests/s stands what the processor did for them, and the rate at which
-it multiplies large matrices: their quotient is the most that any batching could win.
+times are Triton's own statistics. The GFLOP of a request and the processor's rate for large matrix products stand
+beside the requests/s: their quotient is the upper limit for any batching.
     python -m benchmarks.scoring [--rounds 3] [--seconds 3.5]
 writes benchmarks/results/scoring.json and prints the figures.
 """
@@ -145,7 +145,7 @@ def with_engine(repository: Path, copy: Path, *, has_batcher: bool, instances: i
 
 
 def queue_ms(server: TritonServer, texts: Sequence[str]) -> list[float]:
-    """How long each of some requests waited for the engine, one client asking, in ms."""
+    """Milliseconds that each of some requests waited for the engine, with one client."""
     engine, times = Engine(server), []
     with GrpcClient(server.grpc_url, NAME) as client:
         for text in texts:
@@ -156,7 +156,7 @@ def queue_ms(server: TritonServer, texts: Sequence[str]) -> list[float]:
 
 
 def preprocessing_ms(client: BaseClient, texts: Sequence[str]) -> list[float]:
-    """A call of the tokenizer by itself, there and back, in ms each."""
+    """Milliseconds of each call of the tokenizer alone, from a client."""
     times = []
     for text in texts:
         start = time.perf_counter()
@@ -166,7 +166,7 @@ def preprocessing_ms(client: BaseClient, texts: Sequence[str]) -> list[float]:
 
 
 def matmul_gflops() -> float:
-    """What ONNX Runtime reaches here with a large product of the model's own width, GFLOP/s."""
+    """GFLOP/s of ONNX Runtime on this machine, for a large product of the model's own width."""
     import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
 
@@ -187,7 +187,7 @@ def matmul_gflops() -> float:
 
 
 def work_of(repository: Path, workload: Workload, texts: Sequence[str]) -> dict[str, float]:
-    """Of a request on average: tokens of its prompt, tokens computed for it, and multiplications' GFLOP."""
+    """Averages of a request: tokens of its prompt, computed tokens, and GFLOP of its matrix products."""
     tokenizer, version = repository / f"{NAME}-tokenizer" / "1", repository / ENGINE / "1"
     prompter = Prompter(ScoringProfile.load(tokenizer), Tokenizer.from_directory(tokenizer))
     manifest = Manifest.load(version)
@@ -206,7 +206,7 @@ def work_of(repository: Path, workload: Workload, texts: Sequence[str]) -> dict[
 
 @dataclass
 class Load:
-    """What one server did with one kind of text, a value for each round."""
+    """The figures of one server with one kind of text, one value for each round."""
 
     requests_per_s: list[float] = field(default_factory=list)
     p99_ms: list[float] = field(default_factory=list)
@@ -215,7 +215,7 @@ class Load:
 
 @dataclass
 class Found:
-    """Everything measured."""
+    """All measurements."""
 
     loads: dict[str, dict[str, Load]] = field(default_factory=dict)  # kind of text → server → Load
     work: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -224,7 +224,7 @@ class Found:
 
 
 def measure(workload: Workload, found: Found, rounds: int, seconds: float, *, is_first: bool) -> None:
-    """Build, serve, load; the first workload also shows the waiting and the tokenizer."""
+    """Build, serve and load; the first workload also measures queue times and the tokenizer."""
     scoring = ScoringOptions(template=workload.template, labels=workload.labels)
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
         repository = Path(directory) / "built"
@@ -262,7 +262,7 @@ def measure(workload: Workload, found: Found, rounds: int, seconds: float, *, is
 
 
 def figures_of(found: Found, peak: float) -> dict[str, dict[str, Any]]:
-    """Every figure that has a target, and for a ratio what this processor leaves room for."""
+    """Every figure that has a target, and for a ratio the limit of this processor."""
     delay_ms = ScoringOptions().batching.max_queue_delay_us / 1e3
     figures: dict[str, dict[str, Any]] = {}
 

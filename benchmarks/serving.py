@@ -1,4 +1,4 @@
-"""Tokens per second: through tritonserver, in process, and transformers' `generate`, all in one run.
+"""Measure tokens/s through tritonserver, in process, and of transformers' `generate`, in one run.
 
 Every figure that is judged is a ratio of two measurements taken in turn, round by round, on the same threads.
     python -m benchmarks.serving [--rounds 3] [--tokens 128]
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import describe
+from benchmarks.sinks import Nobody
 from benchmarks.weights import smollm2
 from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.options import BuildOptions
@@ -55,7 +56,7 @@ Measure = Callable[[int], float]
 
 
 class _Sink:
-    """Waits for one request's end."""
+    """A sink that waits for the end of one request."""
 
     def __init__(self) -> None:
         self.done = threading.Event()
@@ -73,16 +74,11 @@ class _Sink:
         return False
 
 
-class _NoAcknowledgements:
-    def drain(self) -> list[int]:
-        return []
-
-
 def in_process(directory: Path, tokenizer: Tokenizer, settings: EngineSettings, num_tokens: int) -> Measure:
-    """The engine's loop without Triton, tokenizer or detokenizer."""
+    """Run the engine's loop without Triton, tokenizer or detokenizer."""
     manifest, runner = load_runner(directory, settings)
     admission = Admission(directory, runner.vocab_size, manifest.end_ids, settings)
-    loop = EngineLoop(runner, settings=settings, acknowledgements=_NoAcknowledgements())
+    loop = EngineLoop(runner, settings=settings, acknowledgements=Nobody())
     loop.start()
     prompts = [tokenizer.encode(prompt).astype(np.int64) for prompt in PROMPTS]
 
@@ -100,7 +96,7 @@ def in_process(directory: Path, tokenizer: Tokenizer, settings: EngineSettings, 
 
 
 def through_triton(url: str, num_tokens: int) -> Measure:
-    """Streams over gRPC, text in and text out."""
+    """Run streams over gRPC, text in and text out."""
     client = GrpcClient(url, NAME)
 
     def stream(i: int) -> int:
@@ -116,7 +112,7 @@ def through_triton(url: str, num_tokens: int) -> Measure:
 
 
 def transformers_generate(checkpoint: Path, tokenizer: Tokenizer, threads: int, num_tokens: int) -> Measure:
-    """transformers' greedy `generate`, float32, the same prompt and number of tokens."""
+    """Run transformers' greedy `generate` in float32 with the same prompt and number of tokens."""
     import torch
     import transformers
 

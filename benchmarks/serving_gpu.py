@@ -1,4 +1,4 @@
-"""What Triton costs the cuda runner: the same requests on the runner alone and through the ensemble, on one GPU.
+"""Measure Triton's overhead over the cuda runner: the same requests on the runner alone and through the ensemble.
 
 DeepSeek-R1-Distill-Qwen-7B's shape with random weights, as in decode_gpu.py; text goes in and out by the tokenizer of
 the repository that is given, whose engine is replaced.
@@ -27,7 +27,7 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from benchmarks.machine import describe
-from deepseek_triton.ensemble.protocol.settings import target_defaults
+from deepseek_triton.ensemble.artefacts.cuda_settings import CUDA_SETTINGS
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +36,7 @@ PROMPT, ANSWER, LONG_ANSWER = 512, 128, 512  # tokens
 STREAMS = (64, 128)
 ROUNDS = 3
 TARGETS = {"time between tokens, 1 stream, over the runner's": 1.05, "tokens/s over the runner's": 0.9}
-DEFAULTS = target_defaults("cuda")
+DEFAULTS = CUDA_SETTINGS.default_values()
 # The defaults of target cuda, but for the slots.
 SETTINGS = {
     "max_num_seqs": max(STREAMS),
@@ -60,7 +60,8 @@ def load(directory, settings):
     return Manifest.load(directory), runner
 
 
-engine.load_runner = load
+assert hasattr(engine, "load_model")  # what takes its place must be what is called
+engine.load_model = load
 TritonPythonModel = engine.TritonPythonModel
 """
 # In a process of its own, which gives the GPU's memory back when it ends.
@@ -75,7 +76,7 @@ print(json.dumps({{"time_between_tokens_ms": gpu.time_between_tokens(runner) * 1
 
 
 def write_repository(source: Path, name: str, target: Path) -> None:
-    """A copy of the model `name`, but for its weights, whose engine runs random ones on the GPU."""
+    """Copy the model `name` without its weights; the copy's engine runs random weights on the GPU."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.data", "*.onnx"))
     config = target / f"{name}-engine" / "config.pbtxt"
     text = config.read_text()
@@ -89,7 +90,7 @@ def write_repository(source: Path, name: str, target: Path) -> None:
 
 
 async def stream(stub: Any, name: str, prompt: str, num_tokens: int) -> list[tuple[float, int]]:
-    """When each response came, and how many tokens there were then."""
+    """The time of each response, and the number of tokens until then."""
     request = service_pb2.ModelInferRequest(model_name=name)
     text = prompt.encode()
     for tensor, datatype, raw in (
@@ -101,11 +102,12 @@ async def stream(stub: Any, name: str, prompt: str, num_tokens: int) -> list[tup
         request.inputs.add(name=tensor, datatype=datatype, shape=(1, 1))
         request.raw_input_contents.append(raw)
     request.outputs.add(name="num_output_tokens")
-    seen = []
+    seen: list[tuple[float, int]] = []
+    count = 0
     async for response in stub.ModelStreamInfer(iter([request]), timeout=240):
         if response.error_message:
             raise RuntimeError(response.error_message)
-        (count,) = struct.unpack("<i", response.infer_response.raw_output_contents[0])
+        count += struct.unpack("<i", response.infer_response.raw_output_contents[0])[0]
         seen.append((time.perf_counter(), count))
     if not seen or seen[-1][1] != num_tokens:
         raise RuntimeError(f"a stream of {num_tokens} tokens ended as {seen[-1:]}")
@@ -113,7 +115,7 @@ async def stream(stub: Any, name: str, prompt: str, num_tokens: int) -> list[tup
 
 
 async def through_triton(url: str, name: str) -> dict[str, Any]:
-    """The same figures as the runner's own, seen by a client."""
+    """The same figures as the runner's, measured by a client."""
     between: list[float] = []
     rates: dict[int, list[float]] = {n: [] for n in STREAMS}
     async with grpc.aio.insecure_channel(url) as channel:
@@ -135,7 +137,7 @@ async def through_triton(url: str, name: str) -> dict[str, Any]:
 
 
 def prompt_text(number: int, index: int) -> str:
-    """Some 512 tokens that begin like no other prompt."""
+    """About 512 tokens with a beginning that no other prompt has."""
     return f"{number * 1000 + index} " + "word " * (PROMPT - 6)
 
 

@@ -1,8 +1,10 @@
-"""What the ONNX graphs say of SmolLM2-135M on a text, for tests on a GPU: python -m benchmarks.smollm2_reference TEXT
+"""Write SmolLM2-135M's reference tokens for GPU tests: python -m benchmarks.smollm2_reference TEXT
 
-Windows go whole through the real graphs on ONNX Runtime, float32 and FP8. An FP8 graph doesn't say one thing: the same
-codes and scales computed in float32 (`builders/fp8/evaluate.py`) choose other tokens here and there, and what another
-implementation may differ by is measured against that. Writes into --output (default build/smollm2):
+Whole windows run through the real graphs on ONNX Runtime, float32 and FP8. Two correct computations of an FP8 graph may
+choose different tokens: the same codes and scales are also computed in float32
+(`builders/fp8/quality/evaluate.py`), and this difference is the allowance for another implementation. transformers'
+BF16 logits are that of the BF16 model: at a few positions any BF16 computation is far from float32. Writes into
+--output (default build/smollm2):
     reference.npz   windows of ids, the likeliest tokens by each, float16 logits of the first window: some 11 MB
     ranges.json     the activation ranges that the FP8 build used, so that another machine's has the same
 With --pack, also what tests/ensemble/engine/runners/test_cuda_smollm2.py needs on a machine that has no package
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -55,11 +58,11 @@ def compute(text: Path, output: Path) -> None:
     """Write ranges.json and reference.npz."""
     from benchmarks.weights import smollm2
     from deepseek_triton.builders.checkpoint.reader import open_checkpoint
-    from deepseek_triton.builders.fp8.calibration_text import load_or_calibrate, load_tokenizer, read_text
-    from deepseek_triton.builders.fp8.evaluate import run_model, text_windows
-    from deepseek_triton.builders.fp8.graph_weights import Artefact
+    from deepseek_triton.builders.fp8.quality.evaluate import run_model, text_windows
+    from deepseek_triton.builders.fp8.quality.graph_weights import Artefact
     from deepseek_triton.builders.fp8.quantize import quantized_graph
     from deepseek_triton.builders.fp8.recipe import RECIPES
+    from deepseek_triton.builders.fp8.texts.calibration_text import load_or_calibrate, load_tokenizer, read_text
     from deepseek_triton.builders.graph.decoder import build_graph
 
     path = smollm2()
@@ -69,7 +72,7 @@ def compute(text: Path, output: Path) -> None:
     windows = text_windows(ids, WINDOW, NUM_WINDOWS * (WINDOW - 1), spec.vocab_size)
     windows = [window[:WINDOW] for window in windows if len(window) >= WINDOW]
     found: dict[str, NDArray[Any]] = {"windows": np.stack(windows).astype(np.int32)}
-    calibration = load_or_calibrate(path, output / RANGES, None, _progress)
+    calibration = load_or_calibrate(checkpoint, output / RANGES, None, _progress)
     with tempfile.TemporaryDirectory() as directory:
         places = {name: Path(directory) / name for name in ("float", "fp8")}
         for place in places.values():
@@ -84,6 +87,7 @@ def compute(text: Path, output: Path) -> None:
             found[f"{name}_tokens"], found[f"{name}_logits"] = run_graph(place / "model.onnx", windows)
             print(f"{name} graph: {len(windows)} windows, {time.perf_counter() - began:.0f} s")
         final = run_model(Artefact(places["fp8"] / "model.onnx"), spec, windows, _progress)
+    found["bf16_logits"] = bf16_logits(path, windows[0])
     likeliest = [(hidden @ final.head.T).argmax(axis=1) for hidden in final.hidden]
     found["fp8_float32_tokens"] = np.stack(likeliest).astype(np.int32)
     for name in ("float", "fp8_float32"):
@@ -118,6 +122,18 @@ def run_graph(graph: Path, windows: Sequence[NDArray[Any]]) -> tuple[NDArray[np.
         if not len(logits):
             logits = rows[0, CHUNK - 1 :: CHUNK].astype(np.float16)
     return np.stack(tokens), logits
+
+
+def bf16_logits(checkpoint: Path, window: NDArray[Any]) -> NDArray[np.float16]:
+    """transformers' logits [WINDOW / CHUNK, vocab_size] in BF16 after CHUNK, 2 CHUNK, … tokens of the window."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.parent, gguf_file=checkpoint.name, dtype=torch.bfloat16)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(np.asarray(window, np.int64)[None])).logits[0, CHUNK - 1 :: CHUNK]
+    rows: NDArray[np.float16] = logits.float().numpy().astype(np.float16)
+    return rows
 
 
 def pack(output: Path, piece_bytes: int) -> int:
@@ -156,7 +172,11 @@ def join(output: Path) -> int | str:
         buffer.write(part)
     buffer.seek(0)
     with tarfile.open(fileobj=buffer) as archive:
-        archive.extractall(output, filter="data")
+        for name in (CHECKPOINT, REFERENCE, RANGES):  # by name: Python 3.11.2 has no filter of what is unpacked
+            packed = archive.extractfile(name)
+            assert packed is not None, f"{name} is no file"
+            with packed, (output / name).open("wb") as file:
+                shutil.copyfileobj(packed, file)
     print(f"{output}: {', '.join(sorted(path.name for path in output.iterdir() if PIECE not in path.name))}")
     return 0
 

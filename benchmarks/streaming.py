@@ -1,4 +1,4 @@
-"""What Triton costs a stream of tokens: many streams through the real server, from a runner that costs nothing.
+"""Measure Triton's overhead for streams: many streams through the real server, from a runner that computes nothing.
 
 The runner takes a fixed time for each step. Every response crosses four processes; tokens that are ready together
 travel together when the consumer lags, so the cost of a response doesn't bound the tokens.
@@ -48,13 +48,14 @@ def load(directory, settings):
     return manifest, PacedRunner(settings.max_num_seqs, manifest.max_seq_len, vocab_size, {step_s})
 
 
-engine.load_runner = load
+assert hasattr(engine, "load_model")  # what takes its place must be what is called
+engine.load_model = load
 TritonPythonModel = engine.TritonPythonModel
 """
 
 
 def write_repository(repository: Path, max_num_seqs: int, step_s: float) -> None:
-    """The demo model's repository, its engine's runner replaced."""
+    """Write the demo model's repository with another runner in its engine."""
     settings = {"max_num_seqs": max_num_seqs}
     build(BuildOptions(smollm2(), NAME, repository, max_seq_len=MAX_SEQ_LEN, settings=settings))
     engine = repository / f"{NAME}-engine" / "1"
@@ -62,7 +63,7 @@ def write_repository(repository: Path, max_num_seqs: int, step_s: float) -> None
 
 
 async def one_stream(stub: service_pb2_grpc.GRPCInferenceServiceStub, num_tokens: int) -> tuple[int, int]:
-    """Tokens and responses of one stream. The generated stub, for a client must not be what is measured."""
+    """Tokens and responses of one stream. It uses the generated stub, so that no client is measured."""
     request = service_pb2.ModelInferRequest(model_name=NAME)
     for name, datatype, value in (
         ("text_input", "BYTES", struct.pack("<I", 3) + b"One"),
@@ -76,7 +77,7 @@ async def one_stream(stub: service_pb2_grpc.GRPCInferenceServiceStub, num_tokens
     async for response in stub.ModelStreamInfer(iter([request]), timeout=120):
         if response.error_message:
             raise RuntimeError(response.error_message)
-        (count,) = struct.unpack("<i", response.infer_response.raw_output_contents[0])
+        count += struct.unpack("<i", response.infer_response.raw_output_contents[0])[0]
         responses += 1
     if count != num_tokens:
         raise RuntimeError(f"a stream ended after {count} of {num_tokens} tokens")

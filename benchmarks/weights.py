@@ -1,4 +1,4 @@
-"""The real weights that the benchmarks measure on."""
+"""Find the real weights that the benchmarks measure on."""
 
 from __future__ import annotations
 

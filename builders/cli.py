@@ -10,12 +10,15 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from deepseek_triton.builders.commands.parser import CommandParser, did_you_mean
 from deepseek_triton.builders.commands.table import COMMANDS, PROGRAM, make_command_parser
+from deepseek_triton.clients.nearest import did_you_mean
+from deepseek_triton.clients.printable import printable
+from deepseek_triton.command_parser import CommandParser, PrintVersion
+from deepseek_triton.interrupts import interrupts_arrive
 
 
+@interrupts_arrive()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -41,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = _explain(error)
         if message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
         return 1
 
 
@@ -70,23 +73,8 @@ def _make_parser() -> CommandParser:
         epilog="\n".join(["commands:", *lines, "", f"{PROGRAM} COMMAND --help shows the options of a command."]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action=_PrintVersion, help="print the version")
+    parser.add_argument("--version", action=PrintVersion, help="print the version")
     return parser
-
-
-class _PrintVersion(argparse.Action):
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from importlib import metadata
-
-        try:
-            version = metadata.version(PROGRAM)
-        except metadata.PackageNotFoundError:
-            version = "(not installed: run from its sources)"
-        print(f"{PROGRAM} {version}")
-        parser.exit()
 
 
 def _explain(error: Exception) -> str | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deepseek_triton.clients.api import AsyncClient, Client
+    from deepseek_triton.clients.async_catalogue import AsyncCatalogue, ServedModel
     from deepseek_triton.clients.async_grpc import AsyncGrpcClient
     from deepseek_triton.clients.async_http import AsyncHttpClient
     from deepseek_triton.clients.errors import (
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         ProtocolError,
         RequestRejected,
         RequestTimeout,
+        ServerOverloaded,
         ServerUnavailable,
     )
     from deepseek_triton.clients.generation import Generation
@@ -30,16 +32,18 @@ if TYPE_CHECKING:
     from deepseek_triton.clients.http import HttpClient
     from deepseek_triton.clients.messages import Message
     from deepseek_triton.clients.request import GenerateRequest
-    from deepseek_triton.clients.response import Chunk, Times, ToolCall, TopLogProb
-    from deepseek_triton.clients.score import Score, ScoreRequest
+    from deepseek_triton.clients.response import Chunk, Times, Token, ToolCall, TopLogProb
+    from deepseek_triton.clients.score import Embedding, Score, ScoreRequest
 
 __all__ = [
+    "AsyncCatalogue",
     "AsyncClient",
     "AsyncGrpcClient",
     "AsyncHttpClient",
     "Chunk",
     "Client",
     "ClientError",
+    "Embedding",
     "GenerateRequest",
     "Generation",
     "GrpcClient",
@@ -50,24 +54,35 @@ __all__ = [
     "RequestTimeout",
     "Score",
     "ScoreRequest",
+    "ServedModel",
+    "ServerOverloaded",
     "ServerUnavailable",
     "Times",
+    "Token",
     "ToolCall",
     "TopLogProb",
 ]
 
 _NAMES = {
     "api": ("AsyncClient", "Client"),
+    "async_catalogue": ("AsyncCatalogue", "ServedModel"),
     "async_grpc": ("AsyncGrpcClient",),
     "async_http": ("AsyncHttpClient",),
-    "errors": ("ClientError", "ProtocolError", "RequestRejected", "RequestTimeout", "ServerUnavailable"),
+    "errors": (
+        "ClientError",
+        "ProtocolError",
+        "RequestRejected",
+        "RequestTimeout",
+        "ServerOverloaded",
+        "ServerUnavailable",
+    ),
     "generation": ("Generation",),
     "grpc": ("GrpcClient",),
     "http": ("HttpClient",),
     "messages": ("Message",),
     "request": ("GenerateRequest",),
-    "response": ("Chunk", "Times", "ToolCall", "TopLogProb"),
-    "score": ("Score", "ScoreRequest"),
+    "response": ("Chunk", "Times", "Token", "ToolCall", "TopLogProb"),
+    "score": ("Embedding", "Score", "ScoreRequest"),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -81,4 +81,6 @@ def _print_details(answers: tuple[Generation, ...], style: AnswerStyle, total_s:
     if style.has_figures:
         print(figures(answers, total_s, first_s), file=sys.stderr)
     if failed := [answer for answer in answers if answer.finish_reason == "error"]:
-        raise RequestRejected(f"{len(failed)} of {len(answers)} answers broke off with an error")
+        raise RequestRejected(
+            f"{len(failed)} of {len(answers)} answers broke off with an error; the server's log says why"
+        )

@@ -6,20 +6,21 @@ options in `ensemble.protocol`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from typing import Protocol
 
 from deepseek_triton.clients.generation import Generation
 from deepseek_triton.clients.messages import Message
 from deepseek_triton.clients.request import GenerateRequest
 from deepseek_triton.clients.response import Chunk, Times, ToolCall, TopLogProb
-from deepseek_triton.clients.score import Score, ScoreRequest
+from deepseek_triton.clients.score import Embedding, Score, ScoreRequest
 
 __all__ = [
     "DEFAULT_TIMEOUT_S",
     "AsyncClient",
     "Chunk",
     "Client",
+    "Embedding",
     "GenerateRequest",
     "Generation",
     "Message",
@@ -66,8 +67,16 @@ class Client(Protocol):
         """Score every text of the request; for models built with task score. Raises `ClientError`."""
         ...
 
+    def embed(self, texts: str | Sequence[str]) -> tuple[Embedding, ...]:
+        """Embed every text; for models built with task score and --embeddings. Raises `ClientError`, `ValueError`."""
+        ...
+
     def is_ready(self, model: str | None = None) -> bool:
         """Say whether `model` (None: the client's own) can be called; False too if nothing answers."""
+        ...
+
+    def max_seq_len(self) -> int:
+        """Ask for the tokens that a prompt and its answer may have together; not for scoring. Raises `ClientError`."""
         ...
 
     def close(self) -> None:
@@ -82,11 +91,15 @@ class AsyncClient(Protocol):
         """Wait for the whole answer. Raises `ClientError`; `ValueError` for a request of several answers."""
         ...
 
-    async def generate_all(self, request: GenerateRequest, *, request_id: str | None = None) -> tuple[Generation, ...]:
+    async def generate_all(
+        self, request: GenerateRequest, *, request_id: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[Generation, ...]:
         """Wait for all `num_return_sequences` answers, in the order of their index. Raises `ClientError`."""
         ...
 
-    def stream(self, request: GenerateRequest, *, request_id: str | None = None) -> AsyncGenerator[Chunk, None]:
+    def stream(
+        self, request: GenerateRequest, *, request_id: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[Chunk, None]:
         """Give the answer as it comes; of each sequence, the last chunk has a `finish_reason`. Raises `ClientError`.
 
         The request goes out with the first `anext()`. Closing the iterator early, or cancelling the task that reads
@@ -105,8 +118,16 @@ class AsyncClient(Protocol):
         """Score every text of the request; for models built with task score. Raises `ClientError`."""
         ...
 
+    async def embed(self, texts: str | Sequence[str]) -> tuple[Embedding, ...]:
+        """Embed every text; for models built with task score and --embeddings. Raises `ClientError`, `ValueError`."""
+        ...
+
     async def is_ready(self, model: str | None = None) -> bool:
         """Say whether `model` (None: the client's own) can be called; False too if nothing answers."""
+        ...
+
+    async def max_seq_len(self) -> int:
+        """Ask for the tokens that a prompt and its answer may have together; not for scoring. Raises `ClientError`."""
         ...
 
     async def close(self) -> None:

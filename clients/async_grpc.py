@@ -33,7 +33,7 @@ class AsyncGrpcClient(AsyncBaseClient):
     async def _exchange(self, call: StreamCall) -> AsyncGenerator[Response, None]:
         # The request iterator ends after one message, so the server ends the call after the last response.
         messages = iter([grpc_wire.stream_message(call)])
-        rpc = self._connected().ModelStreamInfer(messages, timeout=call.timeout_s)
+        rpc = self._connected().ModelStreamInfer(messages, timeout=call.timeout_s, metadata=tuple(call.headers.items()))
         try:
             async for response in rpc:
                 yield grpc_wire.read_stream_response(response, call.outputs)

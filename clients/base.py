@@ -9,7 +9,7 @@ import contextlib
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -24,9 +24,12 @@ from deepseek_triton.clients.life import (
     TensorCall,
     check_single,
     own_id,
+    read_build,
+    read_max_seq_len,
     whole_answers,
 )
-from deepseek_triton.clients.score import Score, ScoreRequest, Tensor
+from deepseek_triton.clients.request import Value
+from deepseek_triton.clients.score import Embedding, Score, ScoreRequest, Tensor
 from deepseek_triton.ensemble.protocol.contract import TensorSpec
 
 Self = TypeVar("Self", bound="BaseClient")
@@ -58,8 +61,16 @@ class BaseClient(ClientCore, ABC):
         """
         return self._stream(request, own_id(request_id))
 
+    def stream_tensors(
+        self, inputs: Mapping[TensorSpec, Value], *, request_id: str | None = None
+    ) -> Generator[Chunk, None, None]:
+        """As `stream`, of an ensemble that has other inputs than a prompt and ends in a text; over gRPC alone."""
+        return self._stream_life(lambda: self._begin_tensors(inputs, own_id(request_id)))
+
     def stop(self, request_id: str) -> None:
-        """End a running request of any client: its answer ends with the finish_reason "cancelled".
+        """End a running request: its answer ends with the finish_reason "cancelled".
+
+        It is one of this client's own, or has a random id such as a request without `request_id` gets.
 
         Returns once the server has acknowledged it; nothing happens where no such request runs. Raises
         `ClientError`, after at most `STOP_TIMEOUT_S`.
@@ -70,6 +81,10 @@ class BaseClient(ClientCore, ABC):
     def score(self, request: ScoreRequest) -> tuple[Score, ...]:
         """Score every text of the request; for models built with task score. Raises `ClientError`."""
         return Score.from_tensors(self._infer(self._score_call(request)))
+
+    def embed(self, texts: str | Sequence[str]) -> tuple[Embedding, ...]:
+        """Embed every text; for models built with task score and --embeddings. Raises `ClientError`, `ValueError`."""
+        return Embedding.from_tensors(self._infer(self._embed_call(texts)))
 
     def infer(
         self, model: str, inputs: Mapping[TensorSpec, Tensor], outputs: tuple[TensorSpec, ...]
@@ -85,6 +100,14 @@ class BaseClient(ClientCore, ABC):
         except ClientError:
             return False
 
+    def max_seq_len(self) -> int:
+        """Ask for the tokens that a prompt and its answer may have together; not for scoring. Raises `ClientError`."""
+        return read_max_seq_len(list(self._exchange(self._describe_call())))
+
+    def build_identity(self) -> str:
+        """Ask which build of the model is loaded: its `Manifest.identity`, empty if unknown. Raises `ClientError`."""
+        return read_build(self._infer(self._build_call()))
+
     def close(self) -> None:
         """Release the connections. Close the streams first: none is stopped on the server any more."""
         self._is_closed = True
@@ -99,7 +122,10 @@ class BaseClient(ClientCore, ABC):
         self.close()
 
     def _stream(self, request: GenerateRequest, request_id: str) -> Generator[Chunk, None, None]:
-        with contextlib.closing(self._responses(self._begin(request, request_id, stream=True))) as responses:
+        return self._stream_life(lambda: self._begin(request, request_id, stream=True))
+
+    def _stream_life(self, begin: Callable[[], RequestLife]) -> Generator[Chunk, None, None]:
+        with contextlib.closing(self._responses(begin())) as responses:
             for chunks in responses:
                 yield from chunks
 

@@ -11,11 +11,12 @@ from deepseek_triton.clients.base import BaseClient
 from deepseek_triton.clients.chat_commands import is_command, is_exit, run_command
 from deepseek_triton.clients.chat_history import ChatHistory
 from deepseek_triton.clients.cli import add_answer_arguments, add_model_argument, answer_style, explain, with_client
+from deepseek_triton.clients.connect import ProtocolName
 from deepseek_triton.clients.errors import ClientError, RequestRejected
 from deepseek_triton.clients.line_input import LineInput
 from deepseek_triton.clients.options import add_option, make_request
-
-SCORER = "{}-scorer"  # a part that only scoring models have
+from deepseek_triton.clients.printable import printable
+from deepseek_triton.clients.server.diagnosis import diagnose
 
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +37,9 @@ def run_chat(args: argparse.Namespace) -> int:
     def run(client: BaseClient) -> int:
         _check_model(client)
         lines = LineInput()
+        history = ChatHistory(args.system, _context_len(client))
         if lines.is_terminal and not args.quiet:
-            _say(f"{args.model} at {client.url}; /help lists the commands, Ctrl-D ends the chat")
-        history = ChatHistory(args.system)
+            _say(_banner(client, history.context_len))
         style = answer_style(args)
         while True:
             try:
@@ -88,17 +89,29 @@ def _answer(client: Client, args: argparse.Namespace, style: AnswerStyle, histor
             history.add(question, text)
 
 
+def _context_len(client: BaseClient) -> int | None:
+    """The model's context in tokens; None if its engine doesn't tell: an earlier version built it."""
+    try:
+        return client.max_seq_len()
+    except ClientError:
+        return None
+
+
+def _banner(client: BaseClient, context_len: int | None) -> str:
+    context = "" if context_len is None else f", a context of {context_len:,} tokens"
+    return f"{client.model} at {client.url}{context}; /help lists the commands, Ctrl-D ends the chat"
+
+
 def _check_model(client: BaseClient) -> None:
     """Refuse a model that can't be talked to, before the first prompt."""
+    protocol: ProtocolName = "http" if client.url.startswith("http") else "grpc"
+    if reason := diagnose(protocol, client.url, client.model, "generate"):
+        raise ClientError(reason)
     if not client.is_ready():
         raise ClientError(
             f"model {client.model!r} isn't ready at {client.url}: start the server, or check the model's name and --url"
         )
-    if client.is_ready(SCORER.format(client.model)):
-        raise ClientError(
-            f"{client.model} is a scoring model, which can't chat; use: deepseek-triton score {client.model} TEXT"
-        )
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

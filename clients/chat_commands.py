@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 
 from deepseek_triton.clients.chat_history import ChatHistory
+from deepseek_triton.clients.nearest import did_you_mean
 
 EXIT_WORDS = ("/exit", "/quit", "exit", "quit")
 COMMANDS: dict[str, str] = {
@@ -37,8 +37,7 @@ def run_command(line: str, history: ChatHistory) -> str:
     name, _, rest = line.strip().partition(" ")
     handler = _HANDLERS.get(name)
     if handler is None:
-        match = difflib.get_close_matches(name, list(COMMANDS), n=1)
-        meant = f"; did you mean {match[0]}?" if match else ""
+        meant = did_you_mean(name, COMMANDS)
         return f"there is no command {name}{meant}; /help lists them, a space before the / sends the line"
     return handler(history, rest.strip())
 

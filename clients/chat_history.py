@@ -19,11 +19,11 @@ _FILLED = 0.75
 
 
 class ChatHistory:
-    """The system's message, if there is one, and the exchanges so far: question and answer each."""
+    """The system's message, if there is one, and the exchanges so far, each a question and its answer."""
 
-    def __init__(self, system: str | None = None) -> None:
+    def __init__(self, system: str | None = None, context_len: int | None = None) -> None:
         self.system = system
-        self.context_len: int | None = None  # tokens; known once a prompt was too long
+        self.context_len = context_len  # tokens; None: unknown until a prompt is too long
         self._exchanges: list[tuple[Message, Message]] = []
 
     def messages(self, question: Message) -> tuple[Message, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -22,21 +23,27 @@ from deepseek_triton.clients.errors import (
     ProtocolError,
     RequestRejected,
     RequestTimeout,
+    ServerOverloaded,
     ServerUnavailable,
 )
 from deepseek_triton.clients.line_input import read_everything
 from deepseek_triton.clients.options import add_option, add_request_arguments, make_request
+from deepseek_triton.clients.server.diagnosis import Task, diagnose
 
 URL_VARIABLE = "DEEPSEEK_TRITON_URL"
 MODEL_VARIABLE = "DEEPSEEK_TRITON_MODEL"
 
 # What to do next, for each kind of error.
 _HINTS: dict[type[ClientError], str] = {
-    ServerUnavailable: "start the server, or name its address with --url",
+    ServerUnavailable: "start the server, or check --url and --protocol (by default gRPC has port 8001, HTTP 8000)",
     RequestTimeout: "allow more with --timeout, or ask for less with --max-tokens",
-    RequestRejected: "check the model's name and the options, or the server's log",
     ProtocolError: "check that --url and --protocol name a Triton that serves this project's models",
 }
+
+# What Triton puts before a model's own message.
+_TRITONS_PREFIX = re.compile(r"\[request id: [^\]]*\] |in ensemble '[^']*', ")
+# Words of errors that are the server's fault, not the request's.
+_BROKEN = re.compile(r"stub process|internal|unexpected error|shared memory|can't be taken in", re.IGNORECASE)
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,8 +114,8 @@ def run_generate(args: argparse.Namespace) -> int:
     return with_client(args, run)
 
 
-def with_client(args: argparse.Namespace, run: Callable[[BaseClient], int]) -> int:
-    """Connect and run a command.
+def with_client(args: argparse.Namespace, run: Callable[[BaseClient], int], task: Task = "generate") -> int:
+    """Connect and run a command; `task` is what it asks of the model.
 
     Raises:
         ClientError: whatever went wrong, as one line that says what to do.
@@ -117,14 +124,19 @@ def with_client(args: argparse.Namespace, run: Callable[[BaseClient], int]) -> i
         protocol, url = read_address(args.url, args.protocol)
         with connect(protocol, args.model, url, args.timeout) as client:
             return run(client)
+    except (RequestRejected, ServerUnavailable, ProtocolError) as error:
+        is_full = isinstance(error, ServerOverloaded)
+        reason = None if is_full else diagnose(protocol, url, args.model, task)
+        raise ClientError(reason or explain(error)) from error
     except (ClientError, ValueError) as error:
         raise ClientError(explain(error)) from error
 
 
 def explain(error: Exception) -> str:
-    """The error on one line, with what to do next."""
+    """The error on one line, with what to do next unless the server's own words say it."""
     text = " ".join(str(error).split())
-    if isinstance(error, RequestRejected) and "; " in text:
-        return text  # the server's own advice
+    if isinstance(error, RequestRejected):
+        text = _TRITONS_PREFIX.sub("", text)
+        return f"{text}; the server's log says more" if _BROKEN.search(text) else text
     hint = next((hint for kind, hint in _HINTS.items() if isinstance(error, kind)), None)
     return f"{text}; {hint}" if hint else text

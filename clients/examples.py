@@ -10,8 +10,7 @@ from pathlib import Path
 PROMPT = "The capital of France is"
 
 PYTHON = """\
-from deepseek_triton.clients.grpc import GrpcClient
-from deepseek_triton.clients.api import GenerateRequest
+from deepseek_triton.clients import GenerateRequest, GrpcClient
 with GrpcClient({grpc_url!r}, {model!r}) as client:
     for chunk in client.stream(GenerateRequest(prompt={prompt!r}, max_tokens=16)):
         print(chunk.text, end="", flush=True)
@@ -45,8 +44,7 @@ SCORED_TEXT = "A wonderful film, I loved it."
 SCORED_LABELS = ("positive", "negative")
 
 SCORE_PYTHON = """\
-from deepseek_triton.clients.grpc import GrpcClient
-from deepseek_triton.clients.score import ScoreRequest
+from deepseek_triton.clients import GrpcClient, ScoreRequest
 with GrpcClient({grpc_url!r}, {model!r}) as client:
     for score in client.score(ScoreRequest({fields})):
         print(score.label, score.probabilities)"""

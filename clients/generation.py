@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from deepseek_triton.clients.response import Chunk, Times, ToolCall, TopLogProb
+from deepseek_triton.clients.response import Chunk, Times, Token, ToolCall, TopLogProb
 from deepseek_triton.ensemble.protocol.contract import FinishReason
 
 
@@ -24,6 +24,9 @@ class Generation:
     top_log_probs: tuple[tuple[TopLogProb, ...], ...] = ()
     cum_log_prob: float | None = None
     times: Times | None = None
+    tokens: tuple[Token, ...] = ()
+    num_cached_tokens: int | None = None
+    num_reasoning_tokens: int | None = None
 
     @classmethod
     def from_chunks(cls, chunks: Sequence[Chunk]) -> Generation:
@@ -43,6 +46,9 @@ class Generation:
             top_log_probs=tuple(row for chunk in chunks for row in chunk.top_log_probs),
             cum_log_prob=last.cum_log_prob,
             times=last.times,
+            tokens=tuple(token for chunk in chunks for token in chunk.tokens),
+            num_cached_tokens=last.num_cached_tokens,
+            num_reasoning_tokens=last.num_reasoning_tokens,
         )
 
     @classmethod

@@ -20,10 +20,12 @@ from deepseek_triton.clients.errors import (
     RequestRejected,
     RequestTimeout,
     ServerUnavailable,
+    rejection,
 )
 from deepseek_triton.clients.life import Response, StreamCall, TensorCall
 from deepseek_triton.clients.score import Tensor
 from deepseek_triton.ensemble.protocol.contract import DType, TensorSpec
+from deepseek_triton.ensemble.protocol.error_kind import KIND_PARAMETER
 
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
@@ -33,6 +35,8 @@ CHANNEL_OPTIONS = [
     # After a failed connection, try again soon: by default a client that waits for its server to start would
     # be blind for up to two minutes.
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # Nor is a name that now stands for another address resolved for half a minute by default.
+    ("grpc.dns_min_time_between_resolutions_ms", 1000),
     # An inference server is reached directly, whatever proxy the environment names.
     ("grpc.enable_http_proxy", 0),
 ]
@@ -53,23 +57,26 @@ def check_url(url: str) -> None:
 
 
 def stream_message(call: StreamCall) -> Any:
-    """The ModelInferRequest of a streamed request. Every model of ours has a batch dimension: [n] is [1, n] here."""
+    """The ModelInferRequest of a streamed request; it asks for errors with their kind.
+
+    Every model of ours has a batch dimension: [n] is [1, n] here.
+    """
     tensors = {}
     for spec, value in call.inputs.items():
         values = value if isinstance(value, tuple) else (value,)
         tensors[spec] = Tensor((1, len(values)), values)
-    return _message(call.model, call.request_id, tensors)
+    return _message(call.model, call.request_id, tensors, {**call.parameters, KIND_PARAMETER: "true"})
 
 
 def tensor_message(call: TensorCall) -> Any:
     """The ModelInferRequest of whole tensors."""
-    return _message(call.model, call.request_id, call.inputs)
+    return _message(call.model, call.request_id, call.inputs, call.parameters)
 
 
 def read_stream_response(response: Any, outputs: tuple[TensorSpec, ...]) -> Response:
     """The `outputs` that a ModelStreamInferResponse has. Raises `RequestRejected`, `ProtocolError`."""
     if response.error_message:
-        raise RequestRejected(response.error_message)
+        raise rejection(response.error_message)
     return {name: list(tensor.values) for name, tensor in read_response(response.infer_response, outputs).items()}
 
 
@@ -107,7 +114,7 @@ def encode(spec: TensorSpec, values: Sequence[Any]) -> bytes:
     """The raw form of a tensor's values."""
     if spec.dtype != "STRING":
         return struct.pack(f"<{len(values)}{_LAYOUTS[spec.dtype]}", *values)
-    texts = [value.encode() for value in values]
+    texts = [value if isinstance(value, bytes) else value.encode() for value in values]
     return b"".join(struct.pack("<I", len(text)) + text for text in texts)
 
 
@@ -121,8 +128,10 @@ def decode(spec: TensorSpec, raw: bytes) -> list[Any]:
         raise ProtocolError(f"output {spec.name} must be {spec.dtype}: {error}") from error
 
 
-def _message(model: str, request_id: str, tensors: Mapping[TensorSpec, Tensor]) -> Any:
+def _message(model: str, request_id: str, tensors: Mapping[TensorSpec, Tensor], parameters: Mapping[str, str]) -> Any:
     message = service_pb2.ModelInferRequest(model_name=model, id=request_id)
+    for name, value in parameters.items():
+        message.parameters[name].string_param = value
     for spec, tensor in tensors.items():
         message.inputs.add(name=spec.name, datatype=_wire_dtype(spec), shape=tensor.shape)
         message.raw_input_contents.append(encode(spec, tensor.values))

@@ -21,6 +21,7 @@ from deepseek_triton.clients.errors import (
     RequestRejected,
     RequestTimeout,
     ServerUnavailable,
+    rejection,
 )
 from deepseek_triton.clients.life import Response, StreamCall, TensorCall
 from deepseek_triton.clients.request import Scalar
@@ -45,14 +46,15 @@ def check_url(url: str) -> str:
 
 def generate_request(call: StreamCall) -> dict[str, Any]:
     """The arguments of httpx's `stream` for a request to a decoupled model."""
-    body = {"id": call.request_id} | {spec.name: value for spec, value in call.inputs.items()}
+    body = {"id": call.request_id, **call.parameters} | {spec.name: value for spec, value in call.inputs.items()}
     path = _model_path(call.model, "generate_stream" if call.is_streamed else "generate")
-    return {"method": "POST", "url": path, **_json(body), "timeout": call.timeout_s}
+    return {"method": "POST", "url": path, **_json(body, call.headers), "timeout": call.timeout_s}
 
 
 def infer_request(call: TensorCall) -> dict[str, Any]:
     """The arguments of httpx's `request` for whole tensors."""
-    body = {"id": call.request_id, "inputs": [_input(spec, tensor) for spec, tensor in call.inputs.items()]}
+    inputs = [_input(spec, tensor) for spec, tensor in call.inputs.items()]
+    body = {"id": call.request_id, "inputs": inputs, "parameters": dict(call.parameters)}
     return {"method": "POST", "url": _model_path(call.model, "infer"), **_json(body), "timeout": call.timeout_s}
 
 
@@ -124,8 +126,8 @@ def _model_path(model: str, method: str) -> str:
     return f"/v2/models/{quote(model, safe='')}/{method}"
 
 
-def _json(body: Mapping[str, Any]) -> dict[str, Any]:
-    return {"content": json.dumps(body), "headers": {"Content-Type": "application/json"}}
+def _json(body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> dict[str, Any]:
+    return {"content": json.dumps(body), "headers": {"Content-Type": "application/json", **(headers or {})}}
 
 
 def _input(spec: TensorSpec, tensor: Tensor) -> dict[str, Any]:
@@ -149,7 +151,7 @@ def _parse(text: str, status: int) -> dict[str, Any]:
     except json.JSONDecodeError:
         fields = None
     if isinstance(fields, dict) and "error" in fields:
-        raise RequestRejected(str(fields["error"]))
+        raise rejection(str(fields["error"]))
     if status >= httpx.codes.BAD_REQUEST:
         # Not Triton's own: a proxy's page, say.
         raise RequestRejected(f"HTTP status {status}: {text[:200]}")

@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_triton.clients.api import Generation
+from deepseek_triton.clients.printable import escape_json, shown
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 class AnswerPrinter:
-    """Prints one answer as it comes. Pieces of reasoning may come before the text or between pieces of it."""
+    """Prints one answer as it comes. Pieces of reasoning may come before the text or between pieces of it.
+
+    On a terminal control characters are shown as escapes; in a pipe or a file the text is the model's own.
+    """
 
     def __init__(self) -> None:
         self._is_in_reasoning = False
@@ -27,12 +31,13 @@ class AnswerPrinter:
     def push(self, text: str, reasoning: str) -> None:
         """Print what is new."""
         if reasoning:
-            sys.stderr.write((DIM if sys.stderr.isatty() and not self._is_in_reasoning else "") + reasoning)
+            dim = DIM if sys.stderr.isatty() and not self._is_in_reasoning else ""
+            sys.stderr.write(dim + shown(reasoning, sys.stderr))
             sys.stderr.flush()
             self._is_in_reasoning = True
         if text:
             self._end_reasoning()
-            print(text, end="", flush=True)
+            print(shown(text, sys.stdout), end="", flush=True)
 
     def finish(self) -> None:
         """End the answer's last line."""
@@ -75,7 +80,7 @@ def figures(answers: tuple[Generation, ...], total_s: float, first_s: float | No
 
 def json_line(value: Any) -> str:
     """One line of JSON. Dataclasses become objects; numbers that JSON doesn't have (NaN, infinite) become null."""
-    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
+    return escape_json(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False))
 
 
 def _plain(value: Any) -> Any:

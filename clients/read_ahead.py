@@ -24,6 +24,7 @@ class ReadAhead(Generic[Item]):
         self._error: Exception | None = None
         self._is_discarding = False
         self._is_ended = False
+        self.has_begun = False  # an item has come
         self._has_news = asyncio.Event()  # an item, or the end
         self._has_room = asyncio.Event()
         self._has_room.set()
@@ -43,6 +44,14 @@ class ReadAhead(Generic[Item]):
             raise self._error
         raise StopAsyncIteration
 
+    def fail(self, error: Exception) -> None:
+        """Raise `error` instead of what may still come, at once; its owner closes it then."""
+        if not self._is_ended:
+            self._items.clear()
+            self._error, self._is_ended, self._is_discarding = error, True, True
+            self._has_room.set()
+            self._has_news.set()
+
     async def drain(self, timeout_s: float) -> None:
         """Wait at most `timeout_s` for the source's end, ignoring what comes, and close it."""
         self._is_discarding = True
@@ -61,11 +70,12 @@ class ReadAhead(Generic[Item]):
                 async for item in source:
                     await self._has_room.wait()
                     if not self._is_discarding:
+                        self.has_begun = True
                         self._items.append(item)
                         self._has_room.clear()
                         self._has_news.set()
         except Exception as error:
-            self._error = error
+            self._error = self._error or error
         except asyncio.CancelledError:
             # Closing the client cancels its calls, and the consumer must be told. After `close` nobody reads this.
             self._error = ClientError("the call was cancelled")

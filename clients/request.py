@@ -22,7 +22,7 @@ from deepseek_triton.ensemble.protocol.request_options import (
 )
 
 Scalar = bool | int | float | str
-Value = Scalar | tuple[str, ...]  # of a tensor with the dims [1] or [-1]
+Value = Scalar | bytes | tuple[str, ...]  # of a tensor with the dims [1] or [-1]
 
 # Read by the chat template, which a prompt doesn't go through.
 CHAT_FIELDS = ("enable_thinking", "tools", "chat_template_kwargs")

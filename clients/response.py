@@ -20,7 +20,7 @@ from deepseek_triton.ensemble.protocol.contract import FINISH_REASONS, DType, Fi
 
 Outputs = Mapping[str, Sequence[Scalar]]  # a tensor's name → its values
 
-TOKEN_OUTPUTS = (contract.OUTPUT_LOG_PROBS, contract.TOP_LOG_PROBS)
+TOKEN_OUTPUTS = (contract.OUTPUT_LOG_PROBS, contract.OUTPUT_TOKENS, contract.TOP_LOG_PROBS)
 ROW_OUTPUTS = tuple(spec for spec in contract.GENERATE.outputs if spec not in TOKEN_OUTPUTS)
 
 # JSON may write a whole number without a point.
@@ -47,12 +47,22 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
+class Token:
+    """One token. `token` is its text; where that isn't whole, as of a part of a character, `raw` has its bytes."""
+
+    id: int
+    token: str
+    raw: bytes | None = None
+
+
+@dataclass(frozen=True)
 class TopLogProb:
-    """One of a position's likeliest tokens. `token` is its spelling: a part of a character may be no text yet."""
+    """One of a position's likeliest tokens, whose text and bytes are as in `Token`."""
 
     id: int
     token: str
     log_prob: float
+    raw: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,9 @@ class Times:
 class Chunk:
     """What one response adds to one sequence: its text since the last response, and its state.
 
-    Log probabilities are natural logarithms, one for each new token.
+    Log probabilities are natural logarithms, one for each new token; `tokens` are these tokens. Both come where they
+    were asked for. num_cached_tokens: of the prompt's tokens, those that weren't computed again; num_reasoning_tokens:
+    of the new ones so far. Both come with the sequence's first chunk and its last, from a server that tells them.
     """
 
     text: str
@@ -83,6 +95,9 @@ class Chunk:
     top_log_probs: tuple[tuple[TopLogProb, ...], ...] = ()
     cum_log_prob: float | None = None  # of the sequence so far
     times: Times | None = None
+    tokens: tuple[Token, ...] = ()
+    num_cached_tokens: int | None = None
+    num_reasoning_tokens: int | None = None
 
 
 class ChunkReader:
@@ -140,6 +155,9 @@ class ChunkReader:
             top_log_probs=tuple(map(_top_log_probs, new.get(contract.TOP_LOG_PROBS, ()))),
             cum_log_prob=row.get(contract.CUM_LOG_PROBS),
             times=_times(row),
+            tokens=tuple(map(_token, new.get(contract.OUTPUT_TOKENS, ()))),
+            num_cached_tokens=row.get(contract.NUM_CACHED_TOKENS),
+            num_reasoning_tokens=row.get(contract.NUM_REASONING_TOKENS),
         )
 
     def _advance(self, index: int, num_tokens: int) -> int:
@@ -186,9 +204,22 @@ def _tool_calls(text: str) -> tuple[ToolCall, ...]:
         raise ProtocolError(f"output {contract.TOOL_CALLS.name} must be a JSON list of calls, got {text!r}") from None
 
 
+def _token(text: str) -> Token:
+    try:
+        row = json.loads(text)
+        return Token(row["id"], row["token"], _raw(row))
+    except (ValueError, KeyError, TypeError):
+        raise ProtocolError(f"output {contract.OUTPUT_TOKENS.name} must be a JSON token, got {text!r}") from None
+
+
+def _raw(row: Mapping[str, Any]) -> bytes | None:
+    return bytes(row["bytes"]) if "bytes" in row else None
+
+
 def _top_log_probs(text: str) -> tuple[TopLogProb, ...]:
     try:
-        return tuple(TopLogProb(row["id"], row["token"], float(row["log_prob"])) for row in json.loads(text))
+        rows = json.loads(text)
+        return tuple(TopLogProb(row["id"], row["token"], float(row["log_prob"]), _raw(row)) for row in rows)
     except (ValueError, KeyError, TypeError):
         raise ProtocolError(
             f"output {contract.TOP_LOG_PROBS.name} must be a JSON list of tokens, got {text!r}"

@@ -1,7 +1,7 @@
 """Scoring: texts and candidate labels in, each text's label and probabilities out, the same for every transport.
 
-A scoring request holds whole tensors of several rows. Transports send and receive them; this module makes and reads
-them.
+Embeddings come from the same models. A scoring request holds whole tensors of several rows. Transports send and receive
+them; this module makes and reads them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from deepseek_triton.ensemble.protocol import contract
 from deepseek_triton.ensemble.protocol.contract import TensorSpec
 
 Chat = Sequence[Turn]
+ANY_LABELS = ("a", "b")  # of a request for embeddings: the model scores something, and nobody reads it
+EMBED_OUTPUTS = (contract.EMBEDDING, contract.NUM_INPUT_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,25 @@ class Score:
                 )
             )
         return tuple(scores)
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """One text's embedding: the hidden state [hidden_size] after the last norm, where the filled template ends."""
+
+    values: tuple[float, ...]
+    num_input_tokens: int
+
+    @classmethod
+    def from_tensors(cls, outputs: Mapping[str, Tensor]) -> tuple[Embedding, ...]:
+        """Read the outputs of `EMBED_OUTPUTS`, an Embedding for each row; `ProtocolError` for a malformed response."""
+        for spec in EMBED_OUTPUTS:
+            if spec.name not in outputs:
+                raise ProtocolError(f"output {spec.name} is missing from a response with {sorted(outputs)}")
+        values, num_tokens = (outputs[spec.name].rows() for spec in EMBED_OUTPUTS)
+        if len(values) != len(num_tokens):
+            raise ProtocolError(f"{len(values)} embeddings came with {len(num_tokens)} token counts")
+        return tuple(cls(tuple(row), count[0]) for row, count in zip(values, num_tokens, strict=True))
 
 
 def _texts(name: str, values: Sequence[str]) -> tuple[str, ...]:

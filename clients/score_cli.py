@@ -6,11 +6,13 @@ Standard output gets the labels and nothing else.
 from __future__ import annotations
 
 import argparse
+import sys
 
 from deepseek_triton.clients.base import BaseClient
 from deepseek_triton.clients.cli import add_connection_arguments, add_model_argument, with_client
 from deepseek_triton.clients.errors import ClientError
 from deepseek_triton.clients.line_input import read_lines
+from deepseek_triton.clients.printable import shown
 from deepseek_triton.clients.printing import json_line
 from deepseek_triton.clients.score import Score, ScoreRequest
 
@@ -31,7 +33,7 @@ def run_score(args: argparse.Namespace) -> int:
         labels = None if args.labels is None else [label.strip() for label in args.labels.split(",")]
         if args.text != "-":
             (score,) = client.score(ScoreRequest(texts=[args.text], labels=labels))
-            print(_describe(score, as_json=args.json, is_brief=False))
+            print(shown(_describe(score, as_json=args.json, is_brief=False), sys.stdout))
             return 0
         for number, line in enumerate(read_lines(), start=1):
             if not line.strip():
@@ -41,10 +43,10 @@ def run_score(args: argparse.Namespace) -> int:
                 (score,) = client.score(ScoreRequest(texts=[line], labels=labels))
             except (ClientError, ValueError) as error:
                 raise type(error)(f"line {number}: {error}") from error
-            print(_describe(score, as_json=args.json, is_brief=True), flush=True)
+            print(shown(_describe(score, as_json=args.json, is_brief=True), sys.stdout), flush=True)
         return 0
 
-    return with_client(args, run)
+    return with_client(args, run, "score")
 
 
 def _describe(score: Score, *, as_json: bool, is_brief: bool) -> str:

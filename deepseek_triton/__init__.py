@@ -1,4 +1,5 @@
-"""DeepSeek-family checkpoints served by NVIDIA Triton: builders, what runs inside Triton, clients, load tests.
+"""DeepSeek-family checkpoints served by NVIDIA Triton: builders, what runs inside Triton, clients, a
+gateway, load tests.
 
 The folders are links to those at the top of the repository.
 """

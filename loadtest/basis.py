@@ -7,12 +7,13 @@ does.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deepseek_triton.command_parser import CommandParser
+from deepseek_triton.extras import exit_with
 from deepseek_triton.loadtest.levels import LEVELS
 from deepseek_triton.loadtest.profile import Basis, Levels, LoadProfileError
 from deepseek_triton.loadtest.result import LoadTestResult, ResultError, load
@@ -22,7 +23,7 @@ MARGIN = 2.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables; returns 1 if a file isn't a result or a run is invalid or of another profile."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m deepseek_triton.loadtest.basis", description="Service levels from measured runs of one profile."
     )
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json")
@@ -83,4 +84,4 @@ def _present(value: float | None, name: str, result: LoadTestResult) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -26,7 +26,6 @@ from deepseek_triton.loadtest.intervals import (
     Figures,
     Floats,
     Measure,
-    Resample,
     ResampledRun,
     difference,
     resample,
@@ -68,7 +67,7 @@ def compare(a: LoadTestResult, b: LoadTestResult, *, num_resamples: int = NUM_RE
 
 
 def _difference(
-    measure: Measure, runs: tuple[ResampledRun, ResampledRun], draws: Sequence[Resample], num_blocks: int
+    measure: Measure, runs: tuple[ResampledRun, ResampledRun], draws: Floats, num_blocks: int
 ) -> Difference:
     """Return the difference; without an interval if there are too few blocks or requests above a percentile."""
     found = difference(measure, runs, draws, num_blocks)

@@ -1,7 +1,7 @@
-"""What an engine says of itself: readings of its `deepseek_` series in, its batch, its queue and its own latencies out.
+"""The engine's own figures: readings of its `deepseek_` metrics in; its batch, queue and latencies out.
 
-Its histograms are of every request; a client's percentiles are of those that streamed. Their means are exact, their
-percentiles are known to lie in a bucket.
+Its histograms cover every request; a client's percentiles cover those that streamed. A histogram's mean is exact; of a
+percentile only its bucket is known.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ FIRST_TOKEN = "deepseek_time_to_first_token_seconds"
 INTER_TOKEN = "deepseek_inter_token_latency_seconds"
 QUEUE = "deepseek_queue_time_seconds"
 SLOTS, SLOTS_USED, WAITING = "deepseek_slots", "deepseek_slots_used", "deepseek_sequences_waiting"
-TOKENS = "deepseek_generated_tokens"  # a counter's name is without its ending here
-# What becomes of requests: name → counter.
+TOKENS = "deepseek_generated_tokens"  # counters are named without their ending `_total`
+# How requests ended: name → counter.
 OUTCOMES = {
     "accepted": "deepseek_requests",
     "cancelled": "deepseek_requests_cancelled",
@@ -31,13 +31,13 @@ NOTHING = HistogramSnapshot((math.inf,), (0.0,), 0.0)
 
 
 def is_engine(part: str, model: str) -> bool:
-    """Whether a model of Triton's is the engine behind the served `model`."""
+    """Whether the Triton model `part` is the engine of the served `model`."""
     return part == f"{model}-engine"
 
 
 @dataclass(frozen=True)
 class Spread:
-    """One of its histograms, in seconds. A percentile is above the first of its bounds, and at most the second."""
+    """A histogram in seconds. A percentile lies above the first of its two bounds and is at most the second."""
 
     count: float
     mean: float | None
@@ -46,13 +46,13 @@ class Spread:
 
     @classmethod
     def of(cls, histogram: HistogramSnapshot) -> Spread:
-        """Read one."""
+        """Summarise a histogram."""
         return cls(histogram.count, histogram.mean, histogram.bucket(50), histogram.bucket(99))
 
 
 @dataclass(frozen=True)
 class EngineWork:
-    """What it did in a stretch of time."""
+    """The engine's work in a period."""
 
     outcomes: dict[str, float]
     tokens: float
@@ -62,12 +62,12 @@ class EngineWork:
     prefill_s: float | None  # mean, from the slot to the first token
     decode_s: float | None  # mean, from the first token to the last
     slots: float
-    max_slots_used: float  # as it was read, once a second
+    max_slots_used: float  # the largest reading; there is one each second
     max_waiting: float
 
 
 def work(readings: Sequence[Reading], model: str) -> EngineWork | None:
-    """What the engine behind `model` did between the first reading and the last; None: it says nothing of itself."""
+    """The engine's work between the first reading and the last; None: the model publishes no such metrics."""
     if not readings or FIRST_TOKEN not in readings[-1].histograms.get(model, {}):
         return None
     before, after = readings[0], readings[-1]
@@ -89,22 +89,22 @@ def work(readings: Sequence[Reading], model: str) -> EngineWork | None:
 
 @dataclass(frozen=True)
 class EngineCourse:
-    """The same, step by step. Percentiles are estimated within their buckets."""
+    """The engine's work, one value for each step of the run. Percentiles are estimated within their buckets."""
 
-    slots_used: list[float | None]  # on average
+    slots_used: list[float | None]  # average
     waiting: list[float | None]
     tokens_per_s: list[float | None]
     first_token_p50_s: list[float | None]
     first_token_p99_s: list[float | None]
     inter_token_p50_s: list[float | None]
     inter_token_p99_s: list[float | None]
-    queue_s: list[float | None]  # means, of the requests that came so far in the step
+    queue_s: list[float | None]  # these three: means of the step's requests
     prefill_s: list[float | None]
     decode_s: list[float | None]
 
 
 def course(readings: Sequence[Reading], model: str, edges: Sequence[float]) -> EngineCourse | None:
-    """How it went; None: it says nothing of itself."""
+    """The engine's work between the edges (seconds); None: the model publishes no such metrics."""
     if work(readings, model) is None:
         return None
     steps = list(itertools.pairwise(nearest(readings, edges)))
@@ -129,7 +129,7 @@ def course(readings: Sequence[Reading], model: str, edges: Sequence[float]) -> E
 
 
 def _prefill(first: HistogramSnapshot, queue: HistogramSnapshot) -> float | None:
-    """The two means' difference; in a short step they may be of different requests, and the difference nothing."""
+    """The difference of the two means. In a short step they may cover different requests; then it is at least 0."""
     return max(first.mean - queue.mean, 0.0) if first.mean is not None and queue.mean is not None else None
 
 

@@ -1,7 +1,8 @@
-"""One request from its sending to its last response: a client in, a sample out.
+"""Send one request and measure it until its last response: a client in, a sample out.
 
-It knows the clients' interface and a clock, nothing of Locust: the same code measures under gevent and in a plain
-program. Errors of the server and the connection become part of the sample; any other exception is a bug and is raised.
+It knows the clients' interface and a clock, and nothing about Locust: the same code measures under gevent and in a
+plain program. An error of the server or the connection is stored in the sample; any other exception is a bug and is
+raised.
 """
 
 from __future__ import annotations
@@ -10,19 +11,22 @@ import time
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from deepseek_triton.clients.api import Chunk, GenerateRequest, Generation
 from deepseek_triton.clients.errors import ClientError
+from deepseek_triton.clients.report import report_inputs
+from deepseek_triton.clients.score import Score, ScoreRequest
 from deepseek_triton.loadtest.profile import ProtocolName
+from deepseek_triton.loadtest.prompts import ImageRequest, LoadRequest
 from deepseek_triton.loadtest.sample import Sample
 
 
 class Streams(Protocol):
-    """What a request needs of a client."""
+    """The methods of a client that a request needs."""
 
     def stream(self, request: GenerateRequest) -> Generator[Chunk, None, None]:
-        """Give the answer as it comes."""
+        """Yield the answer's chunks as they arrive."""
         ...
 
     def generate(self, request: GenerateRequest) -> Generation:
@@ -30,29 +34,48 @@ class Streams(Protocol):
         ...
 
 
+class Scores(Protocol):
+    """The method of a client that a text to score needs."""
+
+    def score(self, request: ScoreRequest) -> tuple[Score, ...]:
+        """Score every text."""
+        ...
+
+
+class Reports(Protocol):
+    """The method of a client that an image needs."""
+
+    def stream_tensors(self, inputs: Any) -> Generator[Chunk, None, None]:
+        """Yield the report's chunks as they arrive."""
+        ...
+
+
 @dataclass
 class Recorder:
-    """What a run has seen so far. `now` is its clock: seconds since the warm-up's end, negative before."""
+    """The samples of a run so far, and its clock: seconds since the end of the warm-up, negative before."""
 
     origin: float = field(default_factory=time.perf_counter)
     samples: list[Sample] = field(default_factory=list)
     num_begun: int = 0
-    tokens: dict[int, int] = field(default_factory=dict)  # whole second → tokens that came in it
+    tokens: dict[int, int] = field(default_factory=dict)  # whole second → tokens that arrived in it
 
     def now(self) -> float:
         """Seconds since the warm-up's end."""
         return time.perf_counter() - self.origin
 
     def count_tokens(self, at_s: float, count: int) -> None:
-        """Note tokens that came."""
+        """Count tokens that arrived at `at_s`."""
         second = int(at_s // 1)
         self.tokens[second] = self.tokens.get(second, 0) + count
 
 
 def exchange(
-    client: Streams, request: GenerateRequest, protocol: ProtocolName, due_s: float, recorder: Recorder
+    client: Any, request: LoadRequest, protocol: ProtocolName, due_s: float, recorder: Recorder
 ) -> tuple[Sample, Generation | None]:
-    """Send one request and wait for its end; the answer is None unless it came whole."""
+    """Send one request and wait for its end; the answer is None unless it is complete.
+
+    client: a `Streams`, for a ScoreRequest a `Scores`, for an ImageRequest a `Reports`.
+    """
     recorder.num_begun += 1
     sent_s = recorder.now()
     chunks: list[Chunk] = []
@@ -89,8 +112,14 @@ def exchange(
     return sample, Generation.from_chunks(chunks) if sample.is_complete else None
 
 
-def _answer(client: Streams, request: GenerateRequest, protocol: ProtocolName) -> Generator[Chunk, None, None]:
-    if protocol.endswith("-stream"):
+def _answer(client: Any, request: LoadRequest, protocol: ProtocolName) -> Generator[Chunk, None, None]:
+    if isinstance(request, ScoreRequest):
+        scores = client.score(request)
+        yield Chunk("", "stop", sum(score.num_input_tokens for score in scores), 0)
+    elif isinstance(request, ImageRequest):
+        with closing(client.stream_tensors(report_inputs(request.image))) as chunks:
+            yield from chunks
+    elif protocol.endswith("-stream"):
         with closing(client.stream(request)) as chunks:
             yield from chunks
     else:

@@ -1,14 +1,18 @@
-"""gevent's patches, in the one order that works: import this before anything else of a load generator's process.
+"""Apply gevent's patches in the order that works. A load generator's process must import this before anything else.
 
-Locust runs its users as greenlets. The standard library is patched first, then grpcio, whose waiting happens in C: its
-own gevent mode moves that to native threads, taken from gevent's pool. Measured through it, the time to first token of
-an idle server is a plain client's (tests/test_loadtest_clock.py). The pool is made large enough never to be what a
-stream waits for.
+Locust runs its users as greenlets. The standard library is patched first, then grpcio, which waits in C: its gevent
+mode moves the waiting to native threads of gevent's pool. The time to first token of an idle server is the same as a
+plain client's (tests/loadtest/test_run.py). The pool is large enough that no stream waits for a thread.
 """
 
 from __future__ import annotations
 
-from gevent import monkey
+try:
+    from gevent import monkey
+except ModuleNotFoundError as error:
+    from deepseek_triton.extras import explain_missing
+
+    raise SystemExit(f"error: {explain_missing(error)}") from error
 
 monkey.patch_all()
 
@@ -19,3 +23,5 @@ MAX_THREADS = 128
 
 grpc_gevent.init_gevent()
 gevent.get_hub().threadpool.maxsize = MAX_THREADS
+# Ctrl-C reaches the main greenlet, which tells it; the hub would print a traceback of its own besides.
+gevent.get_hub().NOT_ERROR = (*gevent.get_hub().NOT_ERROR, KeyboardInterrupt)

@@ -25,6 +25,7 @@ NUM_RESAMPLES = 2000
 MIN_BLOCKS = 8
 
 Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
 Better = Literal["lower", "higher"]
 
 
@@ -32,16 +33,12 @@ Better = Literal["lower", "higher"]
 class Figures:
     """One run's counted requests, one value each. NaN: the request has no such value; infinite: it failed."""
 
-    block: npt.NDArray[np.int64]
+    block: Integers
     latency_s: Floats
     first_token_s: Floats
     inter_token_s: Floats
     tokens: Floats  # of complete answers
     failed: Floats  # 0 or 1
-
-    def take(self, indices: npt.NDArray[np.int64]) -> Figures:
-        """Return the requests at `indices`."""
-        return Figures(*(getattr(self, name)[indices] for name in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
@@ -83,16 +80,24 @@ class ResampledRun:
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure: its name, its unit, which direction is better, and its function of requests and seconds.
+    """A measure: its name, its unit, which direction is better, and its function of requests, seconds and samples.
 
+    of_samples: of a run's requests, its seconds, and how often each sample has each block [samples, blocks], the
+        measure of each sample; NaN where it has none.
     num_beyond: for a percentile, the number of slower requests.
     """
 
     name: str
     unit: str
     better: Better
-    of: Callable[[Figures, float], float | None]
+    of_samples: Callable[[Figures, float, Integers], Floats]
     num_beyond: Callable[[Figures], float] | None = None
+
+    def of(self, figures: Figures, seconds: float) -> float | None:
+        """The measure of the run itself: of each block once."""
+        once = np.ones((1, int(figures.block.max(initial=0)) + 1), np.int64)
+        value = float(self.of_samples(figures, seconds, once)[0])
+        return None if math.isnan(value) else value
 
 
 def _percentile(name: str, field: str, rank: float) -> Measure:
@@ -100,19 +105,52 @@ def _percentile(name: str, field: str, rank: float) -> Measure:
         values: Floats = getattr(figures, field)
         return values[~np.isnan(values)]
 
-    def of(figures: Figures, seconds: float) -> float | None:
-        values = values_of(figures)
-        if not len(values):
-            return None
-        index = max(math.ceil(rank / 100 * len(values)), 1) - 1
-        return float(np.partition(values, index)[index])
+    def of_samples(figures: Figures, seconds: float, counts: Integers) -> Floats:
+        block = figures.block[~np.isnan(getattr(figures, field))]
+        return _percentiles(values_of(figures), block, counts, rank)
 
-    return Measure(name, "s", "lower", of, lambda figures: len(values_of(figures)) * (100 - rank) / 100)
+    return Measure(name, "s", "lower", of_samples, lambda figures: len(values_of(figures)) * (100 - rank) / 100)
+
+
+def _percentiles(values: Floats, block: Integers, counts: Integers, rank: float) -> Floats:
+    """Return the nearest-rank percentile of each sample [samples]; `counts` is [samples, blocks].
+
+    One binary search in the sorted values finds all samples' percentiles: how many values a sample has up to one of
+    them is the sum of how many each of its blocks has.
+    """
+    num_samples, num_blocks = counts.shape
+    if not len(values):
+        return np.full(num_samples, math.nan)
+    order = np.argsort(values)
+    places = [np.flatnonzero(block[order] == i) for i in range(num_blocks)]  # ascending, in the sorted values
+    totals = counts @ np.array([len(each) for each in places])
+    wanted = np.maximum(np.ceil(rank / 100 * totals), 1)
+    low, high = np.zeros(num_samples, np.int64), np.full(num_samples, len(values) - 1, np.int64)
+    for _ in range(len(values).bit_length()):
+        middle = (low + high) // 2
+        found = sum(counts[:, i] * np.searchsorted(each, middle, side="right") for i, each in enumerate(places))
+        low, high = np.where(found >= wanted, (low, middle), (np.minimum(middle + 1, high), high))
+    return np.where(totals > 0, values[order][high], math.nan)
+
+
+def _sums(values: Floats, figures: Figures, counts: Integers) -> Floats:
+    """The sum over each sample's requests [samples]."""
+    of_blocks: Floats = np.bincount(figures.block, values, counts.shape[1]).astype(np.float64)
+    return counts @ of_blocks
+
+
+def _shares(values: Floats, figures: Figures, counts: Integers) -> Floats:
+    """The mean over each sample's requests [samples]; NaN where it has none."""
+    num_requests = _sums(np.ones(len(values)), figures, counts)
+    return np.where(num_requests > 0, _sums(values, figures, counts) / np.maximum(num_requests, 1), math.nan)
 
 
 P99_LATENCY = _percentile("latency, 99th percentile", "latency_s", 99)
 REQUESTS_PER_S = Measure(
-    "complete requests/s", "", "higher", lambda figures, seconds: float((1 - figures.failed).sum() / seconds)
+    "complete requests/s",
+    "",
+    "higher",
+    lambda figures, seconds, counts: _sums(1 - figures.failed, figures, counts) / seconds,
 )
 MEASURES = (
     _percentile("latency, median", "latency_s", 50),
@@ -122,16 +160,19 @@ MEASURES = (
     _percentile("inter-token latency, median", "inter_token_s", 50),
     _percentile("inter-token latency, 99th percentile", "inter_token_s", 99),
     REQUESTS_PER_S,
-    Measure("output tokens/s", "", "higher", lambda figures, seconds: float(figures.tokens.sum() / seconds)),
+    Measure(
+        "output tokens/s",
+        "",
+        "higher",
+        lambda figures, seconds, counts: _sums(figures.tokens, figures, counts) / seconds,
+    ),
     Measure(
         "requests without a complete answer",
         "%",
         "lower",
-        lambda figures, seconds: float(figures.failed.mean() * 100) if len(figures.failed) else None,
+        lambda figures, seconds, counts: _shares(figures.failed, figures, counts) * 100,
     ),
 )
-
-Resample = tuple[float | None, ...]  # one value for each run
 
 
 def resample(
@@ -142,44 +183,42 @@ def resample(
     is_paired: bool,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
-) -> list[list[Resample]]:
-    """Return each measure's values in `num_resamples` bootstrap samples, indexed [measure][sample][run]."""
+) -> list[Floats]:
+    """Return each measure's values in `num_resamples` bootstrap samples [samples, runs]; NaN where there is none."""
     random = np.random.default_rng(seed)
-    resampled: list[list[Resample]] = [[] for _ in measures]
-    members = [[np.flatnonzero(run.figures.block == i) for i in range(num_blocks)] for run in runs]
-    for _ in range(num_resamples):
-        first = random.integers(num_blocks, size=num_blocks)
-        chosen = [first, *(first if is_paired else random.integers(num_blocks, size=num_blocks) for _ in runs[1:])]
-        drawn = [
-            run.figures.take(np.concatenate([blocks[i] for i in numbers]))
-            for run, blocks, numbers in zip(runs, members, chosen, strict=True)
-        ]
-        for values, measure in zip(resampled, measures, strict=True):
-            values.append(tuple(measure.of(figures, run.seconds) for figures, run in zip(drawn, runs, strict=True)))
-    return resampled
+    num_draws = num_resamples * (1 if is_paired else len(runs))
+    drawn = random.integers(num_blocks, size=(num_draws, num_blocks))
+    flat = (drawn + num_blocks * np.arange(num_draws)[:, None]).reshape(-1)
+    counts = np.bincount(flat, minlength=drawn.size).reshape(num_resamples, -1, num_blocks)
+    counts = np.broadcast_to(counts, (num_resamples, len(runs), num_blocks))
+    return [
+        np.stack([measure.of_samples(run.figures, run.seconds, counts[:, i]) for i, run in enumerate(runs)], axis=1)
+        for measure in measures
+    ]
 
 
 def interval(
-    values: Sequence[float | None], num_blocks: int, confidence: float = CONFIDENCE
+    values: Sequence[float | None] | Floats, num_blocks: int, confidence: float = CONFIDENCE
 ) -> tuple[float | None, float | None]:
     """Return the central interval that holds `confidence` of the values; (None, None) if one is absent or infinite."""
-    finite = [value for value in values if value is not None and math.isfinite(value)]
-    if len(finite) < len(values) or not finite:
+    numbers = np.asarray(values, np.float64)  # None becomes NaN
+    if not len(numbers) or not np.isfinite(numbers).all():
         return None, None
     outside = _tail(num_blocks, confidence)
-    low, high = np.quantile(finite, [outside, 1 - outside])
+    low, high = np.quantile(numbers, [outside, 1 - outside])
     return float(low), float(high)
 
 
 def difference(
     measure: Measure,
     runs: tuple[ResampledRun, ResampledRun],
-    draws: Sequence[Resample],
+    draws: Floats,
     num_blocks: int,
     confidence: float = CONFIDENCE,
 ) -> Difference:
-    """Return the difference of one measure of two runs; `draws` are its bootstrap samples."""
-    changes = [None if one is None or other is None else other - one for one, other in draws]
+    """Return the difference of one measure of two runs; `draws` [samples, 2] are its bootstrap samples."""
+    with np.errstate(invalid="ignore"):  # infinite - infinite is NaN: no interval
+        changes = draws[:, 1] - draws[:, 0]
     low, high = interval(changes, num_blocks, confidence)
     a, b = (measure.of(run.figures, run.seconds) for run in runs)
     return Difference(measure.name, measure.unit, measure.better, a, b, low, high)

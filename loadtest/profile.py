@@ -1,7 +1,7 @@
-"""A load profile: who arrives when, what they ask, and what service they are owed. TOML in, frozen dataclasses out.
+"""A load profile: arrivals, requests and service levels. TOML in, frozen dataclasses out.
 
-It knows neither Locust nor a server. Every table of the file is one dataclass below; a key that none of them has,
-or one that is missing, is an error.
+It knows neither Locust nor a server. Every table of the file is one dataclass below; an unknown or missing key is an
+error.
 """
 
 from __future__ import annotations
@@ -21,21 +21,25 @@ else:
     import tomli as tomllib
 
 DIRECTORY = Path(__file__).parent / "profiles"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 MAX_STAGE_S = 7 * 24 * 3600.0
 
 Arrivals = Literal["open", "closed"]
-ProtocolName = Literal["grpc-stream", "grpc", "http-stream", "http"]
+# openai: through the gateway, by OpenAI's API.
+ProtocolName = Literal["grpc-stream", "grpc", "http-stream", "http", "openai-stream", "openai"]
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
-Form = Literal["text", "chat"]
+Form = Literal["text", "chat", "score", "report"]
+# What the forms without max_tokens may go over.
+PROTOCOLS_OF: Mapping[Form, tuple[ProtocolName, ...]] = {"score": ("grpc", "http"), "report": ("grpc-stream",)}
 
 
 class LoadProfileError(ValueError):
-    """A profile that can't be run: the message names the field, its value and what is allowed."""
+    """The profile is invalid; the message names the field, its value and what is allowed."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of time whose level goes evenly from `start` to `end`: requests/s (open) or users (closed)."""
+    """A period in which the level goes linearly from `start` to `end`: requests/s (open) or users (closed)."""
 
     seconds: float
     start: float
@@ -50,7 +54,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Length:
-    """A lognormal distribution, cut off at both ends; `sigma` 0: always the median."""
+    """A lognormal distribution, clipped to `least` … `most`; with `sigma` 0 every value is the median."""
 
     median: float
     sigma: float
@@ -67,11 +71,11 @@ class Length:
 
 @dataclass(frozen=True)
 class Conversation:
-    """More than one turn: each carries all before it, and is sent some time after the last answer's end."""
+    """A conversation of several turns. Each turn contains those before it, and is sent `think_s` after their answer."""
 
     turns: Length
     think_s: Length
-    context_tokens: int  # a conversation ends before it outgrows this
+    context_tokens: int  # a conversation ends before it exceeds this
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -81,19 +85,35 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Requests:
-    """What is asked. Prompts are counted in words, for the tokenizer is the server's business."""
+    """The requests. Prompts are counted in words, because the load generator has no tokenizer."""
 
-    form: Form  # text: continued as it is; chat: through the model's template
+    # text: sent as text_input; chat: sent as messages, through the model's chat template; score: to a scoring model;
+    # report: images, to an ensemble that reports on them
+    form: Form
     prompt_words: Length
-    answer_tokens: Length  # the limit that the request asks for; a text may end before
+    answer_tokens: Length | None = None  # max_tokens of the request; an answer may end before; not for score and report
     temperature: float = 0.0
     conversation: Conversation | None = None
+    texts: str = ""  # for score: a file with one text on each line, beside the profile; empty: sentences
+    num_texts: int = 1  # for score: texts in each request
+    images: str = ""  # for report: a folder of JPEG or PNG files, beside the profile
 
     def __post_init__(self) -> None:
         """Check every field."""
         _check_one_of("form", self.form, get_args(Form))
         _check("prompt_words.least", self.prompt_words.least, 1, 1e6)
-        _check("answer_tokens.least", self.answer_tokens.least, 1, 1e6)
+        if (self.answer_tokens is None) != (self.form in PROTOCOLS_OF):
+            told = f"answer_tokens is {'missing' if self.answer_tokens is None else f'not for form {self.form}'}"
+            raise LoadProfileError(told)
+        if bool(self.images) != (self.form == "report"):
+            raise LoadProfileError(f"images go with form report, got {self.images!r} with form {self.form!r}")
+        if self.answer_tokens is not None:
+            _check("answer_tokens.least", self.answer_tokens.least, 1, 1e6)
+        if self.texts and self.form != "score":
+            raise LoadProfileError(f"texts needs form score, got {self.form!r}")
+        _check("num_texts", self.num_texts, 1, 1000)
+        if self.num_texts > 1 and self.form != "score":
+            raise LoadProfileError(f"num_texts is {self.num_texts}, which needs form score, got {self.form!r}")
         _check("temperature", self.temperature, 0, 100)
         if self.conversation and self.form != "chat":
             raise LoadProfileError(f"conversation needs form chat, got {self.form!r}")
@@ -101,14 +121,14 @@ class Requests:
 
 @dataclass(frozen=True)
 class Levels:
-    """The service that is owed; None: nothing is promised. A run that misses one fails."""
+    """Service levels: upper limits; None: no limit. A run that exceeds one fails."""
 
     p99_latency_s: float | None = None
     p99_first_token_s: float | None = None
     p99_inter_token_s: float | None = None
-    max_error_ratio: float | None = None  # of the requests counted, 0 … 1
-    max_backlog: int | None = None  # requests due whose answer hasn't begun, at any moment
-    max_backlog_s: float | None = None  # how long something waited without a pause, around the backlog's peak
+    max_error_ratio: float | None = None  # share of the counted requests, 0 … 1
+    max_backlog: int | None = None  # requests that are due and have no first response, at any moment
+    max_backlog_s: float | None = None  # seconds during which the backlog was never empty, around its peak
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -119,11 +139,11 @@ class Levels:
 
 @dataclass(frozen=True)
 class Basis:
-    """What the levels were chosen by: the same figures in runs that were valid. `loadtest/basis.py` writes it."""
+    """The measurements that the levels were derived from, by `loadtest/basis.py`: the figures of valid runs."""
 
-    WITHOUT_MARGIN: ClassVar[tuple[str, ...]] = ("max_error_ratio",)  # none is promised, whatever is measured
+    WITHOUT_MARGIN: ClassVar[tuple[str, ...]] = ("max_error_ratio",)  # always 0, whatever is measured
 
-    margin: float  # a level is so many times the runs' median
+    margin: float  # a level is `margin` times the median of the runs
     machine: str
     runs: Mapping[str, Sequence[float]]  # level → its figure in each run
 
@@ -141,7 +161,7 @@ class Basis:
                 _check(f"runs.{name}", value, 0, 1e6)
 
     def limit(self, name: str) -> float:
-        """The level that follows: `margin` times the median, rounded up to two digits."""
+        """The level derived from the runs: `margin` times the median, rounded up to two digits."""
         exact = self.margin * statistics.median(self.runs[name])
         if not exact:
             return 0
@@ -152,20 +172,20 @@ class Basis:
 
 @dataclass(frozen=True)
 class LoadProfile:
-    """One load, whole. Times are seconds."""
+    """A whole load profile. Times are seconds."""
 
     name: str
     description: str
-    arrivals: Arrivals  # open: requests come when they come; closed: each user waits for the answer
+    arrivals: Arrivals  # open: requests arrive independently of answers; closed: each user waits for the answer
     seed: int
-    warmup_s: float  # at the first stage's level, before it; left out of every figure
+    warmup_s: float  # before the first stage, at its first level; not counted in any figure
     timeout_s: float  # of one request
     stages: tuple[Stage, ...]
     requests: Requests
     protocols: Mapping[str, float]  # protocol → its share of the requests
     levels: Levels = field(default_factory=Levels)
     basis: Basis | None = None  # of the levels
-    think_s: float = 0.0  # of a closed user, between an answer and the next request
+    think_s: float = 0.0  # a closed user's pause between an answer and the next request
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -180,33 +200,42 @@ class LoadProfile:
         for name, share in self.protocols.items():
             _check_one_of("protocols", name, PROTOCOLS)
             _check(f"protocols.{name}", share, 1e-6, 1e6)
+        form, given = self.requests.form, ", ".join(self.protocols)
+        allowed = PROTOCOLS_OF.get(form, PROTOCOLS)
+        if not set(self.protocols) <= set(allowed):
+            raise LoadProfileError(f"protocols of form {form} must be of {', '.join(allowed)}, got {given}")
         if self.arrivals == "open" and self.think_s:
             raise LoadProfileError(f"think_s is of closed users, got {self.think_s!r} with open arrivals")
 
     @property
     def duration_s(self) -> float:
-        """How long requests are sent and counted, after the warm-up."""
+        """Seconds during which requests are sent and counted, after the warm-up."""
         return sum(stage.seconds for stage in self.stages)
 
     @property
+    def needs_gateway(self) -> bool:
+        """Whether requests go through the gateway."""
+        return any(name.startswith("openai") for name in self.protocols)
+
+    @property
     def load(self) -> LoadProfile:
-        """What is sent, without what is promised: two runs with equal loads can be compared."""
+        """The profile without its service levels: two runs with equal loads can be compared."""
         return dataclasses.replace(self, levels=Levels(), basis=None)
 
     def scaled(self, factor: float) -> LoadProfile:
-        """The same profile at `factor` times the level, for a machine that does more; users are rounded up later."""
+        """The same profile at `factor` times the level; numbers of users are rounded when they are used."""
         _check("scale", factor, 1e-6, 1e6)
         stages = tuple(Stage(s.seconds, s.start * factor, s.end * factor) for s in self.stages)
         return dataclasses.replace(self, stages=stages)
 
 
 def names() -> list[str]:
-    """The profiles that come with the project."""
+    """Names of the project's own profiles."""
     return sorted(path.stem for path in DIRECTORY.glob("*.toml"))
 
 
 def load(name: str) -> LoadProfile:
-    """Read a profile by its name or by its file's path. Raises `ProfileError`."""
+    """Read a profile by its name or by the path of its .toml file. Raises `LoadProfileError`."""
     path = Path(name) if name.endswith(".toml") else DIRECTORY / f"{name}.toml"
     if not path.is_file():
         raise LoadProfileError(f"no profile {name!r}; there are {', '.join(names())}, or give a .toml file")
@@ -215,13 +244,36 @@ def load(name: str) -> LoadProfile:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise LoadProfileError(f"{path} is not TOML: {error}") from error
     try:
-        return from_dict({"name": path.stem} | table)
+        return _with_files(from_dict({"name": path.stem} | table), path.parent)
     except LoadProfileError as error:
         raise LoadProfileError(f"{path}: {error}") from error
 
 
+def _with_files(profile: LoadProfile, directory: Path) -> LoadProfile:
+    """The profile with the places of its texts and images as whole paths; they must be there."""
+    requests = profile.requests
+    if requests.texts:
+        texts = (directory / requests.texts).resolve()
+        if not texts.is_file() or not texts.read_text(encoding="utf-8").strip():
+            raise LoadProfileError(f"requests.texts must be a file with a text on each line, got {texts}")
+        requests = dataclasses.replace(requests, texts=str(texts))
+    if requests.images:
+        images = (directory / requests.images).resolve()
+        if not image_files(images):
+            raise LoadProfileError(f"requests.images must be a folder of .jpg, .jpeg or .png files, got {images}")
+        requests = dataclasses.replace(requests, images=str(images))
+    return dataclasses.replace(profile, requests=requests)
+
+
+def image_files(directory: Path) -> tuple[Path, ...]:
+    """The images of a folder in the order of their names; (): there is none."""
+    if not directory.is_dir():
+        return ()
+    return tuple(sorted(path for path in directory.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES))
+
+
 def from_dict(table: Mapping[str, Any]) -> LoadProfile:
-    """Read what `load` has parsed, or what `dataclasses.asdict` gave. Raises `ProfileError`."""
+    """Make a profile of parsed TOML, or of what `dataclasses.asdict` returned. Raises `LoadProfileError`."""
     return _read(LoadProfile, table, "")
 
 
@@ -256,7 +308,7 @@ def _value(name: str, hint: Any, value: Any, where: str) -> Any:
         return tuple(_read(Stage, stage, f"{where}[{i}]") for i, stage in enumerate(value))
     tables = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
     if tables:
-        # Only an optional table may be None, which TOML can't say but a result's JSON does.
+        # Only an optional table may be None: a result's JSON has null there, TOML has no such value.
         return None if value is None and hint is not tables[0] else _read(tables[0], value, where)
     allowed = _SCALARS.get(str(hint))
     if allowed and (not isinstance(value, allowed) or isinstance(value, bool)):

@@ -1,4 +1,4 @@
-"""A run's result: what was observed in, one JSON file out, and back. The report and `compare` read nothing else."""
+"""A run's result: observations in, one JSON file out, and back. The report and `compare` read only this file."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ from deepseek_triton.loadtest.validity import Observed
 from deepseek_triton.loadtest.verdict import Verdict
 
 FORMAT = 2
-FAILED = "failed"  # an infinite percentile, in JSON
+FAILED = "failed"  # stands for an infinite percentile in JSON
 
 
 class ResultError(ValueError):
-    """A file that isn't a run's result; the message says why."""
+    """The file isn't a run's result; the message says why."""
 
 
 @dataclass(frozen=True)
 class LoadTestResult:
-    """One run."""
+    """The result of one run."""
 
     profile: LoadProfile
     target: ServerUnderTest
     started: str  # ISO 8601
     machine: dict[str, Any]
-    checks: list[Verdict]  # whether the run may be believed
-    levels: list[Verdict]  # whether the service was as promised
+    checks: list[Verdict]  # whether the run is valid
+    levels: list[Verdict]  # whether the service levels are met
     summary: Summary
     protocols: dict[str, Summary]
     course: Course
-    server: dict[str, ModelWork]  # what each model did after the warm-up
+    server: dict[str, ModelWork]  # each Triton model's work after the warm-up
     server_course: dict[str, dict[str, list[float | None]]]
-    engine: EngineWork | None  # what the engine says of itself, after the warm-up
+    engine: EngineWork | None  # the engine's own figures after the warm-up
     engine_course: EngineCourse | None
-    usage_course: UsageCourse  # who used this machine
-    errors: dict[str, int]  # message → requests
-    samples: list[Sample]  # the warm-up's too: due before 0
+    usage_course: UsageCourse  # use of this machine's processors
+    errors: dict[str, int]  # message → number of requests
+    samples: list[Sample]  # includes those of the warm-up, which are due before 0
 
     @property
     def is_valid(self) -> bool:
-        """Whether every check of the run itself is met."""
+        """Whether every validity check is met."""
         return all(check.is_met for check in self.checks)
 
     @property
@@ -61,7 +61,7 @@ class LoadTestResult:
         return [level for level in self.levels if not level.is_met]
 
     def save(self, path: Path) -> None:
-        """Write it as JSON, one line for each field."""
+        """Write JSON, one line for each field."""
         table = dataclasses.asdict(dataclasses.replace(self, samples=[]))
         table = {"format": FORMAT} | _plain(table) | {"samples": to_columns(self.samples)}
         lines = (f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in table.items())
@@ -71,7 +71,7 @@ class LoadTestResult:
 def assemble(
     run: LoadProfile, target: ServerUnderTest, started: str, machine: dict[str, Any], observed: Observed
 ) -> LoadTestResult:
-    """Make every figure of a run."""
+    """Compute every figure of a run."""
     counted = measure.counted(observed.samples)
     last = max([run.duration_s, *(sample.end_s for sample in observed.samples)])
     edges = measure.course_edges(-run.warmup_s, last)
@@ -110,7 +110,7 @@ def assemble(
 
 
 def load(path: Path) -> LoadTestResult:
-    """Read a file of `Result.save`. Raises `ResultError`."""
+    """Read a file that `LoadTestResult.save` wrote. Raises `ResultError`."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -171,13 +171,13 @@ def _message(sample: Sample) -> str:
 
 
 def _count(messages: Sequence[str]) -> dict[str, int]:
-    """The most frequent first."""
+    """Message → number of its occurrences, the most frequent first."""
     counts = {message: messages.count(message) for message in set(messages)}
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: numbers of six digits that matter, FAILED for an infinite one."""
+    """Values for JSON: floats with six significant digits, FAILED for an infinite one."""
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

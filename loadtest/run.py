@@ -14,8 +14,8 @@ import deepseek_triton.loadtest.gevent_patch  # noqa: F401  # isort: skip  # bef
 import argparse
 import contextlib
 import logging
-import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
@@ -29,12 +29,15 @@ from deepseek_triton.ensemble.processes.machine import describe
 from deepseek_triton.ensemble.server.tritonserver import ServerError, TritonServer
 from deepseek_triton.loadtest import profile, result
 from deepseek_triton.loadtest.against import judged_against, machine_name, without_foreign_levels
+from deepseek_triton.loadtest.gateway_process import GatewayError, started_gateway
+from deepseek_triton.loadtest.interrupts import interrupt_main_greenlet
+from deepseek_triton.loadtest.options import GATEWAY_PORT, check_model, make_parser
 from deepseek_triton.loadtest.profile import LoadProfile, LoadProfileError
 from deepseek_triton.loadtest.report.page import write_report
 from deepseek_triton.loadtest.report.text import table
 from deepseek_triton.loadtest.result import LoadTestResult, ResultError, assemble
 from deepseek_triton.loadtest.session import Session
-from deepseek_triton.loadtest.status import Status, help_text, status_of
+from deepseek_triton.loadtest.status import Status, status_of
 from deepseek_triton.loadtest.target import ServerUnderTest
 from deepseek_triton.loadtest.users import ProfileShape, user_classes
 
@@ -47,65 +50,29 @@ INTERRUPTED_STOP_S = 2.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one profile."""
     arguments = make_parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as at Ctrl-C, the server must stop too
+    interrupt_main_greenlet()  # at SIGTERM too: the server must stop
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         machine = describe()
         chosen = choose(arguments, machine)
+        output = writable(arguments.output or default_output(chosen.name))
         with (
-            serve(arguments) as target,
+            serve(arguments, needs_gateway=chosen.needs_gateway) as target,
             contextlib.closing(Session(chosen, target, may_be_shared=arguments.shared_machine)) as session,
         ):
-            if not session.is_ready():
-                return _fail(f"no ready model {target.model!r} at {target.http_url} and {target.grpc_url}")
-            run = Run(session, machine, arguments.output or default_output(chosen.name))
+            if told := session.trouble():
+                return _fail(told)
+            run = Run(session, machine, output)
             if arguments.page:
                 run.page(arguments.page)
                 return Status.OK
             finished = run.headless()
-    except (LoadProfileError, ResultError, ServerError) as error:
+    except (GatewayError, LoadProfileError, ResultError, ServerError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
+        _say("interrupted")
         return Status.INTERRUPTED
     return status_of(finished)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The options."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        prog="python -m deepseek_triton.loadtest.run",
-        description="Load a served model with a profile, and report on it.",
-        epilog=help_text(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("profile", help=f"{', '.join(profile.names())}, or a .toml file")
-    parser.add_argument("--model", default="smollm2", help="name of the served model (default: %(default)s)")
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="multiply the profile's rates or users (default: %(default)g)"
-    )
-    parser.add_argument(
-        "--against",
-        type=Path,
-        metavar="RESULT.json",
-        help="judge speed by this run of the same profile on this machine (default: by the profile's levels, if they "
-        "were measured on a machine like this one)",
-    )
-    parser.add_argument("--output", type=Path, help="directory (default: build/loadtest/PROFILE-TIME)")
-    parser.add_argument(
-        "--page", type=int, metavar="PORT", help="open Locust's own page here instead; 8089 is its usual"
-    )
-    parser.add_argument(
-        "--shared-machine",
-        action="store_true",
-        help="CPU that other programs take is shown, and doesn't make the run invalid",
-    )
-    server = parser.add_argument_group("server (default: serve the repository, and stop afterwards)")
-    server.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
-    server.add_argument("--host", help="of a running tritonserver: nothing is started")
-    for protocol, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
-        server.add_argument(f"--{protocol}-port", type=int, default=port, help="of --host (default: %(default)s)")
-    return parser
 
 
 def choose(arguments: argparse.Namespace, machine: dict[str, Any]) -> LoadProfile:
@@ -123,16 +90,25 @@ def choose(arguments: argparse.Namespace, machine: dict[str, Any]) -> LoadProfil
 
 
 @contextlib.contextmanager
-def serve(arguments: argparse.Namespace) -> Iterator[ServerUnderTest]:
-    """The running server at --host, or one that is started for the run."""
+def serve(arguments: argparse.Namespace, *, needs_gateway: bool) -> Iterator[ServerUnderTest]:
+    """The running server at --host, or one that is started for the run; so is the gateway, where it is needed."""
     if arguments.host:
         ports = arguments.http_port, arguments.grpc_port, arguments.metrics_port
-        yield ServerUnderTest.at(arguments.model, arguments.host, *ports)
+        gateway_url = (arguments.gateway or f"http://{arguments.host}:{GATEWAY_PORT}") if needs_gateway else ""
+        yield ServerUnderTest.at(arguments.model, arguments.host, *ports, gateway_url)
         return
+    if arguments.gateway:
+        raise LoadProfileError("--gateway is of a running server: give its --host too")
+    check_model(arguments.repository, arguments.model)
     _say(f"starting tritonserver on {arguments.repository}")
     models = [arguments.model]
     with TritonServer(arguments.repository, http_port=0, grpc_port=0, metrics_port=0, models=models) as server:
-        yield ServerUnderTest(arguments.model, server.http_url, server.grpc_url, server.metrics_url)
+        with contextlib.ExitStack() as stack:
+            gateway_url = ""
+            if needs_gateway:
+                _say("starting the gateway")
+                gateway_url = stack.enter_context(started_gateway(server.grpc_url, arguments.model))
+            yield ServerUnderTest(arguments.model, server.http_url, server.grpc_url, server.metrics_url, gateway_url)
         if server.exit_status is not None:
             _say(f"tritonserver ended by itself during the run, with status {server.exit_status}")
 
@@ -220,6 +196,21 @@ class Run:
                 f"{recorder.num_begun - len(recorder.samples)} under way, "
                 f"{len(recorder.samples)} done, {failed} of them failed"
             )
+
+
+def writable(output: Path) -> Path:
+    """Make the folder of the run's files, before the run: afterwards its result would be lost.
+
+    Raises:
+        ResultError: no file can be written there.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise ResultError(f"can't write into {output}: {error.strerror}; choose another --output") from error
+    return output
 
 
 def default_output(name: str) -> Path:

@@ -1,7 +1,7 @@
-"""One request as it was seen from outside, and many of them as columns of a JSON file.
+"""One request as its client measured it, and many of them as columns of a JSON file.
 
-All times are seconds since the warm-up's end, on one clock. Latencies start when the request was due, not when it was
-sent: a generator that falls behind, or waits, would otherwise leave out what its users had to wait for.
+All times are seconds since the end of the warm-up, on one clock. Latencies start when the request was due, not when it
+was sent: otherwise the time by which a slow generator sends late would be missing (coordinated omission).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
-DECIMALS = 4  # of a second: a tenth of a millisecond
-# An answer that ended so was cut off by something other than the model or the limit.
+DECIMALS = 4  # seconds are stored to a tenth of a millisecond
+# finish_reasons of answers that neither the model nor max_tokens ended.
 NOT_COMPLETE = ("", "cancelled", "error")
 
 
@@ -23,47 +23,47 @@ class Sample:
     protocol: str
     due_s: float
     sent_s: float
-    first_s: float | None  # when the first response came; None: none did
-    end_s: float  # when the last response came, or the error
+    first_s: float | None  # arrival of the first response; None: there was none
+    end_s: float  # arrival of the last response, or of the error
     num_input_tokens: int
     num_output_tokens: int
     num_first_tokens: int  # tokens in the first response
     num_responses: int
-    max_gap_s: float  # the longest wait between two responses
+    max_gap_s: float  # the longest time between two responses
     finish_reason: str
-    error: str  # "": none
+    error: str  # empty: no error
 
     @property
     def is_complete(self) -> bool:
-        """Whether the whole answer came: no error, and an end that says why it is one."""
+        """Whether the answer is complete: there is no error, and the model or max_tokens ended it."""
         return not self.error and self.finish_reason not in NOT_COMPLETE
 
     @property
     def is_streamed(self) -> bool:
-        """Whether the answer came in pieces, so that its first token was seen to come."""
+        """Whether the answer was streamed, so that the time to first token is known."""
         return self.protocol.endswith("-stream")
 
     @property
     def late_s(self) -> float:
-        """How long after it was due the request was sent."""
+        """Seconds from when the request was due until it was sent."""
         return self.sent_s - self.due_s
 
     @property
     def latency_s(self) -> float:
-        """From due to the last response."""
+        """Seconds from when the request was due until its last response."""
         return self.end_s - self.due_s
 
     @property
     def first_token_s(self) -> float | None:
-        """From due to the first response of a stream."""
+        """Seconds from when the request was due until a stream's first response."""
         return self.first_s - self.due_s if self.first_s is not None and self.is_streamed else None
 
     @property
     def inter_token_s(self) -> float | None:
-        """Mean seconds a token after the first response.
+        """Mean inter-token latency after the first response, in seconds.
 
-        A response may carry several tokens, so the time is divided by tokens, not by responses. None for an answer
-        whose first response held all of it.
+        A response may have several tokens, so the time is divided by the number of tokens, not of responses. None if
+        the first response has all tokens.
         """
         more = self.num_output_tokens - self.num_first_tokens
         if self.first_s is None or not self.is_streamed or more <= 0:
@@ -75,7 +75,7 @@ _KINDS = get_type_hints(Sample)
 
 
 def to_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
-    """Field → its value in each sample."""
+    """Field → its values, one for each sample."""
     return {
         name: [_rounded(getattr(sample, name)) for sample in samples]
         for name in (f.name for f in dataclasses.fields(Sample))
@@ -83,7 +83,7 @@ def to_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
 
 
 def from_columns(columns: Mapping[str, Any]) -> list[Sample]:
-    """Read what `to_columns` gave. Raises `ValueError`."""
+    """The inverse of `to_columns`. Raises `ValueError`."""
     if not isinstance(columns, Mapping) or set(columns) != set(_KINDS):
         raise ValueError(f"samples must have the columns {', '.join(_KINDS)}")
     if len({len(column) for column in columns.values()}) > 1:

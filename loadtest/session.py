@@ -1,7 +1,7 @@
-"""One run of a profile while it lasts: the clients, the clock, and what watches the generator and the server.
+"""One run of a profile: the clients, the clock, and the measurements of generator and server.
 
-Runs under gevent (loadtest/gevent_patch.py); Locust's users call it. It decides when a conversation's next turn is due,
-and neither when conversations begin nor what is made of the samples.
+It runs under gevent (loadtest/gevent_patch.py), and Locust's users call it. It decides when the next turn of a
+conversation is due; others decide when conversations begin, and evaluate the samples.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import gevent
 import httpx
 
 from deepseek_triton.clients.base import BaseClient
+from deepseek_triton.clients.report import report_engine
 from deepseek_triton.loadtest.arrivals import poisson
 from deepseek_triton.loadtest.exchange import Recorder, exchange
 from deepseek_triton.loadtest.metrics import Reading, parse
+from deepseek_triton.loadtest.openai_client import OpenAiClient
 from deepseek_triton.loadtest.profile import LoadProfile, ProtocolName
 from deepseek_triton.loadtest.prompts import History, Talk, talk
 from deepseek_triton.loadtest.target import ServerUnderTest
@@ -27,28 +29,31 @@ from deepseek_triton.loadtest.validity import Observed
 
 LAG_POLL_S = 0.1
 READING_S = 1.0
-MAX_READINGS = 900  # of a long run: each is some 20 kB until its end
-# An engine publishes its numbers four times a second: the last reading waits for those of the last answer.
+MAX_READINGS = 900  # bounds the memory of a long run: a reading is about 20 kB of text until the run's end
+# An engine publishes its metrics four times a second: the last reading waits until they include the last answer.
 PUBLISHED_S = 0.6
 READING_TIMEOUT_S = 2.0
-# Between the start and the first moment that a request may be due: users are made in it.
+# Seconds from the start until the first request may be due: Locust creates its users in this time.
 LEAD_IN_S = 1.0
 
 _logger = logging.getLogger(__name__)
 
 
 class Session:
-    """The state of one run. `start` and `finish` frame it; everything else is called in between."""
+    """The state of one run. `start` begins it and `finish` ends it; everything else is called in between."""
 
     def __init__(self, profile: LoadProfile, target: ServerUnderTest, *, may_be_shared: bool = False) -> None:
         self.profile, self.target, self._may_be_shared = profile, target, may_be_shared
         self._port = local_port(target.grpc_url)
-        # One client for each way in, shared by all users: as many connections as a gateway would hold.
-        by_family: dict[str, BaseClient] = {}
+        # All users share one client for each of gRPC and HTTP, as the users of a gateway would.
+        by_family: dict[str, BaseClient | OpenAiClient] = {}
         for name in profile.protocols:
             family = name.split("-")[0]
             by_family.setdefault(family, target.client(name, profile.timeout_s))  # type: ignore[arg-type]
         self._clients = {name: by_family[name.split("-")[0]] for name in profile.protocols}
+        if profile.requests.form == "report":  # its ensemble shares another model's engine
+            for client in by_family.values():
+                client.engine = report_engine(target.model)  # type: ignore[union-attr]
         self.schedule = poisson(profile) if profile.arrivals == "open" else None
         self._http = httpx.Client(timeout=READING_TIMEOUT_S, trust_env=False)
         self._reset()
@@ -56,27 +61,27 @@ class Session:
     def _reset(self) -> None:
         self.recorder = Recorder()
         self.is_started = False
-        self.is_stopping = False  # Locust is, at the end or before it, by hand
+        self.is_stopping = False  # Locust ends the run: the time is up, or somebody stopped it
         self.num_bugs = 0
         self._numbers = itertools.count()
         self._num_first_sent = 0
         self._lags_s: list[float] = []
         self._usage: list[Usage] = []
-        self._texts: list[tuple[float, str]] = []  # of the counters, and when they were read
+        self._texts: list[tuple[float, str]] = []  # time of each reading, and the text of /metrics
         self._num_missed = 0
         self._watchers: list[Any] = []
 
     def start(self) -> None:
         """Start the clock and the watchers."""
         self._reset()
-        self._watch = Watch(self._port)
+        self._watch = Watch(self._port, local_port(self.target.gateway_url))
         self.recorder.origin = time.perf_counter() + LEAD_IN_S + self.profile.warmup_s
         self.is_started = True
         self._read()
         self._watchers = [gevent.spawn(self._watch_lag), gevent.spawn(self._keep_reading)]
 
     def finish(self) -> Observed:
-        """Stop the watchers; what was seen."""
+        """Stop the watchers; returns all observations."""
         gevent.killall(self._watchers)
         gevent.sleep(PUBLISHED_S)
         self._read()
@@ -91,7 +96,7 @@ class Session:
             num_bugs=self.num_bugs,
             lags_s=tuple(self._lags_s),
             usage=tuple(self._usage),
-            cores=os.cpu_count() or 1,  # all of the machine, as the usage is
+            cores=os.cpu_count() or 1,  # of the whole machine, because the usage is
             is_server_here=self._port is not None,
             may_be_shared=self._may_be_shared,
             readings=readings,
@@ -105,13 +110,20 @@ class Session:
             client.close()
         self._http.close()
 
-    def is_ready(self) -> bool:
-        """Whether the model can be called by every way in."""
-        return all(client.is_ready() for client in set(self._clients.values()))
+    def trouble(self) -> str:
+        """Why the model isn't ready over every protocol of the profile, in one line; empty: it is."""
+        for client in set(self._clients.values()):
+            if isinstance(client, OpenAiClient):
+                if told := client.trouble():
+                    return told
+            elif not client.is_ready():
+                target = self.target
+                return f"no ready model {target.model!r} at {target.http_url} and {target.grpc_url}"
+        return ""
 
     @property
     def is_over(self) -> bool:
-        """Whether no request may be sent any more."""
+        """Whether the run is over: no request may be sent."""
         return self.is_stopping or self.recorder.now() >= self.profile.duration_s
 
     def next_talk(self) -> Talk:
@@ -119,11 +131,11 @@ class Session:
         return talk(self.profile, next(self._numbers))
 
     def sleep_until(self, due_s: float) -> None:
-        """Wait for a moment of the run's clock; at once where it has passed."""
+        """Wait until `due_s` of the run's clock; returns at once if that has passed."""
         gevent.sleep(max(due_s - self.recorder.now(), 0))
 
     def converse(self, talk: Talk, protocol: ProtocolName, due_s: float, environment: Any) -> None:
-        """Send a conversation's turns, each when it is due, until it or the run is over."""
+        """Send each turn of a conversation when it is due, until the conversation or the run is over."""
         history = History(talk, self.profile.requests, self.profile.seed)
         for turn in talk.turns:
             due_s += turn.think_s
@@ -165,7 +177,7 @@ class Session:
             self._miss(error)
 
     def _parse(self) -> tuple[Reading, ...]:
-        """The counters, read from their texts after the run: that takes a while, and everything else would wait."""
+        """Parse the texts of /metrics. This happens after the run, because parsing would delay requests."""
         readings = []
         for at_s, text in self._texts:
             try:

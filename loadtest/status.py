@@ -1,4 +1,4 @@
-"""Exit statuses of `python -m deepseek_triton.loadtest.run`, and which one a result has."""
+"""Exit statuses of `python -m deepseek_triton.loadtest.run`, and the status of a result."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from deepseek_triton.loadtest.result import LoadTestResult
 
 
 class Status(IntEnum):
-    """Exit statuses. A later one never hides an earlier: levels are only judged of a valid run."""
+    """Exit statuses. INVALID comes before MISSED: service levels are judged only if the run is valid."""
 
     OK = 0
     ERROR = 1
@@ -29,13 +29,13 @@ MEANINGS: dict[Status, str] = {
 
 
 def status_of(result: LoadTestResult) -> Status:
-    """The status of a finished run; an invalid one says nothing about levels."""
+    """The status of a finished run; the levels of an invalid one aren't judged."""
     if not result.is_valid:
         return Status.INVALID
     return Status.MISSED if result.missed else Status.OK
 
 
 def help_text() -> str:
-    """The statuses as the end of --help."""
+    """The exit statuses, as --help shows them at its end."""
     lines = (f"  {status.value:<4} {meaning}" for status, meaning in MEANINGS.items())
     return "\n".join(("exit status:", *lines))

@@ -1,7 +1,7 @@
-"""Who used this machine's processors during a run: /proc in, CPU seconds of generator, server and all others out.
+"""Use of this machine's processors during a run: /proc in; CPU seconds of generator, server and other programs out.
 
-A run beside other work measures that work too. What the machine did in all comes from /proc/stat, the generator's and
-the server's part from their processes; the rest was somebody else's. A server on another machine has no part here.
+Other programs on the machine slow server and generator. The machine's total comes from /proc/stat, the generator's and
+the server's part from their processes, and other programs have the rest. A server on another machine has no part here.
 """
 
 from __future__ import annotations
@@ -11,32 +11,36 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import psutil
+if TYPE_CHECKING:
+    import psutil
 
 
 @dataclass(frozen=True)
 class Usage:
-    """One reading. CPU seconds are of all cores, and grow."""
+    """One reading. CPU seconds are summed over all cores and only grow."""
 
     at_s: float
-    busy_s: float  # of the whole machine: everything but idle and waiting for disks; stolen time counts
+    busy_s: float  # the whole machine's: all time but idle and iowait; stolen time counts
     generator_s: float
-    server_s: float | None  # None: the server is not on this machine, or its processes are not ours to see
-    server_bytes: int | None  # resident memory of its processes
+    server_s: float | None  # None: the server isn't on this machine, or its processes belong to another user
+    server_bytes: int | None  # resident memory of the server's processes
 
 
 class Watch:
-    """Reads the usage of this process, and of the server that listens on a port of this machine."""
+    """Reads the usage of this process, and of the servers that listen on ports of this machine."""
 
-    def __init__(self, port: int | None) -> None:
-        self._server = server_processes(port) if port is not None else []
+    def __init__(self, *ports: int | None) -> None:
+        self._server = [each for port in ports if port is not None for each in server_processes(port)]
 
     def read(self, at_s: float) -> Usage:
-        """Read now. A server whose processes end is no longer seen."""
+        """Take a reading. A server with an ended process is left out from then on."""
+        import psutil
+
         times = psutil.cpu_times()
-        # Guests' time is in user and nice already.
+        # Time of virtual guests is contained in user and nice.
         busy = sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
         seconds, resident = 0.0, 0
         try:
@@ -51,13 +55,15 @@ class Watch:
 
 
 def local_port(url: str) -> int | None:
-    """The port of a URL, or of HOST:PORT, that names this machine; None: it names another one."""
+    """The port of a URL or of HOST:PORT if the host is this machine, else None."""
     parts = urlsplit(url if "//" in url else f"//{url}")
     return parts.port if parts.hostname in ("localhost", "127.0.0.1", "::1") else None
 
 
 def server_processes(port: int) -> list[psutil.Process]:
-    """The process that listens on a port, and its descendants: a tritonserver's models are its children."""
+    """The process that listens on a port and its descendants: tritonserver runs Python models in child processes."""
+    import psutil
+
     try:
         owners = {each.pid for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN and
                   each.laddr.port == port and each.pid not in (None, os.getpid())}  # fmt: skip
@@ -69,15 +75,15 @@ def server_processes(port: int) -> list[psutil.Process]:
 
 @dataclass(frozen=True)
 class Shares:
-    """Parts of the machine's whole processor time, 0 … 1, in one stretch of time."""
+    """Shares of the machine's processor time in a period, 0 … 1."""
 
     generator: float
     server: float | None
-    others: float | None  # None: the server's part is unknown, so theirs is too
+    others: float | None  # None: the server's share is unknown, so that of other programs is, too
 
 
 def shares(before: Usage, after: Usage, cores: int, *, is_server_here: bool) -> Shares | None:
-    """Who used what between two readings; None of no time."""
+    """The shares between two readings; None if no time lies between them."""
     whole = (after.at_s - before.at_s) * cores
     if whole <= 0:
         return None
@@ -87,13 +93,13 @@ def shares(before: Usage, after: Usage, cores: int, *, is_server_here: bool) -> 
     return Shares(
         generator=generator / whole,
         server=None if server is None else server / whole,
-        # Processes' clocks tick apart from the machine's: a hundredth of a second less than nothing may come out.
+        # The clocks of processes and of the machine differ slightly: the difference may be 0.01 s below zero.
         others=None if others is None else max(others, 0.0) / whole,
     )
 
 
 def highest_generator_core(readings: Sequence[Usage], stretch_s: float) -> float | None:
-    """The generator's use of one core, 0 … 1, in its busiest stretch of `stretch_s`; of all there is, if less."""
+    """The generator's share of one core, 0 … 1, in its busiest `stretch_s` seconds, or in the whole run if shorter."""
     if len(readings) < 2:
         return None
     rates = []
@@ -109,7 +115,7 @@ def highest_generator_core(readings: Sequence[Usage], stretch_s: float) -> float
 
 @dataclass(frozen=True)
 class UsageCourse:
-    """Percent of the machine, and MiB, between each two edges of a run's course."""
+    """Percent of the machine's processors, and MiB, in each step of the run."""
 
     generator_percent: list[float | None]
     server_percent: list[float | None]
@@ -118,7 +124,7 @@ class UsageCourse:
 
 
 def course(readings: Sequence[Usage], edges: Sequence[float], cores: int, *, is_server_here: bool) -> UsageCourse:
-    """The readings nearest to the borders are compared."""
+    """The usage between the edges (seconds), from the readings nearest to them."""
     if not readings:
         nothing: list[float | None] = [None] * (len(edges) - 1)
         return UsageCourse(nothing, nothing, nothing, nothing)

@@ -1,7 +1,7 @@
-"""Locust's side: a user for each way in, one that keeps an open-loop schedule, and the shape of a profile.
+"""Locust's users: one class for each protocol, one for open arrivals, and the number of users over time.
 
-A closed user asks, waits for the answer, thinks, and asks again. `ScheduleUser` is a crowd: it sends every request of
-the schedule when it is due, whether or not the ones before have been answered.
+A closed user asks, waits for the answer, pauses, and asks again. `ScheduleUser` stands for all users of an open
+profile: it sends every request of the schedule when it is due, whether or not earlier ones have been answered.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from deepseek_triton.loadtest.arrivals import level_at
 from deepseek_triton.loadtest.profile import LoadProfile, ProtocolName
 from deepseek_triton.loadtest.session import Session
 
-SPAWN_RATE = 100.0  # users/s: nearly at once; Locust warns of more
+SPAWN_RATE = 100.0  # users/s; Locust warns about a higher rate
 
 
 class ClosedUser(User):
-    """One who waits for the answer before asking again."""
+    """A user who waits for the answer before asking again."""
 
     abstract = True
     protocol: ClassVar[ProtocolName]
@@ -32,7 +32,7 @@ class ClosedUser(User):
 
     @task
     def ask(self) -> None:
-        """Hold one conversation."""
+        """Run one conversation."""
         if self.session.is_over:
             gevent.sleep(0.1)  # until Locust stops this user
             return
@@ -46,7 +46,7 @@ class GrpcStreamUser(ClosedUser):
 
 
 class GrpcUser(ClosedUser):
-    """Takes the answer in one response over gRPC; a decoupled model has no other call than the stream's."""
+    """Gets the answer in one response over gRPC, by the stream call: a decoupled model has no other."""
 
     protocol = "grpc"
 
@@ -58,16 +58,35 @@ class HttpStreamUser(ClosedUser):
 
 
 class HttpUser(ClosedUser):
-    """Takes the answer in one response over HTTP: `generate`."""
+    """Gets the answer in one response over HTTP: `generate`."""
 
     protocol = "http"
 
 
-CLOSED_USERS: tuple[type[ClosedUser], ...] = (GrpcStreamUser, GrpcUser, HttpStreamUser, HttpUser)
+class OpenAiStreamUser(ClosedUser):
+    """Streams through the gateway, as server-sent events of OpenAI's API."""
+
+    protocol = "openai-stream"
+
+
+class OpenAiUser(ClosedUser):
+    """Gets the answer in one response from the gateway."""
+
+    protocol = "openai"
+
+
+CLOSED_USERS: tuple[type[ClosedUser], ...] = (
+    GrpcStreamUser,
+    GrpcUser,
+    HttpStreamUser,
+    HttpUser,
+    OpenAiStreamUser,
+    OpenAiUser,
+)
 
 
 class ScheduleUser(User):
-    """Everyone of an open-loop profile."""
+    """Sends all requests of an open profile."""
 
     abstract = True
     fixed_count = 1
@@ -85,7 +104,7 @@ class ScheduleUser(User):
             greenlet = crowd.spawn(session.converse, talk, talk.protocol, due_s, self.environment)
             greenlet.link_exception(self._count_bug)
         crowd.join()
-        # Locust would begin this task again: the schedule is kept once.
+        # Locust would start this task again, but the schedule runs once.
         while not session.is_stopping:
             gevent.sleep(0.1)
 
@@ -94,7 +113,7 @@ class ScheduleUser(User):
 
 
 class ProfileShape(LoadTestShape):
-    """How many users there are, second by second."""
+    """The number of users over time."""
 
     def __init__(self, session: Session) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -110,14 +129,14 @@ class ProfileShape(LoadTestShape):
 
 
 def num_users(profile: LoadProfile, now_s: float) -> int:
-    """Closed users at a moment, one at least; an open profile has the one that keeps its schedule."""
+    """Number of closed users at a time, at least one; an open profile has one user, who keeps the schedule."""
     if profile.arrivals == "open":
         return 1
     return max(round(level_at(profile, max(now_s, -profile.warmup_s))), 1)
 
 
 def user_classes(session: Session) -> list[type[User]]:
-    """The classes of one run, with its session and the protocols' shares."""
+    """The user classes of one run, with its session and with the protocols' shares as weights."""
     if session.profile.arrivals == "open":
         return [type("Schedule", (ScheduleUser,), {"session": session})]
     return [

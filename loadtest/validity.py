@@ -1,11 +1,11 @@
-"""Whether a run may be believed: what was seen of the generator itself in, verdicts out.
+"""Validity of a run: observations of the load generator in, verdicts out.
 
-A load generator that is itself too slow measures itself, and a report that loses requests flatters the server. A run
-that fails one of these checks is invalid whatever its figures are, and says so.
+A load generator that is too slow measures itself, and a report that loses requests makes the server look better. A run
+that fails one of these checks is invalid, whatever its figures are.
 
-One rule gives the limits of time: what isn't the server's may be a tenth of a figure at most (TOLERANCE). So a limit
-is as strict as what was measured needs it to be: 10 ms of the generator's own are nothing beside an answer of 10 s, and
-would be a lie about one of 20 ms. Counts have no tolerance: a request is sent, answered and counted once, or it isn't.
+One rule gives the limits of times: the measurement's overhead must stay below a tenth of the reported figure
+(TOLERANCE). So the limits scale with the figures: an overhead of 10 ms doesn't matter in an answer of 10 s, and
+falsifies one of 20 ms. Counts have no tolerance: every request must be sent, answered and counted exactly once.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from deepseek_triton.loadtest.sample import Sample
 from deepseek_triton.loadtest.usage import Usage
 from deepseek_triton.loadtest.verdict import Verdict
 
-TOLERANCE = 0.1  # of a figure: what may be in it that isn't the server's
-# The generator is one thread. One that is busy a share r of the time keeps what comes waiting, on average, for
-# r / (1 - r) times as long as it needs for it itself: as long again at a half, nine times as long at 90 %.
+TOLERANCE = 0.1  # largest share of measurement overhead in a reported figure
+# The generator is one thread. If it is busy for a share r of the time, an event waits on average r / (1 - r) times as
+# long as its handling takes: once as long at 50 %, nine times as long at 90 %.
 MAX_GENERATOR_SHARE = 0.5
-GENERATOR_STRETCH_S = 5.0  # its busiest: shorter bursts are seen as lag
+GENERATOR_STRETCH_S = 5.0  # length of the busiest period; shorter bursts appear as lag of the event loop
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What was seen during a run."""
+    """The observations of a run."""
 
-    samples: Sequence[Sample]  # all, the warm-up's too
-    tokens: Mapping[int, int]  # whole second → tokens that came in it
+    samples: Sequence[Sample]  # includes those of the warm-up
+    tokens: Mapping[int, int]  # whole second → tokens that arrived in it
     num_scheduled: int | None  # first requests that should have been sent; None: closed users send when they can
     num_first_sent: int  # first requests of conversations that were sent
     num_begun: int  # requests that were begun
-    num_bugs: int  # exceptions that are no client's error
-    lags_s: Sequence[float]  # by how much the event loop woke late, once each tenth of a second
+    num_bugs: int  # exceptions other than a client's errors
+    lags_s: Sequence[float]  # delay of the event loop, measured every tenth of a second
     usage: Sequence[Usage]  # of this machine's processors
     cores: int  # of this machine
-    is_server_here: bool  # on this machine
-    may_be_shared: bool  # others' work on this machine is recorded, and not held against the run
-    readings: Sequence[Reading]  # of the server's counters; none: they couldn't be had
+    is_server_here: bool  # the server runs on this machine
+    may_be_shared: bool  # the use of other programs is recorded, but doesn't make the run invalid
+    readings: Sequence[Reading]  # of the server's counters; empty: they couldn't be read
     num_missed_readings: int
     model: str
 
 
 def check(observed: Observed) -> list[Verdict]:
-    """Every check that can be made of a run."""
+    """Every check that applies to the run."""
     return [
         *_check_answers(observed),
         *_check_generator(observed),
@@ -91,7 +91,7 @@ def _check_generator(observed: Observed) -> list[Verdict]:
             "the generator was the bottleneck: lower the level, or give it a machine of its own",
         )
     ]
-    # The usual lag is in every figure, the rare ones are in the tails.
+    # The median lag is contained in every figure, the rare longest lags in the high percentiles.
     for name, rank in (("median", 50), ("99th percentile", 99)):
         verdicts.append(
             Verdict(
@@ -126,9 +126,9 @@ def _check_schedule(observed: Observed) -> list[Verdict]:
 
 
 def _first_response_s(samples: Sequence[Sample], rank: float) -> float:
-    """The shortest figure that is measured from when a request was due; 0 if nothing was answered.
+    """The shortest figure of those measured from when a request is due; 0 if nothing was answered.
 
-    That is the time to first token; without streams, the latency.
+    This is the time to first token or, without streams, the latency.
     """
     complete = [sample for sample in counted(samples) if sample.is_complete]
     streams = [wait for sample in complete if (wait := sample.first_token_s) is not None]
@@ -136,13 +136,13 @@ def _first_response_s(samples: Sequence[Sample], rank: float) -> float:
 
 
 def _check_machine(observed: Observed) -> list[Verdict]:
-    """What others take slows server and generator by that share, to the least."""
+    """Other programs slow server and generator by at least their share of the processors."""
     if len(observed.usage) < 2:
         return []
     first, last = observed.usage[0], observed.usage[-1]
     part = usage.shares(first, last, observed.cores, is_server_here=observed.is_server_here)
     if part is None or part.others is None:
-        return []  # the server is here, but not ours to see: what is its own and what is others' can't be told apart
+        return []  # the server's processes can't be read, so its share and that of other programs are unknown
     return [
         Verdict(
             "CPU taken by other programs, of the whole machine",

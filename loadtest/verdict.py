@@ -1,4 +1,4 @@
-"""One thing that was checked: a figure and its limit. Service levels and validity checks are both lists of these."""
+"""A verdict: a figure and its limit. Service levels and validity checks are lists of verdicts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Verdict:
-    """`value` should be at most `limit` (None: there is no figure). `why` says what a miss means."""
+    """`value` must be at most `limit`; None: there is no figure. `why` says what it means if it isn't."""
 
     name: str
     value: float | None
@@ -18,16 +18,16 @@ class Verdict:
 
     @property
     def is_met(self) -> bool:
-        """Whether the limit holds; a figure that is missing meets nothing."""
+        """Whether the limit holds; a missing figure doesn't meet it."""
         return self.value is not None and self.value <= self.limit
 
     def sentence(self) -> str:
-        """The figure beside its limit, for a line of text."""
+        """The figure and its limit as one line of text."""
         return f"{self.name}: {amount(self.value, self.unit)}, limit {amount(self.limit, self.unit)}"
 
 
 def amount(value: float | None, unit: str = "") -> str:
-    """A number with its unit, as people write it: three digits that matter, milliseconds below a second."""
+    """A number with its unit: three significant digits; seconds below 1 as milliseconds."""
     if value is None:
         return "no figure"
     if math.isinf(value):

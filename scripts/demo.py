@@ -28,10 +28,10 @@ def weights() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-def is_built() -> bool:
+def is_built(repository: Path = REPOSITORY) -> bool:
     """Whether the newest version in the repository is complete and can be loaded."""
-    versions = [path for path in (REPOSITORY / f"{NAME}-engine").glob("*") if path.name.isdigit()]
-    if not versions or deepseek_triton(["check", str(REPOSITORY)]):
+    versions = [path for path in (repository / f"{NAME}-engine").glob("*") if path.name.isdigit()]
+    if not versions or deepseek_triton(["check", str(repository)]):
         return False
     newest = max(versions, key=lambda path: int(path.name))
     try:
@@ -42,20 +42,22 @@ def is_built() -> bool:
     return True
 
 
-def build() -> None:
+def build(repository: Path = REPOSITORY) -> None:
     """Build the demo model unless it is there."""
-    if is_built():
-        print(f"[1/3] {REPOSITORY / NAME} is there already")
+    if is_built(repository):
+        print(f"[1/3] {repository / NAME} is there already")
         return
-    print(f"[1/3] building {REPOSITORY / NAME} from {weights().name}", flush=True)
+    print(f"[1/3] building {repository / NAME} from {weights().name}", flush=True)
     arguments = [
         str(weights()),
         "--name",
         NAME,
         "--repository",
-        str(REPOSITORY),
+        str(repository),
         "--max-seq-len",
         str(MAX_SEQ_LEN),
+        "--precision",
+        "stored",
     ]
     if deepseek_triton(["build", *arguments]):
         raise SystemExit(1)

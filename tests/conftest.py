@@ -1,46 +1,112 @@
-"""What several test files share: one demo repository and one real server for the whole run."""
+"""What several test files share: one demo repository, and two real servers for the whole run."""
 
 from __future__ import annotations
 
+import functools
+import gc
 import shutil
 import signal
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import httpx
+import httpx._transports.default as httpx_transports
+import hypothesis
 import pytest
 
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
-from tests.support.checkpoints import smollm2_path
+from tests.support.checkpoints import smollm2_path, write_tiny
 
 NAME = "smollm2"
 MAX_SEQ_LEN = 512
+SETTINGS = {"max_num_batched_tokens": 32, "nv_trt_llm_metrics": True}
+TINY_SMOLLM2: dict[str, Any] = {
+    "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048, "eos_token_id": 2,
+    "tie_word_embeddings": True,
+}  # fmt: skip
 
-SHARED = ("server", "smollm2_repository")  # fixtures that are dear: one worker makes each, and runs what uses it
+# Fixtures that are dear → the group of the tests that use them: one worker makes each. The first that fits counts.
+SHARED = {"smollm2_repository": "server", "server": "server", "tiny_server": "tiny_server"}
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("suite")
+MAX_ID_LEN = 64  # characters of a parameter in a test's name
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How many random checkpoints are compared with transformers: a few in each run, thousands when asked."""
+    parser.addoption("--checkpoint-examples", type=int, default=12, help="random checkpoints to compare")
+    parser.addoption("--checkpoint-first-seed", type=int, default=0, help="the seed of the first one")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests on one worker, and all tests of the shared server on one; start with the longest groups."""
+    """Keep a file's tests on one worker, and all tests of a shared server on one; start with the longest groups."""
     for item in items:
         if item.get_closest_marker("xdist_group") is not None:
             continue
-        shares = not set(SHARED).isdisjoint(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group("server" if shares else item.nodeid.partition("::")[0]))
+        used = getattr(item, "fixturenames", ())
+        shared = next((group for fixture, group in SHARED.items() if fixture in used), None)
+        item.add_marker(pytest.mark.xdist_group(shared or item.nodeid.partition("::")[0]))
     items.sort(key=rank)
 
 
 def rank(item: pytest.Item) -> int:
-    """Long groups first, so that no worker is left alone with one at the end."""
+    """Long groups first, so that no worker is left alone with one at the end: those of shared servers, then others."""
     marks = {mark.name for mark in item.iter_markers()}
-    return 0 if "server" in marks else 1 if "slow" in marks else 2
+    group = next(item.iter_markers("xdist_group")).args[0]
+    return 0 if group in SHARED.values() else 1 if "server" in marks else 2 if "slow" in marks else 3
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Short names for long parameters: workers send the names of all tests and, for each test, its name in reports."""
+    if not isinstance(val, (str, bytes)) or len(val) <= MAX_ID_LEN:
+        return None
+    return f"{val[:MAX_ID_LEN]!a} of {len(val)}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """What is collected lives to the end: the garbage collector needn't look at it again and again."""
+    gc.disable()
+    collected = yield
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+    return collected
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the tests and what they start: a run in the background (`make test &`) inherits it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interruptible() -> None:
-    """Let Ctrl-C reach the processes that tests start: a run in the background (`make test &`) inherits it ignored."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def _one_ssl_context() -> Iterator[None]:
+    """httpx reads all certificate authorities for each client, 40 ms: here all share what the first has read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(httpx_transports, "create_ssl_context", functools.cache(httpx.create_ssl_context))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _failed_tests_end_their_processes() -> Iterator[None]:
+    """`with Popen(…)` waits for the process without a limit: a test that fails in there would hang with its server."""
+    leave = subprocess.Popen.__exit__
+
+    def kill_and_leave(process: subprocess.Popen[Any], kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None:
+            process.kill()
+        leave(process, kind, error, trace)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess.Popen, "__exit__", kill_and_leave)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -50,8 +116,7 @@ def smollm2_repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
     from deepseek_triton.builders.repository.options import BuildOptions
 
     repository = tmp_path_factory.mktemp("repository") / "models"
-    settings = {"max_num_batched_tokens": 32}
-    build(BuildOptions(smollm2_path(), NAME, repository, max_seq_len=MAX_SEQ_LEN, settings=settings))
+    build(BuildOptions(smollm2_path(), NAME, repository, max_seq_len=MAX_SEQ_LEN, settings=SETTINGS, infer=True))
     yield repository
     shutil.rmtree(repository)  # half a gigabyte, of which pytest would keep three
 
@@ -59,9 +124,37 @@ def smollm2_repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
 @pytest.fixture(scope="session")
 def server(smollm2_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     """A real tritonserver on it."""
+    yield from serve(smollm2_repository, tmp_path_factory.mktemp("log"))
+
+
+@pytest.fixture(scope="session")
+def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model with SmolLM2's name, tokenizer and settings."""
+    from deepseek_triton.builders.repository.build import build
+    from deepseek_triton.builders.repository.options import BuildOptions
+    from tests.support.real_tokenizers import smollm2_directory
+
+    directory = tmp_path_factory.mktemp("tiny")
+    checkpoint = write_tiny(directory / "checkpoint", **TINY_SMOLLM2)
+    shutil.copytree(smollm2_directory(), checkpoint, dirs_exist_ok=True)
+    build(BuildOptions(checkpoint, NAME, directory / "models", max_seq_len=MAX_SEQ_LEN, settings=SETTINGS))
+    return directory / "models"
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_repository: Path) -> Iterator[TritonServer]:
+    """A real tritonserver on it.
+
+    It answers nonsense some twenty times faster: for tests of everything but language and time.
+    """
+    yield from serve(tiny_repository, tiny_repository.parent)
+
+
+def serve(repository: Path, log_directory: Path) -> Iterator[TritonServer]:
+    """Start a server for the tests, and see that it lives when they are done."""
     if find_spec("pytriton") is None:
         pytest.skip("no tritonserver: pip install --no-deps nvidia-pytriton==0.7.0")
-    log = tmp_path_factory.mktemp("log") / "tritonserver.log"
-    with TritonServer(smollm2_repository, http_port=0, grpc_port=0, metrics_port=0, log_file=log) as server:
+    log = log_directory / "tritonserver.log"
+    with TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0, log_file=log) as server:
         yield server
         assert server.exit_status is None, f"the server died during the tests:\n{log.read_text()[-3000:]}"

@@ -1,4 +1,4 @@
-"""Is a checkpoint what its configuration says: its tensors, its JSON files; and the digest of what was read of it."""
+"""Is a checkpoint what its configuration says: its tensors, its JSON files."""
 
 from __future__ import annotations
 
@@ -8,14 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from deepseek_triton.builders.checkpoint.files.missing import FETCH_AGAIN, open_file
 from deepseek_triton.builders.errors import CheckpointError, UnsupportedError
 from deepseek_triton.ensemble.decoder.spec import ModelSpec
-
-Array = NDArray[Any]
-FETCH_AGAIN = "fetch the checkpoint again"
 
 
 @contextlib.contextmanager
@@ -39,11 +34,12 @@ def check_tensors(spec: ModelSpec, found: Mapping[str, tuple[int, ...]], path: P
     # A tied head may be stored all the same.
     tied = {"lm_head.weight"} if spec.tie_word_embeddings else set()
     problems: list[tuple[str, Callable[[str], str]]] = []
-    problems += [(name, lambda n: f"{n} is missing") for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected and name not in tied]
+    beside = f", and {unknown[0]!r} is there, which no {spec.architecture} model has" if unknown else ""
+    problems += [(name, lambda n: f"{n} is missing{beside}") for name in expected if name not in found]
     problems += [
         (name, lambda n: f"{n!r} is not part of a {spec.architecture} model with this configuration")
-        for name in found
-        if name not in expected and name not in tied
+        for name in unknown
     ]
     problems += [
         (name, lambda n: f"{n} has shape {list(found[n])}, expected {list(expected[n])}")
@@ -53,7 +49,7 @@ def check_tensors(spec: ModelSpec, found: Mapping[str, tuple[int, ...]], path: P
     if problems:
         name, describe = problems[0]
         more = f" (and {len(problems) - 1} more tensors)" if len(problems) > 1 else ""
-        raise CheckpointError(f"{path}: {describe(name)}{more}; {FETCH_AGAIN}, or correct its configuration")
+        raise CheckpointError(f"{path}: {describe(name)}{more}; weights and configuration don't belong together")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -63,17 +59,12 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: the file is missing or holds no JSON object.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        with open_file(file) as stream:
+            value = json.loads(stream.read().decode("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}; {FETCH_AGAIN}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error}); {FETCH_AGAIN}") from error
+        raise CheckpointError(f"{file} is not valid JSON ({error}); correct it, or fetch this file again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} must hold a JSON object; {FETCH_AGAIN}")
     return value
-
-
-def update_digest(digest: Any, name: str, array: Array) -> None:
-    """Add a tensor's name, dtype, shape and bytes to `digest`."""
-    digest.update(f"{name} {array.dtype.name} {list(array.shape)}\n".encode())
-    digest.update(np.ascontiguousarray(array).view(np.uint8).data)

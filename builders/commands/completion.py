@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     cases = []
     for name in COMMANDS:
-        actions = make_command_parser(name)._actions
+        actions = [one for one in make_command_parser(name)._actions if one.help != argparse.SUPPRESS]
         for action in actions:
             if action.choices and action.option_strings:
                 pattern = f'*":{name} {action.option_strings[-1]}"'

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from deepseek_triton.builders.commands.progress import ProgressBar
+from deepseek_triton.builders.commands.interrupts import interruptible
+from deepseek_triton.builders.commands.models import path
+from deepseek_triton.builders.commands.progress import ProgressDisplay
 from deepseek_triton.builders.fp8.recipe import RECIPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("checkpoint", type=Path, help="Hugging Face directory or .gguf file: the float reference")
+    parser.add_argument("checkpoint", type=path, help="Hugging Face directory or .gguf file: the float reference")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text to predict")
     parser.add_argument(
         "--artefact", type=Path, metavar="PATH", help="model.onnx, or the directory it is in (default: quantise now)"
@@ -34,13 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table, and write the files."""
-    from deepseek_triton.builders.fp8.quality_report import EvaluateOptions, evaluate
+    from deepseek_triton.builders.checkpoint.files.hub import local_checkpoint
+    from deepseek_triton.builders.fp8.quality.quality_report import EvaluateOptions, evaluate
     from deepseek_triton.builders.fp8.recipe import recipe_named
     from deepseek_triton.clients.printing import json_line
 
-    with ProgressBar(is_quiet=arguments.quiet) as bar:
+    with interruptible(lambda: "nothing was written"), ProgressDisplay(is_quiet=arguments.quiet) as bar:
         options = EvaluateOptions(
-            checkpoint=arguments.checkpoint,
+            checkpoint=local_checkpoint(arguments.checkpoint, None, bar.report),
             text=arguments.text,
             artefact=arguments.artefact,
             recipe=recipe_named(arguments.recipe),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from deepseek_triton.builders.commands.models import add_repository_argument, suggest_model
-from deepseek_triton.builders.commands.progress import ProgressBar
+from deepseek_triton.builders.commands.interrupts import interruptible
+from deepseek_triton.builders.commands.models import add_repository_argument, require_model
+from deepseek_triton.builders.commands.progress import ProgressDisplay
 from deepseek_triton.builders.scoring.fit import METHODS
 from deepseek_triton.ensemble.scoring.calibration import ProbabilityCalibration
 
@@ -34,8 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     from deepseek_triton.builders.commands.fitting import fit_model
     from deepseek_triton.clients.printing import json_line
 
-    suggest_model(arguments.repository, arguments.model)
-    with ProgressBar(is_quiet=arguments.quiet) as bar:
+    require_model(arguments.repository, arguments.model)
+    with interruptible(lambda: "nothing was written"), ProgressDisplay(is_quiet=arguments.quiet) as bar:
         calibration, path = fit_model(
             arguments.repository, arguments.model, arguments.examples, arguments.method, bar.report
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Container
 
-from deepseek_triton.builders.errors import BuildError
+from deepseek_triton.builders.repository.setting_options import add_setting_argument, given_values
 from deepseek_triton.builders.scoring.options import Batching, ScoringOptions, read_template
+from deepseek_triton.builders.targets import all_targets
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from deepseek_triton.ensemble.scoring.profile import NORMALISATIONS, PLACE
 from deepseek_triton.ensemble.scoring.settings import ScoringSettings
@@ -37,24 +38,17 @@ def add_scoring_arguments(group: argparse._ArgumentGroup) -> None:
         help="how the log probabilities of a label's tokens become its score (default: %(default)s)",
     )
     group.add_argument(
-        "--max-pass-tokens",
-        type=int,
-        default=ScoringOptions.max_pass_tokens,
-        metavar="N",
-        help=f"where the model runs on a CPU: {ScoringSettings.table()['max_pass_tokens'].help} (default: %(default)s)",
+        "--embeddings", action="store_true", help="answers also hold the hidden state at each prompt's end"
     )
     group.add_argument(
-        "--preferred-batch-sizes", metavar="N,M,…", help="sizes of batches that go at once (default: full ones)"
+        "--max-pass-tokens",
+        type=int,
+        metavar="N",
+        help=f"where no plan scores: {ScoringSettings.table()['max_pass_tokens'].help} (default: {_pass_tokens()})",
     )
     for name, setting in Batching.table().items():
         if name not in SHARED_OPTIONS:
-            group.add_argument(
-                setting.option,
-                type=setting.kind,
-                default=setting.default,
-                metavar="N",
-                help=f"{setting.help} (default: %(default)s)",
-            )
+            add_setting_argument(group, setting)
 
 
 def read_scoring_options(arguments: argparse.Namespace, without: Container[str] = ()) -> ScoringOptions:
@@ -63,22 +57,26 @@ def read_scoring_options(arguments: argparse.Namespace, without: Container[str] 
     Raises:
         BuildError: a value is at fault.
     """
-    try:
-        preferred = tuple(int(size) for size in (arguments.preferred_batch_sizes or "").split(",") if size)
-    except ValueError:
-        text = arguments.preferred_batch_sizes
-        raise BuildError(f"preferred_batch_sizes is {text!r}, must be numbers with commas between them") from None
-    given = {name: getattr(arguments, name) for name in Batching.table() if name not in without}
-    batching = {name: value for name, value in given.items() if value is not None}
+    batching = given_values(arguments, [one for name, one in Batching.table().items() if name not in without])
+    own = given_values(arguments, [ScoringSettings.table()["max_pass_tokens"]])
     return ScoringOptions(
         template=read_template(arguments.template),
         is_chat=arguments.chat,
         labels=split_labels(arguments.labels),
         label_prefix=arguments.label_prefix,
         normalisation=arguments.normalisation,
-        max_pass_tokens=arguments.max_pass_tokens,
-        batching=Batching(preferred_batch_sizes=preferred, **batching),
+        embeddings=arguments.embeddings,
+        batching=Batching(**batching),
+        given=frozenset(batching) | frozenset(own),
+        **own,
     )
+
+
+def _pass_tokens() -> str:
+    """The default of --max-pass-tokens of each target that has it: "512; cuda: 4096"."""
+    name, common = "max_pass_tokens", ScoringSettings.max_pass_tokens
+    own = {target.name: target.own_settings.scoring_table()[name].default for target in all_targets()}
+    return "; ".join([str(common), *(f"{target}: {value}" for target, value in own.items() if value != common)])
 
 
 def split_labels(text: str | None) -> tuple[str, ...]:

@@ -6,12 +6,23 @@ import argparse
 import importlib
 from typing import Any
 
-from deepseek_triton.builders.commands.parser import CommandParser
+from deepseek_triton.command_parser import CommandParser
 
 PROGRAM = "deepseek-triton"
-# Command → what it does. Its module has its name.
+# Command → what it does. Its module has its name, with "_" for "-".
 COMMANDS = {
+    "plan": "tell what a model needs of GPUs, how fast it is there, and what must give",
     "build": "make a model repository from a checkpoint",
+    "prune": "remove channels, heads, layers or experts of a checkpoint that matter least",
+    "recover": "train a pruned checkpoint to answer as its parent does",
+    "learn": "train a checkpoint on new data, beside old data that it must not forget",
+    "gate": "judge a candidate by limits, against the checkpoint that it is to replace",
+    "promote": "let a candidate that passed the gate answer, share by share, watched",
+    "rollback": "let the model before the last promotion answer again",
+    "configure": "change a built model's settings without building it again",
+    "inspect": "show a model's versions, sizes and settings, and what serves now",
+    "list": "show the models of a repository, and which of them serve now",
+    "prune-versions": "free the disk of old versions; what serves and the newest stay",
     "check": "validate a model repository without a server",
     "serve": "run tritonserver on a model repository until interrupted",
     "generate": "complete a text",
@@ -27,7 +38,7 @@ COMMANDS = {
 
 def make_command_parser(name: str) -> CommandParser:
     """Import the command's module, and make the parser of its options."""
-    module: Any = importlib.import_module(f"{__package__}.{name}")
+    module: Any = importlib.import_module(f"{__package__}.{name.replace('-', '_')}")
     summary = COMMANDS[name]
     parser = CommandParser(prog=f"{PROGRAM} {name}", description=f"{summary[0].upper()}{summary[1:]}.")
     module.add_arguments(parser)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
-from deepseek_triton.builders.commands.models import add_repository_argument, suggest_model
-from deepseek_triton.builders.commands.progress import ProgressBar
+from deepseek_triton.builders.commands.interrupts import interruptible
+from deepseek_triton.builders.commands.models import add_repository_argument, require_model
+from deepseek_triton.builders.commands.progress import ProgressDisplay
 from deepseek_triton.builders.commands.scoring_arguments import split_labels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    from deepseek_triton.builders.tune.options import TuneOptions
+    from deepseek_triton.builders.tune.options import LOWEST, TuneOptions
 
     parser.add_argument("model", help="name of the served model")
     parser.add_argument(
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         required=True,
         metavar="MS",
-        help="limit of the 99th percentile of a request's latency, in milliseconds",
+        help="limit of the 99th percentile of a request's latency, in milliseconds, above 0",
     )
     add_repository_argument(parser)
     parser.add_argument(
@@ -30,28 +30,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=TuneOptions.clients,
         metavar="N",
-        help="clients that ask at the same time (default: %(default)s)",
+        help=f"clients that ask at the same time, at least {LOWEST['clients']} (default: %(default)s)",
     )
     parser.add_argument(
         "--seconds",
         type=float,
         default=TuneOptions.seconds,
         metavar="S",
-        help="length of each measurement (default: %(default)g)",
+        help="length of each measurement, above 0 (default: %(default)g)",
     )
     parser.add_argument(
         "--rounds",
         type=int,
         default=TuneOptions.rounds,
         metavar="N",
-        help="measurements of each candidate before one is chosen (default: %(default)s)",
+        help=f"measurements of each candidate before one is chosen, at least {LOWEST['rounds']} (default: %(default)s)",
     )
     parser.add_argument(
         "--budget-s",
         type=float,
         default=TuneOptions.budget_s,
         metavar="S",
-        help="seconds for the whole run (default: %(default)g)",
+        help="seconds for the whole run, above 0 (default: %(default)g)",
     )
     parser.add_argument(
         "--texts", type=Path, metavar="FILE", help="what clients send, a text on each line (default: a built-in set)"
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=TuneOptions.max_tokens,
         metavar="N",
-        help="tokens generated for each request (default: %(default)s)",
+        help=f"tokens generated for each request, at least {LOWEST['max_tokens']} (default: %(default)s)",
     )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="directory of journal, table and plot (default: tune-MODEL)"
@@ -75,8 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     from deepseek_triton.builders.commands.tuning import conclusion, tune
     from deepseek_triton.builders.tune.options import TuneOptions
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # supervisors end a process by it: the server must stop
-    with ProgressBar(is_quiet=arguments.quiet) as bar:
+    goes_on = "the same command goes on from the journal"
+    with interruptible(lambda: goes_on), ProgressDisplay(is_quiet=arguments.quiet) as bar:
         options = TuneOptions(
             name=arguments.model,
             repository=arguments.repository,
@@ -91,13 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
             output=arguments.output,
             is_dry=arguments.dry_run,
         )
-        suggest_model(options.repository, options.name)
-        try:
-            tuned = tune(options, bar.report, bar.say)
-        except KeyboardInterrupt:
-            bar.close()
-            print("interrupted; the same command goes on from the journal", file=sys.stderr)
-            raise
+        require_model(options.repository, options.name)
+        tuned = tune(options, bar.report, bar.say)
     print(tuned.table)
     if not tuned.is_complete:
         print("the budget is used up; the same command with more --budget-s goes on from the journal")

@@ -17,8 +17,9 @@ from typing import Any
 from deepseek_triton.builders.repository.check import CheckError
 from deepseek_triton.builders.repository.check_scoring import is_scoring
 from deepseek_triton.builders.tune.measurement import Measurement
+from deepseek_triton.builders.tune.options import TuneError
 from deepseek_triton.builders.tune.repository import copied
-from deepseek_triton.builders.tune.space import Configs, TuneError
+from deepseek_triton.builders.tune.space import Configs
 from deepseek_triton.clients.api import GenerateRequest
 from deepseek_triton.clients.base import BaseClient
 from deepseek_triton.clients.errors import ClientError
@@ -28,7 +29,7 @@ from deepseek_triton.ensemble.protocol.pipelines import ENGINE_SUFFIX, model_nam
 from deepseek_triton.ensemble.server.tritonserver import ServerError, TritonServer
 from deepseek_triton.ensemble.text.errors import one_line
 
-DEFAULT_TEXTS = Path(__file__).parents[1] / "fp8" / "data" / "english.txt"
+DEFAULT_TEXTS = Path(__file__).parents[1] / "fp8" / "texts" / "data" / "english.txt"
 PASSAGE_WORDS = 40
 REQUEST_TIMEOUT_S = 60.0
 DECIMALS = 2  # of a millisecond

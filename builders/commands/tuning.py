@@ -16,11 +16,11 @@ from pathlib import Path
 from deepseek_triton.builders.commands.tune_load import TuneLoad, asker, measure, read_texts
 from deepseek_triton.builders.repository.options import Report
 from deepseek_triton.builders.tune.clock import Clock
-from deepseek_triton.builders.tune.confirm import NUM_CANDIDATES, Decision, contenders, decide, order
-from deepseek_triton.builders.tune.fingerprint import configs_digest, subject
+from deepseek_triton.builders.tune.confirm import Decision, contenders, decide, order
+from deepseek_triton.builders.tune.fingerprint import configs_digest, fingerprint
 from deepseek_triton.builders.tune.journal import Journal
 from deepseek_triton.builders.tune.measurement import Measured, Measurement
-from deepseek_triton.builders.tune.options import TuneOptions
+from deepseek_triton.builders.tune.options import NUM_CANDIDATES, TuneError, TuneOptions
 from deepseek_triton.builders.tune.report import decision_table, plot, search_table
 from deepseek_triton.builders.tune.repository import finish_pending, newest_version, put_configs, read_configs
 from deepseek_triton.builders.tune.search import Axis, is_within, search
@@ -28,7 +28,6 @@ from deepseek_triton.builders.tune.space import (
     Configs,
     Parameter,
     Point,
-    TuneError,
     limits_of,
     read_point,
     space_of,
@@ -87,7 +86,7 @@ def tune(
         raise TuneError(str(error)) from error
     clock = Clock(options.budget_s, load.seconds_in_all, report)
     _tell_plan(options, load, space, tell)
-    with Journal(options.directory / "journal.jsonl", _subject(options, configs, texts)) as journal:
+    with Journal(options.directory / "journal.jsonl", _fingerprint(options, configs, texts)) as journal:
         bench = _Bench(options, space, configs, load, journal, clock, tell)
         measured, is_searched = _search(bench, space, start)
         points = contenders(measured, start, options.p99_ms)
@@ -232,11 +231,11 @@ def _require_writable(repository: Path, configs: Configs) -> None:
             raise TuneError(f"{directory} can't be written to, so a winner couldn't be: --dry-run only measures")
 
 
-def _subject(options: TuneOptions, configs: Configs, texts: Sequence[str]) -> dict[str, object]:
+def _fingerprint(options: TuneOptions, configs: Configs, texts: Sequence[str]) -> dict[str, object]:
     load = {name: getattr(options, name) for name in ("clients", "seconds", "max_tokens")}
     digest = sha256("\n".join(texts).encode()).hexdigest()[:24]
     load |= {"model": options.name, "labels": list(options.labels), "texts": digest}
-    return subject(options.repository, configs, load)
+    return fingerprint(options.repository, configs, load)
 
 
 def _is_held(measured: list[Measured], start: Point, decision: Decision | None, options: TuneOptions) -> bool:

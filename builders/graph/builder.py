@@ -6,7 +6,7 @@ forgotten, so a build holds no more than the tensors its caller holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,9 +20,12 @@ from deepseek_triton.builders.errors import CheckpointError
 
 ALIGNMENT = 4096  # bytes; a page, so that a runtime can map each tensor
 BLOCK_BYTES = 64 * 2**20  # converted and written at a time
+MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 IR_VERSIONS = {23: 11, 24: 12}  # opset → the ONNX IR version it came with
 
 Progress = Callable[[int], None]
+Body = Callable[[], str]
+LoopBody = Callable[[str, str], str]
 
 
 class GraphBuilder:
@@ -69,6 +72,45 @@ class GraphBuilder:
         """Add a node with the outputs named."""
         self._nodes.append(helper.make_node(op_type, list(inputs), list(outputs), name=name, **attributes))
 
+    def branch(self, condition: str, few: Body, many: Body, name: str) -> str:
+        """Add an If node: `few` adds the nodes that run where the BOOL scalar `condition` is true, `many` the others.
+
+        Each gives the name of its value; both see what stands before the node. The node's value is called `name`.
+        """
+        graphs = {
+            attribute: self._subgraph(f"{name}.{attribute}", (), lambda body=body: [body()])  # type: ignore[misc]
+            for attribute, body in (("then_branch", few), ("else_branch", many))
+        }
+        return self.node("If", [condition], name, **graphs)
+
+    def loop(self, count: str, start: str, dtype: int, shape: Sequence[int | str], body: LoopBody, name: str) -> str:
+        """Add a Loop node of `count` steps over one value, at first `start`; its last value is called `name`.
+
+        body: adds the nodes of a step, from the names of the step's number (INT64 scalar) and of the value, and gives
+        the name of the new value. dtype, shape: of the value.
+        """
+        step, going, value = f"{name}.step", f"{name}.is_going", f"{name}.value"
+        inputs = (
+            helper.make_tensor_value_info(step, TensorProto.INT64, []),
+            helper.make_tensor_value_info(going, TensorProto.BOOL, []),
+            helper.make_tensor_value_info(value, dtype, shape),
+        )
+
+        def add() -> list[str]:
+            new = body(step, value)
+            return [self.node("Identity", [going], f"{name}.goes_on"), new]
+
+        graph = self._subgraph(f"{name}.body", inputs, add)
+        return self.node("Loop", [count, "", start], name, body=graph)
+
+    def _subgraph(
+        self, name: str, inputs: Sequence[onnx.ValueInfoProto], add: Callable[[], list[str]]
+    ) -> onnx.GraphProto:
+        outer, self._nodes = self._nodes, []
+        outputs = [onnx.ValueInfoProto(name=output) for output in add()]
+        nodes, self._nodes = self._nodes, outer
+        return helper.make_graph(nodes, name, inputs, outputs)
+
     def has(self, name: str) -> bool:
         """Is there a constant or weight called `name`?"""
         return name in self._names
@@ -89,9 +131,31 @@ class GraphBuilder:
             CheckpointError: it holds NaN or infinity, or a number that `dtype` can't hold.
         """
         shape = value.shape[::-1] if transpose else value.shape
+        return self._stored(name, shape, dtype, [value.T if transpose else value])
+
+    def stack(self, name: str, values: Iterable[NDArray[Any]], shape: Sequence[int], dtype: np.dtype[Any]) -> str:
+        """Write arrays one behind the other as one tensor [len(values), …] of `shape`; one is in memory at a time.
+
+        Raises:
+            CheckpointError: as `weight`.
+        """
+        return self._stored(name, shape, dtype, values)
+
+    def _stored(self, name: str, shape: Sequence[int], dtype: np.dtype[Any], sources: Iterable[NDArray[Any]]) -> str:
         offset = self._data.tell() + -self._data.tell() % ALIGNMENT
         self._data.seek(offset)
-        source = value.T if transpose else value
+        for source in sources:
+            self._write(name, source, dtype)
+        tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(dtype), dims=shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        length = self._data.tell() - offset
+        for key, text in (("location", self._data_name), ("offset", str(offset)), ("length", str(length))):
+            tensor.external_data.add(key=key, value=text)
+        self._initializers.append(tensor)
+        self._names.add(name)
+        return name
+
+    def _write(self, name: str, source: NDArray[Any], dtype: np.dtype[Any]) -> None:
         rows = max(1, BLOCK_BYTES // max(1, source[:1].size * dtype.itemsize))
         for start in range(0, len(source), rows):
             with np.errstate(over="ignore"):
@@ -104,24 +168,18 @@ class GraphBuilder:
             self._data.write(block.view(np.uint8).data)
             if self._progress:
                 self._progress(block.nbytes)
-        tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(dtype), dims=shape)
-        tensor.data_location = TensorProto.EXTERNAL
-        length = self._data.tell() - offset
-        for key, text in (("location", self._data_name), ("offset", str(offset)), ("length", str(length))):
-            tensor.external_data.add(key=key, value=text)
-        self._initializers.append(tensor)
-        self._names.add(name)
-        return name
 
     def finish(self, *, producer: str, version: str, doc: str) -> Path:
         """Write the graph beside its data and check it, types and shapes included.
+
+        Nodes of other domains than ONNX's own are checked by the runtime that has them.
 
         Raises:
             onnx.checker.ValidationError, onnx.shape_inference.InferenceError: the graph is malformed.
         """
         self._data.close()
         nodes = self._needed_nodes()
-        used = {name for node in nodes for name in node.input}
+        used = {name for node in nodes for name in names_read(node)}
         initializers = [tensor for tensor in self._initializers if tensor.name in used]
         graph = helper.make_graph(nodes, self._name, self._inputs, self._outputs, initializers, doc_string=doc)
         model = helper.make_model(
@@ -130,7 +188,10 @@ class GraphBuilder:
             producer_version=version,
             doc_string=doc,
             ir_version=IR_VERSIONS[self.opset],
-            opset_imports=[helper.make_opsetid("", self.opset)],
+            opset_imports=[
+                helper.make_opsetid("", self.opset),
+                *(helper.make_opsetid(domain, 1) for domain in sorted({node.domain for node in nodes} - {""})),
+            ],
         )
         onnx.save(model, self._path)
         onnx.checker.check_model(str(self._path), full_check=True)
@@ -141,6 +202,16 @@ class GraphBuilder:
         needed, kept = {value.name for value in self._outputs}, []
         for node in reversed(self._nodes):
             if needed & set(node.output):
-                needed |= set(node.input)
+                needed |= names_read(node)
                 kept.append(node)
         return kept[::-1]
+
+
+def names_read(node: onnx.NodeProto) -> set[str]:
+    """The names of all values that a node reads, in its subgraphs too."""
+    names = set(node.input)
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            names |= {name for inner in attribute.g.node for name in names_read(inner)}
+            names |= {output.name for output in attribute.g.output}  # a branch may give what stands before the node
+    return names

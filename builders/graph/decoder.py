@@ -1,7 +1,7 @@
 """ModelSpec + weights → one ONNX graph, part by part.
 
-The graph of a decoder that generates has an in-place KV cache (cached.py), that of one that scores has none
-(scoring.py); the layers are the same.
+The graph of a decoder that generates has an in-place KV cache (forms/cached.py), that of one that scores has none
+(forms/scoring.py); the layers are the same.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from onnx import TensorProto
 
 from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.builders.graph.builder import GraphBuilder, Progress
-from deepseek_triton.builders.graph.cached import CachedSequences, Logits
+from deepseek_triton.builders.graph.forms.cached import CachedSequences, Logits
+from deepseek_triton.builders.graph.forms.fused import FusedSequences, can_fuse
+from deepseek_triton.builders.graph.forms.scoring import ScoringRows
 from deepseek_triton.builders.graph.nodes import DecoderNodes, Quantized, Read
 from deepseek_triton.builders.graph.parts import PARTS
-from deepseek_triton.builders.graph.scoring import ScoringRows
 from deepseek_triton.builders.graph.sequences import Sequences
 from deepseek_triton.ensemble.decoder.spec import ModelSpec
 from deepseek_triton.ensemble.scoring.rows import GRAPH_FILE
@@ -48,6 +49,7 @@ def build_graph(
     scoring: ScoringMode | None = None,
     version: str = "",
     progress: Progress | None = None,
+    fuses: bool = False,
 ) -> Path:
     """Write a decoder's graph, and its weights as `model.onnx.data`, into `directory`.
 
@@ -62,6 +64,7 @@ def build_graph(
         logits: "last" [batch, vocab_size], or "all" [batch, seq_len, vocab_size].
         scoring: without a cache: one pass that scores candidate continuations; None: with one.
         progress: called with the number of bytes of weights just written.
+        fuses: with operators that ONNX Runtime alone has, which are faster on a CPU.
 
     Returns:
         The path of `model.onnx`, or of `scoring.onnx`.
@@ -73,10 +76,8 @@ def build_graph(
         raise BuildError(f"a scoring graph needs opset 24, not {opset}: pip install 'onnxruntime>=1.24'")
     file = "model.onnx" if scoring is None else GRAPH_FILE
     with GraphBuilder(directory, "model", opset=opset, file=file, progress=progress) as graph:
-        nodes = DecoderNodes(graph, spec, read, max_seq_len, DTYPES[precision], quantized)
-        sequences = (
-            CachedSequences(nodes, logits) if scoring is None else ScoringRows(nodes, takes_prefix=scoring.takes_prefix)
-        )
+        nodes = DecoderNodes(graph, spec, read, max_seq_len, DTYPES[precision], quantized, fuses=fuses)
+        sequences = _cached(nodes, logits) if scoring is None else ScoringRows(nodes, takes_prefix=scoring.takes_prefix)
         _add_decoder(nodes, sequences)
         return graph.finish(producer=PRODUCER, version=version, doc=sequences.doc)
 
@@ -109,19 +110,23 @@ def build_layer(
         return graph.finish(producer=PRODUCER, version="", doc=f"Layer {layer} of a decoder.")
 
 
+def _cached(nodes: DecoderNodes, logits: Logits) -> CachedSequences:
+    attentions = (nodes.spec.parts(layer)[0] for layer in range(nodes.spec.num_layers))
+    return (
+        FusedSequences(nodes, logits)
+        if nodes.fuses and all(map(can_fuse, attentions))
+        else CachedSequences(nodes, logits)
+    )
+
+
 def _add_decoder(nodes: DecoderNodes, sequences: Sequences) -> None:
-    g, spec = nodes.g, nodes.spec
+    spec = nodes.spec
     ids = sequences.begin()
-    embedding = nodes.weight("model.embed_tokens.weight")
-    hidden = g.node("Gather", [embedding, ids], "embed_tokens", axis=0)  # [batch, seq_len, hidden]
+    hidden = nodes.embedded(ids, "embed_tokens")  # [batch, seq_len, hidden]
     for layer in range(spec.num_layers):
         hidden = _add_layer(nodes, sequences, layer, hidden)
     hidden = nodes.rms_norm(sequences.predicting(hidden), "model.norm")
-    if spec.tie_word_embeddings:
-        head = g.node("Transpose", [embedding], "lm_head.weight", perm=[1, 0])
-    else:
-        head = nodes.weight("lm_head.weight", transpose=True)
-    sequences.finish(g.node("MatMul", [hidden, head], "lm_head"))
+    sequences.finish(nodes.head(sequences.with_logits(hidden), "lm_head"))
 
 
 def _add_layer(nodes: DecoderNodes, sequences: Sequences, layer: int, hidden: str) -> str:

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from deepseek_triton.builders.checkpoint.quantized.scales import spread_scale
 from deepseek_triton.builders.graph.builder import GraphBuilder
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -27,7 +28,8 @@ class Float8Linear:
     """A linear layer in FP8.
 
     weight: E4M3 codes [out, in]; a weight is code × scale.
-    scale: float32, [out] one for each output channel, or [] one for all; a number that the network's dtype holds.
+    scale: float32, [out] one for each output channel, or [] one for all; a number that the network's dtype holds. Of a
+        checkpoint's blocks [out, blocks], for 128 columns each, which no graph has.
     input_scale: of the activations, or None: each token's own, max|x| / 448.
     bias: [out], added to the product; None where the layer has none.
     """
@@ -40,7 +42,7 @@ class Float8Linear:
     def dequantized(self) -> NDArray[np.float32]:
         """The weights that the codes stand for: [out, in] float32."""
         values: NDArray[np.float32] = self.weight.astype(np.float32)
-        values *= self.scale[:, None] if self.scale.ndim else self.scale
+        values *= spread_scale(self.scale, values.shape[1])
         return values
 
 
@@ -65,6 +67,12 @@ class Float8Nodes:
             return self.g.node("MatMul", [quantized, weight], name)
         product = self.g.node("MatMul", [quantized, weight], f"{name}.scaled")
         return self.g.node("Mul", [product, token_scale], name)
+
+    def token_scaled(self, value: str) -> tuple[str, str]:
+        """[..., in] after a round trip through E4M3, and each token's scale [..., 1], still to be multiplied in."""
+        quantized, scale = self._input(value, None)
+        assert scale is not None
+        return quantized, scale
 
     def _weight(self, module: str, linear: Float8Linear) -> str:
         g, name = self.g, f"{module}.weight"

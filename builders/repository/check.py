@@ -18,7 +18,8 @@ from deepseek_triton.builders.repository.check_scoring import check_scoring, is_
 from deepseek_triton.builders.repository.outdated import outdated_models
 from deepseek_triton.builders.repository.pbtxt import PbtxtError, parse_text
 from deepseek_triton.builders.repository.wiring import Problem, check_wiring
-from deepseek_triton.ensemble.protocol.pipelines import ENGINE_SUFFIX
+from deepseek_triton.ensemble.artefacts.manifest import FILE_NAME, Manifest, ManifestError
+from deepseek_triton.ensemble.protocol.pipelines import BESIDE_SUFFIXES, ENGINE_SUFFIX, model_name
 
 CONFIG = "config.pbtxt"
 
@@ -41,6 +42,38 @@ def require_sound(repository: Path) -> None:
         raise CheckError(problems)
 
 
+def sound_models(repository: Path) -> tuple[list[str], list[Problem]]:
+    """The models in `repository` that can be served, their parts included, and what is wrong with all others.
+
+    Raises:
+        CheckError: there is none.
+    """
+    problems = check_repository(repository)
+    at_fault = {_model_of(repository, problem) for problem in problems}
+    sound = [name for names in parts_of_models(repository).values() if at_fault.isdisjoint(names) for name in names]
+    if not sound or None in at_fault:
+        raise CheckError(problems)
+    return list(dict.fromkeys(sound)), problems
+
+
+def parts_of_models(repository: Path) -> dict[str, list[str]]:
+    """Each ensemble in `repository` → itself and the models that belong to it."""
+    parts: dict[str, list[str]] = {}
+    built = built_models(repository) if repository.is_dir() else []
+    for name in built:
+        config = _read_config(repository / name, [])
+        if config is not None and config.platform == "ensemble":
+            beside = [part for suffix in BESIDE_SUFFIXES if (part := model_name(name, suffix)) in built]
+            parts[name] = [name, *(step.model_name for step in config.ensemble_scheduling.step), *beside]
+    return parts
+
+
+def _model_of(repository: Path, problem: Problem) -> str | None:
+    """The directory in `repository` that a problem is about; None: it is about the repository."""
+    where = Path(problem.where)
+    return where.relative_to(repository).parts[0] if where != repository and where.is_relative_to(repository) else None
+
+
 def check_repository(repository: Path) -> list[Problem]:
     """All problems of the model repository; an empty list if it can be served.
 
@@ -48,6 +81,11 @@ def check_repository(repository: Path) -> list[Problem]:
     """
     if not repository.is_dir():
         return [Problem(str(repository), "is not a directory; build the model first")]
+    if (repository / CONFIG).is_file():
+        return [Problem(str(repository), f"is one model; give the repository that it lies in, {repository.parent}")]
+    folders = [path for path in repository.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    if folders and not any((path / CONFIG).is_file() for path in folders):
+        return [Problem(str(repository), f"is no model repository: none of its folders has a {CONFIG}; build a model")]
     directories = [repository / name for name in built_models(repository)]
     if not directories:
         return [Problem(str(repository), "holds no built models; build one first")]
@@ -70,6 +108,17 @@ def check_repository(repository: Path) -> list[Problem]:
     return problems
 
 
+def check_files(repository: Path) -> list[Problem]:
+    """Read every built file whole; a problem for each model whose files have changed since."""
+    problems = []
+    for path in sorted(repository.glob(f"*/*/{FILE_NAME}")):
+        try:
+            Manifest.load(path.parent).verify(path.parent, is_whole=True)
+        except ManifestError as error:
+            problems.append(Problem(str(path.parent.relative_to(repository)), str(error)))
+    return problems
+
+
 def built_models(repository: Path) -> list[str]:
     """Names of the models in `repository` that have more than a configuration.
 
@@ -77,6 +126,12 @@ def built_models(repository: Path) -> list[str]:
     """
     directories = (path for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
     return sorted(path.name for path in directories if {entry.name for entry in path.iterdir()} != {CONFIG})
+
+
+def unbuilt_models(repository: Path) -> list[str]:
+    """Names of the models in `repository` of which there is only the configuration; tritonserver ends over them."""
+    built = set(built_models(repository))
+    return sorted(path.parent.name for path in repository.glob(f"*/{CONFIG}") if path.parent.name not in built)
 
 
 def served_models(repository: Path) -> list[str]:
@@ -96,7 +151,7 @@ def _read_config(directory: Path, problems: list[Problem]) -> ModelConfig | None
     try:
         config = parse_text(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
-        problems.append(Problem(str(path), "is missing; build the model again or remove the directory"))
+        problems.append(Problem(str(path), "is missing; build the model again, or move the directory elsewhere"))
         return None
     except (OSError, UnicodeDecodeError) as error:
         problems.append(Problem(str(path), f"is unreadable: {error}; build the model again"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,8 @@ def check_engine(where: Path, version_dir: Path, config: ModelConfig) -> Iterato
     if file_problems:
         return
     manifest = Manifest.load(version_dir)
+    if problem := _end_problem(manifest):
+        yield Problem(str(version_dir / MANIFEST), f"{problem}; rebuild with: {manifest.command}")
     try:
         target = target_named(manifest.target)
     except BuildError as error:
@@ -37,6 +40,15 @@ def check_engine(where: Path, version_dir: Path, config: ModelConfig) -> Iterato
         return
     for problem in target.check(manifest, settings):
         yield Problem(str(where), f"parameters: {problem}")
+
+
+def _end_problem(manifest: Manifest) -> str | None:
+    """What is wrong with the tokens that end a text."""
+    vocab_size = manifest.spec.get("vocab_size", math.inf)
+    if manifest.end_ids and all(0 <= index < vocab_size for index in manifest.end_ids):
+        return None
+    ends = list(manifest.end_ids)
+    return f"end_ids are {ends}, must be at least one of the model's {vocab_size} tokens, or no text would end"
 
 
 def check_plan(where: Path, version_dir: Path, config: ModelConfig) -> Iterator[Problem]:

@@ -7,8 +7,12 @@ from pathlib import Path
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.builders.repository.check_engine import check_engine_files
 from deepseek_triton.builders.repository.wiring import Problem
+from deepseek_triton.builders.targets import target_named
+from deepseek_triton.ensemble.artefacts.manifest import FILE_NAME as MANIFEST
+from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.protocol.contract import BRANCH_IDS, LABELS, TARGET_LABELS
 from deepseek_triton.ensemble.protocol.settings import SettingsError
 from deepseek_triton.ensemble.scoring.calibration import FILE_NAME as CALIBRATION_FILE
@@ -64,7 +68,21 @@ def _check_engine(where: Path, version_dir: Path, config: ModelConfig) -> Iterat
         ScoringSettings.from_parameters({name: value.string_value for name, value in config.parameters.items()})
     except SettingsError as error:
         yield Problem(str(where), f"parameters: {error}")
-    yield from check_engine_files(version_dir)
+    problems = check_engine_files(version_dir)
+    yield from problems
+    if not problems:
+        yield from _check_manifest(where, version_dir)
+
+
+def _check_manifest(where: Path, version_dir: Path) -> Iterator[Problem]:
+    manifest = Manifest.load(version_dir)
+    try:
+        target = target_named(manifest.target)
+    except BuildError as error:
+        yield Problem(str(version_dir / MANIFEST), f"{error}; rebuild with: {manifest.command}")
+        return
+    for problem in target.check_scoring(manifest):
+        yield Problem(str(where), problem)
 
 
 def _problem(path: Path, error: Exception) -> Problem:

@@ -11,14 +11,11 @@ from deepseek_triton.builders.repository.wiring import Problem
 from deepseek_triton.ensemble.artefacts.manifest import FILE_NAME as MANIFEST
 from deepseek_triton.ensemble.artefacts.manifest import Manifest, ManifestError, OutdatedError, current_command
 from deepseek_triton.ensemble.protocol.pipelines import (
-    DETOKENIZER_SUFFIX,
     ENGINE_SUFFIX,
-    SCORER_SUFFIX,
-    TOKENIZER_SUFFIX,
+    PART_SUFFIXES,
     model_name,
 )
 
-PARTS = (TOKENIZER_SUFFIX, ENGINE_SUFFIX, DETOKENIZER_SUFFIX, SCORER_SUFFIX)
 OLD_IMPORT = re.compile(r"^from ensemble\.", re.MULTILINE)  # now deepseek_triton.ensemble
 
 
@@ -30,7 +27,7 @@ def outdated_models(repository: Path) -> Iterator[tuple[Problem, frozenset[str]]
     suffix = f"-{ENGINE_SUFFIX}"
     for engine in sorted(repository.glob(f"*{suffix}")):
         served_name = engine.name.removesuffix(suffix)
-        parts = [served_name, *(model_name(served_name, part) for part in PARTS)]
+        parts = [served_name, *(model_name(served_name, part) for part in PART_SUFFIXES)]
         versions = sorted((path for path in engine.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
         if versions and (problem := _problem(repository, parts, versions[-1])):
             yield problem, frozenset(parts)

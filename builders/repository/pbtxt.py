@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek_triton.builders.errors import BuildError
-from deepseek_triton.builders.scoring.options import TIMER_LATE_US, Batching
+from deepseek_triton.builders.repository.models.config_text import to_text
+from deepseek_triton.builders.scoring.options import Batching
 from deepseek_triton.ensemble.artefacts.tensorrt_api import PLAN_FILE
 from deepseek_triton.ensemble.protocol.contract import (
     DETOKENIZER,
+    EMBEDDING,
     ENGINE,
+    ENSEMBLE,
     HIDDEN_STATE,
     LOGIT_POSITIONS,
     SCORE_ENGINE,
@@ -29,16 +33,20 @@ from deepseek_triton.ensemble.protocol.contract import (
     TARGET_IDS,
     TOKEN_LOG_PROBS,
     TOKENIZER,
+    VLLM,
     ModelContract,
     TensorSpec,
 )
 from deepseek_triton.ensemble.protocol.pipelines import (
     DETOKENIZER_SUFFIX,
     ENGINE_SUFFIX,
+    INFER_SUFFIX,
     SCORER_SUFFIX,
     TOKENIZER_SUFFIX,
+    VLLM_SUFFIX,
     EnsemblePipeline,
     model_name,
+    score_pipeline,
 )
 from deepseek_triton.ensemble.scoring.rows import LOGIT_COUNTS, LONGEST_ROW, ROW_LENS, TARGET_COUNTS
 
@@ -48,18 +56,22 @@ __all__ = [
     "detokenizer_config",
     "engine_config",
     "ensemble_config",
+    "infer_config",
     "parse_text",
+    "python_config",
     "score_engine_config",
+    "score_ensemble_config",
     "score_plan_config",
     "score_tokenizer_config",
     "scorer_config",
+    "set_queue_policy",
     "to_text",
     "tokenizer_config",
+    "vllm_config",
 ]
 
 TEXT_MAX_BATCH_SIZE = 64  # requests that one call of the tokenizer or detokenizer may take
-MAX_QUEUE_SIZE = 4096  # requests that may wait for the tokenizer; Triton refuses one more
-HEADER = "# Written by `deepseek-triton build`: change the builder, not this file.\n"
+MAX_PROMPTS = 64  # prompts that one request may hold
 
 
 class PbtxtError(BuildError):
@@ -68,14 +80,15 @@ class PbtxtError(BuildError):
 
 def tokenizer_config(served_name: str, parameters: Mapping[str, str] | None = None) -> ModelConfig:
     """The configuration of `served_name`'s tokenizer."""
-    config = _text_model(model_name(served_name, TOKENIZER_SUFFIX), TOKENIZER, parameters)
-    config.dynamic_batching.default_queue_policy.max_queue_size = MAX_QUEUE_SIZE
+    config = python_config(model_name(served_name, TOKENIZER_SUFFIX), TOKENIZER, parameters)
+    # It takes a request in less time than Triton's batcher needs to make a batch, and encodes several at a time.
+    config.ClearField("dynamic_batching")
     return config
 
 
 def detokenizer_config(served_name: str, parameters: Mapping[str, str] | None = None) -> ModelConfig:
     """The configuration of `served_name`'s detokenizer."""
-    config = _text_model(model_name(served_name, DETOKENIZER_SUFFIX), DETOKENIZER, parameters)
+    config = python_config(model_name(served_name, DETOKENIZER_SUFFIX), DETOKENIZER, parameters)
     config.model_transaction_policy.decoupled = True  # a heartbeat has no answer
     return config
 
@@ -85,9 +98,31 @@ def engine_config(served_name: str, parameters: Mapping[str, str]) -> ModelConfi
     return _model_config(
         {
             **_python_model(model_name(served_name, ENGINE_SUFFIX), ENGINE, parameters),
-            # The engine forms its own batches, so Triton gives it one sequence at a time.
-            "max_batch_size": 1,
+            # The prompts of one request. The engine forms its own batches, so Triton makes none of several requests.
+            "max_batch_size": MAX_PROMPTS,
             "model_transaction_policy": {"decoupled": True},
+        }
+    )
+
+
+def infer_config(served_name: str) -> ModelConfig:
+    """The configuration of the model that answers `infer` for `served_name`."""
+    model = _python_model(model_name(served_name, INFER_SUFFIX), ENSEMBLE, {})
+    return _model_config({**model, "max_batch_size": MAX_PROMPTS})
+
+
+def vllm_config(served_name: str) -> ModelConfig:
+    """The configuration of the model of Triton's vLLM backend that `served_name`'s engine asks.
+
+    The backend would complete it itself; the server is started without that.
+    """
+    return _model_config(
+        {
+            "name": model_name(served_name, VLLM_SUFFIX),
+            "backend": "vllm",
+            **_tensors(VLLM),
+            "model_transaction_policy": {"decoupled": True},
+            "instance_group": [{"count": 1, "kind": "KIND_MODEL"}],  # vLLM takes its GPUs itself
         }
     )
 
@@ -109,7 +144,7 @@ def score_engine_config(
     """The configuration of a scoring engine that a Python model runs; `parameters` are its settings'."""
     contract = _with_hidden_size(SCORE_ENGINE, hidden_size)
     model = _python_model(model_name(served_name, ENGINE_SUFFIX), contract, parameters)
-    return _model_config(_batched(_ragged(model), batching))
+    return _batched(_ragged(model), batching)
 
 
 def score_plan_config(served_name: str, hidden_size: int, batching: Batching) -> ModelConfig:
@@ -142,10 +177,10 @@ def score_plan_config(served_name: str, hidden_size: int, batching: Batching) ->
             }
         ],
     }
-    return _model_config(_batched(_ragged(model), batching))
+    return _batched(_ragged(model), batching)
 
 
-def ensemble_config(served_name: str, pipeline: EnsemblePipeline, max_batch_size: int = 1) -> ModelConfig:
+def ensemble_config(served_name: str, pipeline: EnsemblePipeline, max_batch_size: int = MAX_PROMPTS) -> ModelConfig:
     """The configuration of the ensemble that clients call; Triton finds out that it is decoupled."""
     return _model_config(
         {
@@ -168,15 +203,11 @@ def ensemble_config(served_name: str, pipeline: EnsemblePipeline, max_batch_size
     )
 
 
-def to_text(config: ModelConfig) -> str:
-    """The text of a config.pbtxt file."""
-    text = str(text_format.MessageToString(config, as_utf8=True))
-    if delay := config.dynamic_batching.max_queue_delay_microseconds:
-        line = f"  max_queue_delay_microseconds: {delay}\n"
-        text = text.replace(
-            line, f"  # {delay + TIMER_LATE_US} at most: Triton's timer is late by up to {TIMER_LATE_US}.\n" + line
-        )
-    return HEADER + text
+def score_ensemble_config(served_name: str, hidden_size: int, batching: Batching, *, embeds: bool) -> ModelConfig:
+    """The configuration of a scoring model's ensemble; with `embeds` it gives hidden states too."""
+    pipeline = score_pipeline(embeds=embeds)
+    pipeline = replace(pipeline, contract=_with_hidden_size(pipeline.contract, hidden_size))
+    return ensemble_config(served_name, pipeline, min(batching.max_batch_size, TEXT_MAX_BATCH_SIZE))
 
 
 def parse_text(text: str, path: Path) -> ModelConfig:
@@ -185,14 +216,25 @@ def parse_text(text: str, path: Path) -> ModelConfig:
     Raises:
         PbtxtError: it isn't a ModelConfig; names the file, line and column.
     """
+    config = ModelConfig()
     try:
-        return text_format.Parse(text, ModelConfig())
+        config.CopyFrom(_parsed(text))
     except text_format.ParseError as error:
         reason = str(error).replace(" : ", ": ", 1).rstrip(".")  # "7:3 : Message type … has no field …."
-        raise PbtxtError(f"{path}:{reason}; correct it, or build the repository again") from error
+        raise PbtxtError(
+            f"{path}:{reason}; correct it, or write it anew with: deepseek-triton configure MODEL --reset-settings"
+        ) from error
+    return config
 
 
-def _text_model(name: str, contract: ModelContract, parameters: Mapping[str, str] | None) -> ModelConfig:
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> ModelConfig:
+    """A command reads a model's files several times, and the parser takes milliseconds for each."""
+    return text_format.Parse(text, ModelConfig())
+
+
+def python_config(name: str, contract: ModelContract, parameters: Mapping[str, str] | None = None) -> ModelConfig:
+    """The configuration of a quick model of Triton's Python backend; requests that wait share a call."""
     return _model_config(
         {
             **_python_model(name, contract, parameters or {}),
@@ -216,30 +258,43 @@ def _ragged(model: dict[str, Any]) -> dict[str, Any]:
     return {**model, "input": [{**tensor, "allow_ragged_batch": tensor["dims"] == [-1]} for tensor in model["input"]]}
 
 
-def _batched(model: dict[str, Any], batching: Batching) -> dict[str, Any]:
-    policy = {
-        "timeout_action": "REJECT",
-        "default_timeout_microseconds": batching.queue_timeout_us,
-        "allow_timeout_override": True,
-        "max_queue_size": batching.max_queue_size,
-    }
-    return {
-        **model,
-        "max_batch_size": batching.max_batch_size,
-        "instance_group": [{**group, "count": batching.engine_instances} for group in model["instance_group"]],
-        "dynamic_batching": {
-            "preferred_batch_size": batching.preferred,
-            "max_queue_delay_microseconds": batching.timer_us,
-            "default_queue_policy": policy,
-        },
-    }
+def set_queue_policy(config: ModelConfig, queue_timeout_us: int, max_queue_size: int) -> None:
+    """Limit the queue of Triton's batcher; 0: no limit.
+
+    With any limit, Triton 2.51 hands the engine no batch while one is computed. A request that comes meanwhile then
+    waits until another one comes, or for half a second: so there is no limit by default. Only with one does Triton heed
+    the timeout that a request gives itself.
+    """
+    config.dynamic_batching.ClearField("default_queue_policy")
+    if queue_timeout_us or max_queue_size:
+        policy = config.dynamic_batching.default_queue_policy
+        policy.default_timeout_microseconds, policy.max_queue_size = queue_timeout_us, max_queue_size
+        policy.allow_timeout_override = True
+
+
+def _batched(model: dict[str, Any], batching: Batching) -> ModelConfig:
+    config = _model_config(
+        {
+            **model,
+            "max_batch_size": batching.max_batch_size,
+            "instance_group": [{**group, "count": batching.engine_instances} for group in model["instance_group"]],
+            "dynamic_batching": {
+                "preferred_batch_size": batching.preferred,
+                "max_queue_delay_microseconds": batching.timer_us,
+            },
+        }
+    )
+    set_queue_policy(config, batching.queue_timeout_us, batching.max_queue_size)
+    return config
 
 
 def _with_hidden_size(contract: ModelContract, hidden_size: int) -> ModelContract:
     """The contract with the width of the hidden state, which depends on the model."""
 
     def sized(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-        return tuple(replace(spec, dims=(hidden_size,)) if spec == HIDDEN_STATE else spec for spec in specs)
+        return tuple(
+            replace(spec, dims=(hidden_size,)) if spec in (HIDDEN_STATE, EMBEDDING) else spec for spec in specs
+        )
 
     return ModelContract(sized(contract.inputs), sized(contract.outputs))
 
@@ -249,7 +304,6 @@ def _python_model(name: str, contract: ModelContract, parameters: Mapping[str, s
         "name": name,
         "backend": "python",
         **_tensors(contract),
-        # KIND_CPU says where Triton places tensors and the instance, not where a runner computes.
         "instance_group": [{"count": 1, "kind": "KIND_CPU"}],
         "parameters": {key: {"string_value": value} for key, value in parameters.items()},
     }

@@ -12,6 +12,7 @@ from deepseek_triton.builders.targets import target_named
 if TYPE_CHECKING:
     from deepseek_triton.ensemble.decoder.spec import ModelSpec
 
+MIN_TOKENS = 256  # fewer leave no room for a prompt and its answer
 SCORING_MAX_SEQ_LEN = 2048  # a scoring engine has no cache; it reads a prompt and its labels
 
 
@@ -35,18 +36,18 @@ def choose_max_seq_len(options: BuildOptions, spec: ModelSpec) -> SequenceLen:
     Raises:
         BuildError: it is more than the model was trained for.
     """
-    limit = spec.max_position_embeddings
-    if spec.rope.scaling == "dynamic":
-        limit = int(limit * spec.rope.factor)
+    limit = spec.max_seq_len
     if options.max_seq_len is not None:
-        if options.max_seq_len > limit:
-            raise BuildError(f"max_seq_len is {options.max_seq_len}, the model was trained for {limit} tokens")
+        # Whether max_position_embeddings is the length before linear scaling or after it, a file doesn't say.
+        allowed = int(limit * spec.rope.factor) if spec.rope.scaling == "linear" else limit
+        if options.max_seq_len > allowed:
+            raise BuildError(f"max_seq_len is {options.max_seq_len}, the model was trained for {allowed} tokens")
         return SequenceLen(options.max_seq_len)
     if options.task == "score":
         return SequenceLen(min(limit, SCORING_MAX_SEQ_LEN), f"the model's own is {limit:,}")
     target = target_named(options.target)
     budget = target.cache_budget()
-    num_seqs = options.settings.get("max_num_seqs", budget.num_seqs)
+    num_seqs = target.whole_sequences({"max_num_seqs": budget.num_seqs, **options.settings})
     needed = num_seqs * target.cache_bytes(options, spec, limit)
     fitting = limit if needed <= budget.num_bytes else _power_of_two(limit * budget.num_bytes // needed)
     if budget.max_tokens is not None and budget.max_tokens < min(limit, fitting):
@@ -56,10 +57,31 @@ def choose_max_seq_len(options: BuildOptions, spec: ModelSpec) -> SequenceLen:
     if fitting < limit:
         return SequenceLen(
             fitting,
-            f"the model's own {limit:,} would need {needed / 2**30:.1f} GiB of cache for {num_seqs} sequences, "
+            f"the model's own {limit:,} would need {needed / 2**30:.1f} GiB of cache for {num_seqs} "
+            f"sequence{'s' * (num_seqs > 1)}, "
             f"{budget.what} is {budget.num_bytes / 2**30:.1f} GiB",
         )
     return SequenceLen(limit, "the model's own")
+
+
+def require_usable(options: BuildOptions, spec: ModelSpec, chosen: SequenceLen) -> None:
+    """Refuse so many sequences that the length which is left for each is of no use.
+
+    Raises:
+        BuildError: names the number of sequences for which MIN_TOKENS are left.
+    """
+    num_seqs = options.settings.get("max_num_seqs")
+    if options.max_seq_len is not None or num_seqs is None or options.task == "score" or chosen.tokens >= MIN_TOKENS:
+        return
+    target = target_named(options.target)
+    num_seqs = target.whole_sequences(options.settings)
+    budget, wanted = target.cache_budget(), min(MIN_TOKENS, spec.max_position_embeddings)
+    largest = budget.num_bytes // target.cache_bytes(options, spec, wanted)
+    if num_seqs > largest:
+        raise BuildError(
+            f"max_num_seqs is {num_seqs:,}, for which {budget.what}, {budget.num_bytes / 2**30:.1f} GiB, holds caches "
+            f"of {chosen.tokens} tokens each: at most {largest:,} have {wanted}; lower it, or give --max-seq-len"
+        )
 
 
 def _power_of_two(tokens: int) -> int:

@@ -1,9 +1,7 @@
-"""Labelled examples → a ProbabilityCalibration: what turns a scoring model's scores into probabilities that can be
-believed.
+"""Labelled examples → a ProbabilityCalibration, which turns a scoring model's scores into calibrated probabilities.
 
-What enters are scores and hidden states that somebody measured, what leaves is a ProbabilityCalibration with a report
-of what it changed. Figures "after" are cross-fitted: each example is judged by a fit that hasn't seen it. It starts no
-server.
+Measured scores and hidden states enter; a ProbabilityCalibration leaves, with a report of the figures before and after.
+Figures "after" are cross-fitted: each example is evaluated by a fit on other examples. Nothing here starts a server.
 """
 
 from __future__ import annotations
@@ -17,14 +15,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek_triton.builders.atomic_files import write_atomically
 from deepseek_triton.builders.errors import BuildError
+from deepseek_triton.ensemble.artefacts.atomic_file import write_atomically
 from deepseek_triton.ensemble.protocol.pipelines import SCORER_SUFFIX, model_name
 from deepseek_triton.ensemble.scoring.calibration import FILE_NAME, Floats, LinearHead, ProbabilityCalibration, softmax
 from deepseek_triton.ensemble.scoring.profile import Normalisation, ScoringProfile
 
-# temperature: how sure, alone. bias: and one bias for each label. contextual: biases measured on texts without content,
-# temperature fitted. head: a logistic regression on the hidden state instead of the labels' scores.
+# temperature: one factor. bias: a factor and one bias for each label. contextual: biases measured on texts without
+# content, and a fitted temperature. head: a logistic regression on the hidden state instead of the labels' scores.
 Method = Literal["temperature", "bias", "contextual", "head"]
 METHODS: tuple[Method, ...] = get_args(Method)
 CONTENT_FREE = ("N/A", "[MASK]", "...")
@@ -34,7 +32,7 @@ MIN_EXAMPLES = 20
 
 
 class FitError(BuildError):
-    """Examples that nothing can be fitted on, or a repository that can't take the result; one line."""
+    """The examples can't be fitted, or the repository can't store the result; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Example:
 
 @dataclass(frozen=True)
 class ScoredTexts:
-    """What the model says of some texts: scores [n, labels], normalised; hidden [n, hidden]."""
+    """The model's outputs for some texts: normalised scores [n, labels], and hidden states [n, hidden]."""
 
     scores: Floats
     hidden: NDArray[Any]
@@ -57,13 +55,13 @@ class ScoredTexts:
 
 
 def read_examples(path: Path, labels: Sequence[str]) -> list[Example]:
-    """JSON lines of `{"text": …, "label": …}`.
+    """Read JSON lines of `{"text": …, "label": …}`.
 
     Raises:
-        FitError: names the line that is at fault.
+        FitError: a line is invalid, which the message names, or there are too few examples.
     """
     try:
-        # Not splitlines: JSON may hold characters, U+2028 say, that end a line elsewhere.
+        # Not splitlines: JSON strings may contain characters, like U+2028, that splitlines takes for line ends.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise FitError(f"{path} can't be read: {error}") from error
@@ -80,7 +78,7 @@ def read_examples(path: Path, labels: Sequence[str]) -> list[Example]:
             raise FitError(f"{path}:{number}: text is {example.text!r}, must be text")
         try:
             example.text.encode()
-        except UnicodeEncodeError:  # half of a character that JSON writes as two
+        except UnicodeEncodeError:  # a lone surrogate: half of a pair of \u escapes
             raise FitError(f"{path}:{number}: text must be text that UTF-8 can encode, got {line[:60]!r}") from None
         if example.label not in labels:
             raise FitError(f"{path}:{number}: label is {example.label!r}, must be one of {', '.join(labels)}")
@@ -99,7 +97,7 @@ def fit(
     truth: NDArray[Any],
     content_free: Floats | None = None,
 ) -> ProbabilityCalibration:
-    """Fit, and report.
+    """Fit a calibration, and report its figures before and after.
 
     Args:
         truth: [n] index of each example's label.
@@ -129,14 +127,14 @@ def fit(
 
 
 def _folds(truth: NDArray[Any]) -> list[NDArray[Any]]:
-    """NUM_FOLDS sets of examples, each with its share of every label: a fold without one would be fitted blindly."""
+    """NUM_FOLDS sets of example indices, stratified: each has its share of every label."""
     random = np.random.default_rng(0)
     order = np.concatenate([random.permutation(np.flatnonzero(truth == label)) for label in np.unique(truth)])
     return [order[first::NUM_FOLDS] for first in range(NUM_FOLDS)]
 
 
 def expected_calibration_error(probabilities: Floats, truth: NDArray[Any], num_bins: int = NUM_BINS) -> float:
-    """Mean distance between how sure the model is and how often it is right, over bins of equal width."""
+    """Mean difference between confidence and accuracy over bins of equal width, weighted by their examples."""
     confidence, is_right = probabilities.max(axis=1), probabilities.argmax(axis=1) == truth
     bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
     gaps = (abs(confidence[bins == b].sum() - is_right[bins == b].sum()) for b in range(num_bins))
@@ -144,15 +142,15 @@ def expected_calibration_error(probabilities: Floats, truth: NDArray[Any], num_b
 
 
 def negative_log_likelihood(probabilities: Floats, truth: NDArray[Any]) -> float:
-    """Of the true labels, in nats, averaged."""
+    """Mean negative log-likelihood of the true labels, in nats."""
     return float(-np.log(np.maximum(probabilities[np.arange(len(truth)), truth], 1e-300)).mean())
 
 
 def write_calibration(repository: Path, name: str, calibration: ProbabilityCalibration) -> Path:
-    """Put calibration.json beside the newest version of the model's scorer; returns its path.
+    """Write calibration.json into the newest version of the model's scorer; returns its path.
 
     Raises:
-        FitError: there is no such scorer, or it can't be written.
+        FitError: there is no such scorer, or the file can't be written.
     """
     path = newest_version(repository / model_name(name, SCORER_SUFFIX)) / FILE_NAME
     write_atomically(path, calibration.to_json().encode(), FitError)
@@ -163,7 +161,7 @@ def read_profile(repository: Path, name: str) -> ScoringProfile:
     """The profile of the newest version of scoring model `name`.
 
     Raises:
-        FitError: it isn't there, or was built without labels.
+        FitError: there is no such model, or it was built without labels.
     """
     try:
         profile = ScoringProfile.load(newest_version(repository / model_name(name, SCORER_SUFFIX)))
@@ -175,10 +173,10 @@ def read_profile(repository: Path, name: str) -> ScoringProfile:
 
 
 def newest_version(directory: Path) -> Path:
-    """The version that Triton serves.
+    """The newest version of a model, which Triton serves.
 
     Raises:
-        FitError: there is none.
+        FitError: the model has no version.
     """
     found = directory.glob("*") if directory.is_dir() else []
     versions = [path for path in found if path.name.isdecimal()]
@@ -212,12 +210,12 @@ def _fit_bias(own: ScoredTexts, truth: NDArray[Any], prior: Floats | None) -> di
     def loss(values: Floats) -> float:
         biases = np.array([0.0, *values[1:]])
         likelihood = negative_log_likelihood(softmax(own.scores / np.exp(values[0]) + biases), truth)
-        # A little pull towards no change: without it a separable set of examples has no best fit.
+        # A small L2 penalty: separable examples would have no finite optimum without it.
         return likelihood + 1e-4 * float(values @ values)
 
     found = minimize(loss, np.zeros(own.scores.shape[1]), method="BFGS").x
     temperature = float(np.exp(found[0]))
-    # The biases stand inside the division: (score + bias) / temperature.
+    # In a ProbabilityCalibration the temperature divides the bias too: (score + bias) / temperature.
     return {"temperature": temperature, "biases": (0.0, *(float(bias) * temperature for bias in found[1:]))}
 
 
@@ -231,7 +229,7 @@ def _fit_head(own: ScoredTexts, truth: NDArray[Any], prior: Floats | None) -> di
     search = GridSearchCV(model, {"logisticregression__C": [1e-4, 1e-3, 1e-2, 1e-1]}, scoring="neg_log_loss", cv=4)
     scaler, regression = search.fit(own.hidden, truth).best_estimator_
     weights, biases = regression.coef_, regression.intercept_
-    if len(weights) == 1:  # of two labels it gives the second's alone
+    if len(weights) == 1:  # with two labels scikit-learn has only the second one's row
         weights, biases = np.stack([0 * weights[0], weights[0]]), np.array([0.0, biases[0]])
     weights = weights / scaler.scale_
     biases = biases - weights @ scaler.mean_

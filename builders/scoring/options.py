@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from deepseek_triton.builders.errors import BuildError
-from deepseek_triton.ensemble.protocol.settings import Settings, SettingsError, setting
+from deepseek_triton.ensemble.protocol.ranges import MAX_INT32, MAX_UINT64
+from deepseek_triton.ensemble.protocol.settings import Settings, SettingsError, setting, to_text
+from deepseek_triton.ensemble.protocol.text_settings import MAX_INSTANCES
 from deepseek_triton.ensemble.scoring.profile import PLACE, Normalisation, ScoringProfile, ScoringProfileError
-from deepseek_triton.ensemble.scoring.settings import ScoringSettings
 
 # Triton's timer is late, however long the delay: by 97 to 121 us at the median of delays from 0.5 to 10 ms, by 130 to
 # 232 us in the worst of a hundred on a quiet machine. config.pbtxt has a delay that is shorter by this much.
@@ -22,17 +23,32 @@ class Batching(Settings):
     preferred_batch_sizes: a batch of one of these sizes doesn't wait for more requests.
     """
 
-    max_batch_size: int = setting(16, "texts in one batch", lowest=1)
-    preferred_batch_sizes: tuple[int, ...] = ()
+    max_batch_size: int = setting(16, "texts in one batch", lowest=1, highest=65536)
+    preferred_batch_sizes: tuple[int, ...] = setting((), "sizes of batches that go at once, beside full ones", lowest=1)
     max_queue_delay_us: int = setting(
-        2000, "longest time that a request waits for others to share a batch, in microseconds", lowest=0
+        2000,
+        "longest time that a request waits for others to share a batch, in microseconds",
+        lowest=0,
+        highest=MAX_INT32,
     )
     queue_timeout_us: int = setting(
-        30_000_000, "time in the queue after which a request is rejected, in microseconds; 0: never", lowest=0
+        0,
+        "time in the queue after which a request is rejected, in microseconds; 0: never. With a limit of the queue, "
+        "Triton 2.51 may leave a request that comes while the engine computes for half a second",
+        lowest=0,
+        highest=MAX_UINT64,
     )
-    max_queue_size: int = setting(1024, "requests that may wait; more are rejected; 0: no limit", lowest=0)
+    max_queue_size: int = setting(
+        0,
+        "requests that may wait; more are rejected; 0: no limit. Its price is that of queue_timeout_us",
+        lowest=0,
+        highest=MAX_INT32,
+    )
     engine_instances: int = setting(
-        1, "batches computed at the same time, each with a copy of the weights; on a CPU they share its cores", lowest=1
+        1,
+        "batches computed at the same time, each with a copy of the weights; on a CPU they share its cores",
+        lowest=1,
+        highest=MAX_INSTANCES,
     )
 
     def __post_init__(self) -> None:
@@ -61,7 +77,9 @@ class Batching(Settings):
 class ScoringOptions:
     """How a scoring model makes prompts, and how it batches.
 
-    max_pass_tokens is ScoringSettings'; the other fields but `batching` are ScoringProfile's.
+    max_pass_tokens is ScoringSettings', None the target's default; the others but the last three are ScoringProfile's.
+    embeddings: the ensemble also gives the hidden state at a prompt's end. given: the settings that were asked for,
+    those among them that are at their defaults too.
     """
 
     template: str = PLACE
@@ -69,8 +87,10 @@ class ScoringOptions:
     labels: tuple[str, ...] = ()
     label_prefix: str | None = None
     normalisation: Normalisation = "mean"
-    max_pass_tokens: int = ScoringSettings.max_pass_tokens
+    max_pass_tokens: int | None = None
+    embeddings: bool = False
     batching: Batching = field(default_factory=Batching)
+    given: frozenset[str] = field(default=frozenset(), compare=False)
 
     def profile(self, max_seq_len: int, *, is_plan: bool) -> ScoringProfile:
         """The profile that the model keeps; without a label_prefix, a space where no chat template ends the prompt.
@@ -96,12 +116,12 @@ class ScoringOptions:
     def command_words(self) -> list[str]:
         """The options that ask for this again."""
         words = ["--chat"] if self.is_chat else []
+        if self.embeddings:
+            words.append("--embeddings")
         if self.template != PLACE:
             words += ["--template", self.template]
         if self.labels:
             words += ["--labels", ",".join(self.labels)]
-        if self.batching.preferred_batch_sizes:
-            words += ["--preferred-batch-sizes", ",".join(map(str, self.batching.preferred_batch_sizes))]
         for owner, names in (
             (self, ("label_prefix", "normalisation", "max_pass_tokens")),
             (self.batching, tuple(self.batching.table())),
@@ -109,7 +129,7 @@ class ScoringOptions:
             defaults = {f.name: f.default for f in fields(owner)}
             for name in names:
                 if (value := getattr(owner, name)) != defaults[name]:
-                    words += ["--" + name.replace("_", "-"), str(value)]
+                    words += ["--" + name.replace("_", "-"), to_text(value)]
         return words
 
 

@@ -9,23 +9,22 @@ from deepseek_triton.builders.repository import pbtxt
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.builders.scoring.options import ScoringOptions
 from deepseek_triton.builders.targets import target_named
-from deepseek_triton.ensemble.protocol.pipelines import SCORE_PIPELINE
-from deepseek_triton.ensemble.scoring.settings import ScoringSettings
 
 
 def scoring_configs(options: BuildOptions, hidden_size: int) -> tuple[pbtxt.ModelConfig, ...]:
     """Every config.pbtxt of the scoring model `options.name`."""
     batching = options.scoring.batching
-    if target_named(options.target).scores_with_plan:
+    target = target_named(options.target)
+    if target.scores_with_plan:
         engine = pbtxt.score_plan_config(options.name, hidden_size, batching)
     else:
-        settings = ScoringSettings(**options.settings, max_pass_tokens=options.scoring.max_pass_tokens)
-        engine = pbtxt.score_engine_config(options.name, hidden_size, batching, settings.to_parameters())
+        parameters = target.scoring_parameters(options.settings, options.scoring.max_pass_tokens)
+        engine = pbtxt.score_engine_config(options.name, hidden_size, batching, parameters)
     return (
         pbtxt.score_tokenizer_config(options.name),
         pbtxt.scorer_config(options.name, hidden_size),
         engine,
-        pbtxt.ensemble_config(options.name, SCORE_PIPELINE, min(batching.max_batch_size, pbtxt.TEXT_MAX_BATCH_SIZE)),
+        pbtxt.score_ensemble_config(options.name, hidden_size, batching, embeds=options.scoring.embeddings),
     )
 
 

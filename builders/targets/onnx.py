@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from importlib.metadata import version as package_version
 
 from deepseek_triton.builders.errors import BuildError
-from deepseek_triton.builders.targets.artefacts.memory import host_memory_bytes
+from deepseek_triton.builders.targets.artefacts.memory import ServingMemory, host_memory, host_memory_bytes
 from deepseek_triton.builders.targets.artefacts.target import Artefacts, BuildJob, CacheBudget, Target
+from deepseek_triton.ensemble.decoder.architectures import PARTS
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 
 # opset → the first ONNX Runtime that runs every operator of the graph in it
 ONNX_RUNTIME_FOR_OPSET = {24: (1, 24), 23: (1, 23)}
 SCORING_OPSET = 24
 CACHE_SHARE = 8  # default caches take at most an eighth of the host's memory
-# ONNX Runtime computes attention over a slot's whole length, filled or not: at 8,192 a step of SmolLM2 takes 1.5 times
-# as long as at 2,048.
+# Where attention isn't one node (latent attention, heads that are no multiple of 16), ONNX Runtime computes it over a
+# slot's whole length, filled or not: at 8,192 a step of SmolLM2 took 1.5 times as long as at 2,048.
 MAX_TOKENS = 8192
 
 
@@ -23,8 +24,11 @@ class OnnxTarget(Target):
     """Writes model.onnx and its weights."""
 
     name = "onnx"
-    precisions = ("fp32", "fp16", "fp8")
+    precisions = ("fp32", "fp16", "int4", "int8", "stored", "fp8")
     tasks = ("generate", "score")
+    parts = PARTS
+    quantized_parts = PARTS
+    packages = ("onnx", "onnxruntime")
 
     def cache_budget(self) -> CacheBudget:
         """See Target."""
@@ -35,14 +39,19 @@ class OnnxTarget(Target):
             max_tokens=MAX_TOKENS,
         )
 
+    def memory(self, named: str | None) -> ServingMemory:
+        """See Target: the machine's."""
+        return host_memory(named)
+
     def write(self, job: BuildJob, settings: EngineSettings) -> Artefacts:
         """See Target."""
-        from deepseek_triton.builders.targets.artefacts.graph import graph_shapes, write_graph
+        from deepseek_triton.builders.targets.artefacts.graph import DATA_FILE, graph_shapes, write_graph
 
         opset = newest_opset()
-        graph, recipe = write_graph(job, job.directory, opset)
+        # FP8 is for checking numbers: its graph is the one that TensorRT compiles.
+        graph, recipe = write_graph(job, job.directory, opset, fuses=job.options.precision != "fp8")
         return Artefacts(
-            files=(graph, graph.with_name(graph.name + ".data")),
+            files=(graph, graph.with_name(DATA_FILE)),
             recipe=recipe,
             shapes=graph_shapes(graph),
             requires=_requires(opset),
@@ -51,13 +60,15 @@ class OnnxTarget(Target):
     def write_scoring(self, job: BuildJob, prefix_ids: Sequence[int]) -> Artefacts:
         """See Target. The graph takes the keys and values of `prefix_ids`, which the runner computes once."""
         from deepseek_triton.builders.graph.decoder import ScoringMode
-        from deepseek_triton.builders.targets.artefacts.graph import graph_shapes, write_graph
+        from deepseek_triton.builders.targets.artefacts.graph import DATA_FILE, graph_shapes, write_graph
 
         if newest_opset() < SCORING_OPSET:
             raise BuildError("task score needs onnxruntime 1.24 or later; pip install 'onnxruntime>=1.24'")
-        graph, recipe = write_graph(job, job.directory, SCORING_OPSET, ScoringMode(takes_prefix=True))
+        graph, recipe = write_graph(
+            job, job.directory, SCORING_OPSET, ScoringMode(takes_prefix=True), fuses=job.options.precision != "fp8"
+        )
         return Artefacts(
-            files=(graph, graph.with_name("model.onnx.data")),
+            files=(graph, graph.with_name(DATA_FILE)),
             recipe=recipe,
             shapes=graph_shapes(graph),
             engine={"prefix_ids": list(prefix_ids)},

@@ -9,6 +9,7 @@ class DatacenterTarget(TensorRTTarget):
     """Also compiles scoring engines, which Triton's own tensorrt backend runs."""
 
     name = "tensorrt"
+    packages = ("onnx", "tensorrt")
     tasks = ("generate", "score")
 
 

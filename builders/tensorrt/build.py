@@ -13,7 +13,6 @@ from pathlib import Path
 
 import onnx
 
-from deepseek_triton.builders.atomic_files import write_atomically
 from deepseek_triton.builders.tensorrt.census import Census
 from deepseek_triton.builders.tensorrt.compile import CompileJob, compile_graph, read_graph
 from deepseek_triton.builders.tensorrt.compiler import resolve_target
@@ -21,6 +20,7 @@ from deepseek_triton.builders.tensorrt.errors import EngineError
 from deepseek_triton.builders.tensorrt.inspector import EngineLayer, inspect_plan
 from deepseek_triton.builders.tensorrt.network import ATTENTION_FORMS, decoder_profiles, has_causal_mask
 from deepseek_triton.builders.tensorrt.progress import CompileProgress
+from deepseek_triton.ensemble.artefacts.atomic_file import write_atomically
 from deepseek_triton.ensemble.artefacts.tensorrt_api import PlanInfo
 
 
@@ -53,6 +53,7 @@ def build_engine(
     compute_capability: str | None = None,
     fp8_modules: Sequence[str] = (),
     timing_cache: Path | None = None,
+    optimization_level: int | None = None,
     progress: CompileProgress | None = None,
 ) -> EngineReport:
     """Compile the decoder graph at `onnx_path` into a plan at `output_path`.
@@ -66,6 +67,7 @@ def build_engine(
         compute_capability: the GPU's that will serve, as "8.9"; None: this machine's.
         fp8_modules: linear layers that must be FP8 in TensorRT's network.
         timing_cache: a file that spares later builds the timing of kernels; TensorRT for RTX times none.
+        optimization_level: 0 to 5, of TensorRT's search for kernels; None: its own default.
         progress: called with the name of the step, and thousandths of it.
 
     Raises:
@@ -89,7 +91,8 @@ def build_engine(
     compiled = compile_graph(
         CompileJob(
             settled, model, onnx_path, precision, decoder_profiles(max_num_seqs, max_num_batched_tokens), forms,
-            gives_best_token=True, fp8_modules=fp8_modules, timing_cache=timing_cache, progress=progress,
+            gives_best_token=True, fp8_modules=fp8_modules, timing_cache=timing_cache,
+            optimization_level=optimization_level, progress=progress,
         )
     )  # fmt: skip
     write_atomically(output_path, compiled.plan, EngineError)

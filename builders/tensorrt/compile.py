@@ -14,7 +14,6 @@ from typing import Any
 
 import onnx
 
-from deepseek_triton.builders.atomic_files import write_atomically
 from deepseek_triton.builders.tensorrt.census import Census, take_census
 from deepseek_triton.builders.tensorrt.compiler import CompileTarget
 from deepseek_triton.builders.tensorrt.errors import EngineError, GraphError
@@ -26,6 +25,7 @@ from deepseek_triton.builders.tensorrt.network import (
     without_mask,
 )
 from deepseek_triton.builders.tensorrt.progress import CompileProgress, ProgressTracker, make_monitor, run_cancellable
+from deepseek_triton.ensemble.artefacts.atomic_file import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class CompileJob:
     model: the graph without its weights, which lie beside `path`. precision: the graph's. forms: of
     attention, in the order in which to try them. gives_best_token: whether greedy decoding's outputs are
     added. fp8_modules: linear layers that must be FP8 in the network. timing_cache: a file kept from build to
-    build.
+    build. optimization_level: of the search for kernels; None: TensorRT's default.
     """
 
     target: CompileTarget
@@ -49,6 +49,7 @@ class CompileJob:
     gives_best_token: bool = False
     fp8_modules: Sequence[str] = field(default=())
     timing_cache: Path | None = None
+    optimization_level: int | None = None
     progress: CompileProgress | None = None
 
 
@@ -97,6 +98,8 @@ def _compile(job: CompileJob, form: AttentionForm) -> Compiled:
         config.set_compute_capability(getattr(api.ComputeCapability, name), 0)
     network.add_profiles(config, job.profiles)
     config.profiling_verbosity = api.ProfilingVerbosity.DETAILED  # what the inspector can tell later
+    if job.optimization_level is not None:
+        config.builder_optimization_level = job.optimization_level
     tracker = ProgressTracker(job.progress)
     monitor = make_monitor(api, tracker)  # a variable of its own: it must outlive the build
     config.progress_monitor = monitor

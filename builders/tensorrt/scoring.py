@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepseek_triton.builders.atomic_files import write_atomically
 from deepseek_triton.builders.tensorrt.census import Census
 from deepseek_triton.builders.tensorrt.compile import CompileJob, compile_graph, read_graph
 from deepseek_triton.builders.tensorrt.compiler import resolve_target
 from deepseek_triton.builders.tensorrt.errors import EngineError
 from deepseek_triton.builders.tensorrt.network import STATELESS_FORMS, RaggedProfile
 from deepseek_triton.builders.tensorrt.progress import CompileProgress
+from deepseek_triton.ensemble.artefacts.atomic_file import write_atomically
 from deepseek_triton.ensemble.protocol.contract import LOGIT_POSITIONS, SCORE_ROW, TARGET_IDS, TARGET_LOGITS
 from deepseek_triton.ensemble.scoring.rows import LOGIT_COUNTS, LONGEST_ROW, ROW_LENS, TARGET_COUNTS
 
@@ -68,6 +68,7 @@ def build_scoring_engine(
     compute_capability: str | None = None,
     fp8_modules: Sequence[str] = (),
     timing_cache: Path | None = None,
+    optimization_level: int | None = None,
     progress: CompileProgress | None = None,
 ) -> ScoringReport:
     """Compile a graph that `build_graph` wrote for scoring; the arguments are build_engine's.
@@ -83,7 +84,8 @@ def build_scoring_engine(
     compiled = compile_graph(
         CompileJob(
             settled, model, graph_path, precision, (limits.profile(),), STATELESS_FORMS[precision],
-            fp8_modules=fp8_modules, timing_cache=timing_cache, progress=progress,
+            fp8_modules=fp8_modules, timing_cache=timing_cache,
+            optimization_level=optimization_level, progress=progress,
         )
     )  # fmt: skip
     write_atomically(output_path, compiled.plan, EngineError)

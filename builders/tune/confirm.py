@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deepseek_triton.builders.tune.measurement import Measured, Measurement
+from deepseek_triton.builders.tune.options import NUM_CANDIDATES
 from deepseek_triton.builders.tune.search import is_within
 from deepseek_triton.builders.tune.space import Point
 from deepseek_triton.loadtest.intervals import (
@@ -30,9 +31,6 @@ from deepseek_triton.loadtest.intervals import (
     resample,
 )
 
-NUM_CANDIDATES = 2
-ROUNDS = 8
-MIN_ROUNDS = 5  # with fewer, differences that all point one way may well be chance
 # A single measurement that misses the limit by no more may be of a point that holds it.
 NEAR_LIMIT = 1.25
 RESAMPLES = 5000
@@ -122,12 +120,12 @@ def _confirm(points: Sequence[Point], rounds: Sequence[Sequence[Measurement]]) -
     def change(measure: Measure, i: int) -> Difference | None:
         if i == 0:
             return None
-        pairs = [(draw[0], draw[place[i]]) for draw in drawn[measure]]
+        pairs = drawn[measure][:, [0, place[i]]]
         return difference(measure, (runs[0], runs[i]), pairs, len(rounds), confidence)
 
     def figure(measure: Measure, i: int) -> ConfidenceInterval:
         value = measure.of(runs[i].figures, runs[i].seconds)
-        low, high = interval([draw[place[i]] for draw in drawn[measure]], len(rounds))
+        low, high = interval(drawn[measure][:, place[i]], len(rounds))
         assert value is not None and low is not None and high is not None, "every round has answers"
         return ConfidenceInterval(value, low, high)
 

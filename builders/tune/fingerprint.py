@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_triton.builders.repository.pbtxt import to_text
+from deepseek_triton.builders.tune.options import TuneError
 from deepseek_triton.builders.tune.repository import newest_version
-from deepseek_triton.builders.tune.space import Configs, TuneError
+from deepseek_triton.builders.tune.space import Configs
 from deepseek_triton.ensemble.artefacts.manifest import SMALL_FILE, installed_versions
 from deepseek_triton.ensemble.processes.machine import hardware, read_field
 
@@ -21,7 +22,7 @@ CODE = Path(__file__).parents[2] / "ensemble"
 GPUS = Path("/proc/driver/nvidia/gpus")
 
 
-def subject(repository: Path, configs: Configs, load: Mapping[str, Any]) -> dict[str, Any]:
+def fingerprint(repository: Path, configs: Configs, load: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fingerprint as JSON values by name.
 
     Args:

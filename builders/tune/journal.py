@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from deepseek_triton.builders.tune.measurement import Measured, Measurement
-from deepseek_triton.builders.tune.space import TuneError
+from deepseek_triton.builders.tune.options import TuneError
 
 FORMAT = 2
 
@@ -29,11 +29,11 @@ class Journal:
         TuneError: the file is damaged, has another fingerprint, or is in use by another run.
     """
 
-    def __init__(self, path: Path, subject: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
         self.path = path
         self._points: dict[str, Measurement] = {}
         self._rounds: dict[tuple[int, frozenset[str]], dict[str, Measurement]] = {}
-        header = {"format": FORMAT, **subject}
+        header = {"format": FORMAT, **fingerprint}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._stream = path.open("ab+", buffering=0)

@@ -6,8 +6,15 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepseek_triton.builders.tune.confirm import MIN_ROUNDS, NUM_CANDIDATES, ROUNDS
-from deepseek_triton.builders.tune.space import TuneError
+from deepseek_triton.builders.errors import BuildError
+
+LOWEST = {"clients": 1, "max_tokens": 1, "rounds": 5}  # fewer rounds: differences of one sign may well be chance
+NUM_CANDIDATES = 2  # measured again in every round, besides the initial configuration
+ROUNDS = 8
+
+
+class TuneError(BuildError):
+    """Tuning can't start or continue; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class TuneOptions:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise TuneError(f"{name} is {value!r}, must be finite and above 0")
-        for name, lowest in (("clients", 1), ("max_tokens", 1), ("rounds", MIN_ROUNDS)):
+        for name, lowest in LOWEST.items():
             if getattr(self, name) < lowest:
                 raise TuneError(f"{name} is {getattr(self, name)}, must be at least {lowest}")
 

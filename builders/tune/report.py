@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from deepseek_triton.builders.tune.confirm import ConfidenceInterval, Confirmed, Decision
 from deepseek_triton.builders.tune.measurement import Measured
+from deepseek_triton.builders.tune.options import TuneError
 from deepseek_triton.builders.tune.search import is_within
-from deepseek_triton.builders.tune.space import Point, TuneError
+from deepseek_triton.builders.tune.space import Point
 from deepseek_triton.loadtest.intervals import CONFIDENCE, Difference
 
 if TYPE_CHECKING:

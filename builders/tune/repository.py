@@ -15,14 +15,17 @@ from pathlib import Path
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from deepseek_triton.builders.atomic_files import write_atomically
 from deepseek_triton.builders.repository.check import CONFIG, require_sound
+from deepseek_triton.builders.repository.models.config_text import is_edited
 from deepseek_triton.builders.repository.pbtxt import PbtxtError, parse_text, to_text
-from deepseek_triton.builders.tune.space import TuneError
+from deepseek_triton.builders.tune.options import TuneError
+from deepseek_triton.ensemble.artefacts.atomic_file import write_atomically
 from deepseek_triton.ensemble.processes.temp_dirs import temporary_directory
 
 COPIES = "deepseek-triton-tune-"  # prefix of the copies' directory names
-PENDING = ".{}.tuned.json"  # in the repository, where Triton looks at directories only
+# The record's name, by the command that writes; it lies in the repository, where Triton looks at directories only.
+PENDING = ".{}.tuned.json"
+RECORDS = {"tune": PENDING, "configure": ".{}.configured.json"}
 
 
 def read_configs(repository: Path, name: str) -> dict[str, ModelConfig]:
@@ -64,13 +67,28 @@ def put_configs(repository: Path, configs: Mapping[str, ModelConfig]) -> list[Pa
     """
     with copied(repository, configs):
         pass  # checked as a whole
-    changes = {}
+    texts = {}
     for name, config in configs.items():
-        before, after = (repository / name / CONFIG).read_text(encoding="utf-8"), to_text(config)
+        before = (repository / name / CONFIG).read_text(encoding="utf-8")
+        texts[f"{name}/{CONFIG}"] = to_text(config, is_edited=is_edited(before))
+    return put_files(repository, next(iter(configs)), texts, "tune")
+
+
+def put_files(repository: Path, name: str, texts: Mapping[str, str], command: str) -> list[Path]:
+    """Write the files of model `name`, path in the repository → text, all or none; returns those that changed.
+
+    command: which of RECORDS.
+
+    Raises:
+        TuneError: a file can't be written.
+    """
+    changes = {}
+    for path, after in texts.items():
+        before = (repository / path).read_text(encoding="utf-8")
         if before != after:
-            changes[name] = {"before": before, "after": after}
+            changes[path] = {"before": before, "after": after}
     if changes:
-        record = repository / PENDING.format(next(iter(configs)))
+        record = repository / RECORDS[command].format(name)
         write_atomically(record, json.dumps(changes).encode(), TuneError)
         try:
             _apply(repository, changes, "after")
@@ -79,23 +97,23 @@ def put_configs(repository: Path, configs: Mapping[str, ModelConfig]) -> list[Pa
             record.unlink()
             raise
         record.unlink()
-    return [repository / name / CONFIG for name in changes]
+    return [repository / path for path in changes]
 
 
-def finish_pending(repository: Path) -> list[str]:
-    """Finish the writes of killed runs, and return the models' names. Models changed since then are skipped.
+def finish_pending(repository: Path, command: str = "tune") -> list[str]:
+    """Finish the writes of killed runs of `command`, and return the models' names; models changed since are skipped.
 
     Raises:
         TuneError: a file can't be written.
     """
-    finished = []
-    for record in repository.glob(PENDING.format("*")):
+    finished: list[str] = []
+    for record in repository.glob(RECORDS[command].format("*")):
         try:
             changes = json.loads(record.read_text(encoding="utf-8"))
-            texts = {name: (repository / name / CONFIG).read_text(encoding="utf-8") for name in changes}
-            if all(texts[name] in (change["before"], change["after"]) for name, change in changes.items()):
+            texts = {path: (repository / path).read_text(encoding="utf-8") for path in changes}
+            if all(texts[path] in (change["before"], change["after"]) for path, change in changes.items()):
                 _apply(repository, changes, "after")
-                finished.extend(changes)
+                finished.extend(dict.fromkeys(Path(path).parts[0] for path in changes))
             record.unlink()
         except (OSError, ValueError, KeyError, TypeError) as error:
             what = f"can't be finished: {error}; remove it, then build the model again or tune it"
@@ -104,8 +122,8 @@ def finish_pending(repository: Path) -> list[str]:
 
 
 def _apply(repository: Path, changes: Mapping[str, Mapping[str, str]], which: str) -> None:
-    for name, change in changes.items():
-        write_atomically(repository / name / CONFIG, change[which].encode(), TuneError)
+    for path, change in changes.items():
+        write_atomically(repository / path, change[which].encode(), TuneError)
 
 
 def newest_version(directory: Path) -> Path:

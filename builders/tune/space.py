@@ -12,20 +12,15 @@ from pathlib import Path
 from google.protobuf.message import Message
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.builders.repository.check_scoring import is_scoring
-from deepseek_triton.builders.repository.pbtxt import TEXT_MAX_BATCH_SIZE
-from deepseek_triton.builders.scoring.options import TIMER_LATE_US, Batching
+from deepseek_triton.builders.repository.models.settings import Configs as Configs
+from deepseek_triton.builders.repository.models.settings import Place, places
+from deepseek_triton.builders.targets import DEFAULT_TARGET, target_named
+from deepseek_triton.builders.tune.options import TuneError
 from deepseek_triton.ensemble.artefacts.manifest import Manifest, ManifestError
-from deepseek_triton.ensemble.protocol.pipelines import ENGINE_SUFFIX, SCORER_SUFFIX, TOKENIZER_SUFFIX, model_name
-from deepseek_triton.ensemble.protocol.settings import PACKING_TARGETS
+from deepseek_triton.ensemble.protocol.pipelines import ENGINE_SUFFIX, model_name
 
-Configs = Mapping[str, ModelConfig]  # model's name → its configuration
 Point = Mapping[str, int]  # parameter's name → its value
-
-
-class TuneError(BuildError):
-    """Tuning can't start or continue; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,9 @@ def limits_of(version_dir: Path) -> dict[str, int]:
         raise TuneError(str(error)) from error
     known = ("max_batch_size", "max_num_seqs", "max_num_batched_tokens")
     limits = {name: int(manifest.engine[name]) for name in known if name in manifest.engine}
-    return limits if manifest.target in PACKING_TARGETS else {"max_num_batched_tokens": manifest.max_seq_len, **limits}
+    if target_named(manifest.target).own_settings.packs_prompts:
+        return limits
+    return {"max_num_batched_tokens": manifest.max_seq_len, **limits}
 
 
 def _copy(config: ModelConfig) -> ModelConfig:
@@ -97,60 +94,20 @@ def _copy(config: ModelConfig) -> ModelConfig:
     return copy
 
 
-def _engine_parameter(key: str) -> tuple[Callable[[Configs, str], int], Callable[[Configs, str, int], None]]:
-    def read(configs: Configs, name: str) -> int:
-        return int(configs[model_name(name, ENGINE_SUFFIX)].parameters[key].string_value)
-
-    def write(configs: Configs, name: str, value: int) -> None:
-        configs[model_name(name, ENGINE_SUFFIX)].parameters[key].string_value = str(value)
-
-    return read, write
+def _tuned(place: Place, *values: int) -> Parameter:
+    return Parameter(place.setting.name, values, place.read, place.write)
 
 
-def _instances(suffix: str) -> tuple[Callable[[Configs, str], int], Callable[[Configs, str, int], None]]:
-    def read(configs: Configs, name: str) -> int:
-        return int(configs[model_name(name, suffix)].instance_group[0].count)
-
-    def write(configs: Configs, name: str, value: int) -> None:
-        configs[model_name(name, suffix)].instance_group[0].count = value
-
-    return read, write
-
-
-def _read_batch(configs: Configs, name: str) -> int:
-    return int(configs[model_name(name, ENGINE_SUFFIX)].max_batch_size)
-
-
-def _write_batch(configs: Configs, name: str, value: int) -> None:
-    engine, ensemble = configs[model_name(name, ENGINE_SUFFIX)], configs[name]
-    preferred = [size for size in engine.dynamic_batching.preferred_batch_size if size < value]
-    if value != engine.max_batch_size:
-        engine.dynamic_batching.preferred_batch_size[:] = [*preferred, value]
-    engine.max_batch_size = value
-    # A request with more rows than the engine's batch size could never run.
-    ensemble.max_batch_size = min(value, TEXT_MAX_BATCH_SIZE)
-
-
-def _read_delay(configs: Configs, name: str) -> int:
-    """Return the maximum waiting time of a request, as in `Batching`, which is longer than Triton's timer setting."""
-    timer = int(configs[model_name(name, ENGINE_SUFFIX)].dynamic_batching.max_queue_delay_microseconds)
-    return timer and timer + TIMER_LATE_US
-
-
-def _write_delay(configs: Configs, name: str, value: int) -> None:
-    batching = configs[model_name(name, ENGINE_SUFFIX)].dynamic_batching
-    batching.max_queue_delay_microseconds = Batching(max_queue_delay_us=value).timer_us
-
-
+_GENERATING, _SCORING = places(target_named(DEFAULT_TARGET), "generate"), places(target_named(DEFAULT_TARGET), "score")
 SCORING = (
-    Parameter("max_batch_size", (1, 2, 4, 8, 16, 32, 64), _read_batch, _write_batch),
-    Parameter("max_queue_delay_us", (0, 500, 2000, 5000, 20000), _read_delay, _write_delay),
-    Parameter("tokenizer_instances", (1, 2), *_instances(TOKENIZER_SUFFIX)),
-    Parameter("scorer_instances", (1, 2), *_instances(SCORER_SUFFIX)),
+    _tuned(_SCORING["max_batch_size"], 1, 2, 4, 8, 16, 32, 64),
+    _tuned(_SCORING["max_queue_delay_us"], 0, 500, 2000, 5000, 20000),
+    _tuned(_SCORING["tokenizer_instances"], 1, 2),
+    _tuned(_SCORING["scorer_instances"], 1, 2),
 )
 # The detokenizer's instances aren't tuned: each holds the state of its streams.
 GENERATING = (
-    Parameter("max_num_seqs", (1, 2, 4, 8, 16, 32), *_engine_parameter("max_num_seqs")),
-    Parameter("max_num_batched_tokens", (16, 32, 64, 128, 256), *_engine_parameter("max_num_batched_tokens")),
-    Parameter("tokenizer_instances", (1, 2), *_instances(TOKENIZER_SUFFIX)),
+    _tuned(_GENERATING["max_num_seqs"], 1, 2, 4, 8, 16, 32),
+    _tuned(_GENERATING["max_num_batched_tokens"], 16, 32, 64, 128, 256),
+    _tuned(_GENERATING["tokenizer_instances"], 1, 2),
 )

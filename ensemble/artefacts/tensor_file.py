@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from deepseek_triton.ensemble.artefacts.hashed_file import HashedFile
 
 ITEM_BYTES = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4}
 ALIGNMENT = 256  # bytes; the tensors begin at a multiple of it
@@ -42,8 +44,19 @@ class TensorEntry:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-def write_tensors(path: Path, entries: Mapping[str, TensorEntry], arrays: Iterable[tuple[str, NDArray[Any]]]) -> None:
+Array = NDArray[Any]
+
+
+def write_tensors(
+    path: Path, entries: Mapping[str, TensorEntry], arrays: Iterable[tuple[str, Array | Iterator[Array]]]
+) -> str:
     """Write `arrays` to `path`; they have the order, dtypes and shapes of `entries`.
+
+    An iterator gives a tensor in pieces along its first axis, one after the other, so that it needn't be in memory
+    whole.
+
+    Returns:
+        The file's SHA-256 in hexadecimal.
 
     Raises:
         TensorFileError: an array is missing, surplus, or unlike its entry.
@@ -57,17 +70,23 @@ def write_tensors(path: Path, entries: Mapping[str, TensorEntry], arrays: Iterab
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)  # the format allows spaces after the header
     expected = iter(entries.items())
-    with path.open("wb") as stream:
+    with HashedFile(path) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for name, array in arrays:
+        for name, given in arrays:
             wanted, entry = next(expected, ("nothing more", TensorEntry("F32", ())))
-            if name != wanted or array.shape != entry.shape or array.nbytes != entry.num_bytes:
-                raise TensorFileError(
-                    f"{path}: got {name} {array.dtype} {list(array.shape)}, expected {wanted} {entry}"
-                )
-            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            rows = num_bytes = 0
+            for array in given if isinstance(given, Iterator) else (given,):
+                rows, num_bytes = rows + len(array), num_bytes + array.nbytes
+                whole = (rows, *array.shape[1:])
+                is_over = num_bytes > entry.num_bytes or whole[1:] != entry.shape[1:]
+                if name != wanted or is_over or (array is given and whole != entry.shape):
+                    raise TensorFileError(f"{path}: got {name} {array.dtype} {list(whole)}, expected {wanted} {entry}")
+                stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            if num_bytes != entry.num_bytes:
+                raise TensorFileError(f"{path}: got {num_bytes} bytes of {name}, expected {wanted} {entry}")
         if (left := next(expected, None)) is not None:
             raise TensorFileError(f"{path}: {left[0]} was not given")
+    return stream.sha256
 
 
 class TensorFile:

@@ -15,6 +15,7 @@ from deepseek_triton.ensemble.decoder.part import (
     Norm,
     Shard,
     SharedChannels,
+    Split,
     Tap,
     part_of,
 )
@@ -33,6 +34,7 @@ class DenseMlp:
     intermediate_size: int
     has_bias: bool = False
 
+    NOUN: ClassVar[str] = "dense MLP"
     LINEARS: ClassVar[tuple[str, ...]] = (GATE, UP, DOWN)
 
     @property
@@ -57,6 +59,11 @@ class DenseMlp:
         return {"gate_up": (GATE, UP), "down": (DOWN,)}
 
     @property
+    def stacked(self) -> dict[str, tuple[tuple[str, ...], ...]]:
+        """Nothing."""
+        return {}
+
+    @property
     def cache(self) -> tuple[CacheTensor, ...]:
         """Nothing."""
         return ()
@@ -65,21 +72,27 @@ class DenseMlp:
         """None: every channel is its own."""
         return None
 
-    def reason_against(self, size: int) -> str | None:
+    def reason_against(self, split: Split) -> str | None:
         """See `Part`."""
+        size = split.tensor_size
         if self.intermediate_size % size:
             return f"intermediate_size {self.intermediate_size} can't be shared out evenly"
         if size > 1 and (width := self.intermediate_size // size) % ALIGNMENT:
             return f"each rank's part of intermediate_size is {width}, must be a multiple of {ALIGNMENT}"
         return None
 
-    def sharded(self, size: int) -> DenseMlp:
+    def sharded(self, split: Split, rank: int) -> DenseMlp:
         """Columns of the intermediate state."""
-        return replace(self, intermediate_size=self.intermediate_size // size)
+        return replace(self, intermediate_size=self.intermediate_size // split.tensor_size)
 
-    def shard(self, matrix: str, kind: str, rank: int, size: int) -> Shard:
+    def shard(self, matrix: str, kind: str, rank: int, split: Split) -> Shard:
         """Rows of gate and of up; columns of down, so that each rank has a part of every sum."""
-        width = self.intermediate_size // size
-        if matrix == "gate_up":
-            return Shard(tuple(part_of(start, rank, width) for start in (0, self.intermediate_size)))
-        return Shard(columns=part_of(0, rank, width)) if kind == "weight" else WHOLE
+        return mlp_shard(matrix, kind, self.intermediate_size, rank % split.tensor_size, split.tensor_size)
+
+
+def mlp_shard(matrix: str, kind: str, inner: int, rank: int, size: int) -> Shard:
+    """A rank's share of `gate_up` or `down` of a gated MLP that is `inner` wide, one of `size` equal shares."""
+    width = inner // size
+    if matrix.endswith("gate_up"):
+        return Shard(tuple(part_of(start, rank, width) for start in (0, inner)))
+    return Shard(columns=part_of(0, rank, width)) if kind == "weight" else WHOLE

@@ -13,8 +13,10 @@ from deepseek_triton.ensemble.decoder.part import (
     CacheTensor,
     Linear,
     Norm,
+    Rotary,
     Shard,
     SharedChannels,
+    Split,
     Tap,
     part_of,
 )
@@ -36,6 +38,7 @@ class GroupedQueryAttention:
     o_bias: bool = False
     qk_norm: bool = False
 
+    NOUN: ClassVar[str] = "grouped-query attention"
     LINEARS: ClassVar[tuple[str, ...]] = (Q, K, V, OUT)
 
     @property
@@ -57,11 +60,14 @@ class GroupedQueryAttention:
             norm = Norm(f"self_attn.{name}_norm", f"attn_{name}_norm", f"{name}_norm", self.head_dim)
             return (norm,) if self.qk_norm else ()
 
+        def rotary(num_heads: int) -> Rotary:
+            return Rotary(num_heads, self.head_dim, 0, self.head_dim)
+
         return (
             Norm(NORM, "attn_norm", "attention_norm", hidden),
-            Linear(Q, "attn_q", self.q_size, hidden, self.qkv_bias, self.num_heads),
+            Linear(Q, "attn_q", self.q_size, hidden, self.qkv_bias, rotary(self.num_heads)),
             *head_norm("q"),
-            Linear(K, "attn_k", self.kv_size, hidden, self.qkv_bias, self.num_kv_heads),
+            Linear(K, "attn_k", self.kv_size, hidden, self.qkv_bias, rotary(self.num_kv_heads)),
             *head_norm("k"),
             Linear(V, "attn_v", self.kv_size, hidden, self.qkv_bias),
             Linear(OUT, "attn_output", hidden, self.q_size, self.o_bias),
@@ -78,6 +84,11 @@ class GroupedQueryAttention:
         return {"qkv": (Q, K, V), "o": (OUT,)}
 
     @property
+    def stacked(self) -> dict[str, tuple[tuple[str, ...], ...]]:
+        """Nothing."""
+        return {}
+
+    @property
     def cache(self) -> tuple[CacheTensor, ...]:
         """Keys and values."""
         return tuple(CacheTensor(kind, self.num_kv_heads, self.head_dim) for kind in ("key", "value"))
@@ -88,21 +99,24 @@ class GroupedQueryAttention:
             return None
         return SharedChannels(self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim)
 
-    def reason_against(self, size: int) -> str | None:
+    def reason_against(self, split: Split) -> str | None:
         """See `Part`."""
+        size = split.tensor_size
         if self.num_heads % size:
             return f"{self.num_heads} query heads can't be shared out evenly"
         if self.num_kv_heads % size and size % self.num_kv_heads:
             return f"{self.num_kv_heads} key heads can't be shared out evenly"
         return None
 
-    def sharded(self, size: int) -> GroupedQueryAttention:
+    def sharded(self, split: Split, rank: int) -> GroupedQueryAttention:
         """Whole heads; with fewer key heads than ranks, several ranks have the same one."""
+        size = split.tensor_size
         return replace(self, num_heads=self.num_heads // size, num_kv_heads=max(1, self.num_kv_heads // size))
 
-    def shard(self, matrix: str, kind: str, rank: int, size: int) -> Shard:
+    def shard(self, matrix: str, kind: str, rank: int, split: Split) -> Shard:
         """Rows of q, k and v; columns of o, so that each rank has a part of every sum."""
-        own = self.sharded(size)
+        own, size = self.sharded(split, rank), split.tensor_size
+        rank %= size
         if matrix == "qkv":
             first = rank * self.num_kv_heads // size * self.head_dim  # of the key heads; some ranks share one
             keys = slice(self.q_size + first, self.q_size + first + own.kv_size)

@@ -7,7 +7,7 @@ nothing: the graph builder and the cuda runner have a forward pass of their own 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 
@@ -22,10 +22,20 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Rotary:
+    """Channels [num_heads, head_dim] of which each head's `width`, from `start` on, get a rotary embedding."""
+
+    num_heads: int
+    head_dim: int
+    start: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Linear:
     """A linear layer's weight [out_features, in_features], and its bias [out_features] where it has one.
 
-    rotary_heads: heads in its output that get a rotary embedding; 0: none.
+    rotary: which channels of its output get a rotary embedding; None: none.
     """
 
     module: str
@@ -33,7 +43,23 @@ class Linear:
     out_features: int
     in_features: int
     has_bias: bool = False
-    rotary_heads: int = 0
+    rotary: Rotary | None = None
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A tensor that is no linear layer's and no norm's, float32 in the cuda layout.
+
+    name, gguf, stored: its whole name in a checkpoint, in GGUF and in the cuda layout.
+    """
+
+    name: str
+    gguf: str
+    stored: str
+    shape: tuple[int, ...]
+
+
+Module = Norm | Linear | Plain
 
 
 @dataclass(frozen=True)
@@ -41,12 +67,12 @@ class Tap:
     """A value of the layer's graph that linear layers read: what calibration measures and smoothing scales.
 
     value: its name in the graph, without the layer's prefix. modules: the linear layers that read it. producer: the
-    module whose output channels smoothing divides.
+    module whose output channels smoothing divides; None: it can divide none.
     """
 
     value: str
     modules: tuple[str, ...]
-    producer: str
+    producer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,14 +99,37 @@ class CacheTensor:
 
 
 @dataclass(frozen=True)
+class Split:
+    """Over how many ranks a model is split.
+
+    tensor_size: ranks that have a share of each attention and each MLP; 1: every rank has all of them. expert_size:
+    groups of ranks that have whole experts of their own; 1: `tensor_size` splits experts as it does MLPs.
+    """
+
+    tensor_size: int = 1
+    expert_size: int = 1
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return max(self.tensor_size, self.expert_size)
+
+
+@dataclass(frozen=True)
 class Shard:
-    """A rank's share of a stored tensor: `rows`, one after the other, None: all; of them `columns`, None: all."""
+    """A rank's share of a stored tensor: `rows`, one after the other, None: all; of them `columns`, None: all.
+
+    matrices: of a stack of matrices these, and of each the rows and columns; None: of a stack all of everything.
+    """
 
     rows: tuple[slice, ...] | None = None
     columns: slice | None = None
+    matrices: slice | None = None
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
         """The share's shape."""
+        if self.matrices is not None:
+            return self.matrices.stop - self.matrices.start, *replace(self, matrices=None).shape(whole[1:])
         num_rows = whole[0] if self.rows is None else sum(rows.stop - rows.start for rows in self.rows)
         if self.columns is None:
             return (num_rows, *whole[1:])
@@ -99,13 +148,15 @@ class Part(Protocol):
     """One part of a decoder layer.
 
     Modules are named as in Hugging Face's checkpoints, without the layer's prefix. LINEARS: patterns (`*` any
-    characters) of the linear layers that may be FP8; a recipe matches names with them and has no model.
+    characters) of the linear layers that may be FP8; a recipe matches names with them and has no model. NOUN: what a
+    user calls it.
     """
 
+    NOUN: ClassVar[str]
     LINEARS: ClassVar[tuple[str, ...]]
 
     @property
-    def modules(self) -> tuple[Norm | Linear, ...]:
+    def modules(self) -> tuple[Module, ...]:
         """Its modules in the order in which the graph reads them; the norm before it comes first."""
 
     @property
@@ -117,24 +168,30 @@ class Part(Protocol):
         """Stored matrix → the modules whose rows it holds, in order; they read one input."""
 
     @property
+    def stacked(self) -> dict[str, tuple[tuple[str, ...], ...]]:
+        """Stored stack of matrices → for each of them the modules whose rows it holds; nothing but for experts."""
+
+    @property
     def cache(self) -> tuple[CacheTensor, ...]:
         """What it keeps of each token; nothing for an MLP."""
 
     def shared_channels(self, tap: str) -> SharedChannels | None:
         """How the channels of `tap` repeat those of its producer; None: each is a channel of its own."""
 
-    def reason_against(self, size: int) -> str | None:
-        """Why it can't be sharded over `size` ranks; None: it can."""
+    def reason_against(self, split: Split) -> str | None:
+        """Why it can't be split so; None: it can."""
 
-    def sharded(self, size: int) -> Part:
-        """What each of `size` ranks computes."""
+    def sharded(self, split: Split, rank: int) -> Part:
+        """What a rank computes."""
 
-    def shard(self, matrix: str, kind: str, rank: int, size: int) -> Shard:
-        """A rank's share of one of its fused matrices; kind: "weight", "scale" or "bias"."""
+    def shard(self, matrix: str, kind: str, rank: int, split: Split) -> Shard:
+        """A rank's share of one of its fused matrices or stacks; kind: "weight", "scale" or "bias"."""
 
 
-def fused_shape(part: Part, matrix: str) -> tuple[int, int]:
-    """[out_features, in_features] of one of a part's fused matrices."""
-    linears = [module for module in part.modules if isinstance(module, Linear)]
-    members = [linear for linear in linears if linear.module in part.fused[matrix]]
-    return sum(linear.out_features for linear in members), members[0].in_features
+def fused_shape(part: Part, matrix: str) -> tuple[int, ...]:
+    """[out_features, in_features] of one of a part's fused matrices; of a stack [count, out_features, in_features]."""
+    stack = part.stacked.get(matrix, ())
+    members = stack[0] if stack else part.fused[matrix]
+    linears = [module for module in part.modules if isinstance(module, Linear) and module.module in members]
+    shape = sum(linear.out_features for linear in linears), linears[0].in_features
+    return (len(stack), *shape) if stack else shape

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from deepseek_triton.ensemble.decoder.architectures import ARCHITECTURES
 from deepseek_triton.ensemble.decoder.errors import SpecError
-from deepseek_triton.ensemble.decoder.part import Norm, Part, Tap
+from deepseek_triton.ensemble.decoder.options import ExpertOptions, LatentOptions
+from deepseek_triton.ensemble.decoder.part import Norm, Part, Plain, Tap
 from deepseek_triton.ensemble.decoder.rope import RopeSpec
 
 MAX_NUM_LAYERS = 1024  # far more than any model has: a corrupt file must not make billions of names
@@ -35,6 +37,8 @@ class ModelSpec:
     mlp_bias: bool = False
     eos_token_ids: tuple[int, ...] = ()
     rope: RopeSpec = field(default_factory=RopeSpec)
+    latent: LatentOptions | None = None
+    experts: ExpertOptions | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -48,18 +52,35 @@ class ModelSpec:
             raise SpecError(f"num_layers is {self.num_layers}, must be at most {MAX_NUM_LAYERS}")
         if self.num_heads % self.num_kv_heads:
             raise SpecError(f"num_heads is {self.num_heads}, must be a multiple of num_kv_heads {self.num_kv_heads}")
-        if self.head_dim % 2:
+        if self.latent is None and self.head_dim % 2:
             raise SpecError(f"head_dim is {self.head_dim}, must be even for rotary embedding")
+        if self.rope.scaling == "dynamic" and self.head_dim < 4:  # its exponent is head_dim / (head_dim - 2)
+            raise SpecError(f"head_dim is {self.head_dim}, dynamic rope scaling needs at least 4")
         if not 0 < self.rms_norm_eps < 1:
             raise SpecError(f"rms_norm_eps is {self.rms_norm_eps}, must lie between 0 and 1")
         for token in self.eos_token_ids:
             if not 0 <= token < self.vocab_size:
                 raise SpecError(f"eos_token_id is {token}, outside the vocabulary of {self.vocab_size}")
-        if self.rope.frequency_factors and len(self.rope.frequency_factors) != self.head_dim // 2:
+        if self.rope.frequency_factors and len(self.rope.frequency_factors) != self.rotary_dim // 2:
             raise SpecError(
-                f"rope_freqs.weight holds {len(self.rope.frequency_factors)} factors, head_dim {self.head_dim} needs "
-                f"{self.head_dim // 2}"
+                f"rope_freqs.weight holds {len(self.rope.frequency_factors)} factors, head_dim {self.rotary_dim} needs "
+                f"{self.rotary_dim // 2}"
             )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that get a rotary embedding."""
+        return self.head_dim if self.latent is None else self.latent.qk_rope_head_dim
+
+    @property
+    def max_seq_len(self) -> int:
+        """The longest sequence in tokens: max_position_embeddings, or that to which its scaling stretches the rope."""
+        if self.rope.scaling == "dynamic":
+            return int(self.max_position_embeddings * self.rope.factor)
+        if self.rope.scaling == "yarn":  # whose files often leave max_position_embeddings at the original length
+            stretched = int(self.rope.original_max_position_embeddings * self.rope.factor)
+            return max(self.max_position_embeddings, stretched)
+        return self.max_position_embeddings
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as the manifest stores them."""
@@ -75,15 +96,7 @@ class ModelSpec:
 
     def layer_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Name, without the layer's prefix, and shape of each of a layer's tensors, as the graph reads them."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for module in (module for part in self.parts(layer) for module in part.modules):
-            if isinstance(module, Norm):
-                shapes[f"{module.module}.weight"] = (module.size,)
-                continue
-            shapes[f"{module.module}.weight"] = (module.out_features, module.in_features)
-            if module.has_bias:
-                shapes[f"{module.module}.bias"] = (module.out_features,)
-        return shapes
+        return part_shapes(self.parts(layer))
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor the checkpoint must hold, Hugging Face's names, linear layers [out, in]."""
@@ -104,6 +117,22 @@ class ModelSpec:
         return sum(
             tensor.elements for layer in range(self.num_layers) for part in self.parts(layer) for tensor in part.cache
         )
+
+
+def part_shapes(parts: Iterable[Part]) -> dict[str, tuple[int, ...]]:
+    """Name, without the layer's prefix, and shape of each tensor of a layer's parts."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module in (module for part in parts for module in part.modules):
+        if isinstance(module, Norm):
+            shapes[f"{module.module}.weight"] = (module.size,)
+            continue
+        if isinstance(module, Plain):
+            shapes[module.name] = module.shape
+            continue
+        shapes[f"{module.module}.weight"] = (module.out_features, module.in_features)
+        if module.has_bias:
+            shapes[f"{module.module}.bias"] = (module.out_features,)
+    return shapes
 
 
 def layer_prefix(layer: int) -> str:

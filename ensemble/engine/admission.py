@@ -1,7 +1,7 @@
 """Admission: turns a client's options and prompt into a Request that the loop can run.
 
-Every error of a request is found here, before the request waits for a slot. This runs on the thread that accepts
-requests, so that compiling a guide delays no running stream. It knows the model's tokenizer and nothing of Triton.
+Every error of a request is found here, before the request waits for a slot. Compiling a guide may take seconds;
+`is_quick` says so beforehand. It knows the model's tokenizer and nothing of Triton.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from deepseek_triton.ensemble.engine.sequence import NEVER, Request, Sequence, Sink
 from deepseek_triton.ensemble.engine.thinking import Thinking, ThinkingTags
-from deepseek_triton.ensemble.guided import Guide, GuideCompiler
+from deepseek_triton.ensemble.guided import BackgroundGuide, GuideCompiler, MaskThreads
 from deepseek_triton.ensemble.protocol.progress import PromptInfo, StreamHead
 from deepseek_triton.ensemble.protocol.request_options import RANGES, default_of
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
@@ -79,11 +79,16 @@ class Admission:
     def __init__(self, directory: Path, vocab_size: int, end_ids: Collection[int], settings: EngineSettings) -> None:
         self._tokenizer = Tokenizer.from_directory(directory)
         self._guides = GuideCompiler(directory, vocab_size, end_ids)
+        self._masks = MaskThreads()
         self._vocab_size = vocab_size
         self._end_ids = frozenset(end_ids)
         self._settings = settings
         open_id, close_id = (self._tokenizer.token_id(tag) for tag in (OPEN_TAG, CLOSE_TAG))
         self._thinking_tags = None if open_id is None or close_id is None else ThinkingTags(open_id, close_id)
+
+    def is_quick(self, options: RequestOptions) -> bool:
+        """Return whether `make_request` takes no long time: no guide has to be compiled."""
+        return options.guide_type is None or self._guides.is_cached(options.guide_type, options.guide or "")
 
     def make_request(
         self,
@@ -93,8 +98,9 @@ class Admission:
         options: RequestOptions,
         sink: Sink,
         now: float,
+        stop_key: str = "",
     ) -> Request:
-        """Make the request for `prompt_ids` [n], which arrived at `now` (seconds).
+        """Make the request for `prompt_ids` [n], which arrived at `now` (seconds) or, as the tokenizer says, before.
 
         Raises:
             OptionError, GuideError, SamplingError, ValueError: an option is invalid.
@@ -106,7 +112,10 @@ class Admission:
             raise OptionError("end_id can't be combined with guided decoding: the guide decides where text ends")
         if params.min_tokens and options.guide_type is not None:
             raise OptionError("min_tokens can't be combined with guided decoding: the guide decides where text ends")
+        self._check_rows(prompt_ids)
         head = None
+        if info is not None and info.arrived_at is not None:
+            now = min(now, info.arrived_at)
         if info is not None:
             head = StreamHead(info, () if options.exclude_input_in_output else tuple(prompt_ids.tolist()))
         request = Request(
@@ -118,6 +127,7 @@ class Admission:
             is_streamed=options.stream,
             expects_acknowledgement=info is not None,
             head=head,
+            stop_key=stop_key,
             priority=self._priority(options.priority),
             arrived_at=now,
             queue_deadline=_deadline(now, options.queue_timeout_ms, settings.queue_timeout_ms),
@@ -126,27 +136,43 @@ class Admission:
             returns_input_count=options.return_num_input_tokens,
             returns_output_count=options.return_num_output_tokens,
         )
-        guide = None if options.guide_type is None else self._guides.compile(options.guide_type, options.guide or "")
-        for index in range(params.num_return_sequences):
+        guides: list[BackgroundGuide | None] = [None] * params.num_return_sequences
+        if options.guide_type is not None:
+            compiled = self._guides.compile(options.guide_type, options.guide or "")
+            guides = [*self._masks.guides(compiled, len(guides))]
+        for index, guide in enumerate(guides):
             request.sequences.append(self._make_sequence(request, index, options, guide))
         return request
 
-    def _make_sequence(self, request: Request, index: int, options: RequestOptions, guide: Guide | None) -> Sequence:
+    def close(self) -> None:
+        """Stop computing masks."""
+        self._masks.close()
+
+    def _make_sequence(
+        self, request: Request, index: int, options: RequestOptions, guide: BackgroundGuide | None
+    ) -> Sequence:
         return Sequence(
             request=request,
             index=index,
             sampler=Sampler(options.params, request.prompt_ids.tolist(), self._end_ids, index),
             stop_matcher=StopMatcher(self._tokenizer, options.stop_words) if options.stop_words else None,
             bad_words=BadWords(self._tokenizer, options.bad_words) if options.bad_words else None,
-            guide=None if guide is None else guide.copy(),
+            guide=guide,
             thinking=self._thinking(options),
         )
+
+    def _check_rows(self, prompt_ids: NDArray[np.int64]) -> None:
+        """Refuse a token of the tokenizer that the model has no row for, such as the pad token of a training."""
+        for index in prompt_ids[prompt_ids >= self._vocab_size][:1].tolist():
+            if self._tokenizer.is_added(index):
+                token = self._tokenizer.token_text(index)
+                raise OptionError(f"the prompt holds {token!r}, for which this model has no embedding: leave it out")
 
     def _thinking(self, options: RequestOptions) -> Thinking | None:
         info, budget = options.prompt_info, options.thinking_token_budget
         is_open = info is not None and bool(info.is_reasoning_open)
         if self._thinking_tags is None:
-            if budget is not None:
+            if budget:  # 0 asks for no reasoning, and none comes
                 raise OptionError("thinking_token_budget is given, but this model's tokenizer has no token <think>")
             return None
         return Thinking(self._thinking_tags, is_open=is_open, budget=budget)

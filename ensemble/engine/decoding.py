@@ -1,21 +1,21 @@
 """Chooses a sequence's next token: by device sampling in the runner, or from logits on the host.
 
-Sequences with a guide, bad words, penalties or a forced token are sampled on the host; all others on the device. This
-module knows neither slots nor clients.
+Sequences with a guide, bad words, penalties or a forced token are sampled on the host; all others on the device. The
+mask of a guide is computed on another thread. This module knows neither slots nor clients.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deepseek_triton.ensemble.engine.runners.base import DeviceSampling, Logits
 from deepseek_triton.ensemble.engine.sequence import Sequence as TokenSequence
-from deepseek_triton.ensemble.guided import GuideError, fill_masks
+from deepseek_triton.ensemble.guided.errors import GuideError
 from deepseek_triton.ensemble.sampling import Sampled, SamplingError, choose
+from deepseek_triton.ensemble.text.errors import without_frames
 
 Outcome = Sampled | Exception
 
@@ -30,7 +30,7 @@ def device_sampling(sequence: TokenSequence) -> DeviceSampling | None:
         return None
     if sequence.thinking is not None and sequence.thinking.may_force(num_awaited):
         return None
-    return sequence.sampler.draw(num_awaited)
+    return sequence.sampler.device_sampling(num_awaited)
 
 
 def accept_sampled(sequence: TokenSequence, token: int, log_prob: float) -> Outcome:
@@ -41,27 +41,22 @@ def accept_sampled(sequence: TokenSequence, token: int, log_prob: float) -> Outc
     return Sampled(token, log_prob)
 
 
-def choose_all(sequences: Sequence[TokenSequence], logits: Sequence[Logits]) -> list[Outcome]:
-    """Choose each sequence's next token from its row of logits [vocab_size]; an error affects its sequence only."""
-    masks = _masks(sequences, logits)
-    return [
-        mask if isinstance(mask, GuideError) else _choose(sequence, row, mask)
-        for sequence, row, mask in zip(sequences, logits, masks, strict=True)
-    ]
+def choose_on_host(sequence: TokenSequence, logits: Logits, wait_s: float = 0.0) -> Outcome | None:
+    """Choose the sequence's next token from `logits` [vocab_size]; None: its guide's mask isn't computed yet.
 
-
-def _masks(
-    sequences: Sequence[TokenSequence], logits: Sequence[Logits]
-) -> list[NDArray[np.uint32] | GuideError | None]:
-    """Return the mask of each sequence's guide, computed in one call; None without a guide."""
-    masks: list[NDArray[np.uint32] | GuideError | None] = [None] * len(sequences)
-    guided = [(i, s.guide) for i, s in enumerate(sequences) if s.guide is not None and s.is_guided]
-    if guided:
-        words = np.empty((len(guided), -(-len(logits[0]) // 32)), np.uint32)
-        errors = fill_masks([guide for _, guide in guided], words)
-        for row, (i, _) in enumerate(guided):
-            masks[i] = errors.get(row, words[row])
-    return masks
+    wait_s: how long the mask may be waited for.
+    """
+    mask = None
+    if sequence.guide is not None and sequence.is_guided:
+        try:
+            mask = sequence.guide.mask(wait_s)
+        except GuideError as error:  # ends this sequence only, as an unexpected error does
+            return without_frames(error)
+        except Exception as error:
+            return error
+        if mask is None:
+            return None
+    return _choose(sequence, logits, mask)
 
 
 def _choose(sequence: TokenSequence, logits: Logits, mask: NDArray[np.uint32] | None) -> Outcome:
@@ -72,5 +67,7 @@ def _choose(sequence: TokenSequence, logits: Logits, mask: NDArray[np.uint32] | 
                 sequence.bad_words.push(forced)
             return sequence.sampler.force(forced, logits)
         return choose(sequence.sampler, sequence.bad_words, logits, mask)
-    except Exception as error:  # a SamplingError or an unexpected error; either ends this sequence only
+    except SamplingError as error:  # ends this sequence only, as an unexpected error does
+        return without_frames(error)
+    except Exception as error:
         return error

@@ -51,10 +51,13 @@ class EngineMetrics:
     prompt_tokens_total: int = field(default=0, metadata=_help("Tokens of prompts admitted"))
     prefix_hit_tokens_total: int = field(default=0, metadata=_help("Tokens of prompts found in a cache"))
     prefix_hits_total: int = field(default=0, metadata=_help("Prompts of which a part was found in a cache"))
+    preemptions_total: int = field(default=0, metadata=_help("Sequences that gave up their memory and were resumed"))
     generated_tokens_total: int = field(default=0, metadata=_help("Tokens generated"))
     responses_total: int = field(default=0, metadata=_help("Responses sent, heartbeats not counted"))
     slots: int = field(default=0, metadata=_help("Sequences that can run at once"))
     slots_used: int = field(default=0, metadata=_help("Sequences that run"))
+    cache_blocks: int = field(default=0, metadata=_help("Blocks of the KV cache; 0: it has slots"))
+    cache_blocks_free: int = field(default=0, metadata=_help("Blocks of the KV cache that no sequence has"))
     sequences_waiting: int = field(default=0, metadata=_help("Sequences that wait for a slot"))
 
 

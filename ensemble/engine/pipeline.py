@@ -1,15 +1,16 @@
 """Pipelining of steps: the next step begins before the last one's tokens are known, so that the runner never idles.
 
 A step is a decode and its prefills. Steps are begun and finished in order. A step that begins ahead continues from
-tokens that only the runner knows yet. A sequence whose token must be chosen on the host is left out until it is chosen.
-A sequence whose awaited token turns out to be its last has one result too many, which is dropped. This module knows
-neither clients nor how slots are assigned.
+tokens that only the runner knows yet. A sequence whose token must be chosen on the host is left out until it is chosen;
+if its guide's mask takes long, its logits are kept and the others go on. A sequence whose awaited token turns out to be
+its last has one result too many, which is dropped. This module knows neither clients nor how slots are assigned.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,22 +18,27 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from deepseek_triton.ensemble.engine.decoding import Outcome, accept_sampled, choose_all, device_sampling
+from deepseek_triton.ensemble.engine.decoding import Outcome, accept_sampled, choose_on_host, device_sampling
 from deepseek_triton.ensemble.engine.runners.base import (
     LAST_TOKEN,
     Decoded,
     DeviceSampling,
+    Logits,
     PipelinedRunner,
     PromptChunk,
 )
 from deepseek_triton.ensemble.engine.scheduler import EngineStep, PrefillChunk
 from deepseek_triton.ensemble.engine.sequence import Sequence as TokenSequence
+from deepseek_triton.ensemble.guided import wait_for_any
 
 log = logging.getLogger(__name__)
 
 # Maximum share of the decoding sequences that a step may leave out because the host must choose their token first.
 # Those then get half as many tokens as the others. If the share is larger, all sequences wait.
 MAX_SHARE_LEFT_OUT = 0.25
+# How long a call's tokens wait for masks in all: as a rule a mask is there before the logits that it is for.
+MASK_WAIT_S = 0.005
+IDLE_WAIT_S = 0.01  # how long the loop waits for a mask while there is nothing else to do
 LATE_SHARE = 0.02  # if waiting took less than this share of a call's time, the call had ended before the wait
 
 
@@ -98,6 +104,7 @@ class StepPipeline:
         self._steps: deque[list[Call]] = deque()  # in flight, the earliest first
         self._is_step_begun = False  # whether the last `begin` began a step
         self._device_sampled: set[TokenSequence] = set()  # sequences whose token the last step samples on the device
+        self._undecided: dict[TokenSequence, Logits] = {}  # whose mask isn't computed yet, with the logits [vocab_size]
         self._finished_at = 0.0
 
     @property
@@ -150,7 +157,7 @@ class StepPipeline:
             try:
                 decoded = self._runner.finish_decode() if call.kind == "decode" else self._runner.finish_prefill()
                 now = self._clock()
-                outcomes = _outcomes(call, decoded)
+                outcomes = self._outcomes(call, decoded)
             except Exception as error:  # the later steps in flight depend on this call
                 self.discard()
                 yield Failure(call, error)
@@ -158,15 +165,35 @@ class StepPipeline:
             for part in call.parts:
                 part.sequence.num_computed += part.num_tokens
                 part.sequence.num_in_flight -= part.num_tokens
-                part.sequence.num_awaited -= part.gives_token
+                part.sequence.num_awaited -= part.gives_token and part.sequence not in self._undecided
             seconds, self._finished_at = now - max(call.begun_at, self._finished_at), now
             yield StepResult(call, outcomes, seconds, is_late=now - waited_at < LATE_SHARE * seconds)
         self._steps.popleft()
+
+    def decide(self) -> list[tuple[TokenSequence, Outcome]]:
+        """Return a token or an error for each sequence whose mask has come since its logits did.
+
+        Waits for a mask if no step is in flight.
+        """
+        if self.is_empty:
+            wait_for_any([sequence.guide for sequence in self._undecided if sequence.guide], IDLE_WAIT_S)
+        outcomes: list[tuple[TokenSequence, Outcome]] = []
+        for sequence, logits in list(self._undecided.items()):
+            is_dropped = sequence.finish_reason is not None or sequence.slot is None
+            outcome = None if is_dropped else choose_on_host(sequence, logits)
+            if not is_dropped and outcome is None:
+                continue
+            del self._undecided[sequence]
+            sequence.num_awaited -= 1
+            if outcome is not None:
+                outcomes.append((sequence, outcome))
+        return outcomes
 
     def discard(self) -> None:
         """Drop all steps in flight; each sequence keeps the state after its last finished call."""
         for part in (part for step in self._steps for call in step for part in call.parts):
             part.sequence.num_in_flight = part.sequence.num_awaited = 0
+            self._undecided.pop(part.sequence, None)
         self._steps.clear()
         try:
             self._runner.abandon()
@@ -177,7 +204,7 @@ class StepPipeline:
         """Return the parts of the sequences that can decode now; none if too many would be left out."""
         parts, num_left_out = [], 0
         for sequence in sequences:
-            if sequence.num_awaited and sequence.ends_with_awaited:
+            if sequence in self._undecided or (sequence.num_awaited and sequence.ends_with_awaited):
                 continue
             sampling = self._sampling(sequence)
             if sequence.num_awaited and (sampling is None or sequence not in self._device_sampled):
@@ -189,7 +216,8 @@ class StepPipeline:
 
     def _prefill_part(self, chunk: PrefillChunk, row: int) -> StepPart:
         sequence = chunk.sequence
-        gives_token = sequence.num_begun + chunk.num_tokens >= len(sequence.request.prompt_ids)
+        # After a preemption the last token of the output is known, and is decoded next.
+        gives_token = not sequence.output_ids and sequence.num_begun + chunk.num_tokens >= sequence.num_context
         sampling = self._sampling(sequence) if gives_token and self._runner.packs_prompts else None
         return StepPart(sequence, chunk.num_tokens, row, gives_token, sampling)
 
@@ -212,26 +240,28 @@ class StepPipeline:
         where = np.array([positions[slot] for slot in range(num_rows)], np.int64)
         self._runner.start_decode(np.array(ids, np.int64), where, samplings, logits_rows)
 
-
-def _outcomes(call: Call, decoded: Decoded) -> list[tuple[TokenSequence, Outcome]]:
-    """Return a token or an error for each of the call's sequences that still run and get a token."""
-    tokens, log_probs = decoded.tokens.tolist(), decoded.log_probs.tolist()
-    rows = iter(decoded.logits)
-    outcomes: list[tuple[TokenSequence, Outcome]] = []
-    host_sampled, logits = [], []
-    for sequence, _, row, gives_token, sampling in call.parts:
-        own_logits = next(rows) if gives_token and sampling is None else None
-        if not gives_token or sequence.finish_reason is not None:  # it ended while the call ran
-            continue
-        if own_logits is None:
-            outcomes.append((sequence, accept_sampled(sequence, tokens[row], log_probs[row])))
-        else:
-            host_sampled.append(sequence)
-            logits.append(own_logits)
-    return outcomes + list(zip(host_sampled, choose_all(host_sampled, logits), strict=True))
+    def _outcomes(self, call: Call, decoded: Decoded) -> list[tuple[TokenSequence, Outcome]]:
+        """Return a token or an error for each of the call's sequences that still run, get a token and have a mask."""
+        tokens, log_probs = decoded.tokens.tolist(), decoded.log_probs.tolist()
+        rows = iter(decoded.logits)
+        outcomes: list[tuple[TokenSequence, Outcome]] = []
+        wait_until = time.monotonic() + MASK_WAIT_S
+        for sequence, _, row, gives_token, sampling in call.parts:
+            own_logits = next(rows) if gives_token and sampling is None else None
+            if not gives_token or sequence.finish_reason is not None:  # it ended while the call ran
+                continue
+            if own_logits is None:
+                outcomes.append((sequence, accept_sampled(sequence, tokens[row], log_probs[row])))
+                continue
+            outcome = choose_on_host(sequence, own_logits, max(0.0, wait_until - time.monotonic()))
+            if outcome is None:
+                self._undecided[sequence] = own_logits.copy()  # these are valid until the runner's next call
+            else:
+                outcomes.append((sequence, outcome))
+        return outcomes
 
 
 def _prompt_chunk(sequence: TokenSequence, num_tokens: int) -> PromptChunk:
     start = sequence.num_begun
     assert sequence.slot is not None
-    return PromptChunk(sequence.slot, sequence.request.prompt_ids[start : start + num_tokens], start)
+    return PromptChunk(sequence.slot, sequence.context()[start : start + num_tokens], start)

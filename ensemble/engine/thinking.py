@@ -34,6 +34,11 @@ class Thinking:
         self._is_at_start = not is_open
 
     @property
+    def num_tokens(self) -> int:
+        """The number of reasoning tokens so far, without the tags."""
+        return self._num_tokens
+
+    @property
     def forced_token(self) -> int | None:
         """The token that must come next; None if the model chooses."""
         is_spent = self._budget is not None and self._num_tokens >= self._budget

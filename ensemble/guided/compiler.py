@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
-
-import numpy as np
 
 from deepseek_triton.ensemble.guided.errors import GuideError
 from deepseek_triton.ensemble.guided.grammar import GRAMMARS, normalize
-from deepseek_triton.ensemble.guided.guide import Guide, fill_masks
+from deepseek_triton.ensemble.guided.guide import Guide
 from deepseek_triton.ensemble.guided.vocabulary import Vocabulary
+from deepseek_triton.ensemble.processes.low_priority import NICENESS, lower_priority
+from deepseek_triton.ensemble.protocol.contract import RETRY
 
+MAX_CONCURRENT = 16  # guides compiled at once, which bounds memory; a costly one holds up no other
+# The first few yield a CPU to the engine's threads, and the others to these: all together slow it down by a third.
+NUM_PREFERRED = 4
+OTHERS_NICENESS = 15
 MAX_CACHED_GUIDES = 64
-COMPILE_TIMEOUT_S = 10.0
+# Of the cached guides' sources together. A compiled guide has up to 300 bytes for each byte of its source.
+MAX_CACHED_BYTES = 2**20
+COMPILE_TIMEOUT_S = 20.0
 # llguidance recurses over chains of rules and references, with up to 6 KiB of stack per 50 bytes of schema. Stack pages
 # that aren't touched use no memory.
 COMPILE_STACK_BYTES = 256 * 2**20
@@ -38,8 +45,10 @@ class GuideCompiler:
     def __init__(self, tokenizer_directory: Path, vocab_size: int, end_ids: Collection[int]) -> None:
         self._vocabulary = Vocabulary.read(tokenizer_directory / "tokenizer.json", vocab_size, end_ids)
         self._cache: OrderedDict[tuple[str, str], Guide] = OrderedDict()
-        self._cache_lock = threading.Lock()
-        self._compile_lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._compiling: dict[tuple[str, str], Future[Guide]] = {}
+        self._places = threading.Semaphore(MAX_CONCURRENT)
+        self._num_running = 0
 
     def compile(self, guide_type: str, guide: str) -> Guide:
         """Return a guide in its initial state.
@@ -61,56 +70,96 @@ class GuideCompiler:
                 satisfy.
         """
         key = normalize(guide_type, guide)
-        with self._cache_lock:
-            cached = self._cache.get(key)
-            if cached is not None:
-                self._cache.move_to_end(key)
-                return cached.copy()
-        compiled = self._compile_apart(*key)
-        with self._cache_lock:
-            self._cache[key] = compiled
-            if len(self._cache) > MAX_CACHED_GUIDES:
-                self._cache.popitem(last=False)
+        if (cached := self._find(key)) is not None:
+            return cached
+        with self._lock:
+            is_first = key not in self._compiling
+            future = self._compiling.setdefault(key, Future())
+        if is_first:
+            self._start(key, future)
+        try:
+            compiled = future.result(COMPILE_TIMEOUT_S)
+        except FutureTimeoutError:
+            raise GuideError(f"the {key[0]} takes over {COMPILE_TIMEOUT_S:g} s to compile: simplify it") from None
+        with self._lock:
             return compiled.copy()
 
-    def _compile_apart(self, guide_type: str, guide: str) -> Guide:
-        """Run `_compile` on a thread with a large stack. One runs at a time, which bounds memory and CPU."""
-        outcomes: queue.SimpleQueue[Guide | Exception] = queue.SimpleQueue()
+    def is_cached(self, guide_type: str, guide: str) -> bool:
+        """Return whether `compile` returns at once: the guide is cached, or refused for its type or size."""
+        try:
+            key = normalize(guide_type, guide)
+        except GuideError:
+            return True
+        with self._lock:
+            return key in self._cache
+
+    def _find(self, key: tuple[str, str]) -> Guide | None:
+        with self._lock:
+            cached = self._cache.get(key)
+            if cached is None:
+                return None
+            self._cache.move_to_end(key)
+            return cached.copy()
+
+    def _start(self, key: tuple[str, str], future: Future[Guide]) -> None:
+        """Compile on a thread with a large stack, whose outcome goes to `future`.
+
+        llguidance can't be interrupted: a guide that takes too long is compiled to its end, and is cached then.
+        """
 
         def work() -> None:
+            with self._lock:
+                self._num_running += 1
+                is_preferred = self._num_running <= NUM_PREFERRED
+            lower_priority(NICENESS if is_preferred else OTHERS_NICENESS)
             try:
-                outcomes.put(self._compile(guide_type, guide))
-            except Exception as error:  # re-raised on the caller's thread
-                outcomes.put(error)
-            finally:
-                self._compile_lock.release()  # not earlier: after a timeout the thread still uses a core and memory
+                compiled = self._compile(*key)
+            except Exception as error:  # re-raised on the threads that wait for it
+                self._end(key)
+                future.set_exception(error)
+            else:
+                self._end(key, compiled)
+                future.set_result(compiled)
 
-        if not self._compile_lock.acquire(timeout=COMPILE_TIMEOUT_S):
-            raise GuideError("another guide is still being compiled: try again later")
         try:
-            _start_thread(work, COMPILE_STACK_BYTES)
-        except BaseException:
-            self._compile_lock.release()
-            raise
-        try:
-            outcome = outcomes.get(timeout=COMPILE_TIMEOUT_S)
-        except queue.Empty:
-            raise GuideError(f"the {guide_type} takes over {COMPILE_TIMEOUT_S:g} s to compile: simplify it") from None
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+            if not self._places.acquire(timeout=COMPILE_TIMEOUT_S):
+                raise GuideError(f"other guides are still being compiled{RETRY}")
+            try:
+                _start_thread(work, COMPILE_STACK_BYTES)
+            except BaseException:
+                self._places.release()
+                raise
+        except BaseException as error:
+            with self._lock:
+                del self._compiling[key]
+            future.set_exception(error)
+
+    def _end(self, key: tuple[str, str], compiled: Guide | None = None) -> None:
+        with self._lock:
+            self._num_running -= 1
+            del self._compiling[key]
+            if compiled is not None:
+                self._cache[key] = compiled
+                while len(self._cache) > MAX_CACHED_GUIDES or sum(map(_num_bytes, self._cache)) > MAX_CACHED_BYTES:
+                    self._cache.popitem(last=False)
+        self._places.release()
 
     def _compile(self, guide_type: str, guide: str) -> Guide:
         """Compile a guide and compute its first mask, which reveals guides that are unsatisfiable or too complex."""
         compiled = Guide(self._vocabulary.matcher(GRAMMARS[guide_type](guide)), self._vocabulary)
         if compiled.error:
             raise GuideError(f"the {guide_type} is invalid: {compiled.error}")
-        mask = np.zeros((1, self._vocabulary.num_words), np.uint32)
-        for error in fill_masks([compiled], mask).values():
-            raise GuideError(f"the {guide_type} can't be used: {error}")
-        if not (mask[0] & ~self._vocabulary.end_mask).any():
+        try:
+            mask = compiled.mask()
+        except GuideError as error:
+            raise GuideError(f"the {guide_type} can't be used: {error}") from None
+        if not (mask & ~self._vocabulary.end_mask).any():
             raise GuideError(f"the {guide_type} allows nothing but an empty text")
         return compiled
+
+
+def _num_bytes(key: tuple[str, str]) -> int:
+    return len(key[1].encode())
 
 
 def _start_thread(target: Callable[[], None], stack_bytes: int) -> None:

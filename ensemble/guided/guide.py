@@ -1,4 +1,4 @@
-"""The guide of one sequence, and the token masks of a batch.
+"""The guide of one sequence.
 
 A guide takes the tokens that were chosen and gives bit masks over the model's vocabulary. It knows nothing of logits,
 sampling, slots or Triton.
@@ -7,7 +7,6 @@ sampling, slots or Triton.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,20 +32,46 @@ class Guide:
         self._vocabulary = vocabulary
         self._has_ended = False
 
+    def check(self, token: int) -> None:
+        """Check that `token` is text, or an end token where the guide is satisfied; whether it fits, `accept` tells.
+
+        Raises:
+            GuideError: it is neither.
+        """
+        if self._has_ended or not self._vocabulary.is_allowed(token):
+            raise GuideError(f"token {token} is not allowed by the guide: {self._why_not()}")
+        if token in self._vocabulary.end_ids and not self._matcher.is_accepting():
+            raise GuideError(f"end token {token} came before the guide was satisfied")
+
     def accept(self, token: int) -> None:
-        """Advance by `token`, the one that was chosen; an end token ends the guide.
+        """Advance by `token`, the one that was chosen; an end token ends the guide. Holds Python's lock meanwhile.
 
         Raises:
             GuideError: the mask doesn't allow the token; the guide can't be used any more.
         """
-        if self._has_ended or not self._vocabulary.is_allowed(token):
-            raise GuideError(f"token {token} is not allowed by the guide: {self._why_not()}")
+        self.check(token)
         if token in self._vocabulary.end_ids:
-            if not self._matcher.is_accepting():
-                raise GuideError(f"end token {token} came before the guide was satisfied")
             self._has_ended = True
         elif not self._matcher.consume_token(token):
             raise GuideError(f"token {token} is not allowed by the guide: {self.error}")
+
+    def mask(self) -> Mask:
+        """Return which tokens may come next, uint32 [ceil(vocab_size / 32)]. Releases Python's lock meanwhile.
+
+        Raises:
+            GuideError: no token may come, or the step exceeds one of llguidance's limits.
+        """
+        vocabulary = self._vocabulary
+        if self._has_ended:
+            return vocabulary.end_mask.copy()
+        mask = np.zeros(vocabulary.num_words, np.uint32)
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        mask &= vocabulary.allowed_mask
+        if error := self.error:  # llguidance allows the end token after an error
+            raise GuideError(error)
+        if not mask.any():
+            raise GuideError("only special tokens would satisfy it")
+        return mask
 
     def copy(self) -> Guide:
         """Return an independent guide in the same state, for another sequence of the same prompt."""
@@ -71,37 +96,6 @@ class Guide:
 
     def _why_not(self) -> str:
         return "the guide has ended" if self._has_ended else "it is neither text nor an end token"
-
-
-def fill_masks(guides: Sequence[Guide], out: Mask) -> dict[int, GuideError]:
-    """Write each guide's mask into its row of `out` uint32 [len(guides), ceil(vocab_size / 32)].
-
-    Args:
-        guides: distinct guides of one compiler.
-        out: C-contiguous.
-
-    Returns:
-        The errors by row, of guides that allow no token or whose step exceeds a limit. Their rows of `out` are zeros;
-        other rows aren't affected.
-    """
-    if not guides:
-        return {}
-    vocabulary = guides[0]._vocabulary
-    if out.shape != (len(guides), vocabulary.num_words) or out.dtype != np.uint32 or not out.flags.c_contiguous:
-        raise ValueError(f"out must be uint32 [{len(guides)}, {vocabulary.num_words}], C-contiguous")
-    vocabulary.fill([guide._matcher for guide in guides], out)
-    out &= vocabulary.allowed_mask
-    errors = {}
-    for row, (guide, is_any) in enumerate(zip(guides, out.any(axis=1), strict=True)):
-        if guide._has_ended:
-            out[row] = vocabulary.end_mask
-        elif guide.error:  # llguidance allows the end token after an error
-            errors[row] = GuideError(guide.error)
-        elif not is_any:
-            errors[row] = GuideError("only special tokens would satisfy it")
-    for row in errors:
-        out[row] = 0
-    return errors
 
 
 def apply_mask(logits: NDArray[np.float32], mask: Mask) -> None:

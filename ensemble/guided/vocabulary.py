@@ -6,7 +6,7 @@ It knows token ids and their bytes; it knows nothing of guides.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,6 @@ class Vocabulary:
         import llguidance
 
         self._tokenizer = tokenizer
-        self._executor = llguidance.LLExecutor()
         self._limits = llguidance.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
         self.end_ids = frozenset(end_ids)
         self.num_words = -(-tokenizer.vocab_size // 32)
@@ -60,7 +59,9 @@ class Vocabulary:
             raise GuideError(f"end_ids are {sorted(end_ids)}, must be at least one, each in 0 … {vocab_size - 1}")
         try:
             source = json.loads(path.read_text(encoding="utf-8"))
-            added = {token["id"]: token for token in source.get("added_tokens") or []}
+            # A pad token that a training added may lie beyond the model's rows: no guide can choose it.
+            source["added_tokens"] = [token for token in source.get("added_tokens") or [] if token["id"] < vocab_size]
+            added = {token["id"]: token for token in source["added_tokens"]}
             num_known = max([*source["model"]["vocab"].values(), *added]) + 1
             for token in added.values():
                 # DeepSeek's <think> and tool markers aren't "special", so that a decoded text shows them. But guided
@@ -84,8 +85,3 @@ class Vocabulary:
         import llguidance
 
         return llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
-
-    def fill(self, matchers: Sequence[llguidance.LLMatcher], out: Mask) -> None:
-        """Write the masks of `matchers` into the rows of `out`; llguidance releases the GIL and uses several cores."""
-        rows = [(matcher, row) for row, matcher in enumerate(matchers)]
-        self._executor.unsafe_compute_mask_ptr(rows, out.ctypes.data, self.num_words * 4, len(rows))

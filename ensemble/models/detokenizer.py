@@ -17,6 +17,7 @@ import triton_python_backend_utils as pb_utils
 
 from deepseek_triton.ensemble.models.tensors import array, read_inputs, scalar
 from deepseek_triton.ensemble.processes.acknowledgements import AcknowledgementSender, pipe_path
+from deepseek_triton.ensemble.processes.seal import model_seal
 from deepseek_triton.ensemble.processes.watchdog import watch
 from deepseek_triton.ensemble.protocol import contract
 from deepseek_triton.ensemble.protocol.progress import Progress
@@ -51,6 +52,7 @@ class TritonPythonModel:
         self._tokenizer = Tokenizer.from_directory(Path(args["model_repository"]) / version)
         name = args["model_name"].removesuffix("-detokenizer")
         self._acknowledgements = AcknowledgementSender(pipe_path(name, version))
+        self._seal = model_seal(name, version)
         self._streams: OrderedDict[int, Stream] = OrderedDict()
         self._senders = ThreadPoolExecutor(SENDERS, thread_name_prefix="sender")
         self._watchdog = watch(name, version, "detokenizer")
@@ -70,14 +72,24 @@ class TritonPythonModel:
         """Make the response to one request. Anybody may call this model directly: an error stays with its request."""
         sender = request.get_response_sender()
         try:
-            progress = _read(request)
+            progress = self._read(request)
             response = _response(self._outputs(progress)) if progress.updates else None
         except Exception as error:
-            log.error("a response of the engine can't be read", exc_info=error)
+            log.warning("what came is no response of the engine: %s", one_line(error))
             message = f"output_ids and progress must be what the engine gives: {one_line(error)}"
             invalid = pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG)
             return PendingResponse(sender, pb_utils.InferenceResponse(error=invalid), None)
         return PendingResponse(sender, response, progress.stream_id)
+
+    def _read(self, request: Any) -> Progress:
+        """Read what the engine has sealed. A client could otherwise spoil or acknowledge the streams of others."""
+        tensors = read_inputs(request)
+        ids = tensors[contract.OUTPUT_IDS.name].reshape(-1)
+        progress = self._seal.open(scalar(tensors, contract.PROGRESS), ids.tobytes())
+        read = Progress.from_json(progress, ids.tolist())
+        if not isinstance(read.stream_id, int) or not 0 <= read.stream_id < 2**64:
+            raise ValueError(f"the stream's id is {read.stream_id!r}")
+        return read
 
     def _send(self, answers: list[PendingResponse]) -> list[int]:
         """Send every answer, those of one stream in order. Returns the ids of the streams whose answer was sent."""
@@ -110,15 +122,6 @@ def _send_share(answers: list[PendingResponse]) -> list[int]:
         if stream_id is not None:
             sent.append(stream_id)
     return sent
-
-
-def _read(request: Any) -> Progress:
-    tensors = read_inputs(request)
-    ids = tensors[contract.OUTPUT_IDS.name].reshape(-1).tolist()
-    progress = Progress.from_json(scalar(tensors, contract.PROGRESS), ids)
-    if not isinstance(progress.stream_id, int) or not 0 <= progress.stream_id < 2**64:
-        raise ValueError(f"the stream's id is {progress.stream_id!r}")
-    return progress
 
 
 def _response(outputs: StreamOutputs) -> Any:

@@ -6,42 +6,55 @@ A repository's model.py imports it. It translates tensors and errors and owns th
 
 from __future__ import annotations
 
-import itertools
 import logging
 import secrets
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
 
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.engine.admission import Admission
-from deepseek_triton.ensemble.engine.loop import EngineLoop, QueueFullError
-from deepseek_triton.ensemble.engine.runners.load import load_runner
-from deepseek_triton.ensemble.engine.sequence import FailureKind, Request
+from deepseek_triton.ensemble.engine.loop import EngineLoop
+from deepseek_triton.ensemble.engine.remote.admission import RemoteAdmission
+from deepseek_triton.ensemble.engine.remote.loop import RemoteLoop
+from deepseek_triton.ensemble.engine.remote.model import RemoteModel
+from deepseek_triton.ensemble.engine.remote.vllm import VllmModel
+from deepseek_triton.ensemble.engine.request_loop import QueueFullError, RequestLoop
+from deepseek_triton.ensemble.engine.runners.load import load_model
+from deepseek_triton.ensemble.engine.sequence import Request
 from deepseek_triton.ensemble.models.metrics import MetricsPublisher
-from deepseek_triton.ensemble.models.options import read_options
-from deepseek_triton.ensemble.models.tensors import RequestError, array, read_inputs, scalar
+from deepseek_triton.ensemble.models.options import own_names, read_options, reads_batch_index
+from deepseek_triton.ensemble.models.sinks import AnswerForm, Responses, TritonSink
+from deepseek_triton.ensemble.models.tensors import (
+    RequestError,
+    Row,
+    came_over_grpc,
+    marks_kind,
+    parameters,
+    read_inputs,
+    rows,
+    scalar,
+    without_padding,
+)
 from deepseek_triton.ensemble.processes.acknowledgements import AcknowledgementReceiver, pipe_path
+from deepseek_triton.ensemble.processes.low_priority import BusyError, LowPriorityPool
+from deepseek_triton.ensemble.processes.seal import SealError, model_seal
 from deepseek_triton.ensemble.processes.watchdog import watch
 from deepseek_triton.ensemble.protocol import contract
-from deepseek_triton.ensemble.protocol.progress import Progress, Update
+from deepseek_triton.ensemble.protocol.pipelines import VLLM_SUFFIX, model_name
 from deepseek_triton.ensemble.protocol.settings import EngineSettings, SettingsError
 from deepseek_triton.ensemble.text.errors import one_line
 
 log = logging.getLogger(__name__)
 
-CANCELLATION_POLL_S = 0.1  # seconds; each poll is a round trip to the server's process
-# Names instead of values: pb_utils is empty until Triton's stub process runs it.
-ERROR_CODES: dict[FailureKind, str] = {
-    "invalid": "INVALID_ARG",
-    "unavailable": "UNAVAILABLE",
-    "internal": "INTERNAL",
-}
+MAX_COMPILING = 64  # requests that may wait for a guide at once, most of them for the same or a quick one
+MAX_WAITING_GUIDES = 256  # requests that may wait behind these
 
 
 class TritonPythonModel:
@@ -58,108 +71,126 @@ class TritonPythonModel:
             Manifest.load(directory)  # raises if an earlier version, which had other settings, built the model
             raise
         served_name = args["model_name"].removesuffix("-engine")
-        manifest, runner = load_runner(directory, settings)
-        self._admission = Admission(directory, runner.vocab_size, manifest.end_ids, settings)
+        manifest, runner = load_model(directory, settings)
+        self._max_seq_len = runner.max_seq_len
+        self._sampling = manifest.sampling
         self._acknowledgements = AcknowledgementReceiver(pipe_path(served_name, version))
-        # From a random base: a restarted engine must not continue the streams of the one before.
-        self._stream_ids = itertools.count(secrets.randbits(31) << 32)
-        self._loop = EngineLoop(runner, settings=settings, acknowledgements=self._acknowledgements)
+        self._seal = model_seal(served_name, version)
+        self._compilers = LowPriorityPool(MAX_COMPILING, MAX_WAITING_GUIDES, "guide compiler")
+        admission: type[Admission] = Admission
+        if isinstance(runner, RemoteModel):
+            admission, ask = RemoteAdmission, VllmModel(pb_utils, model_name(served_name, VLLM_SUFFIX))
+            self._loop: RequestLoop = RemoteLoop(
+                runner, ask, settings=settings, acknowledgements=self._acknowledgements
+            )
+        else:
+            self._loop = EngineLoop(runner, settings=settings, acknowledgements=self._acknowledgements)
+        self._admission = admission(directory, runner.vocab_size, manifest.end_ids, settings)
         self._loop.start()
-        self._watchdog = watch(served_name, version, "engine")
+        self._watchdog = watch(served_name, version, "engine", self._loop.is_healthy)
         labels = {"model": served_name, "version": version}
-        self._metrics = MetricsPublisher(self._loop.metrics, pb_utils.MetricFamily, labels)
+        self._metrics = MetricsPublisher(
+            self._loop.metrics, pb_utils.MetricFamily, labels, has_trt_llm_names=settings.nv_trt_llm_metrics
+        )
         self._metrics.start()
 
     def execute(self, requests: list[Any]) -> None:
         """Queue every request; an invalid one is answered at once with its error."""
         for request in requests:
-            sink = TritonSink(request.get_response_sender())
-            try:
-                self._accept(request, sink)
-            except QueueFullError as error:
-                sink.fail(str(error), "unavailable")
-            except ValueError as error:
-                sink.fail(one_line(error), "invalid")
-            except Exception as error:  # this request needs an answer, and the next ones their turn
-                log.error("a request can't be taken in", exc_info=error)
-                sink.fail(f"the request can't be taken in: {one_line(error)}", "internal")
+            responses = Responses(request.get_response_sender(), marks_kind=marks_kind(request))
+            _answer_errors(responses, partial(self._accept, request, responses))
 
     def finalize(self) -> None:
         """End the running requests and the threads."""
         self._watchdog.close()
+        self._compilers.close()
         self._loop.close()
+        self._admission.close()
         self._metrics.close()
         self._acknowledgements.close()
 
-    def _accept(self, request: Any, sink: TritonSink) -> None:
+    def _accept(self, request: Any, responses: Responses) -> None:
         inputs = read_inputs(request)
         if scalar(inputs, contract.STOP):
             if not request.request_id():
                 raise RequestError("stop needs the id of the request to stop")
-            self._loop.stop(request.request_id(), sink.send_stopped)
+            self._loop.stop(request.request_id(), stop_key(request), TritonSink(responses).send_stopped)
             return
+        if scalar(inputs, contract.DESCRIBE):
+            responses.send_description(self._max_seq_len)
+            return
+        prompts = [self._read(request, row, responses) for row in rows(inputs)]
+        responses.num_prompts = len(prompts)
+
+        def submit() -> None:
+            for prompt in [make() for make, _ in prompts]:
+                self._loop.submit(prompt)
+
+        if all(is_quick for _, is_quick in prompts):
+            submit()
+        else:
+            self._compilers.submit(lambda: _answer_errors(responses, submit))
+
+    def _read(self, request: Any, row: Row, responses: Responses) -> tuple[Callable[[], Request], bool]:
+        """What makes the request of one prompt, and whether that is quick: it has no guide to compile."""
+        inputs = own_names(row.inputs)
         if contract.INPUT_IDS.name not in inputs:
             raise RequestError("input_ids is missing")
-        options = read_options(inputs)
-        # In an ensemble, Triton never reports that the client has disconnected; it does so for a direct call only.
-        sink.polls_cancellation = options.prompt_info is None
-        self._loop.submit(
-            self._admission.make_request(
-                stream_id=next(self._stream_ids),
-                request_id=request.request_id(),
-                prompt_ids=inputs[contract.INPUT_IDS.name].reshape(-1).astype(np.int64),
-                options=options,
-                sink=sink,
-                now=self._loop.clock(),
-            )
+        ids = inputs[contract.INPUT_IDS.name].reshape(-1)
+        ids = without_padding(ids) if row.is_one_of_several else ids
+        self._open_prompt_info(inputs, ids)
+        options = read_options(inputs, self._sampling)
+        self._loop.check_prompt(ids)
+        is_direct = options.prompt_info is None
+        num_sequences = options.params.num_return_sequences
+        key = stop_key(request)
+        form = AnswerForm(
+            # Triton's HTTP `generate` takes one response and no more.
+            is_apart=num_sequences > 1 and not is_direct and came_over_grpc(request),
+            # This project's clients read the sequence's count so far, and always send a key; others add up.
+            counts_new_tokens=bool(scalar(inputs, contract.OPTIONS["return_num_output_tokens"]) or not key),
+            tells_details=bool(key),
+            batch_index=row.index if row.is_one_of_several or reads_batch_index(row.inputs) else None,
         )
-
-
-class TritonSink:
-    """Sends one request's responses."""
-
-    def __init__(self, sender: Any) -> None:
-        self._sender = sender
-        self.polls_cancellation = False
-        self._next_poll = 0.0
-        self._is_begun = False
-
-    def send(self, request: Request, updates: Sequence[Update]) -> None:
-        """Send `updates` with the request's progress; without updates it is a heartbeat."""
-        is_last = request.is_finished and bool(updates)
-        head = None if self._is_begun or not updates else request.head
-        self._is_begun = self._is_begun or bool(updates)
-        progress = Progress(
-            stream_id=request.stream_id,
-            updates=tuple(updates),
-            head=head,
-            num_input_tokens=len(request.prompt_ids) if request.returns_input_count else None,
-            shows_output_tokens=request.returns_output_count,
-            shows_index=len(request.sequences) > 1,
-            is_last=is_last,
+        make = partial(
+            self._admission.make_request,
+            # Nobody can guess the id of another's stream, nor does a restarted engine continue an old one.
+            stream_id=secrets.randbits(64),
+            request_id=request.request_id(),
+            stop_key=key,
+            prompt_ids=ids.astype(np.int64),
+            options=options,
+            sink=TritonSink(responses, form, seal=None if is_direct else self._seal),
+            now=self._loop.clock(),
         )
-        self._send(progress)
+        return make, self._admission.is_quick(options)
 
-    def send_stopped(self) -> None:
-        """Answer a stop request."""
-        self._send(Progress(0, (Update(0, (), 0, "cancelled"),), is_last=True))
+    def _open_prompt_info(self, inputs: dict[str, Any], ids: NDArray[Any]) -> None:
+        """Replace the sealed prompt info by what the tokenizer wrote, which no client could write."""
+        name = contract.PROMPT_INFO.name
+        if name not in inputs:
+            return
+        try:
+            text = self._seal.open(scalar(inputs, contract.PROMPT_INFO), ids.astype(np.int32).tobytes())
+        except SealError as error:
+            raise RequestError("prompt_info must be what the tokenizer gives; leave it out") from error
+        inputs[name] = np.array([text], np.object_)
 
-    def fail(self, message: str, kind: FailureKind = "internal") -> None:
-        """End the request with an error."""
-        code = getattr(pb_utils.TritonError, ERROR_CODES[kind])
-        response = pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
-        self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
-    def is_cancelled(self) -> bool:
-        """Whether the client of a direct call has disconnected; asks the server at most ten times a second."""
-        now = time.monotonic()
-        if not self.polls_cancellation or now < self._next_poll:
-            return False
-        self._next_poll = now + CANCELLATION_POLL_S
-        return bool(self._sender.is_cancelled())
+def stop_key(request: Any) -> str:
+    """The request's parameter `stop_key`: what a later request to stop it must have too."""
+    value = parameters(request).get(contract.STOP_KEY)
+    return value if isinstance(value, str) else ""
 
-    def _send(self, progress: Progress) -> None:
-        values = ((contract.OUTPUT_IDS, progress.ids), (contract.PROGRESS, progress.to_json().encode()))
-        tensors = [pb_utils.Tensor(spec.name, array(spec, value)) for spec, value in values]
-        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if progress.is_last else 0
-        self._sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
+
+def _answer_errors(responses: Responses, accept: Callable[[], None]) -> None:
+    """Call `accept`, and answer the request with its error if there is one."""
+    try:
+        accept()
+    except (QueueFullError, BusyError) as error:
+        responses.fail(str(error), "unavailable")
+    except ValueError as error:
+        responses.fail(one_line(error), "invalid")
+    except Exception as error:  # this request needs an answer, and the next ones their turn
+        log.error("a request can't be taken in", exc_info=error)
+        responses.fail(f"the request can't be taken in: {one_line(error)}", "internal")

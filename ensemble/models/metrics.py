@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from deepseek_triton.ensemble.engine.metrics import EngineMetrics, Histogram, descriptions
@@ -20,17 +21,57 @@ PREFIX = "deepseek_"
 INTERVAL_S = 0.25
 
 
+def _blocks(metrics: EngineMetrics) -> tuple[int, int]:
+    """Blocks of the cache, all and used."""
+    if metrics.cache_blocks:
+        return metrics.cache_blocks, metrics.cache_blocks - metrics.cache_blocks_free
+    return metrics.slots, metrics.slots_used
+
+
+# The gauges of NVIDIA's tensorrtllm_backend that there is a number for: family → its label → the label's values.
+# Without pages a slot counts as one block of the cache. `context` requests, memory and iterations aren't known here.
+TRT_LLM_GAUGES: dict[str, tuple[str, dict[str, Callable[[EngineMetrics], float]]]] = {
+    "nv_trt_llm_request_metrics": (
+        "request_type",
+        {
+            "active": lambda m: m.slots_used + m.sequences_waiting,
+            "scheduled": lambda m: m.slots_used,
+            "waiting": lambda m: m.sequences_waiting,
+            "max": lambda m: m.slots,
+        },
+    ),
+    "nv_trt_llm_kv_cache_block_metrics": (
+        "kv_cache_block_type",
+        {
+            "max": lambda m: _blocks(m)[0],
+            "used": lambda m: _blocks(m)[1],
+            "free": lambda m: _blocks(m)[0] - _blocks(m)[1],
+            "fraction": lambda m: _blocks(m)[1] / max(_blocks(m)[0], 1),
+        },
+    ),
+    "nv_trt_llm_inflight_batcher_metrics": (
+        "inflight_batcher_specific_metric",
+        {"generation_requests": lambda m: m.slots_used},
+    ),
+    "nv_trt_llm_general_metrics": ("general_type", {"timestamp": lambda m: time.time()}),
+}
+
+
 class MetricsPublisher:
     """Publishes `metrics` until it is closed.
 
     Args:
         family: pb_utils.MetricFamily. labels: the labels of every series.
+        has_trt_llm_names: also publish TRT_LLM_GAUGES.
     """
 
-    def __init__(self, metrics: EngineMetrics, family: Any, labels: Mapping[str, str]) -> None:
+    def __init__(
+        self, metrics: EngineMetrics, family: Any, labels: Mapping[str, str], *, has_trt_llm_names: bool = False
+    ) -> None:
         self._metrics = metrics
         self._family = family
         self._labels = dict(labels)
+        self._trt_llm_gauges = TRT_LLM_GAUGES if has_trt_llm_names else {}
         self._published: dict[tuple[str, str], float] = {}
         self._families: dict[str, Any] = {}
         self._series: dict[tuple[str, str], Any] = {}
@@ -58,6 +99,9 @@ class MetricsPublisher:
                 self._count(name, help_text, value)
             else:
                 self._metric(name, help_text, "", self._family.GAUGE).set(value)
+        for name, (label, values) in self._trt_llm_gauges.items():
+            for kind, read in values.items():
+                self._trt_llm_gauge(name, label, kind).set(read(self._metrics))
 
     def _run(self) -> None:
         while not self._is_closed.wait(INTERVAL_S):
@@ -87,3 +131,11 @@ class MetricsPublisher:
             labels = {**self._labels, "le": le} if le else self._labels
             self._series[name, le] = self._families[name].Metric(labels=labels)
         return self._series[name, le]
+
+    def _trt_llm_gauge(self, name: str, label: str, kind: str) -> Any:
+        if (name, kind) not in self._series:
+            if name not in self._families:
+                description = f"As in NVIDIA's tensorrtllm_backend, by {label}"
+                self._families[name] = self._family(name=name, description=description, kind=self._family.GAUGE)
+            self._series[name, kind] = self._families[name].Metric(labels={**self._labels, label: kind})
+        return self._series[name, kind]

@@ -2,6 +2,7 @@
 
 A repository's model.py imports it; its tensors are those of the plan that Triton's own tensorrt backend
 runs on a GPU. Triton hands over a whole batch of requests, ragged as they are; all their rows are computed together.
+Where no request of a batch asks for log probabilities, the hidden states alone are computed.
 """
 
 from __future__ import annotations
@@ -46,16 +47,18 @@ class TritonPythonModel:
                 continue
             accepted.append(slice(len(rows), len(rows) + len(own)))
             rows += own
-        scores = self._runner.score(rows) if rows else []
-        return [_error(place) if isinstance(place, str) else _response(scores[place]) for place in accepted]
+        with_log_probs = any(contract.TOKEN_LOG_PROBS.name in one.requested_output_names() for one in requests)
+        scores = self._runner.score(rows, with_log_probs=with_log_probs) if rows else []
+        return [
+            _error(place) if isinstance(place, str) else _response(scores[place], with_log_probs) for place in accepted
+        ]
 
 
-def _response(scores: list[RowScores]) -> Any:
-    values = (
-        (contract.TOKEN_LOG_PROBS, np.stack([row.log_probs for row in scores])),
-        (contract.HIDDEN_STATE, np.stack([row.hidden for row in scores])),
-    )
-    return pb_utils.InferenceResponse([pb_utils.Tensor(spec.name, value) for spec, value in values])
+def _response(scores: list[RowScores], with_log_probs: bool) -> Any:
+    values = {contract.HIDDEN_STATE: np.stack([row.hidden for row in scores])}
+    if with_log_probs:
+        values[contract.TOKEN_LOG_PROBS] = np.stack([row.log_probs for row in scores])
+    return pb_utils.InferenceResponse([pb_utils.Tensor(spec.name, value) for spec, value in values.items()])
 
 
 def _error(message: str) -> Any:

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from deepseek_triton.ensemble.models.tensors import NUMPY_DTYPES, RequestError, read_inputs
+from deepseek_triton.ensemble.artefacts.manifest import loaded_identity
+from deepseek_triton.ensemble.models.fields import check_fields
+from deepseek_triton.ensemble.models.tensors import NUMPY_DTYPES, RequestError, asks_for_build, read_inputs
 from deepseek_triton.ensemble.protocol import contract
 from deepseek_triton.ensemble.scoring.profile import ScoringProfile
 from deepseek_triton.ensemble.scoring.prompts import Prompter
@@ -26,7 +28,9 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the tokenizer and the profile that lie beside this file."""
         directory = Path(args["model_repository"]) / args["model_version"]
-        self._prompter = Prompter(ScoringProfile.load(directory), Tokenizer.from_directory(directory))
+        profile = ScoringProfile.load(directory)
+        self._identity = loaded_identity(args)
+        self._prompter = Prompter(profile, Tokenizer.from_directory(directory, profile.max_seq_len))
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Encode every request; one that can't be encoded gets its own error."""
@@ -34,6 +38,10 @@ class TritonPythonModel:
 
     def _respond(self, request: Any) -> Any:
         try:
+            check_fields(request, contract.SCORE.inputs)
+            if asks_for_build(request):
+                text = np.array([[self._identity]], NUMPY_DTYPES["STRING"])
+                return pb_utils.InferenceResponse([pb_utils.Tensor(contract.SCORED_LABELS.name, text)])
             tensors = self._encode(read_inputs(request))
         except ValueError as error:  # RequestError, ProfileError, TextError: a message of one line for the client
             invalid = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)

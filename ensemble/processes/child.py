@@ -5,7 +5,6 @@ It knows commands and signals, nothing about servers. Linux only.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -13,21 +12,31 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from deepseek_triton.ensemble.processes.hidden_arguments import reveal
+
 _LAUNCHER = Path(__file__).with_name("launcher.py")
 
 
 def launch(
-    command: Sequence[str], environment: Mapping[str, str], log_path: Path, grace_s: float
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log_path: Path,
+    grace_s: float,
+    hidden: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start `command`, a program's path and its arguments, in a session of its own; its output goes to `log_path`.
 
     It gets SIGTERM when this process ends, even by SIGKILL, and SIGKILL `grace_s` seconds later. Its own children, but
     for those in another process group, are killed when it ends.
 
+    Args:
+        hidden: an argument of `command` → the variable of `environment` that holds the one to use in its place, so that
+            other users don't read it in the list of processes.
+
     Raises:
-        OSError: the log can't be written, or no process made.
+        OSError: the log can't be written, no process made, or no argument hidden.
     """
-    launcher = [sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid()), str(grace_s)]
+    launcher = [sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid()), str(grace_s), "1" if hidden else "0"]
     started: list[subprocess.Popen[bytes]] = []
     errors: list[OSError] = []
     is_started = threading.Event()
@@ -43,6 +52,13 @@ def launch(
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
+            if hidden:
+                try:
+                    reveal(process.pid, hidden)
+                except BaseException:
+                    process.kill()
+                    process.wait()
+                    raise
             started.append(process)
         except OSError as error:
             errors.append(error)
@@ -59,21 +75,9 @@ def launch(
     return started[0]
 
 
-def stat_fields(pid: int | str) -> list[str]:
-    """The fields of /proc/PID/stat from the third on: state, parent's id, process group's id, …
-
-    Raises:
-        FileNotFoundError, ProcessLookupError: there is no such process.
-    """
-    # The second field is the command in parentheses, which may itself hold parentheses and spaces.
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-def has_dead_child(parent: int) -> bool:
-    """Whether process `parent` has a zombie: a child that has ended and whose exit status was not read."""
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            state, its_parent = stat_fields(path.name)[:2]
-            if int(its_parent) == parent and state == "Z":
-                return True
-    return False
+def python_path() -> str:
+    """Path of this process's Python interpreter; if it is embedded in another program, that of its environment."""
+    name = f"python{sys.version_info.major}"
+    candidates = (sys.executable, f"{sys.prefix}/bin/{name}", f"{sys.exec_prefix}/bin/{name}")
+    is_python = (path for path in candidates if path and Path(path).name.startswith("python"))
+    return next((path for path in is_python if os.access(path, os.X_OK)), name)

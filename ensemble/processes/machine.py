@@ -38,3 +38,8 @@ def read_field(path: Path, name: str) -> str:
         return ""
     pairs = (line.partition(":") for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
     return next((value.strip() for key, _, value in pairs if key.strip() == name), "")
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

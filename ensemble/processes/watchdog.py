@@ -1,4 +1,4 @@
-"""The processes of one served model watch each other: one that finds another one dead ends the server.
+"""The processes of one served model watch each other: one that finds another one dead or frozen ends the server.
 
 All are children of one tritonserver. Triton 2.51 doesn't restart a model whose process has died: the requests in flight
 hang for ever and later ones fail, while the server calls itself ready. When the server ends, clients get an error at
@@ -9,41 +9,60 @@ the server dead ends itself: Triton's code in it may wait for ever for a lock th
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from deepseek_triton.ensemble.processes.child import stat_fields
+from deepseek_triton.ensemble.processes.heartbeat import POLL_S, ProcessObserver, StopObserver, beat, begin
+from deepseek_triton.ensemble.processes.stat import pid_namespace
+from deepseek_triton.ensemble.processes.temp_dirs import make_private
 
 log = logging.getLogger(__name__)
-POLL_S = 0.25
-PARTS = ("tokenizer", "engine", "detokenizer")
+PARTS = ("tokenizer", "engine", "detokenizer", "infer")  # where a model has no such process, there is no file
 
 
 def meeting_point(name: str, version: str | int, what: str, server_pid: int | None = None) -> Path:
     """The path of the file `what` that the processes of version `version` of the served model `name` share.
 
     Raises:
-        PermissionError: the directory belongs to another user.
+        PermissionError: the directory isn't this user's own and closed to others.
     """
     server_pid = os.getppid() if server_pid is None else server_pid
-    directory = Path(tempfile.gettempdir()) / f"deepseek-triton-{os.getuid()}"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    if directory.stat().st_uid != os.getuid():
-        raise PermissionError(errno.EPERM, "belongs to another user", str(directory))
-    return directory / f"{server_pid}-{sha256(name.encode()).hexdigest()[:16]}-{version}.{what}"
+    return _directory() / f"{server_pid}-{sha256(name.encode()).hexdigest()[:16]}-{version}.{what}"
 
 
-def watch(name: str, version: str | int, part: str) -> Watchdog:
-    """Start the watchdog of process `part`, one of PARTS, of version `version` of the served model `name`."""
+def process_files(server_pid: int) -> list[Path]:
+    """The files that the processes under a server beat, of all its models."""
+    return [path for part in PARTS for path in _directory().glob(f"{server_pid}-*.{part}")]
+
+
+def _directory() -> Path:
+    # Containers may share the directory for temporary files; process ids mean something in one namespace alone.
+    directory = temporary_parent() / f"deepseek-triton-{os.getuid()}-{pid_namespace()}"
+    make_private(directory)
+    return directory
+
+
+def temporary_parent() -> Path:
+    """The directory for temporary files, the same for all processes of a server.
+
+    tempfile.gettempdir() takes another one while the disk is full: processes that start then would not find the others.
+    """
+    given = (Path(os.environ.get(name) or "") for name in ("TMPDIR", "TEMP", "TMP"))
+    return next((path for path in given if path.is_absolute() and path.is_dir()), Path("/tmp"))
+
+
+def watch(name: str, version: str | int, part: str, is_healthy: Callable[[], bool] = lambda: True) -> Watchdog:
+    """Start the watchdog of process `part`, one of PARTS, of version `version` of the served model `name`.
+
+    The process counts as frozen while `is_healthy` is false.
+    """
     own, *others = (meeting_point(name, version, what) for what in (part, *(p for p in PARTS if p != part)))
-    watchdog = Watchdog(own, others)
+    watchdog = Watchdog(own, others, is_healthy=is_healthy, name=name)
     watchdog.start()
     return watchdog
 
@@ -64,25 +83,35 @@ def find_server() -> int:
 
 
 class Watchdog:
-    """Ends the server when another process of the model has died, and this process when the server has died.
+    """Ends the server when another process of the model is dead or frozen, and this process when the server has died.
 
     Args:
-        own: the file that this process writes its id to. `close` removes it; a killed process leaves it.
-        others: the files that the other processes write theirs to.
+        own: the file that this process beats. `close` removes it; a killed process leaves it.
+        others: the files that the other processes beat.
         end_server: ends the server; None: kill it, by its process id.
+        is_healthy: whether this process may go on beating.
+        name: of the served model, for the log.
     """
 
-    def __init__(self, own: Path, others: Sequence[Path], end_server: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        own: Path,
+        others: Sequence[Path],
+        end_server: Callable[[], None] | None = None,
+        is_healthy: Callable[[], bool] = lambda: True,
+        name: str = "",
+    ) -> None:
+        self._name = name
         self._own = own
-        self._others = tuple(others)
+        self._others = {path.suffix.removeprefix("."): ProcessObserver(path) for path in others}
         self._server_pid = find_server()
+        self._server = StopObserver(self._server_pid)
         self._end_server = end_server or self._kill_server
+        self._is_healthy = is_healthy
         self._is_closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         _remove_leftovers(own.parent)
-        part = own.with_name(f"{own.name}.part")
-        part.write_text(str(os.getpid()))
-        part.replace(own)
+        begin(own)
 
     def start(self) -> None:
         """Watch, on a separate thread."""
@@ -95,37 +124,28 @@ class Watchdog:
         if self._thread.is_alive():
             self._thread.join()
 
-    def find_dead(self) -> Path | None:
-        """The file of a process that has died without removing it, if there is one."""
-        return next((path for path in self._others if _is_dead(path)), None)
+    def find_fault(self) -> str | None:
+        """What is wrong with the server or another process of the model; None if nothing is."""
+        if self._server.is_stopped():
+            return "tritonserver is stopped by a signal"
+        faults = {part: observer.fault() for part, observer in self._others.items()}
+        return next((f"the {part}'s process {fault}" for part, fault in faults.items() if fault is not None), None)
 
     def _run(self) -> None:
         while not self._is_closed.wait(POLL_S):
             if os.getppid() != self._server_pid:
                 log.error("the server has died; ending this process")
                 os._exit(1)
-            if (dead := self.find_dead()) is not None:
-                log.error(
-                    "the %s's process has died; ending the server, which would hang", dead.suffix.removeprefix(".")
-                )
+            if self._is_healthy():
+                beat(self._own)
+            if (fault := self.find_fault()) is not None:
+                log.error("%s; ending the server, which would hang (model %s)", fault, self._name)
                 self._end_server()
                 return
 
     def _kill_server(self) -> None:
         # Not SIGTERM: the server would wait for the requests in flight, which never end.
         os.kill(self._server_pid, signal.SIGKILL)
-
-
-def _is_dead(path: Path) -> bool:
-    try:
-        pid = int(path.read_text())
-    except FileNotFoundError:
-        return False  # it hasn't started yet, or has ended regularly
-    try:
-        state = stat_fields(pid)[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return path.exists()
-    return state in ("Z", "X")
 
 
 def _remove_leftovers(directory: Path) -> None:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from deepseek_triton.ensemble.protocol.contract import (
     ANSWER_INPUTS,
+    COMPATIBLE_INPUTS,
     DETOKENIZER,
+    EMBEDDING,
     ENGINE,
-    GENERATE,
+    ENSEMBLE,
     HIDDEN_STATE,
     INPUT_IDS,
     LABELS,
@@ -24,6 +26,7 @@ from deepseek_triton.ensemble.protocol.contract import (
     PROMPT_INFO,
     PROMPT_INPUTS,
     SCORE,
+    SCORE_AND_EMBED,
     SCORE_ENGINE,
     SCORE_RESULTS,
     SCORE_ROW,
@@ -42,6 +45,10 @@ TOKENIZER_SUFFIX = "tokenizer"
 ENGINE_SUFFIX = "engine"
 DETOKENIZER_SUFFIX = "detokenizer"
 SCORER_SUFFIX = "scorer"
+INFER_SUFFIX = "infer"  # beside an ensemble that generates text, where the build was asked for it
+VLLM_SUFFIX = "vllm"  # of target vllm: the model of Triton's vLLM backend, which the engine asks
+BESIDE_SUFFIXES = (VLLM_SUFFIX, INFER_SUFFIX)  # models that are no step of the ensemble
+PART_SUFFIXES = (TOKENIZER_SUFFIX, ENGINE_SUFFIX, DETOKENIZER_SUFFIX, SCORER_SUFFIX, *BESIDE_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -85,30 +92,36 @@ _GENERATED = _private(OUTPUT_IDS, PROGRESS)
 
 GENERATE_PIPELINE = EnsemblePipeline(
     "generate",
-    GENERATE,
+    ENSEMBLE,
     (
         EnsembleStep(TOKENIZER_SUFFIX, TOKENIZER, _public(*PROMPT_INPUTS), _TOKENIZED),
-        EnsembleStep(ENGINE_SUFFIX, ENGINE, {**_TOKENIZED, **_public(*ANSWER_INPUTS)}, _GENERATED),
+        EnsembleStep(ENGINE_SUFFIX, ENGINE, {**_TOKENIZED, **_public(*ANSWER_INPUTS, *COMPATIBLE_INPUTS)}, _GENERATED),
         EnsembleStep(DETOKENIZER_SUFFIX, DETOKENIZER, _GENERATED, _public(*DETOKENIZER.outputs)),
     ),
 )
 
 _ROWS = _private(*SCORE_ROW, TARGET_LABELS)
-_SCORED = _private(TOKEN_LOG_PROBS, HIDDEN_STATE)
 _LABELS = _public(SCORED_LABELS)
 
-# No model here is decoupled, so the scorer may take tensors of the tokenizer.
-SCORE_PIPELINE = EnsemblePipeline(
-    "score",
-    SCORE,
-    (
-        EnsembleStep(
-            TOKENIZER_SUFFIX,
-            SCORE_TOKENIZER,
-            _public(TEXT_INPUT, MESSAGES, LABELS),
-            {**_ROWS, **_LABELS, **_public(NUM_INPUT_TOKENS)},
+
+def score_pipeline(*, embeds: bool) -> EnsemblePipeline:
+    """The ensemble that scores; with `embeds` it also gives the hidden state at each prompt's end, as `EMBEDDING`."""
+    hidden = {HIDDEN_STATE.name: EMBEDDING.name} if embeds else _private(HIDDEN_STATE)
+    scored = {**_private(TOKEN_LOG_PROBS), **hidden}
+    # No model here is decoupled, so the scorer may take tensors of the tokenizer.
+    return EnsemblePipeline(
+        "score",
+        SCORE_AND_EMBED if embeds else SCORE,
+        (
+            EnsembleStep(
+                TOKENIZER_SUFFIX,
+                SCORE_TOKENIZER,
+                _public(TEXT_INPUT, MESSAGES, LABELS),
+                {**_ROWS, **_LABELS, **_public(NUM_INPUT_TOKENS)},
+            ),
+            EnsembleStep(ENGINE_SUFFIX, SCORE_ENGINE, _private(*SCORE_ROW), scored),
+            EnsembleStep(
+                SCORER_SUFFIX, SCORER, {**scored, **_private(TARGET_LABELS), **_LABELS}, _public(*SCORE_RESULTS)
+            ),
         ),
-        EnsembleStep(ENGINE_SUFFIX, SCORE_ENGINE, _private(*SCORE_ROW), _SCORED),
-        EnsembleStep(SCORER_SUFFIX, SCORER, {**_SCORED, **_private(TARGET_LABELS), **_LABELS}, _public(*SCORE_RESULTS)),
-    ),
-)
+    )

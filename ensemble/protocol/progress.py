@@ -21,15 +21,17 @@ class PromptInfo:
     is_reasoning_open: whether the prompt ends inside an open `<think>`; None: the model knows no reasoning.
     has_tools: whether the prompt offered tools, so that calls are looked for.
     separates_reasoning: whether the client wants reasoning apart from the text.
+    arrived_at: when the request came to the tokenizer, in seconds on the machine's monotonic clock; None: unknown.
     """
 
     is_reasoning_open: bool | None = None
     has_tools: bool = False
     separates_reasoning: bool = True
+    arrived_at: float | None = None
 
     def to_json(self) -> str:
         """One line of JSON."""
-        return json.dumps([self.is_reasoning_open, self.has_tools, self.separates_reasoning])
+        return json.dumps([self.is_reasoning_open, self.has_tools, self.separates_reasoning, self.arrived_at])
 
     @classmethod
     def from_json(cls, text: str | bytes) -> PromptInfo:
@@ -44,11 +46,12 @@ class PromptInfo:
             values = None
         if (
             not isinstance(values, list)
-            or len(values) != 3
-            or not all(v is None or v is True or v is False for v in values)
+            or len(values) != 4
+            or not all(v is None or v is True or v is False for v in values[:3])
+            or not (values[3] is None or isinstance(values[3], float))
         ):
             raise ValueError(f"prompt_info is {text[:40]!r}, must be what the tokenizer gives; leave it out")
-        return cls(values[0], bool(values[1]), bool(values[2]))
+        return cls(values[0], bool(values[1]), bool(values[2]), values[3])
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,26 @@ class StreamHead:
     """What the detokenizer must know before a stream's first token; it travels with the first response.
 
     input_ids: the prompt's ids where the text begins with the prompt (`exclude_input_in_output` is false), else none.
+    counts_new_tokens: `num_output_tokens` counts each response's own tokens; else the sequence's so far.
+    batch_index: the prompt's index in its request, where the client reads it.
+    tells_details: the client reads the cached and the reasoning tokens' numbers, and which tokens have come.
     """
 
     info: PromptInfo
     input_ids: tuple[int, ...] = ()
+    counts_new_tokens: bool = False
+    batch_index: int | None = None
+    tells_details: bool = False
+
+    def to_values(self) -> list[Any]:
+        """The values that `from_values` reads, as JSON has them."""
+        return [self.info.to_json(), self.input_ids, self.counts_new_tokens, self.batch_index, self.tells_details]
+
+    @classmethod
+    def from_values(cls, values: list[Any]) -> StreamHead:
+        """What `to_values` gave."""
+        info, input_ids, counts_new_tokens, batch_index, tells_details = values
+        return cls(PromptInfo.from_json(info), tuple(input_ids), counts_new_tokens, batch_index, tells_details)
 
 
 @dataclass(frozen=True)
@@ -81,6 +100,8 @@ class Update:
 
     num_cut_chars: the number of characters to cut from the end of the whole text, for they belong to a stop word.
     times_ns: arrival, first scheduled, first token, last token, on the server's monotonic clock.
+    num_cached_tokens: of the prompt's tokens, those that were found in a cache. num_reasoning_tokens: of the new ones
+    so far, those of the reasoning.
     """
 
     index: int
@@ -90,6 +111,8 @@ class Update:
     num_cut_chars: int = 0
     log_probs: LogProbs | None = None
     times_ns: tuple[int, int, int, int] | None = None
+    num_cached_tokens: int = 0
+    num_reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,12 +141,13 @@ class Progress:
         """One line of JSON, without the ids."""
         values: list[Any] = [self.stream_id, self.num_input_tokens, self.shows_output_tokens]
         values += [self.shows_index, self.is_last]
-        values.append(None if self.head is None else [self.head.info.to_json(), self.head.input_ids])
+        values.append(None if self.head is None else self.head.to_values())
         for update in self.updates:
             log_probs = update.log_probs
             values.append([
                 update.index, len(update.ids), update.num_output_tokens, update.finish_reason, update.num_cut_chars,
                 None if log_probs is None else [log_probs.tokens, log_probs.total, log_probs.top], update.times_ns,
+                update.num_cached_tokens, update.num_reasoning_tokens,
             ])  # fmt: skip
         return json.dumps(values, separators=(",", ":"))
 
@@ -132,7 +156,7 @@ class Progress:
         """What `to_json` wrote, with the ids of the tensor beside it."""
         stream_id, num_input_tokens, shows_output_tokens, shows_index, is_last, head, *rows = json.loads(text)
         updates, start = [], 0
-        for index, count, num_output_tokens, finish_reason, num_cut_chars, log_probs, times in rows:
+        for index, count, num_output_tokens, finish_reason, num_cut_chars, log_probs, times, *counts in rows:
             updates.append(
                 Update(
                     index,
@@ -142,13 +166,14 @@ class Progress:
                     num_cut_chars,
                     None if log_probs is None else _log_probs(*log_probs),
                     None if times is None else tuple(times),
+                    *counts,
                 )
             )
             start += count
         return cls(
             stream_id,
             tuple(updates),
-            None if head is None else StreamHead(PromptInfo.from_json(head[0]), tuple(head[1])),
+            None if head is None else StreamHead.from_values(head),
             num_input_tokens,
             shows_output_tokens,
             shows_index,

@@ -112,7 +112,7 @@ REQUEST_OPTIONS: tuple[RequestOption, ...] = (
     RequestOption(
         "answer", "temperature", "FP32", range=NON_NEGATIVE_FLOAT, flag="--temperature",
         meaning="The divisor of the logits before sampling; 0 always takes the likeliest token.",
-        default_note="1 if `top_k`, `top_p` or `min_p` is given, else 0",
+        default_note="the checkpoint's, else 1 if `top_k`, `top_p` or `min_p` is given, else 0",
     ),
     RequestOption(
         "answer", "top_k", "INT32", default=0, flag="--top-k",
@@ -212,7 +212,8 @@ REQUEST_OPTIONS: tuple[RequestOption, ...] = (
     ),
     RequestOption(
         "output", "return_num_output_tokens", "BOOL", default=True,
-        meaning="Whether the number of new tokens comes.",
+        meaning="Whether the number of new tokens comes: the response's own, which clients add up. Left out by one "
+        "that sends the parameter `stop_key`, as this project's clients do: the sequence's so far.",
     ),
     RequestOption(
         "output", "return_perf_metrics", "BOOL", default=False,

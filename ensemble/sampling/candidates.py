@@ -1,4 +1,4 @@
-"""Filtering by top_k, top_p and min_p, in that order (Hugging Face's), and the draw among the remaining tokens.
+"""Filtering by top_k, top_p and min_p, in that order (Hugging Face's), and sampling among the remaining tokens.
 
 The result is exact, but the vocabulary isn't sorted: sorting 150,000 tokens takes longer than a small model's step. The
 code also avoids temporary arrays of the vocabulary's length: the memory allocator returns them to the system, and the
@@ -20,7 +20,7 @@ NUCLEUS_CANDIDATES = 1024
 NUM_BINS = 2048
 LOWEST_SCORE = -104.0
 CHUNK_LEN = 16_384  # scores
-BLOCK_LEN = 256  # weights; draw_index sums blocks of this length, then searches one block
+BLOCK_LEN = 256  # weights; sample_index sums blocks of this length, then searches one block
 
 Scores = NDArray[np.float32]
 
@@ -48,18 +48,25 @@ def candidates(scores: Scores, params: SamplingParams) -> tuple[NDArray[np.int64
     return ids, weights
 
 
-def draw_index(weights: Scores, uniform: float) -> int:
+def sample_index(weights: Scores, uniform: float) -> int:
     """Return the index where the cumulative sum of `weights` [n] exceeds `uniform` (0 … 1) of their total.
 
     An index whose weight is 0 is never returned.
     """
     starts = np.arange(0, len(weights), BLOCK_LEN)
-    blocks = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
+    blocks = np.cumsum(_block_sums(weights))
     target = _below(uniform * blocks[-1], blocks[-1])
     block = int(np.searchsorted(blocks, target, side="right"))
     within = np.cumsum(weights[starts[block] :][:BLOCK_LEN], dtype=np.float64)
     target = _below(target - (blocks[block - 1] if block else 0.0), within[-1])
     return int(starts[block]) + int(np.searchsorted(within, target, side="right"))
+
+
+def _block_sums(weights: Scores) -> NDArray[np.float64]:
+    """The sums of each BLOCK_LEN weights and of the rest; np.add.reduceat would copy all weights to float64."""
+    whole = len(weights) // BLOCK_LEN * BLOCK_LEN
+    sums: NDArray[np.float64] = weights[:whole].reshape(-1, BLOCK_LEN).sum(axis=1, dtype=np.float64)
+    return sums if whole == len(weights) else np.append(sums, weights[whole:].sum(dtype=np.float64))
 
 
 def largest(values: Scores, count: int) -> NDArray[np.int64]:

@@ -1,7 +1,7 @@
 """The sampler of one sequence, which chooses a token from a row of logits.
 
 The order of the steps is vLLM's and Hugging Face's: the guide's mask, penalties, min_tokens (bans end tokens),
-temperature, top_k, top_p, min_p, draw. Log probabilities are computed from the model's logits before these
+temperature, top_k, top_p, min_p, sampling. Log probabilities are computed from the model's logits before these
 steps, as in vLLM and TensorRT-LLM by default, so that of a chosen token is always finite.
 """
 
@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepseek_triton.ensemble.engine.runners.base import DeviceSampling, Logits
-from deepseek_triton.ensemble.sampling.candidates import candidates, draw_index, largest
+from deepseek_triton.ensemble.sampling.candidates import candidates, largest, sample_index
 from deepseek_triton.ensemble.sampling.errors import SamplingError
 from deepseek_triton.ensemble.sampling.params import SamplingParams
 from deepseek_triton.ensemble.sampling.penalties import Penalties
 from deepseek_triton.ensemble.sampling.seeds import CounterRandom, sequence_seed
 
-# If a TokenRule rejects the drawn token, the sampler redraws up to MAX_REDRAWS times. Then it checks the MAX_CHECKED
-# likeliest tokens, so that a rule that rejects nearly all tokens can't stall the engine.
-MAX_REDRAWS = 8
+# If a TokenRule rejects the sampled token, the sampler samples again, up to MAX_RETRIES times. Then it checks the
+# MAX_CHECKED likeliest tokens, so that a rule that rejects nearly all tokens can't stall the engine.
+MAX_RETRIES = 8
 MAX_CHECKED = 1024
 
 
@@ -35,7 +35,7 @@ class Sampled(NamedTuple):
 
 
 class TokenRule(Protocol):
-    """A rule that may reject a drawn token, such as BadWords."""
+    """A rule that may reject a sampled token, such as BadWords."""
 
     def is_allowed(self, token: int) -> bool:
         """Return whether `token` may come next."""
@@ -109,7 +109,7 @@ class Sampler:
         if self._penalties is not None:
             self._penalties.push(token)
 
-    def draw(self, num_awaited: int = 0) -> DeviceSampling | None:
+    def device_sampling(self, num_awaited: int = 0) -> DeviceSampling | None:
         """Return the parameters with which a runner can sample the next token; None if the host must sample it.
 
         The runner returns the token's log probability but none of other tokens; the caller must push the token. The
@@ -152,11 +152,8 @@ class Sampler:
         if self._random is None:
             token = best if self._may_follow(best, is_allowed) else None
         else:
-            with np.errstate(over="ignore"):  # penalties may move logits to the limits of float32
-                scores = row - row[best]
-                scores /= self._temperature
-                ids, weights = candidates(scores, self._params)
-            token = self._draw_allowed(ids, weights, is_allowed)
+            ids, weights = self._candidates(row, best)
+            token = self._sample_allowed(ids, weights, is_allowed)
         if token is not None:
             return token
         # The rule rejects every candidate that the filters kept: take the likeliest token that it allows.
@@ -165,13 +162,22 @@ class Sampler:
                 return int(other)
         raise SamplingError.none_allowed()
 
-    def _draw_allowed(
+    def _candidates(self, row: Logits, best: int) -> tuple[NDArray[np.int64] | None, Logits]:
+        """As `candidates`. With top_k, nothing of the vocabulary's length is copied."""
+        likeliest = largest(row, self._params.top_k) if self._params.top_k else None
+        with np.errstate(over="ignore"):  # penalties may move logits to the limits of float32
+            scores = (row if likeliest is None else row[likeliest]) - row[best]
+            scores /= self._temperature
+            ids, weights = candidates(scores, self._params)
+        return ids if likeliest is None else likeliest[ids], weights
+
+    def _sample_allowed(
         self, ids: NDArray[np.int64] | None, weights: Logits, is_allowed: Callable[[int], bool] | None
     ) -> int | None:
-        """Draw from the distribution, conditioned on the token being allowed; None if no candidate is."""
+        """Sample from the distribution, conditioned on the token being allowed; None if no candidate is."""
         assert self._random is not None
-        for attempt in range(1 + MAX_REDRAWS):
-            index = draw_index(weights, self._random.uniform(self.num_generated, attempt))
+        for attempt in range(1 + MAX_RETRIES):
+            index = sample_index(weights, self._random.uniform(self.num_generated, attempt))
             token = index if ids is None else int(ids[index])
             if self._may_follow(token, is_allowed):
                 return token
@@ -185,7 +191,7 @@ class Sampler:
                 weights[index] = 0
         if not weights[likeliest].any():
             return None
-        return int(tokens[draw_index(weights[likeliest], self._random.uniform(self.num_generated, 1 + MAX_REDRAWS))])
+        return int(tokens[sample_index(weights[likeliest], self._random.uniform(self.num_generated, 1 + MAX_RETRIES))])
 
     def _may_follow(self, token: int, is_allowed: Callable[[int], bool] | None) -> bool:
         return is_allowed is None or token in self.end_ids or is_allowed(token)

@@ -1,6 +1,6 @@
 """Random numbers that are a function of a seed and a step only.
 
-So a sequence draws the same tokens alone and in a full batch, and after it was preempted and resumed.
+So a sequence has the same tokens alone and in a full batch, and after it was preempted and resumed.
 """
 
 from __future__ import annotations

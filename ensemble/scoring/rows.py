@@ -33,10 +33,11 @@ LOGIT_COUNTS = "logit_counts"
 TARGET_COUNTS = "target_counts"
 LONGEST_ROW = "longest_row"
 
-# Further inputs and outputs of a CPU graph, one tensor per layer. Inputs: keys and values of the prefix that all rows
-# of a pass share [1, kv_heads, prefix_len, head_dim]. Outputs: those of the rows [batch, kv_heads, seq_len, head_dim].
-PREFIX = {"keys": "prefix_keys_", "values": "prefix_values_"}
-OWN = {"keys": "row_keys_", "values": "row_values_"}
+# Further inputs and outputs of a CPU graph, one tensor per layer and kind of cache. Inputs: what a cache would hold of
+# the prefix that all rows of a pass share [1, num_heads, prefix_len, head_dim]. Outputs: the same of the rows
+# [batch, num_heads, seq_len, head_dim].
+PREFIX = {"key": "prefix_keys_", "value": "prefix_values_", "latent": "prefix_latents_"}
+OWN = {"key": "row_keys_", "value": "row_values_", "latent": "row_latents_"}
 
 FIELDS = {
     "input_ids": SCORE_IDS,
@@ -85,6 +86,12 @@ class ScoreRow:
         ids, branches = self.input_ids[num_tokens:], self.branch_ids[num_tokens:]
         return ScoreRow(ids, branches, self.logit_positions - np.int32(num_tokens), self.target_logits, self.target_ids)
 
+    def to_first_logits(self) -> ScoreRow:
+        """The row as far as its first logits see, and no target: what its hidden state is computed from."""
+        first = self.logit_positions[:1]
+        seen, none = slice(int(first[0]) + 1), self.target_ids[:0]
+        return ScoreRow(self.input_ids[seen], self.branch_ids[seen], first, none, none)
+
     def check(self, vocab_size: int, max_seq_len: int) -> None:
         """Validate every value, since an invalid one would fail the whole batch.
 
@@ -99,6 +106,8 @@ class ScoreRow:
             raise RowError(f"target_logits holds {len(self.target_logits)} values, target_ids {len(self.target_ids)}")
         if self.branch_ids[0] != 0 or self.branch_ids.min() < 0:
             raise RowError("branch_ids must begin with 0 (the prompt) and be at least 0 except for padding at the end")
+        if (self.branch_ids[: int((self.branch_ids == 0).sum())] != 0).any():
+            raise RowError("branch_ids has 0, which is the prompt's, behind a candidate's tokens")
         if not (len(self.logit_positions) and len(self.target_ids)):
             raise RowError("logit_positions and target_ids must hold at least one value each")
         for name, limit in (

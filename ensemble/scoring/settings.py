@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from deepseek_triton.ensemble.protocol.settings import Settings, setting
+from deepseek_triton.ensemble.protocol.settings import MAX_THREADS, Settings, setting
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,14 @@ class ScoringSettings(Settings):
 
     WHAT: ClassVar[str] = "scoring engine"
 
-    num_threads: int = setting(0, "CPU threads of an instance; 0: its share of the cores", lowest=0)
+    num_threads: int = setting(
+        0, "CPU threads of an instance; 0: its share of the cores", lowest=0, highest=MAX_THREADS
+    )
     max_pass_tokens: int = setting(
-        512, "tokens computed in one pass, padding included; a larger batch runs as several passes", lowest=1
+        512,
+        "tokens computed in one pass, padding included; a larger batch runs as several passes",
+        lowest=1,
+        highest=2**20,
     )
 
     @classmethod

@@ -30,6 +30,10 @@ class ServerError(Exception):
     """The server can't be found, started or kept running; the message is one line: what is wrong and what to do."""
 
 
+class ServerDiedError(ServerError):
+    """The server or a model's process died of a signal or by itself: another start may succeed."""
+
+
 @dataclass(frozen=True)
 class Installation:
     """A tritonserver and what it needs.

@@ -35,7 +35,10 @@ class Stream:
         outputs: StreamOutputs = {contract.TEXT_OUTPUT: [], contract.FINISH_REASON: []}
         for update in progress.updates:
             self._push(update, outputs)
-        _add_counts(progress, outputs)
+        _add_counts(progress, self._head, outputs)
+        if self._head.tells_details and any(map(_is_first_or_last, progress.updates)):
+            outputs[contract.NUM_CACHED_TOKENS] = [update.num_cached_tokens for update in progress.updates]
+            outputs[contract.NUM_REASONING_TOKENS] = [update.num_reasoning_tokens for update in progress.updates]
         return outputs
 
     def _push(self, update: Update, outputs: StreamOutputs) -> None:
@@ -55,6 +58,9 @@ class Stream:
             outputs.setdefault(contract.TOOL_CALLS, []).append(json.dumps(calls, ensure_ascii=False).encode())
         if update.log_probs is not None:
             _add_log_probs(self._tokenizer, update.log_probs, outputs)
+            if self._head.tells_details:
+                tokens = (json.dumps(token_form(self._tokenizer, token), ensure_ascii=False) for token in update.ids)
+                outputs.setdefault(contract.OUTPUT_TOKENS, []).extend(token.encode() for token in tokens)
         for spec, time_ns in zip(contract.TIME_OUTPUTS, update.times_ns or (), strict=False):
             outputs.setdefault(spec, []).append(time_ns)
 
@@ -81,14 +87,29 @@ class _Sequence:
         return input_text, self._channels.push(text, final=is_final)
 
 
-def _add_counts(progress: Progress, outputs: StreamOutputs) -> None:
+def token_form(tokenizer: Tokenizer, token: int) -> dict[str, Any]:
+    """A token as clients read it; its bytes stand there where they are no whole text."""
+    text = tokenizer.token_text(token)
+    form = {"id": token, "token": text}
+    return {**form, "bytes": list(tokenizer.token_bytes(token))} if "\ufffd" in text else form
+
+
+def _is_first_or_last(update: Update) -> bool:
+    return update.finish_reason is not None or update.num_output_tokens == len(update.ids)
+
+
+def _add_counts(progress: Progress, head: StreamHead, outputs: StreamOutputs) -> None:
     updates = progress.updates
     if progress.num_input_tokens is not None:
         outputs[contract.NUM_INPUT_TOKENS] = [progress.num_input_tokens] * len(updates)
     if progress.shows_output_tokens:
-        outputs[contract.NUM_OUTPUT_TOKENS] = [update.num_output_tokens for update in updates]
+        outputs[contract.NUM_OUTPUT_TOKENS] = [
+            len(update.ids) if head.counts_new_tokens else update.num_output_tokens for update in updates
+        ]
     if progress.shows_index:
         outputs[contract.SEQUENCE_INDEX] = [update.index for update in updates]
+    if head.batch_index is not None:
+        outputs[contract.BATCH_INDEX] = [head.batch_index] * len(updates)
 
 
 def _add_log_probs(tokenizer: Tokenizer, log_probs: LogProbs, outputs: StreamOutputs) -> None:
@@ -96,10 +117,7 @@ def _add_log_probs(tokenizer: Tokenizer, log_probs: LogProbs, outputs: StreamOut
     outputs.setdefault(contract.OUTPUT_LOG_PROBS, []).extend(log_probs.tokens)
     outputs.setdefault(contract.CUM_LOG_PROBS, []).append(log_probs.total)
     if log_probs.top:
-        rows = [
-            [{"id": token, "token": tokenizer.token_text(token), "log_prob": value} for token, value in row]
-            for row in log_probs.top
-        ]
+        rows = [[{**token_form(tokenizer, token), "log_prob": value} for token, value in row] for row in log_probs.top]
         outputs.setdefault(contract.TOP_LOG_PROBS, []).extend(
             json.dumps(row, ensure_ascii=False).encode() for row in rows
         )

@@ -1,22 +1,24 @@
-"""`python -m deepseek_triton.loadtest.report result.json`: the report again, beside the result."""
+"""`python -m deepseek_triton.loadtest.report RESULT.json`: write the report beside the result again."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from deepseek_triton.command_parser import CommandParser
+from deepseek_triton.extras import exit_with
 from deepseek_triton.loadtest.report.page import write_report
 from deepseek_triton.loadtest.result import ResultError, load
 
-USAGE = 2
 
-
-def main(arguments: list[str]) -> int:
-    """Write report.html beside the result that is named."""
-    if len(arguments) != 1:
-        print("usage: python -m deepseek_triton.loadtest.report RESULT.json", file=sys.stderr)
-        return USAGE
-    path = Path(arguments[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write report.html beside a result.json; returns 1 if that can't be read or written."""
+    parser = CommandParser(
+        prog="python -m deepseek_triton.loadtest.report", description="Write report.html beside a result.json again."
+    )
+    parser.add_argument("result", type=Path, metavar="RESULT.json")
+    path = parser.parse_args(argv).result
     try:
         write_report(load(path), path.with_name("report.html"))
     except (OSError, ResultError) as error:
@@ -27,4 +29,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main)

@@ -25,6 +25,7 @@ from deepseek_triton.clients.connect import ProtocolName
         ("grpc://a:9", "http", ("http", "http://a:9")),
         ("[::1]:9", None, ("grpc", "[::1]:9")),
         ("[::1]", None, ("grpc", "[::1]:8001")),
+        ("http://user:word@a", None, ("http", "http://user:word@a")),
     ],
 )
 def test_an_address_is_read(url: str | None, protocol: ProtocolName | None, expected: tuple[str, str]) -> None:
@@ -36,6 +37,9 @@ def test_an_address_is_read(url: str | None, protocol: ProtocolName | None, expe
     [
         ("ftp://a", None, "url must be host:port, or begin with grpc://, http://, https://; got 'ftp://a'"),
         ("https://a", "grpc", "url must not begin with https:// for gRPC"),
+        ("a:99999", None, "the port in --url must be a number from 1 to 65535, got '99999'"),
+        ("http://a:0/", None, "the port in --url must be a number from 1 to 65535, got '0'"),
+        ("grpc://a:eight", "http", "the port in --url must be a number from 1 to 65535, got 'eight'"),
     ],
 )
 def test_an_address_is_refused(url: str, protocol: ProtocolName | None, message: str) -> None:

@@ -1,4 +1,4 @@
-"""What only asyncio clients have: tasks that are cancelled, and loops that are left."""
+"""Behaviour of asyncio clients alone: cancelled tasks, and loops that are left early."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from tests.clients.test_fakes import (
     say,
     wait_until,
 )
+from tests.support.tasks import check_no_tasks, told
 
 REQUEST = GenerateRequest(prompt="Hello")
 
@@ -49,8 +50,7 @@ class AsyncWorld:
         async def main() -> None:
             async with self.client(timeout_s) as client:
                 await use(client)
-            await asyncio.sleep(0)  # callbacks of what has ended run in the loop's next turn
-            assert asyncio.all_tasks() == {asyncio.current_task()}
+            await check_no_tasks()
 
         asyncio.run(main())
         wait_until(lambda: not connections(int(self.server.url.rpartition(":")[2])), 2.0)
@@ -98,12 +98,12 @@ def test_a_cancelled_stream_is_stopped_on_the_server(world: AsyncWorld) -> None:
     async def use(client: AsyncBaseClient) -> None:
         seen = asyncio.Event()
         task = asyncio.create_task(first_chunk(client, seen))
-        await seen.wait()
+        await told(seen, task)
         started = time.monotonic()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 9  # ten unless it is stopped
         assert world.server.stopped == [only_id(world)]
 
     world.run(use)
@@ -123,7 +123,7 @@ def test_the_last_response_is_waited_for_before_the_call_ends(world: AsyncWorld)
     async def use(client: AsyncBaseClient) -> None:
         seen = asyncio.Event()
         task = asyncio.create_task(first_chunk(client, seen))
-        await seen.wait()
+        await told(seen, task)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -139,7 +139,7 @@ def test_a_second_cancellation_does_not_keep_the_request_running(world: AsyncWor
     async def use(client: AsyncBaseClient) -> None:
         seen = asyncio.Event()
         task = asyncio.create_task(first_chunk(client, seen))
-        await seen.wait()
+        await told(seen, task)
         for _ in range(3):
             task.cancel()
             await asyncio.sleep(0)
@@ -150,12 +150,13 @@ def test_a_second_cancellation_does_not_keep_the_request_running(world: AsyncWor
     assert world.server.stopped == [only_id(world)]
 
 
+@pytest.mark.slow
 def test_a_cancelled_generate_is_stopped_on_the_server(world: AsyncWorld) -> None:
     world.hang_after()
 
     async def use(client: AsyncBaseClient) -> None:
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(client.generate(REQUEST), 0.3)
+            await asyncio.wait_for(client.generate(REQUEST), 0.6)
         assert world.server.stopped == [only_id(world)]
 
     world.run(use)
@@ -169,7 +170,7 @@ def test_an_abandoned_loop_stops_the_request(world: AsyncWorld) -> None:
         async for chunk in client.stream(REQUEST):
             assert chunk.text == "Par"
             break
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 30
         while not world.server.stopped and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         assert world.server.stopped == [only_id(world)]
@@ -181,7 +182,7 @@ def test_thirty_two_streams_share_one_client(world: AsyncWorld) -> None:
     def back(received: Received) -> Iterator[Reply]:
         for part in (received.inputs["text_input"], " and back"):
             yield reply(part)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while len(world.server.generated) < 32 and time.monotonic() < deadline:
             time.sleep(0.01)  # all are answered at once
         yield reply("", "stop")
@@ -204,7 +205,7 @@ def test_other_tasks_run_while_one_waits(world: AsyncWorld) -> None:
     async def use(client: AsyncBaseClient) -> None:
         seen = asyncio.Event()
         task = asyncio.create_task(first_chunk(client, seen))
-        await seen.wait()
+        await told(seen, task)
         assert await client.is_ready()
         await client.stop(only_id(world))
         await task
@@ -218,7 +219,7 @@ def test_closing_the_client_ends_a_stream_that_waits(world: AsyncWorld) -> None:
     async def use(client: AsyncBaseClient) -> None:
         seen = asyncio.Event()
         task = asyncio.create_task(first_chunk(client, seen))
-        await seen.wait()
+        await told(seen, task)
         await asyncio.sleep(0.05)
         await client.close()
         with pytest.raises(ClientError):
@@ -235,7 +236,7 @@ def test_a_stop_that_fails_hides_no_cancellation(world: AsyncWorld, caplog: pyte
     async def use(client: AsyncBaseClient) -> None:
         seen = asyncio.Event()
         task = asyncio.create_task(first_chunk(client, seen))
-        await seen.wait()
+        await told(seen, task)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -1,4 +1,4 @@
-"""`chat`: its commands, pasted lines, a context that is full, and models that can't be talked to."""
+"""`chat`: its commands, pasted lines, a full context, and models that can't chat."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def sent(server: FakeGrpcServer) -> list[list[tuple[str, str]]]:
     ]
 
 
+@pytest.mark.slow
 def test_commands_on_a_terminal(server: FakeGrpcServer, tmp_path: Path) -> None:
     with terminal("chat", MODEL, "--url", server.url) as chat:
-        chat.wait_for(f"{MODEL} at {server.url}; /help lists the commands")
+        chat.wait_for(f"{MODEL} at {server.url}, a context of 256 tokens; /help lists the commands")
         chat.type("/help\n")
         for command in COMMANDS:
             chat.wait_for(command)
@@ -49,13 +50,14 @@ def test_commands_on_a_terminal(server: FakeGrpcServer, tmp_path: Path) -> None:
         chat.type(" /two\n")
         chat.wait_for("Paris", 2)
         chat.type("exit\n")
-        assert chat.process.wait(10) == 0
+        assert chat.process.wait(60) == 0
     system = ("system", "Be brief")
     assert sent(server) == [[system, ("user", "one")], [system, ("user", " /two")]]
     saved = json.loads((tmp_path / "chat.json").read_text())
     assert [turn["content"] for turn in saved["messages"]] == ["Be brief", "one", "Paris"]
 
 
+@pytest.mark.slow
 def test_pasted_lines_are_one_message_and_so_is_a_block(server: FakeGrpcServer) -> None:
     pytest.importorskip("readline")
     with terminal("chat", MODEL, "--url", server.url) as chat:
@@ -67,11 +69,12 @@ def test_pasted_lines_are_one_message_and_so_is_a_block(server: FakeGrpcServer) 
         chat.type('"""\nthree\n\nfour\n"""\n')
         chat.wait_for("Paris", 2)
         chat.type("\x04")  # Ctrl-D
-        assert chat.process.wait(10) == 0
+        assert chat.process.wait(60) == 0
     questions = [turns[-1][1] for turns in sent(server)]
     assert questions == ["one\ntwo", "three\n\nfour"]
 
 
+@pytest.mark.slow
 def test_a_line_is_edited_and_comes_back_from_the_history(server: FakeGrpcServer) -> None:
     pytest.importorskip("readline")
     with terminal("chat", MODEL, "--url", server.url, "-q") as chat:
@@ -121,10 +124,10 @@ def test_one_message_that_fills_the_context_is_an_error(
 def test_a_scoring_model_is_refused_before_the_prompt(
     server: FakeGrpcServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.ready_models.add(f"{MODEL}-scorer")
+    server.tensors[MODEL] = (["text_input", "labels"], ["label", "probabilities"])
     assert main(["chat", MODEL, "--url", server.url]) == 1
     assert capsys.readouterr().err == (
-        f"error: {MODEL} is a scoring model, which can't chat; use: deepseek-triton score {MODEL} TEXT\n"
+        f"error: {MODEL} is a scoring model, which generates no text; use: deepseek-triton score {MODEL} TEXT\n"
     )
 
 
@@ -177,3 +180,12 @@ def test_what_is_a_command() -> None:
     assert run_command("/system", history) == "there is no system's message now" and history.system is None
     assert run_command("/save", history) == "name a file: /save FILE"
     assert run_command("/save /nowhere/x", history).startswith("/nowhere/x can't be written: ")
+
+
+@pytest.mark.slow
+def test_an_engine_that_doesn_t_tell_its_context_is_talked_to_all_the_same(server: FakeGrpcServer) -> None:
+    server.max_seq_len = None
+    with terminal("chat", MODEL, "--url", server.url) as chat:
+        chat.wait_for(f"{MODEL} at {server.url}; /help lists the commands")
+        chat.type("one\n")
+        chat.wait_for("Paris")

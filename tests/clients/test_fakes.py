@@ -23,6 +23,7 @@ from tritonclient import utils as triton_utils
 from tritonclient.grpc import service_pb2
 
 MODEL = "tiny"
+UNKNOWN = "Request for unknown model: '{}' is not found"
 SERVICE = "inference.GRPCInferenceService"
 LISTS = ("stop_words", "bad_words")  # inputs of dims [-1]
 
@@ -94,6 +95,10 @@ class FakeServer(ABC):
         self.script = script
         self.on_stop = on_stop
         self.ready_models = {MODEL}
+        # Model → the names of its inputs and of its outputs.
+        self.tensors = {MODEL: (["text_input", "messages", "stream"], ["text_output", "finish_reason"])}
+        self.tells_index = True
+        self.max_seq_len: int | None = 256  # None: an engine of before, which doesn't tell it
         self.port = port
         self.hang = threading.Event()
         self._received: list[Received] = []
@@ -127,6 +132,8 @@ class FakeServer(ABC):
         self._received.append(received)
         if not received.model.endswith("-engine"):
             yield from self.script(received)
+        elif "describe" in received.inputs:
+            yield {"max_seq_len": self.max_seq_len} if self.max_seq_len else Fail("there is no input describe")
         elif self.on_stop is not None:
             yield self.on_stop
         elif self.url.startswith("http"):  # over gRPC the engine ends the call with an empty response
@@ -147,6 +154,21 @@ class FakeGrpcServer(FakeServer):
                 service_pb2.ModelReadyRequest.FromString,
                 service_pb2.ModelReadyResponse.SerializeToString,
             ),
+            "ModelMetadata": grpc.unary_unary_rpc_method_handler(
+                self._metadata,
+                service_pb2.ModelMetadataRequest.FromString,
+                service_pb2.ModelMetadataResponse.SerializeToString,
+            ),
+            "RepositoryIndex": grpc.unary_unary_rpc_method_handler(
+                self._index,
+                service_pb2.RepositoryIndexRequest.FromString,
+                service_pb2.RepositoryIndexResponse.SerializeToString,
+            ),
+            "ServerLive": grpc.unary_unary_rpc_method_handler(
+                lambda request, context: service_pb2.ServerLiveResponse(live=True),
+                service_pb2.ServerLiveRequest.FromString,
+                service_pb2.ServerLiveResponse.SerializeToString,
+            ),
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         self.url = f"127.0.0.1:{self._server.add_insecure_port(f'127.0.0.1:{self.port}')}"
@@ -156,6 +178,23 @@ class FakeGrpcServer(FakeServer):
     def __exit__(self, *_: object) -> None:
         self.hang.set()
         self._server.stop(grace=0).wait(5)
+
+    def _metadata(self, request: Any, context: Any) -> Any:
+        if request.name not in self.tensors:
+            context.abort(grpc.StatusCode.NOT_FOUND, UNKNOWN.format(request.name))
+        answer = service_pb2.ModelMetadataResponse(name=request.name, versions=["1"])
+        for tensors, names in zip((answer.inputs, answer.outputs), self.tensors[request.name], strict=True):
+            for name in names:
+                tensors.add(name=name)
+        return answer
+
+    def _index(self, request: Any, context: Any) -> Any:
+        if not self.tells_index:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "This protocol is restricted")
+        answer = service_pb2.RepositoryIndexResponse()
+        for name in self.tensors:
+            answer.models.add(name=name)
+        return answer
 
     def _stream_infer(self, messages: Iterator[Any], context: Any) -> Iterator[Any]:
         for message in messages:
@@ -247,15 +286,36 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self._start(200 if self.path == f"/v2/models/{MODEL}/ready" else 400, "application/json")
+        told = self._told()
+        self._start(200 if self.path == f"/v2/models/{MODEL}/ready" or told else 400, "application/json")
+        if told:
+            self._send(json.dumps(told).encode())
         self._end()
+
+    def _told(self) -> dict[str, Any] | None:
+        """What the server tells of itself and of its models."""
+        if self.path == "/v2":
+            return {"name": "triton", "extensions": []}
+        name = self.path.removeprefix("/v2/models/")
+        if name == self.path or "/" in name:
+            return None
+        if name not in self.server_of.tensors:
+            return {"error": UNKNOWN.format(name)}
+        named = [[{"name": each} for each in names] for names in self.server_of.tensors[name]]
+        return {"name": name, "versions": ["1"], "inputs": named[0], "outputs": named[1]}
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/v2/repository/index" and self.server_of.tells_index:
+            self._start(200, "application/json")
+            self._send(json.dumps([{"name": name} for name in self.server_of.tensors]).encode())
+            self._end()
+            return
         if not self.path.startswith("/v2/models/"):
             self.send_error(404)
             return
         model, method = self.path.removeprefix("/v2/models/").split("/")
+        body.pop("stop_key", None)  # no input: over gRPC it is a parameter
         received = Received(method, model, body.pop("id"), body)
         try:
             self._answer(received)
@@ -303,7 +363,7 @@ def _to_fields(answer: dict[str, Any]) -> dict[str, Any]:
     return {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in answer.items()}
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

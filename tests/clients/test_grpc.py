@@ -79,6 +79,7 @@ def test_generate_refuses_a_stream() -> None:
         client.generate(REQUEST)
 
 
+@pytest.mark.slow
 def test_a_client_that_waits_for_its_server_finds_it() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -87,5 +88,5 @@ def test_a_client_that_waits_for_its_server_finds_it() -> None:
         with FakeGrpcServer(say("x"), port=port):
             started = time.monotonic()
             wait_until(client.is_ready)
-            assert time.monotonic() - started < 3
+            assert time.monotonic() - started < 15  # its wait between attempts doesn't grow to minutes
             assert client.generate(REQUEST).text == "x"

@@ -69,7 +69,8 @@ def test_the_models_name_is_escaped() -> None:
         assert [received.model for received in server._received] == ["a%2Fb%20c"]
 
 
-@settings(max_examples=50, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=50)
 @given(st.lists(st.text()), st.sampled_from(["\n", "\r\n"]), st.data())
 def test_events_do_not_depend_on_the_pieces(texts: list[str], end: str, data: st.DataObject) -> None:
     events = [text.replace("\n", "").replace("\r", "") for text in texts]

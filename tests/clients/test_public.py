@@ -27,6 +27,7 @@ def imported_with(source: str) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "absent"),
     [

@@ -81,6 +81,7 @@ def test_tool_calls_come_in_pieces() -> None:
     }
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=4), st.integers(0, 2**32))
 def test_sequences_come_out_as_they_went_in(lengths: list[int], seed: int) -> None:
     """Whatever tokens of whichever sequences travel together, in whatever order, each gets its own."""

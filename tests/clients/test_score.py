@@ -291,7 +291,7 @@ def test_each_line_of_standard_input_is_a_text(
 def test_errors_are_one_line(client: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     client.error = RequestRejected("labels holds 1 label")
     assert cli.main(["score", "m", "x", "--labels", "a"]) == 1
-    assert capsys.readouterr().err.startswith("error: labels holds 1 label; ")
+    assert capsys.readouterr().err.startswith("error: labels holds 1 label\n")
 
 
 def test_examples_use_the_models_own_labels() -> None:

@@ -131,6 +131,14 @@ def test_generate_gives_the_whole_answer(world: World) -> None:
     assert received.method in ("ModelStreamInfer", "generate")
 
 
+def test_the_engine_tells_its_context(world: World) -> None:
+    server, client = world.start(say("x"))
+    assert client.max_seq_len() == 256
+    server.max_seq_len = None
+    with pytest.raises(RequestRejected, match="no input describe"):
+        client.max_seq_len()
+
+
 def test_every_request_has_its_own_id(world: World) -> None:
     server, client = world.start(say("x"))
     for _ in range(3):
@@ -237,6 +245,18 @@ def test_several_answers_to_one_prompt(world: World) -> None:
     assert [(chunk.sequence_index, chunk.text) for chunk in chunks] == [(0, "Par"), (1, "Ro"), (0, "is"), (1, "me")]
     assert Generation.all_from_chunks(chunks) == expected
     assert server.stopped == []
+
+
+def test_several_answers_may_come_in_a_response_each(world: World) -> None:
+    def apart(received: Received) -> Iterator[Reply]:
+        yield reply("Rome", "length", 2, sequence_index=1)
+        yield reply("Paris", "stop", 1, sequence_index=0)
+
+    if world.protocol == "http":
+        pytest.skip("Triton's HTTP generate gives one response")
+    _, client = world.start(apart)
+    answers = client.generate_all(replace(REQUEST, num_return_sequences=2))
+    assert [answer.text for answer in answers] == ["Paris", "Rome"]
 
 
 def test_generate_refuses_several_answers(world: World) -> None:
@@ -367,16 +387,18 @@ def test_the_connection_breaks_midway(world: World) -> None:
         next(stream)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("texts", [(), ("Par",)])
 def test_a_stream_that_falls_silent_times_out_and_is_stopped(world: World, texts: tuple[str, ...]) -> None:
     server, client = start_hanging(world, *texts, timeout_s=0.3)
     started = time.monotonic()
     with pytest.raises(RequestTimeout, match=r"within 0.3 s"):
         list(client.stream(REQUEST))
-    assert 0.25 < time.monotonic() - started < 2
+    assert 0.25 < time.monotonic() - started < 10
     assert server.stopped == [server.generated[0].request_id]
 
 
+@pytest.mark.slow
 def test_generate_times_out_and_is_stopped(world: World) -> None:
     server, client = start_hanging(world, timeout_s=0.3)
     with pytest.raises(RequestTimeout):
@@ -384,9 +406,10 @@ def test_generate_times_out_and_is_stopped(world: World) -> None:
     assert server.stopped == [server.generated[0].request_id]
 
 
+@pytest.mark.slow
 def test_timeout_bounds_the_whole_answer_not_each_chunk(world: World) -> None:
     def trickle(received: Received) -> Iterator[Reply]:
-        for _ in range(50):
+        for _ in range(400):
             yield reply("x")
             time.sleep(0.05)
 
@@ -394,7 +417,7 @@ def test_timeout_bounds_the_whole_answer_not_each_chunk(world: World) -> None:
     started = time.monotonic()
     with pytest.raises(RequestTimeout):
         list(client.stream(REQUEST))
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10  # twenty without the limit
     assert len(server.stopped) == 1
 
 
@@ -440,7 +463,9 @@ def test_ctrl_c_stops_the_request(world: World, stream: bool) -> None:
             yield reply("Par")
         time.sleep(0.1)
         signal.pthread_kill(main_thread, signal.SIGINT)
-        server.hang.wait(10)
+        deadline = time.monotonic() + 10
+        while not server.stopped and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     server, client = world.start(interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -461,6 +486,7 @@ def test_a_stop_that_fails_is_logged_and_hides_nothing(world: World, caplog: pyt
     assert "unknown model: tiny-engine" in caplog.text
 
 
+@pytest.mark.slow
 def test_sixteen_threads_share_one_client(world: World) -> None:
     everyone = threading.Barrier(16)
 

@@ -1,4 +1,4 @@
-"""When requests are due, and what they ask: exact moments, and distributions within what chance allows."""
+"""Arrival times and prompts: exact values, and distributions within statistical limits."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from deepseek_triton.clients.api import Generation, Message
+from deepseek_triton.clients.api import GenerateRequest, Generation, Message
 from deepseek_triton.loadtest.arrivals import _at_integrals, all_stages, level_at, poisson
 from deepseek_triton.loadtest.profile import Length, Stage
-from deepseek_triton.loadtest.prompts import ConversationTurn, History, Talk, draw, talk
+from deepseek_triton.loadtest.prompts import ConversationTurn, History, Talk, sample_length, talk
 from tests.support.loadtests import PROFILE, make_profile
 
 
@@ -50,6 +50,7 @@ def test_the_seed_decides_the_arrivals() -> None:
     assert first[:3] == pytest.approx([-4.65147031, -3.40701888, -3.28210053], abs=1e-8)
 
 
+@pytest.mark.slow
 def test_arrivals_are_a_poisson_process() -> None:
     profile = make_profile(warmup_s=0, stages=[{"seconds": 20_000, "start": 2, "end": 2}])
     times = poisson(profile)
@@ -62,13 +63,14 @@ def test_arrivals_are_a_poisson_process() -> None:
     assert sum(gap > 0.5 for gap in gaps) / len(gaps) == pytest.approx(math.exp(-1), abs=0.01)
 
 
+@pytest.mark.slow
 def test_lengths_are_lognormal_within_their_limits() -> None:
     length = Length(median=20, sigma=0.7, least=4, most=200)
-    values = sorted(draw(length, random.Random(i)) for i in range(20_000))
+    values = sorted(sample_length(length, random.Random(i)) for i in range(20_000))
     assert statistics.median(values) == pytest.approx(20, rel=0.03)
     assert statistics.stdev(math.log(v) for v in values if 4 < v < 200) == pytest.approx(0.7, rel=0.05)
     assert values[0] == 4 and values[-1] == 200
-    assert draw(Length(5, 0, 5, 5), random.Random(1)) == 5
+    assert sample_length(Length(5, 0, 5, 5), random.Random(1)) == 5
 
 
 CHAT: dict[str, Any] = {
@@ -83,6 +85,7 @@ CHAT: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_a_talk_is_decided_by_seed_and_number() -> None:
     profile = make_profile(requests=CHAT, protocols={"grpc": 1, "http": 3})
     assert talk(profile, 4) == talk(profile, 4)
@@ -98,10 +101,10 @@ def test_each_turn_carries_all_before_it_until_the_context_is_full() -> None:
     turns = tuple(ConversationTurn(f"question {i}", 20, 0.0) for i in range(3))
     history = History(Talk(0, "grpc-stream", turns), profile.requests, profile.seed)
     first = history.request(turns[0])
-    assert first is not None and first.messages == (Message("user", "question 0"),)
+    assert isinstance(first, GenerateRequest) and first.messages == (Message("user", "question 0"),)
     history.answered(Generation("answer 0", "stop", 30, 5))
     second = history.request(turns[1])
-    assert second is not None and second.messages == (
+    assert isinstance(second, GenerateRequest) and second.messages == (
         Message("user", "question 0"),
         Message("assistant", "answer 0"),
         Message("user", "question 1"),
@@ -115,5 +118,5 @@ def test_each_turn_carries_all_before_it_until_the_context_is_full() -> None:
 def test_sampled_texts_get_a_seed_of_their_own() -> None:
     profile = make_profile(requests=PROFILE["requests"] | {"temperature": 0.7})
     requests = [History(talk(profile, i), profile.requests, 7).request(talk(profile, i).turns[0]) for i in (0, 1, 0)]
-    seeds = [request.seed for request in requests if request]
+    seeds = [request.seed for request in requests if isinstance(request, GenerateRequest)]
     assert seeds == [7_000_021, 7_000_022, 7_000_021]

@@ -101,7 +101,7 @@ def test_every_level_of_the_projects_profiles_follows_from_its_basis(name: str) 
     read = profile.load(name)
     promised = {level: limit for level, limit in vars(read.levels).items() if limit is not None}
     assert promised.pop("max_error_ratio") == 0
-    if name == "smoke":
+    if name in ("gateway", "scoring", "smoke"):
         assert promised == {} and read.basis is None, "it judges whether everything works, on any machine"
         return
     assert read.basis is not None

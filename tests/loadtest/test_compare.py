@@ -1,4 +1,4 @@
-"""Two runs and what may be said of their difference; results as files."""
+"""The comparison of two runs, and results as files."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def test_a_run_does_not_differ_from_itself() -> None:
         assert each.conclusion == "the interval includes zero: no difference seen"
 
 
+@pytest.mark.slow
 def test_an_even_shift_of_paired_runs_has_an_interval_without_width() -> None:
     # Whatever blocks are drawn, every latency of b is 0.1 s longer than its twin of a.
     comparison = compare(make_result(samples(rate=16)), make_result(samples(0.1, rate=16)), num_resamples=200)

@@ -1,4 +1,4 @@
-"""An engine's own numbers: histograms, what is made of them, and whether client and engine agree."""
+"""The engine's own metrics: histograms, their evaluation, and the agreement of client and engine."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from tests.support.loadtests import engine_reading, failed, histogram, make_resu
 READINGS = [engine_reading(0.0, []), engine_reading(1.0, [0.4] * 10), engine_reading(3.0, [0.4] * 10 + [0.8] * 10)]
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(0, 3), min_size=1, max_size=60), st.sampled_from([50, 90, 99]))
 def test_a_percentile_lies_in_its_bucket_and_so_does_its_estimate(values: list[float], rank: int) -> None:
     found = histogram(values)

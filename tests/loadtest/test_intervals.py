@@ -1,17 +1,21 @@
-"""Whether an interval covers what it says it covers."""
+"""Whether confidence intervals have their nominal coverage."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
 from deepseek_triton.loadtest.intervals import (
+    MEASURES,
     P99_LATENCY,
     REQUESTS_PER_S,
     Figures,
     Floats,
+    Integers,
+    Measure,
     ResampledRun,
     difference,
     interval,
@@ -83,3 +87,41 @@ def test_a_draw_without_a_figure_leaves_no_interval() -> None:
     assert interval([], 8) == (None, None)
     run = run_of([np.array([0.1, 0.2])], 1.0)
     assert P99_LATENCY.of(run.figures, 1.0) == 0.2
+
+
+@pytest.mark.parametrize("measure", MEASURES, ids=lambda measure: measure.name)
+@pytest.mark.parametrize("is_paired", [True, False])
+def test_a_sample_has_the_measure_of_its_blocks_requests(measure: Measure, is_paired: bool) -> None:
+    random = np.random.default_rng(0)
+
+    def run(count: int) -> ResampledRun:
+        def some() -> Floats:
+            values: Floats = np.round(random.random(count), 1)  # with ties
+            values[random.random(count) < 0.2] = math.nan
+            values[random.random(count) < 0.1] = math.inf
+            return values
+
+        tokens, failed = random.integers(9, size=count).astype(float), (random.random(count) < 0.1).astype(float)
+        return ResampledRun(Figures(random.integers(5, size=count), some(), some(), some(), tokens, failed), 3.7)
+
+    def by_hand(run: ResampledRun, blocks: Integers) -> float:
+        drawn = np.concatenate([np.flatnonzero(run.figures.block == i) for i in blocks])
+        figures = Figures(*(getattr(run.figures, field.name)[drawn] for field in dataclasses.fields(Figures)))
+        if not measure.unit:
+            return float((figures.tokens if "token" in measure.name else 1 - figures.failed).sum() / run.seconds)
+        if measure.unit == "%":
+            return float(figures.failed.mean() * 100) if len(drawn) else math.nan
+        field = {"late": "latency_s", "time": "first_token_s", "inte": "inter_token_s"}[measure.name[:4]]
+        values = getattr(figures, field)
+        values = np.sort(values[~np.isnan(values)])
+        rank = 50 if "median" in measure.name else 99
+        return float(values[max(math.ceil(rank / 100 * len(values)), 1) - 1]) if len(values) else math.nan
+
+    for runs in ([run(200), run(150)], [run(1), run(3)], [run(0), run(40)]):
+        (draws,) = resample(runs, [measure], 5, is_paired=is_paired, num_resamples=50, seed=1)
+        random_blocks = np.random.default_rng(1)
+        for sample in draws:
+            first = random_blocks.integers(5, size=5)
+            blocks = [first, first if is_paired else random_blocks.integers(5, size=5)]
+            expected = [by_hand(each, chosen) for each, chosen in zip(runs, blocks, strict=True)]
+            np.testing.assert_array_equal(sample, expected)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import httpx
 import pytest
 
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
+from deepseek_triton.free_ports import free_ports
 from deepseek_triton.loadtest.result import load
 from deepseek_triton.loadtest.status import Status
 from tests.conftest import NAME
@@ -22,12 +22,6 @@ from tests.support.loadtests import missed_but_for_time
 
 ROOT = Path(__file__).parents[2]
 PROFILE = ROOT / "loadtest" / "profiles" / "smoke.toml"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def wait_for(answer: Any, limit_s: float = 60.0) -> Any:
@@ -44,12 +38,13 @@ def wait_for(answer: Any, limit_s: float = 60.0) -> Any:
 
 
 @pytest.mark.server
-def test_a_run_is_started_and_seen_on_locusts_page(server: TritonServer, tmp_path: Path) -> None:
+def test_a_run_is_started_and_seen_on_locusts_page(tiny_server: TritonServer, tmp_path: Path) -> None:
     short = tmp_path / "short.toml"
-    short.write_text(PROFILE.read_text().replace("seconds = 20", "seconds = 5").replace("start = 1.0", "start = 2.0"))
-    ports = {"http": server.http_port, "grpc": server.grpc_port, "metrics": server.metrics_port}
+    text = PROFILE.read_text().replace("warmup_s = 3", "warmup_s = 1")
+    short.write_text(text.replace("seconds = 20", "seconds = 4").replace("start = 1.0", "start = 3.0"))
+    ports = {"http": tiny_server.http_port, "grpc": tiny_server.grpc_port, "metrics": tiny_server.metrics_port}
     options = [each for name, port in ports.items() for each in (f"--{name}-port", str(port))]
-    page = free_port()
+    page = free_ports(1)[0]
     command = [
         sys.executable, "-m", "deepseek_triton.loadtest.run", str(short), "--page", str(page), "--host", "127.0.0.1",
         "--model", NAME, *options, "--shared-machine", "--output", str(tmp_path / "output"),
@@ -62,7 +57,7 @@ def test_a_run_is_started_and_seen_on_locusts_page(server: TritonServer, tmp_pat
         try:
             home = wait_for(lambda: browser.get("/"))
             assert home.status_code == 200 and "Locust" in home.text
-            assert f"http://127.0.0.1:{server.http_port}" in home.text, "what is loaded"
+            assert f"http://127.0.0.1:{tiny_server.http_port}" in home.text, "what is loaded"
             for run in (1, 2):  # a second run begins anew
                 started = browser.post("/swarm", data={"user_count": "1", "spawn_rate": "1"}).json()
                 assert started["success"], started

@@ -1,4 +1,4 @@
-"""Profiles: what is read, what is refused."""
+"""Load profiles: reading and refusing them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_each_profile_of_the_project_is_sound_and_survives_a_round_trip(name: st
 
 
 def test_the_profiles_of_the_issue_are_there() -> None:
-    assert profile.names() == ["chat", "ramp", "smoke", "soak", "spike", "steady"]
+    assert profile.names() == ["chat", "gateway", "ramp", "scoring", "smoke", "soak", "spike", "steady"]
 
 
 def test_scaling_multiplies_levels_and_nothing_else() -> None:
@@ -62,10 +62,14 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("stages/0/seconds", 0, "stages[0].seconds must be a number from 0.1 to 604800, got 0"),
         ("stages/0/end", None, "stages[0].end is missing"),
         ("stages/0/rate", 1, "unknown field stages[0].rate"),
-        ("protocols", {"gprc": 1}, "protocols must be one of grpc-stream, grpc, http-stream, http, got 'gprc'"),
+        (
+            "protocols",
+            {"gprc": 1},
+            "protocols must be one of grpc-stream, grpc, http-stream, http, openai-stream, openai, got",
+        ),
         ("protocols", {}, "protocols must be a table with one at least, got {}"),
         ("protocols", {"grpc": 0}, "protocols.grpc must be a number from 1e-06"),
-        ("requests/form", "txt", "requests.form must be one of text, chat, got 'txt'"),
+        ("requests/form", "txt", "requests.form must be one of text, chat, score, report, got 'txt'"),
         ("requests/prompt_words/median", 60, "requests.prompt_words.median must be a number from 2 to 50, got 60"),
         ("requests/prompt_words", 5, "requests.prompt_words must be a table, got 5"),
         ("levels", {"max_error_ratio": 5}, "levels.max_error_ratio must be a number from 0 to 1, got 5"),
@@ -94,10 +98,11 @@ def test_a_file_is_named_in_its_errors(tmp_path: Path) -> None:
     path.write_text("seed = 1")
     with pytest.raises(LoadProfileError, match=r"mine\.toml: description is missing"):
         profile.load(str(path))
-    with pytest.raises(LoadProfileError, match="no profile 'other'; there are chat, ramp"):
+    with pytest.raises(LoadProfileError, match="no profile 'other'; there are chat, gateway, ramp"):
         profile.load("other")
 
 
+@pytest.mark.slow
 def test_what_computes_leaves_the_standard_library_unpatched() -> None:
     code = """
 import sys

@@ -67,6 +67,7 @@ def test_which_addresses_are_this_machines(url: str, port: int | None) -> None:
     assert local_port(url) == port
 
 
+@pytest.mark.slow
 def test_a_servers_children_are_its_own_and_what_they_use_is_not_others() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", BURN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -77,10 +78,14 @@ def test_a_servers_children_are_its_own_and_what_they_use_is_not_others() -> Non
         assert found[0].pid == server.pid and len(found) == 2
         watch = Watch(port)
         before = watch.read(0.0)
-        time.sleep(1.0)
-        after = watch.read(1.0)
-        assert before.server_s is not None and after.server_s is not None
-        assert after.server_s - before.server_s > 0.3, "the child computes without a pause"
+        assert before.server_s is not None
+        for second in range(1, 60):
+            time.sleep(1.0)
+            after = watch.read(float(second))
+            assert after.server_s is not None
+            if after.server_s - before.server_s > 0.3:  # the child computes without a pause, as far as others let it
+                break
+        assert after.server_s is not None and after.server_s - before.server_s > 0.3
         assert after.busy_s - before.busy_s >= after.server_s - before.server_s - 0.05
         assert after.generator_s - before.generator_s < 0.2, "this process slept"
         assert after.server_bytes is not None and after.server_bytes > 5 * 2**20

@@ -13,7 +13,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text(encodi
 
 
 def test_the_page_has_every_command_and_which_have_json() -> None:
-    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \|([^|]*)\|$", PAGE, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| [^|]+ \|([^|]*)\|$", PAGE, re.MULTILINE))
     assert list(rows) == list(COMMANDS)
     for name, json in rows.items():
         has_json = any("--json" in action.option_strings for action in make_command_parser(name)._actions)

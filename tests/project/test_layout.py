@@ -8,29 +8,42 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from tests.support.syntax import parse_source
+
 ROOT = Path(__file__).parents[2]
 PRODUCT = ("builders", "ensemble", "clients")
-# A repository's model.py imports one of them.
-ADAPTERS = tuple(
-    f"ensemble.models.{name}"
-    for name in ("tokenizer", "engine", "detokenizer", "score_tokenizer", "score_engine", "scorer")
-)
+# A repository's model.py imports one of them; the engine's sends its responses through sinks.
+ADAPTERS = (
+    *(
+        f"ensemble.models.{name}"
+        for name in (
+            "tokenizer", "engine", "sinks", "detokenizer", "infer", "score_tokenizer", "score_engine", "scorer",
+        )
+    ),
+    *(f"examples.image_report.models.{name}" for name in ("preprocessor", "resnet", "findings")),
+    *(f"examples.fraud.serving.{name}" for name in ("preprocess", "explanation", "decision", "drift")),
+)  # fmt: skip
 HEAVY = ("gguf", "jinja2", "onnx", "onnxruntime", "tokenizers", "torch", "tqdm", "transformers", "tritonclient")
 # tritonclient itself needs numpy and ml_dtypes.
 NOT_FOR_CLIENTS = ("builders", "gguf", "jinja2", "onnx", "onnxruntime", "tokenizers", "torch", "tqdm")
 TOP_LEVEL = (
-    "builders", "clients", "Dockerfile", "ensemble", "loadtest", "model_repository", "pyproject.toml", "tests",
+    "builders", "clients", "Dockerfile", "ensemble", "gateway", "loadtest", "model_repository", "pyproject.toml",
+    "tests",
 )  # fmt: skip
 
 
 # What a request and its answer are on the wire; clients and models share it.
-CONTRACT = tuple(f"ensemble.protocol.{name}" for name in ("contract", "ranges", "request_options", "tensor_spec"))
+CONTRACT = tuple(
+    f"ensemble.protocol.{name}"
+    for name in ("compatible_options", "contract", "error_kind", "ranges", "request_options", "tensor_spec")
+)
 # Importing them patches the standard library: nothing else may, or the tests' own threads would change under them.
-LOCUST_RUNS = tuple(f"loadtest.{name}" for name in ("gevent_patch", "run", "session", "users"))
+LOCUST_RUNS = tuple(f"loadtest.{name}" for name in ("gevent_patch", "interrupts", "run", "session", "users"))
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,10 @@ class Arrow:
 
 ARROWS = {
     "clients know of the rest only the contract": Arrow(("clients",), ("builders", "ensemble"), allowed=CONTRACT),
-    "builders don't know the runners": Arrow(("builders",), ("ensemble.engine.runners",)),
+    # A build is judged by the runner that will serve it, in a process of its own.
+    "builders don't know the runners": Arrow(
+        ("builders",), ("ensemble.engine.runners",), excepted=("builders.lifecycle.gate.built_model",)
+    ),
     "what runs inside Triton knows neither builders nor clients": Arrow(("ensemble",), ("builders", "clients")),
     "a decoder's structure depends on nothing": Arrow(
         ("ensemble.decoder",), (*PRODUCT, "numpy", "onnx"), allowed=("ensemble.decoder",)
@@ -65,7 +81,9 @@ ARROWS = {
         ("builders", "ensemble"),
         allowed=("ensemble.server.tritonserver", "ensemble.processes.machine"),  # a server, and what it runs on
     ),
-    "nothing that serves or calls knows the load tests": Arrow(("ensemble", "clients"), ("loadtest",)),
+    "nothing that serves or calls knows the load tests": Arrow(("ensemble", "clients", "gateway"), ("loadtest",)),
+    "the gateway knows of the rest only the clients": Arrow(("gateway",), ("builders", "ensemble")),
+    "nothing knows the gateway": Arrow((*PRODUCT, "loadtest"), ("gateway",)),
     "only what Locust runs may import what gevent patches": Arrow(
         ("loadtest",), ("gevent", "locust"), excepted=LOCUST_RUNS
     ),
@@ -78,16 +96,24 @@ ARROWS = {
         excepted=("ensemble.server.tritonserver", "ensemble.server.supervisor"),
     ),
     "only the adapters know Triton's Python backend": Arrow(
-        (*PRODUCT, "scripts", "benchmarks", "loadtest", "gateway"),
+        (*PRODUCT, "scripts", "benchmarks", "loadtest", "gateway", "examples"),
         ("triton_python_backend_utils",),
         excepted=ADAPTERS,
     ),
-    "torch is for the cuda runner, tests and benchmarks": Arrow(
+    "torch is for the cuda runner, training, FP8 builds on a GPU, tests and benchmarks": Arrow(
         (*PRODUCT, "scripts", "loadtest", "gateway"),
         ("torch", "triton"),
-        excepted=("ensemble.engine.runners.cuda",),
+        excepted=("ensemble.engine.runners.cuda", "builders.fp8.rounding.arrays", "builders.lifecycle"),
     ),
-    "transformers is for tests and benchmarks": Arrow((*PRODUCT, "scripts", "loadtest", "gateway"), ("transformers",)),
+    "transformers is for training, tests and benchmarks": Arrow(
+        (*PRODUCT, "scripts", "loadtest", "gateway"), ("transformers", "peft"), excepted=("builders.lifecycle",)
+    ),
+    "nothing of the product knows the examples": Arrow((*PRODUCT, "loadtest", "gateway"), ("examples",)),
+    "torch trains the image report's classifier and serves nothing of it": Arrow(
+        ("examples.image_report",),
+        ("torch",),
+        excepted=tuple(f"examples.image_report.training.{name}" for name in ("export", "resnet", "train")),
+    ),
     "nothing depends on the tests": Arrow((*PRODUCT, "scripts", "benchmarks", "loadtest", "gateway"), ("tests",)),
 }
 
@@ -100,7 +126,13 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imported_modules(source: str, module: str) -> Iterator[str]:
+@cache
+def parsed(path: Path) -> ast.Module:
+    """A source, parsed once for all tests; nothing changes it."""
+    return parse_source((ROOT / path).read_text(encoding="utf-8"))
+
+
+def imported_modules(source: ast.Module, module: str) -> Iterator[str]:
     """Every module that `source` names in an import, those inside functions and strings of import_module included.
 
     The project's own are named by their folders, without the common name before.
@@ -109,28 +141,31 @@ def imported_modules(source: str, module: str) -> Iterator[str]:
         yield name.removeprefix("deepseek_triton.")
 
 
-def imported_names(source: str, module: str) -> Iterator[str]:
-    for node in ast.walk(ast.parse(source)):
+def imported_names(source: ast.Module, module: str) -> Iterator[str]:
+    for node in ast.walk(source):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: relative import"
             # `from deepseek_triton.ensemble import server` imports ensemble.server
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
+        elif isinstance(node, ast.Call) and _called_name(node.func) == "import_module":
             yield from (str(argument.value) for argument in node.args[:1] if isinstance(argument, ast.Constant))
 
 
+def _called_name(function: ast.expr) -> str:
+    """The last part of the name of what is called: to unparse every call takes seconds."""
+    if isinstance(function, ast.Attribute):
+        return function.attr
+    return function.id if isinstance(function, ast.Name) else ""
+
+
+@cache
 def imports() -> dict[str, set[str]]:
     """Module → what it imports, for every source below the top-level directories."""
     directories = {name for arrow in ARROWS.values() for source in arrow.sources for name in [source.split(".")[0]]}
     paths = (path for name in directories for path in (ROOT / name).rglob("*.py"))
-    return {
-        module_name(path): set(imported_modules(path.read_text(encoding="utf-8"), module_name(path))) for path in paths
-    }
-
-
-IMPORTS = imports()
+    return {module_name(path): set(imported_modules(parsed(path), module_name(path))) for path in paths}
 
 
 def violations(arrow: Arrow, imports: dict[str, set[str]]) -> list[str]:
@@ -146,8 +181,8 @@ def violations(arrow: Arrow, imports: dict[str, set[str]]) -> list[str]:
 @pytest.mark.parametrize("arrow", ARROWS.values(), ids=ARROWS)
 def test_imports_point_one_way(arrow: Arrow) -> None:
     for source in arrow.excepted:
-        assert source in IMPORTS, f"{source} has gone: its exception must go too"
-    assert violations(arrow, IMPORTS) == []
+        assert source in imports(), f"{source} has gone: its exception must go too"
+    assert violations(arrow, imports()) == []
 
 
 @pytest.mark.parametrize(
@@ -173,7 +208,7 @@ def test_imports_point_one_way(arrow: Arrow) -> None:
         (
             "ensemble.text.tokenizer",
             "importlib.import_module('torch.nn')",
-            "torch is for the cuda runner, tests and benchmarks",
+            "torch is for the cuda runner, training, FP8 builds on a GPU, tests and benchmarks",
         ),
         (
             "ensemble.models.tensors",
@@ -189,7 +224,7 @@ def test_imports_point_one_way(arrow: Arrow) -> None:
     ],
 )
 def test_an_import_the_wrong_way_is_seen(module: str, source: str, rule: str) -> None:
-    assert len(violations(ARROWS[rule], {module: set(imported_modules(source, module))})) == 1
+    assert len(violations(ARROWS[rule], {module: set(imported_modules(parse_source(source), module))})) == 1
 
 
 def run_python(code: str, *arguments: str) -> str:
@@ -211,6 +246,7 @@ print("loaded:", *(name for name in sys.argv[1:] if name in sys.modules))
     assert output.splitlines()[-1].strip() == "loaded:"
 
 
+@pytest.mark.slow
 def test_clients_need_only_their_own_extra() -> None:
     code = """
 import importlib, pkgutil, sys
@@ -257,6 +293,7 @@ def private_words(text: str) -> list[str]:
     return [match[0] for match in PRIVATE.finditer(text)]
 
 
+@pytest.mark.slow
 def test_no_file_speaks_of_a_private_machine() -> None:
     texts = {path: (ROOT / path).read_bytes().decode("utf-8", errors="ignore") for path in checkout()}
     assert {path: words for path, text in texts.items() if (words := private_words(text))} == {}
@@ -268,10 +305,12 @@ def test_a_private_path_is_seen(template: str) -> None:
     assert not private_words(template.format("example/"))
 
 
+@pytest.mark.slow
 def test_one_public_class_name_means_one_thing() -> None:
     homes: dict[str, list[str]] = {}
-    for path in (path for path in checkout() if path.suffix == ".py" and path.parts[0] in (*PRODUCT, "loadtest")):
-        for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
+    tops = (*PRODUCT, "loadtest", "gateway", "examples")
+    for path in (path for path in checkout() if path.suffix == ".py" and path.parts[0] in tops):
+        for node in parsed(ROOT / path).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(str(path))
     homes.pop("TritonPythonModel")  # Triton's own name for every adapter
@@ -280,13 +319,14 @@ def test_one_public_class_name_means_one_thing() -> None:
 
 def imports_when_it_runs(path: Path) -> set[str]:
     """As `imported_modules`, without what is imported for type checks alone."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = [ast.Pass()]
-    return set(imported_modules(ast.unparse(tree), module_name(path)))
+    body: list[ast.stmt] = []
+    for node in parsed(path).body:
+        is_for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        body += node.orelse if isinstance(node, ast.If) and is_for_types else [node]
+    return set(imported_modules(ast.Module(body, []), module_name(path)))
 
 
+@pytest.mark.slow
 def test_no_modules_of_the_builders_import_each_other_in_a_circle() -> None:
     imported = {module_name(path): imports_when_it_runs(path) for path in (ROOT / "builders").rglob("*.py")}
     edges = {
@@ -305,3 +345,40 @@ def test_no_modules_of_the_builders_import_each_other_in_a_circle() -> None:
         return seen
 
     assert [module for module in edges if module in reachable(module)] == []
+
+
+TARGET_NAMES = {"cuda", "onnx", "tensorrt", "tensorrt-rtx"}
+# A target's two halves, what it writes, and what they share; `device.type == "cuda"` is torch's word.
+TARGETS_OWN = re.compile(r"builders/(targets|tensorrt)/|ensemble/engine/runners/|ensemble/artefacts/(cuda|tensorrt)_")
+
+
+def compared_names(source: ast.Module) -> set[str]:
+    """The names of targets that stand in a comparison or as a key."""
+    nodes = [node for node in ast.walk(source) if isinstance(node, ast.Compare | ast.Dict | ast.Subscript)]
+    keys = [
+        key
+        for node in nodes
+        for key in (
+            node.keys
+            if isinstance(node, ast.Dict)
+            else [node.slice]
+            if isinstance(node, ast.Subscript)
+            else [node.left, *node.comparators]
+        )
+    ]
+    constants = (part for key in keys if key is not None for part in ast.walk(key) if isinstance(part, ast.Constant))
+    return {part.value for part in constants if part.value in TARGET_NAMES}
+
+
+@pytest.mark.slow
+def test_only_a_targets_own_files_compare_its_name() -> None:
+    paths = (path for path in checkout() if path.suffix == ".py" and path.parts[0] in PRODUCT)
+    found = {
+        str(path): names
+        for path in paths
+        if not TARGETS_OWN.match(str(path)) and (names := compared_names(parsed(ROOT / path)))
+    }
+    assert found == {}
+    assert compared_names(parse_source('x = name in ("cuda",); y = {"onnx": 1}; z = t["tensorrt"]')) == TARGET_NAMES - {
+        "tensorrt-rtx"
+    }

@@ -18,14 +18,14 @@ pytestmark = pytest.mark.server
 
 def test_a_chat_on_a_terminal(server: TritonServer, tmp_path: Path) -> None:
     with terminal("chat", NAME, "--url", server.grpc_url, "--temperature", "0") as chat:
-        chat.wait_for(f"{NAME} at {server.grpc_url}")
+        chat.wait_for(f"{NAME} at {server.grpc_url}, a context of {MAX_SEQ_LEN} tokens")
         chat.type("What is the capital of France?\n")
         chat.wait_for("tokens/s", timeout_s=60)
         assert b"Paris" in chat.screen
         chat.type(f"/save {tmp_path / 'chat.json'}\n")
         chat.wait_for("wrote ")
         chat.type("quit\n")
-        assert chat.process.wait(10) == 0
+        assert chat.process.wait(60) == 0
     turns = json.loads((tmp_path / "chat.json").read_text())["messages"]
     assert [turn["role"] for turn in turns] == ["user", "assistant"] and "Paris" in turns[1]["content"]
 

@@ -1,4 +1,4 @@
-"""What can go wrong beside the loop, and what it costs: never the loop's thread, a slot, or another's answer."""
+"""Faults outside the loop never cost the loop's thread, a slot, or the answer of another request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHARED = list(range(1, 31))
 
 
 def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.002)
@@ -107,7 +107,7 @@ def test_a_stop_whose_sinks_raise_is_still_the_end() -> None:
     def done() -> None:
         raise RuntimeError("the caller has gone")
 
-    engine.loop.stop("request-1", done)
+    engine.loop.stop("request-1", "secret", done)
     engine.run()
     assert other.ids == expected_tokens([2], 8) and engine.num_free_slots == 4
 
@@ -117,7 +117,7 @@ def test_stopping_what_has_just_ended_is_no_cancellation() -> None:
     sink = engine.submit([1], max_tokens=1)
     engine.loop._receive()
     engine.loop.step()  # ended, but not sent yet
-    engine.loop.stop("request-1", lambda: None)
+    engine.loop.stop("request-1", "secret", lambda: None)
     engine.loop._inbox.put(None)
     assert not engine.loop._receive()
     assert sink.finish_reason == "length" and engine.loop.metrics.requests_cancelled_total == 0
@@ -187,7 +187,7 @@ class TestOnAThread:
         sink = engine.submit([1], max_tokens=4900)
         engine.loop.start()
         wait_until(lambda: engine.loop.metrics.slots_used == 1)
-        engine.loop.stop("request-1", lambda: None)
+        engine.loop.stop("request-1", "secret", lambda: None)
         wait_until(lambda: sink.is_finished)
         wait_until(lambda: engine.loop.metrics.slots_used == 0)
         engine.loop.close()
@@ -196,7 +196,7 @@ class TestOnAThread:
         engine = Engine()
         engine.loop._inbox.put(None)
         late, answers = engine.submit([1]), []
-        engine.loop.stop("nobody", lambda: answers.append("done"))
+        engine.loop.stop("nobody", "secret", lambda: answers.append("done"))
         engine.loop.run()
         assert late.error == "the engine is shutting down" and late.error_kind == "unavailable"
         assert answers == ["done"] and engine.runner.is_closed

@@ -1,4 +1,4 @@
-"""What the CPU runner computes is the same to the last bit, reused or not, in whatever chunks and company."""
+"""The CPU runner's results are bit-identical with and without reuse, in any chunks and any batch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from deepseek_triton.ensemble.engine.runners.onnx import OnnxRunner
 from tests.conftest import NAME
 
 IDS = np.random.default_rng(0).integers(1000, 40000, 131)
+
+# One build for all that need only the repository.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
+import openai
 import pytest
 
 from deepseek_triton.builders import cli
@@ -32,9 +34,11 @@ from deepseek_triton.clients.errors import RequestRejected
 from deepseek_triton.clients.examples import score_examples
 from deepseek_triton.clients.grpc import GrpcClient
 from deepseek_triton.clients.score import Score, ScoreRequest
+from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
 from deepseek_triton.ensemble.text.tokenizer import Tokenizer
-from tests.support.checkpoints import load_reference, smollm2_path
+from tests.support.checkpoints import load_reference, make_tokenizer, smollm2_path, write_tiny
+from tests.support.gateway import gateway
 
 pytestmark = pytest.mark.server
 
@@ -44,6 +48,10 @@ TEMPLATE = "Review: {text}\nSentiment:"
 GOOD, BAD = "A wonderful film, I loved every minute.", "Terrible, a waste of time."
 MAX_SEQ_LEN = 256
 DELAY_US = 200_000
+# A long delay: requests that arrive together run together, however slow the machine.
+SCORING = ScoringOptions(
+    template=TEMPLATE, labels=LABELS, embeddings=True, batching=Batching(max_batch_size=8, max_queue_delay_us=DELAY_US)
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +59,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if find_spec("pytriton") is None:
         pytest.skip("no tritonserver: pip install --no-deps nvidia-pytriton==0.7.0")
     models = tmp_path_factory.mktemp("scoring") / "models"
-    # A long delay: requests that arrive together run together, however slow the machine.
-    scoring = ScoringOptions(
-        template=TEMPLATE, labels=LABELS, batching=Batching(max_batch_size=8, max_queue_delay_us=DELAY_US)
-    )
-    build(BuildOptions(smollm2_path(), NAME, models, task="score", max_seq_len=MAX_SEQ_LEN, scoring=scoring))
+    build(BuildOptions(smollm2_path(), NAME, models, task="score", max_seq_len=MAX_SEQ_LEN, scoring=SCORING))
     yield models
     shutil.rmtree(models)  # half a gigabyte, of which pytest would keep three
 
@@ -88,13 +92,27 @@ def test_texts_get_the_label_that_they_deserve(server: TritonServer, protocol: P
         assert sum(good.probabilities.values()) == pytest.approx(1)
         assert list(good.probabilities) == list(LABELS) and not good.is_calibrated
         assert bad.num_input_tokens < good.num_input_tokens < 25
-        # Each alone is what it is in one request with the other.
+        # Each text alone has the same result as in one request with the other.
         alone = one(client, GOOD)
         for label in LABELS:
             assert alone.log_probs[label] == pytest.approx(good.log_probs[label], abs=1e-3)
         chat = [{"role": "user", "content": "What is the capital of France? Answer with one word."}]
         (score,) = client.score(ScoreRequest(chats=[chat], labels=["Madrid", "Paris", "Berlin"]))
         assert score.label == "Paris" and score.num_input_tokens > 30
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_it_is_told_from_other_models(
+    server: TritonServer, repository: Path, protocol: ProtocolName, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = server.grpc_url if protocol == "grpc" else server.http_url
+    with connect(protocol, NAME, url, 10) as client:
+        assert client.build_identity() == Manifest.load(repository / f"{NAME}-engine" / "1").identity
+    for words in (("generate", NAME, "x"), ("chat", NAME)):
+        assert cli.main([*words, "--url", url]) == 1
+        assert f"{NAME} is a scoring model, which generates no text" in capsys.readouterr().err
+    assert cli.main(["score", f"{NAME}-scorer", "x", "--url", url]) == 1
+    assert f"is a part of {NAME}" in capsys.readouterr().err
 
 
 def test_log_probabilities_are_transformers(client: GrpcClient, repository: Path) -> None:
@@ -111,6 +129,25 @@ def test_log_probabilities_are_transformers(client: GrpcClient, repository: Path
             logits = model(torch.tensor([prompt + own])).logits[0].log_softmax(-1).numpy()
         expected = sum(logits[len(prompt) - 1 + i, token] for i, token in enumerate(own))
         assert score.log_probs[label] == pytest.approx(expected, abs=2e-3)
+    (embedding,) = client.embed(GOOD)
+    with torch.no_grad():
+        hidden = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0, -1].numpy()
+    np.testing.assert_allclose(embedding.values, hidden, atol=2e-3 * np.abs(hidden).max())
+    assert embedding.num_input_tokens == len(prompt)
+
+
+def test_the_gateway_scores_and_embeds(server: TritonServer, client: GrpcClient) -> None:
+    alone = one(client, GOOD)
+    with gateway(backend_urls=(server.grpc_url,), models=(NAME,)) as url:
+        body = {"model": NAME, "input": [GOOD, BAD]}
+        first, second = httpx.post(f"{url}/v1/score", json=body, timeout=60).json()["data"]
+        assert (first["label"], second["label"]) == LABELS
+        assert first["log_probs"] == pytest.approx(alone.log_probs, abs=1e-3)
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as asker:
+            rows = asker.embeddings.create(model=NAME, input=[GOOD, GOOD, BAD]).data
+    same, again, other = (np.array(row.embedding) for row in rows)
+    assert np.linalg.norm(same) == pytest.approx(1)
+    assert same @ again == pytest.approx(1, abs=1e-4) and same @ other < 0.999
 
 
 def stats(server: TritonServer) -> dict[str, Any]:
@@ -137,12 +174,28 @@ def test_ragged_requests_are_batched_and_answered_as_if_alone(server: TritonServ
     assert len({score.num_input_tokens for score in together}) == 8
 
 
-def test_a_request_alone_waits_no_longer_than_was_promised(server: TritonServer, client: GrpcClient) -> None:
+@pytest.fixture
+def tiny_scorer(tmp_path: Path) -> Iterator[TritonServer]:
+    """A server of a tiny random model with the same options: it scores nonsense, but waits as long."""
+    if find_spec("pytriton") is None:
+        pytest.skip("no tritonserver: pip install --no-deps nvidia-pytriton==0.7.0")
+    models = tmp_path / "models"
+    checkpoint = make_tokenizer(
+        write_tiny(tmp_path / "tiny", vocab_size=320, eos_token_id=319, max_position_embeddings=MAX_SEQ_LEN)
+    )
+    build(BuildOptions(checkpoint, NAME, models, task="score", max_seq_len=MAX_SEQ_LEN, scoring=SCORING))
+    with TritonServer(models, http_port=0, grpc_port=0, metrics_port=0) as server:
+        yield server
+
+
+@pytest.mark.timed
+def test_a_request_alone_waits_no_longer_than_was_promised(tiny_scorer: TritonServer) -> None:
     waited_ns = []
-    for _ in range(9):
-        before = stats(server)["inference_stats"]["queue"]["ns"]
-        one(client, GOOD)
-        waited_ns.append(stats(server)["inference_stats"]["queue"]["ns"] - before)
+    with GrpcClient(tiny_scorer.grpc_url, NAME, 60) as client:
+        for _ in range(9):
+            before = stats(tiny_scorer)["inference_stats"]["queue"]["ns"]
+            one(client, GOOD)
+            waited_ns.append(stats(tiny_scorer)["inference_stats"]["queue"]["ns"] - before)
     # Triton's timer rings 0.1 ms late: set to the promise itself, it would break it each time.
     assert 0.9 * DELAY_US < np.median(waited_ns) / 1e3 <= DELAY_US
 

@@ -6,9 +6,11 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -22,9 +24,13 @@ from typing import Any
 
 import pytest
 
+from deepseek_triton.ensemble.processes import child
+from deepseek_triton.ensemble.processes.hidden_arguments import HiddenArgumentsError
 from deepseek_triton.ensemble.server import installation
 from deepseek_triton.ensemble.server import tritonserver as server
-from deepseek_triton.ensemble.server.log import failure, loaded_models
+from deepseek_triton.ensemble.server.installation import ServerDiedError
+from deepseek_triton.ensemble.server.log import failed_models, failure, loaded_models
+from deepseek_triton.ensemble.server.options import ADMIN_HEADER
 from deepseek_triton.ensemble.server.tritonserver import (
     Installation,
     ServerError,
@@ -144,7 +150,8 @@ def test_serves_and_leaves_nothing_behind(repository: Path, temporary: Path) -> 
         assert len(group(pid)) == 3  # the server, its guard and one stub
         regions = Path("/dev/shm")
         (prefix,) = [path.name for path in temporary.iterdir()]
-        assert list(regions.glob(f"{prefix}-*"))
+        modes = {stat.S_IMODE(region.stat().st_mode) for region in regions.glob(f"{prefix}-*")}
+        assert modes == {0o600}, "other users read prompts and answers"
     assert group(pid) == []
     assert list(temporary.iterdir()) == []
     assert not list(regions.glob(f"{prefix}-*"))
@@ -160,14 +167,36 @@ def test_risky_apis_need_the_key(repository: Path, tmp_path: Path) -> None:
     with free_ports(repository, log_file=log) as triton:
         index = f"{triton.http_url}/v2/repository/index"
         assert fetch(index, {})[0] == 403
-        assert fetch(index, {}, {server.ADMIN_HEADER: "guess"})[0] == 403
+        assert fetch(index, {}, {ADMIN_HEADER: "guess"})[0] == 403
         assert fetch(index, {}, triton.admin_headers) == (
             200,
             '[{"name":"echo","version":"1","state":"READY"}]',
         )
         assert fetch(f"{triton.http_url}/v2/models/echo")[0] == 200
         assert fetch(f"{triton.http_url}/v2/models/echo/config")[0] == 403
+        (key,) = triton.admin_headers.values()
+        shown = Path(f"/proc/{triton.pid}/cmdline").read_bytes()
+        assert key.encode() not in shown and b"restricted-api" in shown
     assert "successfully loaded 'echo'" in log.read_text()  # this log was asked for, so it stays
+
+
+@pytest.mark.server
+@needs_server
+def test_where_the_key_can_t_be_hidden_the_risky_apis_are_closed(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = child.launch
+
+    def without_tracing(*arguments: Any) -> Any:
+        if len(arguments) > 4:
+            raise HiddenArgumentsError("tracing is forbidden")
+        return launch(*arguments)
+
+    monkeypatch.setattr(server, "launch", without_tracing)
+    with free_ports(repository) as triton:
+        for key in ("", "hidden", "\\nhidden", "nhidden"):
+            assert fetch(f"{triton.http_url}/v2/repository/index", {}, {ADMIN_HEADER: key})[0] == 403
+        assert triton.is_ready("echo")
 
 
 @pytest.mark.server
@@ -182,6 +211,56 @@ def test_a_model_that_fails_to_load_gives_its_own_error(repository: Path, tempor
         "'broken' version 1: ValueError: tokenizer.json is missing: build the model again"
     )
     assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.server
+@needs_server
+def test_a_model_that_fails_to_load_takes_no_other_with_it(repository: Path) -> None:
+    add_model(repository, "broken", BROKEN)
+    failed: list[tuple[str, str]] = []
+    options: dict[str, Any] = {"on_failed_model": lambda *reason: failed.append(reason)}
+    with free_ports(repository, independent={"echo": ["echo"], "broken": ["broken"]}, **options) as triton:
+        assert triton.is_ready("echo") and not triton.is_ready("broken")
+        assert triton.is_ready(), "what asks whether the server is ready must not take it out of service"
+    assert failed == [("broken", "ValueError: tokenizer.json is missing: build the model again")]
+    with pytest.raises(ServerError, match="no model could be loaded: 'broken' version 1: ValueError: tokenizer"):
+        free_ports(repository, independent={"broken": ["broken"]}, models=["broken"]).start()
+
+
+WATCHED = """
+import os
+from deepseek_triton.ensemble.processes.watchdog import watch
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.watchdog = watch("fragile", args["model_version"], "PART")
+        END
+"""
+
+
+@pytest.mark.server
+@needs_server
+def test_a_model_whose_process_dies_while_it_loads_is_left_out_at_the_second_time(
+    repository: Path, tmp_path: Path
+) -> None:
+    add_model(repository, "fragile-tokenizer", WATCHED.replace("PART", "tokenizer").replace("END", ""))
+    death = "import time; time.sleep(1); os.kill(os.getpid(), 9)"
+    add_model(repository, "fragile-engine", WATCHED.replace("PART", "engine").replace("END", death))
+    failed: list[tuple[str, str]] = []
+    server = free_ports(
+        repository,
+        independent={"echo": ["echo"], "fragile": ["fragile-tokenizer", "fragile-engine"]},
+        on_failed_model=lambda *reason: failed.append(reason),
+        log_file=tmp_path / "log",
+    )
+    with pytest.raises(ServerDiedError, match="the engine's process was killed by SIGKILL"):
+        server.start()
+    with server:
+        assert server.is_ready("echo") and server.is_ready() and not server.is_ready("fragile-tokenizer")
+    ((name, reason),) = failed
+    assert name == "fragile"
+    assert re.fullmatch(r".* the engine's process was killed by SIGKILL .*; so it went in 2 starts in a row", reason)
 
 
 @pytest.mark.server
@@ -274,7 +353,7 @@ def test_addresses_that_cannot_be_used(repository: Path, tmp_path: Path) -> None
         free_ports(tmp_path / "my models", installation=fake).start()
     with pytest.raises(ServerError, match=r"can't start .*/nowhere: No such file or directory$"):
         free_ports(repository, installation=Installation(tmp_path / "nowhere")).start()
-    with pytest.raises(ServerError, match=r"can't start .*/server: .*No such file or directory: .*/no/log'$"):
+    with pytest.raises(ServerError, match=r"^can't write the log .*/no/log: No such file or directory; choose"):
         free_ports(repository, installation=fake, log_file=tmp_path / "no" / "log").start()
 
 
@@ -287,6 +366,7 @@ def test_one_that_ends_at_once_is_reported_with_its_last_words(repository: Path,
     assert str(caught.value) == f"tritonserver ended with status 3: first | last (log: {log})"
 
 
+@pytest.mark.slow
 def test_one_that_hangs_is_killed_with_its_children(
     repository: Path, temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,6 +381,7 @@ def test_one_that_hangs_is_killed_with_its_children(
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_model_that_dies_while_it_loads_is_reported(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,6 +390,30 @@ def test_a_model_that_dies_while_it_loads_is_reported(
     fake = script(tmp_path / "server", "sh -c 'echo out of luck; kill -SEGV $$' & exec sleep 600")  # reaps nobody
     with pytest.raises(ServerError, match=r"^a model's process died .* waits for it: out of luck$"):
         free_ports(repository, installation=fake, start_timeout_s=30.0).start()
+
+
+@pytest.mark.slow
+def test_a_model_that_dies_before_triton_has_met_it_is_named_and_left_out(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "DEAD_CHILD_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(server, "KILL_MARGIN_S", 0.5)
+    add_model(repository, "fragile", ECHO)
+    stub = script(tmp_path / "stub", "sleep 1; kill -SEGV $$")
+    started, failed = tmp_path / "started", list[tuple[str, str]]()
+    dying = f"{stub.binary} {repository}/fragile/1/model.py"
+    fake = script(tmp_path / "server", f"printf '%s ' \"$@\" >> {started}; {dying} & exec sleep 5")
+    triton = free_ports(
+        repository,
+        installation=fake,
+        independent={"echo": ["echo"], "fragile": ["fragile"]},
+        on_failed_model=lambda *reason: failed.append(reason),
+    )
+    for _ in range(2):
+        with pytest.raises(ServerDiedError, match=r"^fragile's process died while it loaded"):
+            triton.start()
+    assert [name for name, _ in failed] == ["fragile"]
+    assert re.findall(r"--load-model=\S+", started.read_text()) == ["--load-model=echo"]
 
 
 def test_starting_twice_is_refused(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,6 +438,11 @@ def test_log_lines_become_one_reason() -> None:
     assert (
         failure(broken + broken.replace("'a'", "'b'")) == "'a' version 1: ValueError: no; 'b' version 1: ValueError: no"
     )
+    assert failed_models(broken + broken.replace("'a'", "'b'") + broken) == {
+        "a": "ValueError: no",
+        "b": "ValueError: no",
+    }
+    assert failed_models(wiring + end) == {}
     assert failure(harmless + wiring + end) == "in ensemble m, no such input"
     assert failure(harmless + end) == "Internal - failed to load all models"
     assert failure("") == "it wrote no log"

@@ -1,4 +1,4 @@
-"""The whole way through a real tritonserver, with real weights and the project's own clients."""
+"""The whole way through a real tritonserver, with the project's own clients, and real weights but for a few tests."""
 
 from __future__ import annotations
 
@@ -49,6 +49,12 @@ def client(server: TritonServer) -> Iterator[GrpcClient]:
         yield client
 
 
+@pytest.fixture
+def tiny_client(tiny_server: TritonServer) -> Iterator[GrpcClient]:
+    with GrpcClient(tiny_server.grpc_url, NAME, TIMEOUT_S) as client:
+        yield client
+
+
 def url_of(server: TritonServer, protocol: ProtocolName) -> str:
     return server.grpc_url if protocol == "grpc" else server.http_url
 
@@ -61,6 +67,7 @@ def stream_text(client: Any, request: GenerateRequest) -> str:
 def test_the_model_answers_streamed_and_not(server: TritonServer, protocol: ProtocolName) -> None:
     with connect(protocol, NAME, url_of(server, protocol), TIMEOUT_S) as client:
         assert client.is_ready()
+        assert client.max_seq_len() == MAX_SEQ_LEN
         generation = client.generate(CAPITAL)
         chunks = list(client.stream(CAPITAL))
     assert generation.text == "The capital of France is Paris."
@@ -74,29 +81,29 @@ def test_the_model_answers_streamed_and_not(server: TritonServer, protocol: Prot
 @pytest.mark.parametrize(
     "prompt", ["请用中文介绍北京", "Emojis: 😀 👩‍👩‍👧‍👦 🇫🇷", "for i in range(3):\n    print(i)\n\n\tif"]
 )
-def test_a_stream_joins_to_the_text_of_one_response(client: GrpcClient, prompt: str) -> None:
+def test_a_stream_joins_to_the_text_of_one_response(tiny_client: GrpcClient, prompt: str) -> None:
     # A high temperature makes tokens that are parts of characters.
     request = GenerateRequest(prompt=prompt, max_tokens=60, temperature=1.8, seed=11)
-    text = client.generate(request).text
-    assert stream_text(client, request) == text
+    text = tiny_client.generate(request).text
+    assert stream_text(tiny_client, request) == text
     assert len(text) > 20
 
 
-def test_sixteen_streams_at_once_give_what_each_gives_alone(client: GrpcClient) -> None:
+def test_sixteen_streams_at_once_give_what_each_gives_alone(tiny_client: GrpcClient) -> None:
     requests = [
-        GenerateRequest(prompt=f"A short text about {subject}. " * (1 + i % 5), max_tokens=8 + 3 * i)
+        GenerateRequest(prompt=f"A short text about {subject}. " * (1 + i % 5), max_tokens=6 + i)
         for i, subject in enumerate(SUBJECTS * 2)
     ]
-    alone = [stream_text(client, request) for request in requests]
+    alone = [stream_text(tiny_client, request) for request in requests]
     with ThreadPoolExecutor(len(requests)) as pool:
-        together = list(pool.map(lambda request: stream_text(client, request), requests))
+        together = list(pool.map(lambda request: stream_text(tiny_client, request), requests))
     assert together == alone
     assert len(set(alone)) == len(alone)
 
 
-def test_the_seed_decides_a_sampled_text(client: GrpcClient) -> None:
+def test_the_seed_decides_a_sampled_text(tiny_client: GrpcClient) -> None:
     def text(seed: int) -> str:
-        return client.generate(
+        return tiny_client.generate(
             GenerateRequest(prompt="Once", max_tokens=20, temperature=1.0, top_p=0.95, seed=seed)
         ).text
 
@@ -104,15 +111,16 @@ def test_the_seed_decides_a_sampled_text(client: GrpcClient) -> None:
     assert text(1) != text(2)
 
 
-def test_max_tokens_and_the_context_limit_end_a_text(client: GrpcClient) -> None:
-    short = client.generate(GenerateRequest(prompt="One two three", max_tokens=5))
+def test_max_tokens_and_the_context_limit_end_a_text(tiny_client: GrpcClient) -> None:
+    short = tiny_client.generate(GenerateRequest(prompt="One two three", max_tokens=5))
     assert (short.finish_reason, short.num_output_tokens) == ("length", 5)
-    # Counting goes on and on: only the context's end stops it.
-    long = client.generate(GenerateRequest(prompt=" ".join(str(n) for n in range(90)), max_tokens=100_000))
+    # Nonsense goes on and on: only the context's end stops it.
+    long = tiny_client.generate(GenerateRequest(prompt=" ".join(str(n) for n in range(90)), max_tokens=100_000))
     assert long.finish_reason == "length"
     assert long.num_input_tokens + long.num_output_tokens == MAX_SEQ_LEN
 
 
+@pytest.mark.timed
 def test_a_killed_client_frees_its_slots(server: TritonServer, client: GrpcClient) -> None:
     program = f"""
 import os, threading
@@ -141,6 +149,7 @@ for _ in range({MAX_NUM_SEQS}):
     assert time.monotonic() - start < 8
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_closed_stream_stops_the_work_on_the_server(
     server: TritonServer, client: GrpcClient, protocol: ProtocolName
@@ -154,6 +163,7 @@ def test_a_closed_stream_stops_the_work_on_the_server(
     assert time.monotonic() - start < 8
 
 
+@pytest.mark.timed
 def test_ctrl_c_in_the_terminal_stops_the_work_on_the_server(server: TritonServer, client: GrpcClient) -> None:
     command = [
         sys.executable,
@@ -192,14 +202,14 @@ LONG = "word " * (MAX_SEQ_LEN + 50)
         ({"text_input": "a", "max_tokens": 0}, "max_tokens is 0"),
         ({"text_input": "a", "max_tokens": -5}, "max_tokens is -5"),
         ({"text_input": "a", "temperature": -1.0}, "temperature is -1"),
-        ({"text_input": "a", "top_p": 0.0}, "top_p is 0"),
+        ({"text_input": "a", "top_p": -0.1}, "top_p is -0.1"),  # 0 means that it isn't set, as NVIDIA's clients mean it
         ({"text_input": "a", "top_p": 1.5}, "top_p is 1.5"),
         ({"text_input": "a", "top_k": -1}, "top_k is -1"),
         ({"text_input": "a", "messages": "[]"}, "either text_input or messages"),
         ({"messages": "[]"}, "messages"),
         ({"messages": "not json"}, "messages"),
         ({"messages": '[{"role": "user"}]'}, "content"),
-        ({"text_input": ["a", "b"]}, "batch-size must be <= 1"),
+        ({"text_input": ["a"] * 65}, "batch-size must be <= 64"),
         ({}, "0 inputs"),
     ],
 )
@@ -236,16 +246,16 @@ def test_bad_tensors_over_grpc_are_told_what_is_wrong(
     assert message in response.error_message
 
 
-def test_errors_disturb_no_other_stream(server: TritonServer, client: GrpcClient) -> None:
-    request = GenerateRequest(prompt="A long story about a river:", max_tokens=60)
-    expected = stream_text(client, request)
+def test_errors_disturb_no_other_stream(tiny_client: GrpcClient) -> None:
+    request = GenerateRequest(prompt="A long story about a river:", max_tokens=400)
+    expected = stream_text(tiny_client, request)
 
     def fail() -> None:
         with pytest.raises(RequestRejected):
-            client.generate(GenerateRequest(prompt=LONG))
+            tiny_client.generate(GenerateRequest(prompt=LONG))
 
     with ThreadPoolExecutor(4) as pool:
-        text = pool.submit(stream_text, client, request)
+        text = pool.submit(stream_text, tiny_client, request)
         for _ in range(10):
             pool.submit(fail).result()
         assert text.result() == expected
@@ -257,10 +267,11 @@ def test_the_load_line_says_what_the_memory_is_for(server: TritonServer) -> None
     assert f"KV cache: 8 slots x 512 tokens x {per_token} bytes = {size} MiB" in server.log_path.read_text()
 
 
+@pytest.mark.timed
 def test_the_engine_can_be_called_directly_and_a_gone_caller_is_noticed(
     server: TritonServer, client: GrpcClient
 ) -> None:
-    # No detokenizer follows: nothing is acknowledged, and the stream must not be taken for abandoned.
+    # There is no detokenizer, so nothing is acknowledged; the stream must not count as abandoned.
     body = {"input_ids": [1, 2, 3, 4], "stream": True, "max_tokens": 60}
     url = f"{server.http_url}/v2/models/{NAME}-engine/generate_stream"
     with httpx.stream("POST", url, json=body, timeout=TIMEOUT_S) as response:

@@ -49,6 +49,9 @@ class Blocking:
     def is_ready(self, model: str | None = None) -> bool:
         return self._run(self.wrapped.is_ready(model))
 
+    def max_seq_len(self) -> int:
+        return self._run(self.wrapped.max_seq_len())
+
     def close(self) -> None:
         self._run(self.wrapped.close())
 
@@ -59,7 +62,7 @@ class Blocking:
         self.close()
 
     def end(self) -> None:
-        """End the loop, on which nothing of the client may be left."""
+        """End the loop and check that the client has left no task on it."""
         self.close()
         left = self._run(_other_tasks())
         self._run(self._loop.shutdown_asyncgens())

@@ -5,11 +5,21 @@ Written for these tests, after the published templates; system prompts and much 
 
 from __future__ import annotations
 
+# V2 and its chat models: words instead of control tokens, no tools.
+DEEPSEEK_V2 = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
 # R1 and its distillations: always thinks; arguments are joined as a string, and calls are written only where the
 # content is null.
 DEEPSEEK_R1 = (
     "{% set ns = namespace(is_tool=false, is_first=true) %}{{ bos_token }}"
     "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}{% endif %}"
     "{% if message['role'] == 'user' %}{% set ns.is_tool = false %}{{ '<｜User｜>' + message['content'] }}{% endif %}"
     "{% if message['role'] == 'assistant' and message['content'] is none %}"
     "{{ '<｜Assistant｜><｜tool▁calls▁begin｜>' }}"
@@ -25,10 +35,14 @@ DEEPSEEK_R1 = (
     "{% if add_generation_prompt and not ns.is_tool %}{{ '<｜Assistant｜><think>\n' }}{% endif %}"
 )
 
+# V3: R1's, which knows no reasoning.
+DEEPSEEK_V3 = DEEPSEEK_R1.replace("<think>\n", "").replace(".split('</think>')[-1]", "")
+
 # V3.1: `thinking`, off by default, and a tag that is closed at once where it is off.
 DEEPSEEK_V31 = (
     "{% if not thinking is defined %}{% set thinking = false %}{% endif %}{{ bos_token }}"
     "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}{% endif %}"
     "{% if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}{% endif %}"
     "{% if message['role'] == 'assistant' and message['tool_calls'] is defined and message['tool_calls'] is not none %}"
     "{{ '<｜Assistant｜></think>' }}{% if message['content'] is not none %}{{ message['content'] }}{% endif %}"

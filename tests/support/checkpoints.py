@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ml_dtypes
@@ -14,7 +17,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from deepseek_triton.builders.checkpoint.hf_config import from_hf
+from deepseek_triton.builders.checkpoint.config.hf_config import from_hf
+from deepseek_triton.builders.checkpoint.gguf_checkpoint import strict_reader
 from deepseek_triton.ensemble.decoder.spec import ModelSpec
 
 SMALL: dict[str, Any] = {
@@ -67,6 +71,37 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+LATENT_SMALL: dict[str, Any] = {
+    **SMALL, "num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 24, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 12, "moe_intermediate_size": 24, "n_routed_experts": 8,
+    "num_experts_per_tok": 3, "n_shared_experts": 2, "first_k_dense_replace": 1,
+}  # fmt: skip
+_STRETCHED = rope("yarn", factor=4.0, original_max_position_embeddings=64, mscale=0.707, mscale_all_dim=0.707)
+# The same for latent attention and experts: name → model type and what differs from LATENT_SMALL
+LATENT_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "v2": ("deepseek_v2", {}),
+    "v2-lite": ("deepseek_v2", {"q_lora_rank": None, **_STRETCHED}),
+    "v2-groups": (
+        "deepseek_v2",
+        {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0},
+    ),
+    "v2-experts-everywhere": ("deepseek_v2", {"first_k_dense_replace": 0, "n_shared_experts": 1}),
+    "v3": ("deepseek_v3", {"n_group": 4, "topk_group": 2, "n_shared_experts": 1}),
+    "v3-stretched": (
+        "deepseek_v3",
+        {
+            "n_group": 2,
+            "topk_group": 1,
+            **rope("yarn", factor=4.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=1.0),
+        },
+    ),
+    "v3-one-group": ("deepseek_v3", {"n_group": 1, "topk_group": 1, "attention_bias": True}),
+    "v3-halves": (
+        "deepseek_v3",
+        {"n_group": 2, "topk_group": 2, "rope_interleave": False, "norm_topk_prob": False, "q_lora_rank": None},
+    ),
+}
+
 
 TINY: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
@@ -112,10 +147,31 @@ def make_checkpoint(
     `more` changes the option's configuration.
     """
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    model_type, changes = OPTIONS[option]
+    pytest.importorskip("transformers")
+    key = (option, dtype, shard, repr(sorted(more.items())))
+    if key not in MADE:
+        with TemporaryDirectory() as made:
+            _save_checkpoint(Path(made), option, dtype, shard, more)
+            MADE[key] = {path.name: path.read_bytes() for path in Path(made).iterdir()}, torch.get_rng_state()
+    files, random_state = MADE[key]
+    torch.set_rng_state(random_state)  # as if it had been made anew
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+    return directory
+
+
+# Files of the checkpoints that were made, and the state of torch's random numbers after that.
+MADE: dict[tuple[str, ...], tuple[dict[str, bytes], Any]] = {}
+
+
+def _save_checkpoint(directory: Path, option: str, dtype: str, shard: str, more: dict[str, Any]) -> None:
+    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
+    base, (model_type, changes) = (
+        (SMALL, OPTIONS[option]) if option in OPTIONS else (LATENT_SMALL, LATENT_OPTIONS[option])
+    )
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(model_type, **{**SMALL, **changes, **more})
+    config = transformers.AutoConfig.for_model(model_type, **{**base, **changes, **more})
     model = transformers.AutoModelForCausalLM.from_config(config)
     for (
         name,
@@ -123,8 +179,15 @@ def make_checkpoint(
     ) in model.named_parameters():  # biases and norms start at 0 and 1: give them something to do
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    bias_experts(model)
     model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=shard)
-    return directory
+
+
+def bias_experts(model: Any, mean: float = 0.0, std: float = 0.3) -> None:
+    """Give the routers' biases for the choice of experts, which start at 0, something to do."""
+    for module in model.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            module.e_score_correction_bias.normal_(mean, std)
 
 
 def make_tokenizer(directory: Path, vocab_size: int = 320) -> Path:
@@ -148,7 +211,16 @@ def load_reference(directory: Path, gguf: str | None = None) -> Any:
     """The checkpoint in transformers, float32, on the CPU."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, gguf_file=gguf, dtype=torch.float32)
+    with pytest.MonkeyPatch.context() as patched:
+        if gguf is not None:
+            # transformers opens the file twice, and gguf's own reader takes seconds for a vocabulary.
+            patched.setattr("gguf.GGUFReader", strict_reader)
+            # It asks for the same table of names for each of hundreds of modules.
+            patched.setattr("gguf.get_tensor_name_map", cache(importlib.import_module("gguf").get_tensor_name_map))
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory, gguf_file=gguf, dtype=torch.float32)
+    if hasattr(model.config, "kv_lora_rank"):  # the fast implementations take no odd sizes on a CPU
+        model.set_experts_implementation("eager")
+        model.set_attn_implementation("eager")
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""Texts cut anywhere: what a streaming parser must not depend on."""
+"""Texts cut at any place: a streaming parser's result must not depend on the cuts."""
 
 from __future__ import annotations
 

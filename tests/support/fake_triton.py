@@ -168,7 +168,7 @@ def make_handler(answers: Answers) -> type[BaseHTTPRequestHandler]:
 def main() -> None:
     answers = Answers(Behaviour(**json.loads(sys.argv[1])))
     http = ThreadingHTTPServer(("127.0.0.1", 0), make_handler(answers))
-    threading.Thread(target=http.serve_forever, daemon=True).start()
+    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
     server = grpc.server(ThreadPoolExecutor(64))
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(GrpcServicer(answers), server)
     port = server.add_insecure_port("127.0.0.1:0")

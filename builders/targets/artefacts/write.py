@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from deepseek_triton.builders.checkpoint.files.hub_cache import model_name
+from deepseek_triton.builders.lifecycle.provenance import provenance_of
+from deepseek_triton.builders.targets import target_named
 from deepseek_triton.builders.targets.artefacts.target import Artefacts, BuildJob, Target
 from deepseek_triton.ensemble.artefacts.manifest import ArtefactFile, Manifest, installed_versions
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 
-PACKAGES = ("deepseek-triton", "numpy", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "tokenizers")
+PACKAGES = ("deepseek-triton", "numpy", "tokenizers")  # what every build uses
 
 
 def write_engine(target: Target, job: BuildJob, settings: EngineSettings) -> None:
@@ -39,16 +43,24 @@ def _save_manifest(job: BuildJob, artefacts: Artefacts) -> None:
         name=options.name,
         target=options.target,
         precision=options.precision,
-        checkpoint=job.checkpoint.path.name,
+        checkpoint=model_name(job.checkpoint.path),
+        adapter=dict(job.checkpoint.adapter),
+        provenance=provenance_of(job.checkpoint.path),
         checkpoint_sha256=job.checkpoint.digest(),
         spec=spec.to_dict(),
         limits={"max_seq_len": job.max_seq_len},
-        end_ids=spec.eos_token_ids,
+        end_ids=job.end_ids,
         shapes=artefacts.shapes,
-        versions=installed_versions(PACKAGES),
+        versions=installed_versions((*PACKAGES, *target_named(options.target).packages)),
         requires=artefacts.requires,
-        files={file.name: ArtefactFile.of(file) for file in artefacts.files},
+        files={file.name: _measured(file, artefacts.digests) for file in artefacts.files},
         command=options.command(),
         recipe=artefacts.recipe.to_dict() if artefacts.recipe else {},
         engine=artefacts.engine,
+        sampling=dict(job.checkpoint.sampling),
     ).save(job.directory)
+
+
+def _measured(file: Path, digests: Mapping[str, str]) -> ArtefactFile:
+    digest = digests.get(file.name)
+    return ArtefactFile.of(file) if digest is None else ArtefactFile.known(file, digest)

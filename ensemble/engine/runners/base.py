@@ -52,6 +52,22 @@ class Runner(Protocol):
         """Free the weights and the caches."""
 
 
+@runtime_checkable
+class PagedRunner(Protocol):
+    """A runner whose caches are blocks, which a table for each slot names; `Runner.copy_prefix` isn't called.
+
+    num_blocks: blocks 1 … num_blocks can be in tables; 0: this runner has whole slots. block_size: in positions.
+    A decode writes nothing for a row whose position is negative. A table begins with zeros, for block 0, which may be
+    written and isn't read.
+    """
+
+    num_blocks: int
+    block_size: int
+
+    def set_blocks(self, slot: int, first: int, blocks: Sequence[int]) -> None:
+        """Set entries first, first + 1, … of the table of `slot`, for the calls that begin later."""
+
+
 @dataclass(frozen=True)
 class PromptChunk:
     """Part of a prompt: `ids` [n] for `slot`, at positions start, start + 1, …."""

@@ -1,7 +1,8 @@
 """Load the runner of an engine: the manifest names the target, and the module of that name has the loader.
 
-A target's module in this package has `load(directory, manifest, settings)`, and `load_scoring` where a Python model
-runs its scoring engines. Nothing else on the serving side names a target.
+A target's module in this package has `load(directory, manifest, settings)`, `load_scoring` where a Python model runs
+its scoring engines, and `SETTINGS` where its settings differ from the common ones. Nothing else on the serving side
+names a target.
 """
 
 from __future__ import annotations
@@ -12,14 +13,31 @@ from pathlib import Path
 from types import ModuleType
 
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
+from deepseek_triton.ensemble.engine.remote.model import RemoteModel
 from deepseek_triton.ensemble.engine.runners.base import Runner, RunnerError
 from deepseek_triton.ensemble.engine.runners.scoring import ScoringRunner
 from deepseek_triton.ensemble.protocol.settings import EngineSettings, SettingsError
+from deepseek_triton.ensemble.protocol.target_settings import TargetSettings
 from deepseek_triton.ensemble.scoring.settings import ScoringSettings
 
 
 def load_runner(directory: Path, settings: EngineSettings) -> tuple[Manifest, Runner]:
+    """As `load_model`, for a target that computes in this process.
+
+    Raises:
+        ManifestError: as `load_model`. RunnerError: as there, or another model computes.
+    """
+    manifest, runner = load_model(directory, settings)
+    if isinstance(runner, RemoteModel):
+        raise RunnerError(f"{directory} is built for target {manifest.target!r}: another model of the server runs it")
+    return manifest, runner
+
+
+def load_model(directory: Path, settings: EngineSettings) -> tuple[Manifest, Runner | RemoteModel]:
     """Check the artefacts in `directory` against their manifest and load them.
+
+    Returns:
+        The manifest, and a runner; or a RemoteModel where another model of the server computes.
 
     Raises:
         ManifestError: the artefacts or the installed packages don't fit the manifest.
@@ -27,12 +45,14 @@ def load_runner(directory: Path, settings: EngineSettings) -> tuple[Manifest, Ru
     """
     manifest = Manifest.load(directory)
     manifest.verify(directory)
+    loader = _loader(directory, manifest)
+    own: TargetSettings = getattr(loader, "SETTINGS", TargetSettings())
     try:
-        settings.check_target(manifest.target)
-        settings.check_max_num_batched_tokens(manifest.target, manifest.max_seq_len)
+        own.check(settings, manifest.target)
+        own.check_max_num_batched_tokens(settings, manifest.max_seq_len)
     except SettingsError as error:
         raise RunnerError(str(error)) from error
-    runner: Runner = _loader(directory, manifest).load(directory, manifest, settings)
+    runner: Runner | RemoteModel = loader.load(directory, manifest, settings)
     return manifest, runner
 
 

@@ -8,6 +8,7 @@ cache is copied.
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from numpy.typing import NDArray
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.engine.runners.base import Ids, Logits, RunnerError
 from deepseek_triton.ensemble.engine.runners.onnx_scoring import OnnxScoringRunner
+from deepseek_triton.ensemble.engine.runners.warm_up import warm_up
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from deepseek_triton.ensemble.scoring.rows import GRAPH_FILE
 from deepseek_triton.ensemble.scoring.settings import ScoringSettings
 
 log = logging.getLogger(__name__)
 MIB = 2**20
+MAX_KEPT_ROWS = 64
 
 
 class OnnxRunner:
@@ -67,10 +70,8 @@ class OnnxRunner:
                 f"{max_num_seqs} slots of {self.max_seq_len} tokens need {self.cache_bytes // MIB} MiB, "
                 f"{available // MIB} MiB are free; lower max_num_seqs"
             )
-        # Zeros, not empty: masked positions are multiplied by 0, and 0 x NaN is NaN.
-        self._caches: dict[str, NDArray[Any]] = {
-            name: np.zeros((max_num_seqs, kv_heads, self.max_seq_len, head_dim), dtype) for name in caches
-        }
+        shape = (max_num_seqs, kv_heads, self.max_seq_len, head_dim)
+        self._caches: dict[str, NDArray[Any]] = {name: _zeros(shape, dtype) for name in caches}
         weight_bytes = path.with_name(path.name + ".data").stat().st_size
         log.info(
             "KV cache: %d slots x %d tokens x %d bytes = %d MiB; weights: %d MiB; %d threads",
@@ -79,6 +80,8 @@ class OnnxRunner:
         )  # fmt: skip
         self._logits = np.empty((max_num_seqs, self.vocab_size), np.float32)
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
+        self._shrinking = ort.RunOptions()
+        self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def prefill(self, slot: int, ids: Ids, start: int) -> Logits:
         num_tokens = len(ids)
@@ -109,7 +112,8 @@ class OnnxRunner:
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, np.int64))
         binding.bind_cpu_input("start", np.ascontiguousarray(start, np.int64))
         binding.bind_cpu_input("num_tokens", np.ascontiguousarray(num_tokens, np.int64))
-        self._session.run_with_iobinding(binding)
+        # What a long prompt took beside the caches goes back at its end; a step of a few rows keeps its own.
+        self._session.run_with_iobinding(binding, self._shrinking if ids.size > MAX_KEPT_ROWS else None)
         return self._logits[:n]
 
     def _binding(self, first_slot: int, n: int) -> ort.IOBinding:
@@ -131,7 +135,9 @@ def load(directory: Path, manifest: Manifest, settings: EngineSettings) -> OnnxR
     Raises:
         RunnerError: as `OnnxRunner`.
     """
-    return OnnxRunner(directory / "model.onnx", max_num_seqs=settings.max_num_seqs, num_threads=settings.num_threads)
+    runner = OnnxRunner(directory / "model.onnx", max_num_seqs=settings.max_num_seqs, num_threads=settings.num_threads)
+    warm_up(runner, settings.max_num_batched_tokens)
+    return runner
 
 
 def load_scoring(directory: Path, manifest: Manifest, settings: ScoringSettings) -> OnnxScoringRunner:
@@ -147,6 +153,16 @@ def load_scoring(directory: Path, manifest: Manifest, settings: ScoringSettings)
         max_seq_len=manifest.max_seq_len,
         prefix=manifest.engine.get("prefix_ids", ()),
     )
+
+
+def _zeros(shape: tuple[int, ...], dtype: type[np.floating[Any]]) -> NDArray[Any]:
+    """Zeros whose memory is taken page by page as it is written.
+
+    Not np.empty: masked positions are multiplied by 0, and 0 x NaN is NaN. Not np.zeros: NumPy asks for huge pages, so
+    that a few tokens in a slot would take 2 MB of each cache.
+    """
+    pages = mmap.mmap(-1, int(np.prod(shape)) * np.dtype(dtype).itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, dtype).reshape(shape)
 
 
 def _available_bytes() -> int:

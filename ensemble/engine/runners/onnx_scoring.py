@@ -50,8 +50,11 @@ class OnnxScoringRunner:
         self._prefix = np.array(prefix, np.int32)
         self._empty = self._no_prefix()
         self._shared = self._compute_prefix() if len(prefix) else self._empty
+        self._warm_up()
 
-    def score(self, rows: Sequence[ScoreRow]) -> list[RowScores]:
+    def score(self, rows: Sequence[ScoreRow], *, with_log_probs: bool = True) -> list[RowScores]:
+        if not with_log_probs:
+            rows = [row.to_first_logits() for row in rows]
         num_shared = len(self._prefix)
         is_shared = [bool(num_shared) and row.begins_with(self._prefix) for row in rows]
         scores: dict[int, RowScores] = {}
@@ -64,10 +67,17 @@ class OnnxScoringRunner:
         return [scores[number] for number in range(len(rows))]
 
     def _pass(self, rows: Sequence[ScoreRow], prefix: Mapping[str, NDArray[Any]]) -> list[RowScores]:
+        """Rows without a target have no log probabilities; where none has one, the graph leaves out the head."""
         feeds = {**batch_tensors(rows), **prefix}
         log_probs, hidden = self._session.run([TOKEN_LOG_PROBS.name, HIDDEN_STATE.name], feeds)
         ends = np.cumsum([len(row.target_ids) for row in rows])[:-1]
         return [RowScores(own, state) for own, state in zip(np.split(log_probs, ends), hidden, strict=True)]
+
+    def _warm_up(self) -> None:
+        """Score one row, so that the first request isn't slower than the next."""
+        first, second = np.zeros(1, np.int32), np.zeros(1, np.int32)
+        row, _ = make_row(np.concatenate([self._prefix, first]), [second])
+        self.score([row])
 
     def _no_prefix(self) -> dict[str, NDArray[Any]]:
         """Empty keys and values; an empty dictionary for a graph that takes no prefix."""

@@ -14,7 +14,10 @@ from deepseek_triton.ensemble.scoring.rows import ScoreRow
 
 @dataclass(frozen=True)
 class RowScores:
-    """One row: log_probs [num_targets] of its targets; hidden [hidden_size] at the position of its first logits."""
+    """One row: log_probs [num_targets] of its targets; hidden [hidden_size] at the position of its first logits.
+
+    log_probs are empty where they weren't asked for.
+    """
 
     log_probs: NDArray[np.float32]
     hidden: NDArray[np.float32]
@@ -26,5 +29,5 @@ class ScoringRunner(Protocol):
     vocab_size: int
     max_seq_len: int
 
-    def score(self, rows: Sequence[ScoreRow]) -> list[RowScores]:
+    def score(self, rows: Sequence[ScoreRow], *, with_log_probs: bool = True) -> list[RowScores]:
         """Each row's scores, in order. The rows must have passed `ScoreRow.check`."""

@@ -34,6 +34,7 @@ from deepseek_triton.ensemble.artefacts.tensorrt_api import (
 )
 from deepseek_triton.ensemble.engine.cuda_runtime import Cuda, CudaError, load_cuda
 from deepseek_triton.ensemble.engine.runners.base import Decoded, DeviceSampling, Ids, Logits, RunnerError
+from deepseek_triton.ensemble.engine.runners.warm_up import warm_up
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 
 log = logging.getLogger(__name__)
@@ -267,12 +268,15 @@ def load(directory: Path, manifest: Manifest, settings: EngineSettings) -> Tenso
         plan = PlanInfo.from_dict({name: value for name, value in manifest.engine.items() if name != "census"})
     except TensorRTError as error:
         raise RunnerError(f"{directory}: {error}; {manifest.command}") from error
-    return TensorRTRunner(
+    runner = TensorRTRunner(
         directory / PLAN_FILE,
         plan,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
     )
+    sizes = {captured_size(n, settings.max_num_seqs) for n in range(1, settings.max_num_seqs + 1)}
+    warm_up(runner, settings.max_num_batched_tokens, sorted(sizes))
+    return runner
 
 
 def captured_size(n: int, max_num_seqs: int) -> int:

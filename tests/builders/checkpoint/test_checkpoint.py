@@ -18,14 +18,14 @@ from gguf import GGMLQuantizationType as Quantization
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_triton.builders.checkpoint.hf_config import from_hf
+from deepseek_triton.builders.checkpoint.config.hf_config import from_hf
+from deepseek_triton.builders.checkpoint.files.safetensors import read_safetensors_header
+from deepseek_triton.builders.checkpoint.gguf_checkpoint import strict_reader
 from deepseek_triton.builders.checkpoint.reader import Checkpoint, open_checkpoint
-from deepseek_triton.builders.checkpoint.safetensors import read_safetensors_header
 from deepseek_triton.builders.errors import BuildError, CheckpointError, UnsupportedError
 from deepseek_triton.ensemble.decoder.spec import ModelSpec
 from tests.support.checkpoints import (
     TINY,
-    Array,
     Tensors,
     make_checkpoint,
     make_tokenizer,
@@ -33,6 +33,7 @@ from tests.support.checkpoints import (
     safetensors_bytes,
     write_tiny,
 )
+from tests.support.gguf_files import finish, k_quant_blocks, permuted, write_gguf
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def read_all(checkpoint: Checkpoint) -> Tensors:
 
 
 def message_of(path: Path, error: type[BuildError] = CheckpointError) -> str:
-    """The one line that opening or reading `path` ends with."""
+    """The error message of opening or reading `path`."""
     with pytest.raises(error) as caught:
         read_all(open_checkpoint(path))
     text = str(caught.value)
@@ -78,6 +79,9 @@ def test_shards_with_and_without_an_index(tiny: Path) -> None:
     (tiny / "model.safetensors.index.json").write_text(json.dumps(index))
     shutil.copyfile(tiny / "a.safetensors", tiny / "copy.safetensors")
     assert_equal(read_all(open_checkpoint(tiny)), expected)
+    # transformers would take this file, and vLLM those of the index.
+    (tiny / "model.safetensors").write_bytes(safetensors_bytes(expected))
+    assert "two sets of weights; remove one of them" in message_of(tiny)
 
 
 def assert_equal(found: Tensors, expected: Tensors) -> None:
@@ -113,13 +117,18 @@ def test_buffers_of_older_checkpoints_and_a_stored_tied_head_are_passed_over(tmp
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
-    assert "does not exist; give a Hugging Face directory or a .gguf file" in message_of(tmp_path / "nowhere")
+    assert (
+        "does not exist; give a Hugging Face directory, a .gguf file or, to download a model, ORG/NAME"
+        in message_of(tmp_path / "nowhere")
+    )
     (tmp_path / "model.bin").write_bytes(b"weights")
-    assert "neither a Hugging Face directory nor a .gguf file" in message_of(tmp_path / "model.bin")
+    assert "model.bin is a pickle, which can run code" in message_of(tmp_path / "model.bin", UnsupportedError)
+    (tmp_path / "model.zip").write_bytes(b"weights")
+    assert "neither a Hugging Face directory nor a .gguf file" in message_of(tmp_path / "model.zip")
     (tmp_path / "empty").mkdir()
-    assert "config.json: No such file or directory; fetch" in message_of(tmp_path / "empty")
+    assert "empty holds no checkpoint: neither config.json nor a .gguf file" in message_of(tmp_path / "empty")
     (tmp_path / "empty" / "config.json").write_text(json.dumps(TINY))
-    assert "holds no .safetensors file; convert the weights" in message_of(tmp_path / "empty")
+    assert "holds no .safetensors file; fetch them, or convert" in message_of(tmp_path / "empty")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +148,9 @@ def test_a_bad_config(text: str, message: str, tiny: Path) -> None:
 
 def test_a_bad_generation_config(tiny: Path) -> None:
     (tiny / "generation_config.json").write_text('{"eos_token_id": 99}')
-    assert "eos_token_id is 99" in message_of(tiny)
+    assert "generation_config.json: eos_token_id is 99, outside the vocabulary" in message_of(tiny)
+    (tiny / "generation_config.json").write_text('{"eos_token_id": "3"}')
+    assert "generation_config.json: eos_token_id is '3', must be a token id" in message_of(tiny)
     (tiny / "generation_config.json").write_text("no")
     assert "generation_config.json is not valid JSON" in message_of(tiny)
 
@@ -149,6 +160,7 @@ def test_an_unsupported_architecture_names_the_file(tiny: Path) -> None:
     assert "config.json: architecture 'mamba' is not supported" in message_of(tiny, UnsupportedError)
 
 
+@pytest.mark.slow
 def test_truncation_at_every_byte_is_noticed_when_the_checkpoint_is_opened(tiny: Path) -> None:
     file = tiny / "model.safetensors"
     content = file.read_bytes()
@@ -195,7 +207,10 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no dtype": (lambda header: header[NORM].pop("dtype"), "corrupt entry"),
     "no object": (lambda header: header.update({NORM: 7}), "corrupt entry"),
     "a hole": (lambda header: header.pop(NORM), "begins at byte"),
-    "renamed": (lambda header: header.update({"norm\nx": header.pop(NORM)}), f"{NORM} is missing (and 1 more"),
+    "renamed": (
+        lambda header: header.update({"norm\nx": header.pop(NORM)}),
+        f"{NORM} is missing, and 'norm\\nx' is there, which no llama model has (and 1 more",
+    ),
 }
 
 
@@ -235,6 +250,8 @@ def test_tensors_missing_unexpected_and_of_the_wrong_shape(tmp_path: Path) -> No
 
     assert f"{query} is missing;" in message(without(tensors, query))
     assert f"{query} is missing (and 1 more tensors)" in message(without(tensors, query, key))
+    wrapped = message({f"_orig_mod.{name}": array for name, array in tensors.items()})
+    assert "model.embed_tokens.weight is missing, and '_orig_mod." in wrapped
     assert "'model.vision.weight' is not part of a llama model" in message({**tensors, "model.vision.weight": NORM_})
     assert f"{query} has shape [4, 8], expected [8, 8]" in message({**tensors, query: tensors[query][:4]})
     assert f"{query} has shape [64], expected [8, 8]" in message({**tensors, query: tensors[query].reshape(-1)})
@@ -299,72 +316,11 @@ def test_the_tokenizer_s_files_are_copied(tiny: Path, tmp_path: Path) -> None:
 
 # GGUF
 
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
 QUANTIZABLE = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0")
 # In all tests of one file the largest error of a weight, over the largest weight of its block.
 PRECISION = {
     "F32": 0.0, "F16": 5e-4, "BF16": 4e-3, "Q8_0": 6e-3, "Q5_0": 0.07, "Q4_0": 0.14, "Q4_1": 0.09,
 }  # fmt: skip
-
-
-def gguf_name(name: str) -> str:
-    module, _, kind = name.rpartition(".")
-    if module.startswith("model.layers."):
-        layer, _, module = module.removeprefix("model.layers.").partition(".")
-        return f"blk.{layer}.{GGUF_NAMES[module]}.{kind}"
-    return f"{GGUF_NAMES[module]}.{kind}"
-
-
-def permuted(array: Array, num_heads: int) -> Array:
-    """llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute."""
-    halves = array.reshape(num_heads, 2, array.shape[0] // num_heads // 2, *array.shape[1:])
-    return halves.swapaxes(1, 2).reshape(array.shape)
-
-
-def write_gguf(
-    path: Path,
-    spec: ModelSpec,
-    tensors: Tensors,
-    quantization: Quantization = Quantization.F32,
-    encode: Callable[[Array, Quantization], Array] = gguf.quants.quantize,
-    *,
-    architecture: str | None = None,
-    more: Tensors | None = None,
-) -> Path:
-    """As llama.cpp's converter writes it: matrices quantised, vectors float32, llama's q and k permuted."""
-    writer = gguf.GGUFWriter(path, architecture or spec.architecture)
-    writer.add_embedding_length(spec.hidden_size)
-    writer.add_feed_forward_length(spec.intermediate_size)
-    writer.add_block_count(spec.num_layers)
-    writer.add_context_length(spec.max_position_embeddings)
-    writer.add_head_count(spec.num_heads)
-    writer.add_head_count_kv(spec.num_kv_heads)
-    writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
-    writer.add_rope_freq_base(spec.rope.theta)
-    writer.add_key_length(spec.head_dim)
-    writer.add_eos_token_id(spec.eos_token_ids[0])
-    writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(spec.vocab_size)])
-    for name, array in tensors.items():
-        heads = {"q_proj": spec.num_heads, "k_proj": spec.num_kv_heads}.get(name.split(".")[-2])
-        if heads and spec.architecture == "llama":
-            array = permuted(array, heads)
-        if array.ndim == 2:
-            writer.add_tensor(gguf_name(name), encode(array, quantization), raw_dtype=quantization)
-        else:
-            writer.add_tensor(gguf_name(name), array)
-    for name, array in (more or {}).items():
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -381,6 +337,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Mo
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["llama", "llama-biases", "llama-mha-tied", "llama-head-dim", "qwen2", "qwen3"])
 def test_gguf_gives_what_the_hugging_face_checkpoint_gives(option: str, models: Any, tmp_path: Path) -> None:
     spec, tensors = models(option)
@@ -405,18 +362,6 @@ def test_gguf_quantizations_come_as_float32_near_the_weights(name: str, models: 
         error = np.abs(array.reshape(-1, 32) - blocks).max(1) / np.abs(blocks).max(1)
         assert error.max() <= PRECISION[name]
         assert name == "F32" or error.max() > 0, "the file should have been quantised"
-
-
-def k_quant_blocks(array: Array, quantization: Quantization) -> Array:
-    """Random blocks with small finite scales, in the layout of ggml-common.h."""
-    random = np.random.default_rng(array.size)
-    block_size, type_size = gguf.GGML_QUANT_SIZES[quantization]
-    blocks = random.integers(0, 256, (array.size // block_size, type_size), np.uint8)
-    # Q4_K begins with two float16 scales, Q6_K ends with one.
-    place = slice(0, 4) if quantization == Quantization.Q4_K else slice(type_size - 2, type_size)
-    scales = random.uniform(0.001, 0.1, (len(blocks), (place.stop - place.start) // 2)).astype(np.float16)
-    blocks[:, place] = scales.view(np.uint8)
-    return blocks.reshape(array.shape[0], -1)
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K"])
@@ -452,6 +397,7 @@ def tiny_gguf(tmp_path: Path) -> Path:
     return write_gguf(tmp_path / "tiny.gguf", spec, random_tensors(spec))
 
 
+@pytest.mark.slow
 def test_gguf_truncated_anywhere(tiny_gguf: Path) -> None:
     content = tiny_gguf.read_bytes()
     for length in {*range(0, 64), *range(64, len(content), 61), len(content) - 1}:
@@ -468,6 +414,23 @@ def test_gguf_that_is_none(tmp_path: Path) -> None:
         assert "is not a readable GGUF file" in message_of(tmp_path / "x.gguf")
 
 
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (b"tjgg", "format of before GGUF; convert"),
+        (b"GGUF\x01\0\0\0", "version 1; convert"),
+        (b"\x1f\x8b\x08", "gzip; unpack"),
+        (b"PK\x03\x04", "zip archive; unpack"),
+        (b"<!DOCTYPE html>", "HTML page"),
+    ],
+)
+def test_whole_files_of_another_format_are_named(start: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(start + bytes(100))
+    with pytest.raises(UnsupportedError, match=message) as error:
+        open_checkpoint(tmp_path / "x.gguf")
+    assert "fetch the checkpoint again" not in str(error.value)
+
+
 def test_gguf_with_an_array_longer_than_the_file_is_no_endless_loop(tiny_gguf: Path) -> None:
     content = bytearray(tiny_gguf.read_bytes())
     length = content.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 4 + 4
@@ -477,6 +440,30 @@ def test_gguf_with_an_array_longer_than_the_file_is_no_endless_loop(tiny_gguf: P
     tiny_gguf.write_bytes(content)
     with time_limit(20):
         assert "it ends before byte" in message_of(tiny_gguf)
+
+
+@pytest.mark.parametrize("endianess", gguf.GGUFEndian)
+def test_gguf_metadata_is_what_gguf_s_own_reader_gives(endianess: gguf.GGUFEndian, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama", endianess=endianess)
+    values: dict[str, Any] = {
+        "numbers": [1, 2**31 - 1, -5], "reals": [0.5, -1e30], "truths": [True, False, True],
+        "strings": ["", "a", "日本語", "\0", "x" * 300], "text": "one", "number": 7,
+    }  # fmt: skip
+    for key, value in values.items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    writer.add_key_value("bytes", [3, 255], gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT8)
+    writer.add_key_value("nested", [[1, 2], [3]], gguf.GGUFValueType.ARRAY)
+    writer.add_tensor("t", np.arange(6, dtype=np.float32).reshape(2, 3))
+    finish(writer)
+    own, ours = gguf.GGUFReader(path), strict_reader(path)
+    assert [*own.fields] == [*ours.fields]
+    for key, field in own.fields.items():
+        found = ours.fields[key]
+        assert (found.contents(), found.types, found.offset) == (field.contents(), field.types, field.offset), key
+    assert ours.fields["strings"].contents() == values["strings"]
+    assert ours.data_offset == own.data_offset
+    np.testing.assert_array_equal(ours.tensors[0].data, own.tensors[0].data)
 
 
 def test_gguf_tensors_at_fault(tmp_path: Path) -> None:
@@ -506,7 +493,7 @@ def test_gguf_frequency_factors_leave_the_tensors_for_the_spec(tmp_path: Path) -
 
 
 class TookTooLong(BaseException):
-    """Not an Exception: nobody may catch it."""
+    """A BaseException, so that `except Exception` doesn't catch it."""
 
 
 @contextmanager
@@ -515,11 +502,11 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise TookTooLong
 
     before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    outer_s, _ = signal.setitimer(signal.ITIMER_REAL, seconds)  # the test's own limit has the same timer
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, outer_s)
         signal.signal(signal.SIGALRM, before)
 
 
@@ -570,21 +557,24 @@ def _tiny_gguf() -> bytes:
 CONFIG = json.dumps({**TINY, "rope_scaling": {"type": "yarn", "factor": 2.0}}).encode()
 SAFETENSORS, GGUF = _tiny_safetensors(), _tiny_gguf()
 SAFETENSORS_HEADER = 8 + int.from_bytes(SAFETENSORS[:8], "little")
-FUZZ = settings(max_examples=200, deadline=None)
+FUZZ = settings(max_examples=200)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(damages(len(SAFETENSORS), SAFETENSORS_HEADER))
 def test_damaged_safetensors_end_in_a_build_error_or_are_read(damage: Callable[[bytes], bytes]) -> None:
     check_damaged("model.safetensors", damage(SAFETENSORS), {"config.json": json.dumps(TINY).encode()})
 
 
+@pytest.mark.slow
 @FUZZ
 @given(damages(len(GGUF), GGUF.index(b"blk.1.ffn_down.weight") + 60))
 def test_damaged_gguf_files_end_in_a_build_error_or_are_read(damage: Callable[[bytes], bytes]) -> None:
     check_damaged("m.gguf", damage(GGUF), {})
 
 
+@pytest.mark.slow
 @FUZZ
 @given(damages(len(CONFIG), len(CONFIG)))
 def test_damaged_configs_end_in_a_build_error_or_are_read(damage: Callable[[bytes], bytes]) -> None:
@@ -598,6 +588,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.sampled_from([*TINY, "rope_scaling", "rope_theta", "head_dim", "hidden_act", "partial_rotary_factor"]), JSON)
 def test_any_json_in_a_config_ends_in_a_build_error_or_is_read(key: str, value: Any) -> None:
@@ -605,6 +596,7 @@ def test_any_json_in_a_config_ends_in_a_build_error_or_is_read(key: str, value: 
     check_damaged("config.json", config, {"model.safetensors": SAFETENSORS})
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.sampled_from(["dtype", "shape", "data_offsets"]), JSON)
 def test_any_json_in_a_header_ends_in_a_build_error_or_is_read(key: str, value: Any) -> None:

@@ -44,6 +44,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
     return lambda *arguments: Run(capsys, *arguments)
 
 
+@pytest.mark.slow
 def test_build_then_check(run: Any, checkpoint: Path, tmp_path: Path) -> None:
     models = tmp_path / "models"
     for version in (1, 2):
@@ -53,7 +54,7 @@ def test_build_then_check(run: Any, checkpoint: Path, tmp_path: Path) -> None:
         assert re.fullmatch(r"it took \d+\.\d s", took)
         assert serve == f"serve it with: deepseek-triton serve {models}"
         assert restart == f"a server that is running already must be restarted to serve version {version}"
-        assert "weights" in result.err and "error" not in result.err, "a progress bar"
+        assert "weights" not in result.err and "error" not in result.err, "a file gets no progress bar"
     result = run("check", models)
     assert (result.status, result.out, result.err) == (0, f"{models}: sound\n", "")
 
@@ -81,7 +82,7 @@ def test_build_checkpoints_at_fault(run: Any, checkpoint: Path, tmp_path: Path) 
         text: str = run("build", path, "--name", "m", "--repository", tmp_path / "models", *SMALL_ENGINE).error
         return text
 
-    assert "does not exist; give a Hugging Face directory or a .gguf file" in error(tmp_path / "nowhere")
+    assert "does not exist; give a Hugging Face directory, a .gguf file or" in error(tmp_path / "nowhere")
     (tmp_path / "x.gguf").write_bytes(b"GGUFGGUF")
     assert "x.gguf is not a readable GGUF file" in error(tmp_path / "x.gguf")
     (checkpoint / "tokenizer.json").write_text("{")
@@ -96,7 +97,7 @@ def test_build_checkpoints_at_fault(run: Any, checkpoint: Path, tmp_path: Path) 
 def test_an_interrupted_build_says_so_by_its_status(
     run: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(path: Path) -> None:
+    def interrupt(path: Path, adapter: Path | None) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(repository, "open_checkpoint", interrupt)
@@ -121,7 +122,7 @@ def test_defaults_are_the_dataclasses_own() -> None:
     helps = {action.dest: str(action.help) for action in make_command_parser("build")._actions}
     for field in fields(EngineSettings):
         assert getattr(arguments, field.name) is None, "the target's own"
-        assert isinstance(field.default, bool) or f"(default: {field.default}" in helps[field.name]
+        assert isinstance(field.default, bool) or f"default: {field.default}" in helps[field.name]
     options = BuildOptions(Path("c"), "m")
     for name in ("repository", "target", "max_seq_len"):
         assert getattr(arguments, name) == getattr(options, name)
@@ -169,6 +170,7 @@ def test_serve_without_a_tritonserver(run: Any, built: Path, monkeypatch: pytest
     assert run("serve", built).error == "no tritonserver on PATH; run: pip install it"
 
 
+@pytest.mark.slow
 def test_serve_on_a_port_in_use(run: Any, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "find_tritonserver", lambda: Installation(Path("/bin/false")))
     with socket.socket() as taken:
@@ -181,6 +183,7 @@ def test_serve_on_a_port_in_use(run: Any, built: Path, monkeypatch: pytest.Monke
             assert str(port) in result.error and "in use" in result.error
 
 
+@pytest.mark.slow
 def test_serve_with_a_server_that_ends_at_once(run: Any, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "find_tritonserver", lambda: Installation(Path("/bin/false")))
     result = run("serve", built, "--http-port", 0, "--grpc-port", 0, "--metrics-port", 0)
@@ -190,6 +193,7 @@ def test_serve_with_a_server_that_ends_at_once(run: Any, built: Path, monkeypatc
 # What is not installed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "command", "extra"),
     [
@@ -232,7 +236,25 @@ def test_a_missing_module_of_nobody_s_extra_is_a_fault_of_ours(monkeypatch: pyte
         cli.main(["check"])
 
 
+@pytest.mark.slow
 def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "deepseek_triton.builders.cli", "check", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(cli.__file__).parent.parent)
     assert result.returncode == 1 and "holds no built models" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["chat", "--model", "m"], "unknown option --model: give the model without it"),
+        (["serve", "r", "--port", "1"], "unknown option --port; did you mean --http-port?"),
+        (["configure", "m", "--seqs", "1"], "unknown option --seqs; did you mean --max-num-seqs?"),
+        (["tune", "m", "--minutes", "1"], "unknown option --minutes\n"),
+    ],
+)
+def test_hints_are_given_where_they_help(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert message in capsys.readouterr().err

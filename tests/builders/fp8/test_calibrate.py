@@ -1,4 +1,4 @@
-"""Activation ranges: that they are right, can be kept and used again, and what is refused."""
+"""Activation ranges: their values, saving and loading, and errors."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import tokenizers
 
 from deepseek_triton.builders.checkpoint.reader import open_checkpoint
 from deepseek_triton.builders.errors import BuildError
-from deepseek_triton.builders.fp8 import calibration_text
 from deepseek_triton.builders.fp8.calibrate import Calibration, CalibrationError, calibrate
-from deepseek_triton.builders.fp8.calibration_text import calibration_windows, read_text
-from deepseek_triton.builders.fp8.generated_text import PROMPT_LEN, generate_windows
+from deepseek_triton.builders.fp8.texts import calibration_text
+from deepseek_triton.builders.fp8.texts.calibration_text import calibration_windows, read_text
+from deepseek_triton.builders.fp8.texts.generated_text import PROMPT_LEN, generate_windows
 from deepseek_triton.ensemble.decoder.spec import layer_prefix
 from tests.support.checkpoints import load_reference, make_checkpoint
 
@@ -49,6 +49,7 @@ def calibration(checkpoint: Path) -> Calibration:
     return calibrate(open_checkpoint(checkpoint), windows(), ["random"])
 
 
+@pytest.mark.slow
 def test_ranges_are_those_of_the_reference_model(checkpoint: Path, calibration: Calibration) -> None:
     torch = pytest.importorskip("torch")
     model = load_reference(checkpoint)
@@ -147,6 +148,7 @@ def test_a_users_file_is_cut_into_windows(checkpoint: Path, tmp_path: Path) -> N
     assert sources == ("notes.txt",) and [len(window) for window in found] == [512, 512, 236]
 
 
+@pytest.mark.slow
 def test_the_built_in_set_covers_its_five_kinds_and_the_models_own_text(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,10 +158,11 @@ def test_the_built_in_set_covers_its_five_kinds_and_the_models_own_text(
     assert list(sources) == [*(f"built-in {kind}" for kind in kinds), "generated"]
     without, sources = calibration_windows(open_checkpoint(checkpoint), is_generating=False)
     assert "generated" not in sources and len(without) < len(found)
-    monkeypatch.setattr("deepseek_triton.builders.fp8.generated_text.fits_in_memory", lambda spec: False)
+    monkeypatch.setattr("deepseek_triton.builders.fp8.texts.generated_text.fits_in_memory", lambda spec: False)
     assert calibration_windows(open_checkpoint(checkpoint))[1] == sources
 
 
+@pytest.mark.slow
 def test_generated_text_continues_its_prompts_and_is_the_same_every_time(checkpoint: Path) -> None:
     prompts = [np.arange(PROMPT_LEN + 5), np.arange(PROMPT_LEN)[::-1] + 40, np.arange(3)]
     once, again = (generate_windows(open_checkpoint(checkpoint), prompts, num_tokens=24) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Evaluation: its numbers against independent ones, its files, and what is refused."""
+"""Evaluation: its figures compared with independent ones, its files, and its errors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import pytest
 from deepseek_triton.builders.checkpoint.reader import open_checkpoint
 from deepseek_triton.builders.cli import main
 from deepseek_triton.builders.fp8.calibrate import calibrate
-from deepseek_triton.builders.fp8.calibration_text import load_or_calibrate
-from deepseek_triton.builders.fp8.evaluate import (
+from deepseek_triton.builders.fp8.quality.evaluate import (
     EvaluationError,
     Final,
     FloatSource,
@@ -22,9 +21,10 @@ from deepseek_triton.builders.fp8.evaluate import (
     run_model,
     text_windows,
 )
-from deepseek_triton.builders.fp8.graph_weights import Artefact, ArtefactError
+from deepseek_triton.builders.fp8.quality.graph_weights import Artefact, ArtefactError
 from deepseek_triton.builders.fp8.quantize import quantized_graph
 from deepseek_triton.builders.fp8.recipe import RECIPES
+from deepseek_triton.builders.fp8.texts.calibration_text import load_or_calibrate
 from deepseek_triton.builders.graph.decoder import build_graph
 from tests.builders.fp8.test_calibrate import write_byte_tokenizer
 from tests.support.checkpoints import load_reference, make_checkpoint
@@ -54,6 +54,7 @@ def artefact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Arte
     return Artefact(graph)
 
 
+@pytest.mark.slow
 def test_the_float_model_has_transformers_perplexity_and_accuracy(checkpoint: Path, windows: list[Array]) -> None:
     torch = pytest.importorskip("torch")
     model, losses, hits = load_reference(checkpoint), [], []
@@ -98,6 +99,7 @@ def test_divergence_and_agreement_are_those_of_the_distributions(windows: list[A
     assert quality.accuracy_kept == pytest.approx(kept, nan_ok=True)
 
 
+@pytest.mark.slow
 def test_errors_by_module_grow_along_the_quantised_model(
     checkpoint: Path, artefact: Artefact, windows: list[Array]
 ) -> None:
@@ -159,6 +161,7 @@ def command(*arguments: str | Path) -> int:
     return main(["evaluate", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_the_command_evaluates_an_artefact_and_draws_it(
     checkpoint: Path, artefact: Artefact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,12 +183,13 @@ def test_the_command_evaluates_an_artefact_and_draws_it(
     assert (output / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_command_quantises_first_where_no_artefact_is_named(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, ranges = tmp_path / "text.txt", tmp_path / "ranges.json"
     text.write_text(TEXT)
-    load_or_calibrate(checkpoint, ranges, text, lambda what, done, total: None)
+    load_or_calibrate(open_checkpoint(checkpoint), ranges, text, lambda what, done, total: None)
     before = ranges.read_bytes()
     assert command(checkpoint, "--text", text, "--recipe", "nearest", "--ranges", ranges, "--window", "64") == 0
     assert "top-1 agreement" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""FP8: the numbers, the graph that holds them, and what makes them better than rounding to nearest."""
+"""FP8: arithmetic, graphs, and the methods that improve on rounding to nearest."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from onnx import TensorProto, helper
 from deepseek_triton.builders.checkpoint.reader import Checkpoint, open_checkpoint
 from deepseek_triton.builders.errors import BuildError, CheckpointError
 from deepseek_triton.builders.fp8.calibrate import Calibration, CalibrationError, calibrate
-from deepseek_triton.builders.fp8.compensate import SecondMoment, compensated_codes
-from deepseek_triton.builders.fp8.e4m3 import encode, least_error_scale, max_scale, round_trip
-from deepseek_triton.builders.fp8.evaluate import FloatSource, compare, run_model
-from deepseek_triton.builders.fp8.graph_weights import Artefact
-from deepseek_triton.builders.fp8.layer_session import runnable_opset
+from deepseek_triton.builders.fp8.forward.layer_session import runnable_opset
+from deepseek_triton.builders.fp8.quality.evaluate import FloatSource, compare, run_model
+from deepseek_triton.builders.fp8.quality.graph_weights import Artefact
+from deepseek_triton.builders.fp8.quality.sensitivity import float8_bytes, keep_most_sensitive, measure_sensitivity
 from deepseek_triton.builders.fp8.quantize import quantized_graph
 from deepseek_triton.builders.fp8.quantizer import Quantizer
 from deepseek_triton.builders.fp8.recipe import RECIPES, Recipe, recipe_named
-from deepseek_triton.builders.fp8.sensitivity import float8_bytes, keep_most_sensitive, measure_sensitivity
+from deepseek_triton.builders.fp8.rounding.compensate import SecondMoment, compensated_codes
+from deepseek_triton.builders.fp8.rounding.e4m3 import encode, least_error_scale, max_scale, round_trip
 from deepseek_triton.builders.graph.decoder import build_graph
 from deepseek_triton.builders.graph.float8 import E4M3
 from tests.support.checkpoints import OPTIONS, make_checkpoint
@@ -135,7 +135,7 @@ def test_compensation_without_correlation_is_rounding_to_nearest() -> None:
 
 @pytest.mark.parametrize("max_block", [4096, 50])
 def test_compensation_reduces_the_outputs_error(max_block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepseek_triton.builders.fp8.compensate.MAX_BLOCK", max_block)
+    monkeypatch.setattr("deepseek_triton.builders.fp8.rounding.compensate.MAX_BLOCK", max_block)
     random = np.random.default_rng(0)
     x = random.standard_normal((400, 30)).astype(np.float32) @ random.standard_normal((30, 150)).astype(np.float32)
     x += 0.2 * random.standard_normal(x.shape).astype(np.float32)
@@ -168,6 +168,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "recipe"), CASES)
 def test_the_fp8_graph_gives_the_numbers_that_evaluation_simulates(
     option: str, recipe: Recipe, prepared: Any, tmp_path: Path
@@ -188,6 +189,7 @@ def test_the_fp8_graph_gives_the_numbers_that_evaluation_simulates(
     assert 0.9 < cosine < 0.9999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [23, 24])
 def test_a_float16_network_stays_near_its_simulation(
     opset: int, llama: tuple[Path, Calibration], tmp_path: Path
@@ -223,6 +225,7 @@ def test_linear_layers_are_stored_as_a_byte_a_weight(llama: tuple[Path, Calibrat
     assert len(quantized) == 10, "one for each input that some FP8 layer reads; none over a weight"
 
 
+@pytest.mark.slow
 def test_a_build_is_reproducible_and_has_the_float_builds_digest(
     llama: tuple[Path, Calibration], prepared: Any, tmp_path: Path
 ) -> None:
@@ -245,6 +248,7 @@ def test_a_build_is_reproducible_and_has_the_float_builds_digest(
 # ---- smoothing, sensitivity
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["llama", "qwen2", "llama-biases", "qwen3"])
 def test_smoothing_changes_the_weights_and_not_the_model(option: str, prepared: Any) -> None:
     path, calibration = prepared(option)
@@ -262,6 +266,7 @@ def test_smoothing_changes_the_weights_and_not_the_model(option: str, prepared: 
         assert not np.allclose(weights.read(full), checkpoint.read(full), rtol=0.01), name
 
 
+@pytest.mark.slow
 def test_the_ranking_finds_the_layer_that_suffers_and_the_budget_holds(llama: tuple[Path, Calibration]) -> None:
     path, calibration = llama
     tap = "model.layers.1.mlp.product"
@@ -279,6 +284,7 @@ def test_the_ranking_finds_the_layer_that_suffers_and_the_budget_holds(llama: tu
         assert (chosen.precision_of(DOWN_1) == "network") == (extra > 0)
 
 
+@pytest.mark.slow
 def test_keeping_the_most_sensitive_layers_brings_the_model_nearer(
     llama: tuple[Path, Calibration], tmp_path: Path
 ) -> None:
@@ -382,6 +388,7 @@ def block_scaled(directory: Path, change: Callable[[dict[str, Any]], None] = lam
     return path
 
 
+@pytest.mark.slow
 def test_a_block_scaled_checkpoint_is_read_and_requantised(wide: None, tmp_path: Path) -> None:
     float_path = make_checkpoint(tmp_path / "float", "llama-wide")
     path = block_scaled(tmp_path / "fp8")

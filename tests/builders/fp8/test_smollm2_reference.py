@@ -1,4 +1,4 @@
-"""What is carried to a machine without a package registry arrives there whole, or is told."""
+"""The pack for a machine without a package registry arrives whole, or its damage is reported."""
 
 from __future__ import annotations
 

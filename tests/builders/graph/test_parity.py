@@ -39,7 +39,7 @@ def graph_runner(checkpoint: Path | Checkpoint, parent: Path, max_num_seqs: int 
     # A directory for each: ONNX Runtime maps the weights, and a file that is written anew under it is a bus error.
     directory = Path(tempfile.mkdtemp(dir=parent))
     source = open_checkpoint(checkpoint) if isinstance(checkpoint, Path) else checkpoint
-    path = build_graph(source.spec, source.read, directory, **{"max_seq_len": MAX_SEQ_LEN, **graph})
+    path = build_graph(source.spec, source.read, directory, **{"max_seq_len": MAX_SEQ_LEN, "fuses": True, **graph})
     return OnnxRunner(path, max_num_seqs=max_num_seqs, num_threads=2)
 
 
@@ -82,18 +82,29 @@ def greedy_without_end(runner: OnnxRunner, ids: np.ndarray[Any, Any], count: int
     return tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_logits_and_greedy_tokens_are_those_of_transformers(option: str, build: Build) -> None:
     directory, runner = build(option)
     assert_agrees(runner, load_reference(directory), prompt())
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_graph_of_onnx_operators_alone_agrees_with_the_fused_one(option: str, build: Build, tmp_path: Path) -> None:
+    directory, fused = build(option)
+    plain, ids = graph_runner(directory, tmp_path, fuses=False), prompt()
+    np.testing.assert_allclose(plain.prefill(0, ids, 0), fused.prefill(0, ids, 0), atol=TOLERANCE)
+    assert greedy(plain, ids, 16) == greedy(fused, ids, 16)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["llama", "qwen3"])
 def test_opset_23_for_older_onnx_runtimes_agrees_too(option: str, build: Build) -> None:
     directory, runner = build(option, opset=23)
     assert_agrees(runner, load_reference(directory), prompt())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "shard"), [("bfloat16", "5GB"), ("float16", "5GB"), ("bfloat16", "60KB")])
 def test_half_precision_and_sharded_checkpoints(dtype: str, shard: str, build: Build) -> None:
     directory, runner = build("qwen2", dtype=dtype, shard=shard)

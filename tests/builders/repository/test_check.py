@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from deepseek_triton.builders.repository import pbtxt
-from deepseek_triton.builders.repository.check import CheckError, check_repository, require_sound
+from deepseek_triton.builders.repository.check import (
+    CheckError,
+    check_repository,
+    require_sound,
+    sound_models,
+    unbuilt_models,
+)
 from deepseek_triton.builders.repository.check_engine import check_engine_files
 from deepseek_triton.ensemble.artefacts.manifest import ArtefactFile, Manifest
 from deepseek_triton.ensemble.protocol.pipelines import GENERATE_PIPELINE
@@ -64,6 +72,29 @@ def edit(repository: Path, model: str, change: Edit) -> None:
 
 def problems(repository: Path) -> list[str]:
     return [str(problem).replace(f"{repository}/", "") for problem in check_repository(repository)]
+
+
+def add_model(repository: Path, name: str) -> None:
+    """A second model, sound as the first."""
+    for part in ("", "-tokenizer", "-engine", "-detokenizer"):
+        shutil.copytree(repository / f"m{part}", repository / f"{name}{part}")
+        file = repository / f"{name}{part}" / "config.pbtxt"
+        file.write_text(re.sub(r'"m(-\w+)?"', rf'"{name}\1"', file.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def test_a_model_at_fault_takes_no_other_with_it(repository: Path) -> None:
+    add_model(repository, "other")
+    everything = sorted(path.name for path in repository.iterdir())
+    assert (sorted(sound_models(repository)[0]), sound_models(repository)[1]) == (everything, [])
+    (repository / "m-engine/1/model.onnx").unlink()
+    sound, found = sound_models(repository)
+    assert sorted(sound) == [name for name in everything if name.startswith("other")]
+    assert [Path(problem.where).parts[-3:] for problem in found] == [("m-engine", "1", "model.onnx")]
+    (repository / "other/config.pbtxt").write_text("name: 5")
+    with pytest.raises(CheckError, match=r"model.onnx: is missing[\s\S]*other/config.pbtxt"):
+        sound_models(repository)
+    (repository / "m-engine/1/model.onnx").write_bytes(b"graph")
+    assert sorted(sound_models(repository)[0]) == [name for name in everything if name.startswith("m")]
 
 
 def test_a_sound_repository_has_no_problems(repository: Path) -> None:
@@ -239,9 +270,9 @@ EDITS: dict[str, tuple[str, Edit, list[tuple[str, str]]]] = {
         ],
     ),
     "max_batch_size of a step": (
-        "m",
+        "m-engine",
         lambda c: setattr(c, "max_batch_size", 8),
-        [("m/config.pbtxt step 1 (m-engine): the ensemble's max_batch_size is 8", "the model's, 1")],
+        [("m/config.pbtxt step 1 (m-engine): the ensemble's max_batch_size is 64", "the model's, 8")],
     ),
     "no steps": (
         "m",
@@ -302,13 +333,13 @@ def test_batch_dimension_is_part_of_the_shape(repository: Path) -> None:
     edit(repository, "m-tokenizer", both(*no_batches))
     found = problems(repository)
     assert any("input 'text_input' has dims [1] in m-tokenizer and [-1, 1] in m" in line for line in found)
-    assert any("the ensemble's max_batch_size is 1, must be at most the model's, 0" in line for line in found)
+    assert any("the ensemble's max_batch_size is 64, must be at most the model's, 0" in line for line in found)
 
 
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config.pbtxt": (
         lambda r: (r / "extra").mkdir(),
-        "extra/config.pbtxt: is missing; build the model again or remove the directory",
+        "extra/config.pbtxt: is missing; build the model again, or move the directory elsewhere",
     ),
     "unreadable config.pbtxt": (
         lambda r: (r / "m-engine" / "config.pbtxt").write_bytes(b"\xff"),
@@ -384,3 +415,20 @@ def test_no_repository_and_an_empty_one(tmp_path: Path) -> None:
     (tmp_path / ".staging").mkdir()
     (tmp_path / "README.md").touch()
     assert problems(tmp_path)[0].endswith("holds no built models; build one first")
+
+
+def test_a_folder_that_is_no_repository_is_told_from_one(repository: Path) -> None:
+    assert problems(repository / "m") == [
+        f"{repository / 'm'}: is one model; give the repository that it lies in, {repository}"
+    ]
+    (repository.parent / "other" / "docs").mkdir(parents=True)
+    (repository.parent / "other" / "docs" / "page.md").touch()
+    (line,) = problems(repository.parent / "other")
+    assert "other: is no model repository: none of its folders has a config.pbtxt; build a model" in line
+
+
+def test_configurations_without_a_model_are_named(repository: Path) -> None:
+    (repository / "demo").mkdir()
+    shutil.copyfile(repository / "m" / "config.pbtxt", repository / "demo" / "config.pbtxt")
+    assert problems(repository) == []
+    assert unbuilt_models(repository) == ["demo"]

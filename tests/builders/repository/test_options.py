@@ -1,4 +1,4 @@
-"""From a request's tensors to what they ask of the engine."""
+"""Request tensors and the engine options that they set."""
 
 from __future__ import annotations
 

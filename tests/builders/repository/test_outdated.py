@@ -49,6 +49,7 @@ def write_old_adapters(models: Path) -> None:
         (models / f"m-{part}" / "1" / "model.py").write_text(OLD_MODEL_PY.format(part))
 
 
+@pytest.mark.slow
 def test_check_and_serve_refuse_it_with_one_line(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"{old}/m-engine/1/manifest.json: has format 1, this version reads 2; rebuild with: {COMMAND}"
     (problem,) = check_repository(old)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -19,14 +20,17 @@ from deepseek_triton.builders.graph.builder import GraphBuilder
 from deepseek_triton.builders.repository import build as repository
 from deepseek_triton.builders.repository import pbtxt
 from deepseek_triton.builders.repository.build import build
-from deepseek_triton.builders.repository.check import check_repository
+from deepseek_triton.builders.repository.check import check_repository, sound_models
 from deepseek_triton.builders.repository.options import BuildOptions
+from deepseek_triton.builders.targets import target_named
 from deepseek_triton.builders.targets.onnx import MAX_TOKENS
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.engine.runners.base import RunnerError
 from deepseek_triton.ensemble.engine.runners.load import load_runner
+from deepseek_triton.ensemble.processes.stat import stat_fields
 from deepseek_triton.ensemble.protocol.pipelines import GENERATE_PIPELINE
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
+from deepseek_triton.ensemble.text.chat import end_workers
 from tests.support.checkpoints import TINY, make_checkpoint, make_tokenizer, write_tiny
 
 CHOSEN: dict[str, Any] = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "num_threads": 1}
@@ -58,6 +62,7 @@ def snapshot(directory: Path) -> dict[str, bytes | None]:
     }
 
 
+@pytest.mark.slow
 def test_a_build_gives_a_repository_that_loads_and_answers(tmp_path: Path, models: Path) -> None:
     checkpoint = make_tokenizer(make_checkpoint(tmp_path / "llama"))
     reports: list[tuple[str, int, int]] = []
@@ -87,6 +92,19 @@ def test_a_build_gives_a_repository_that_loads_and_answers(tmp_path: Path, model
     assert [done for _, done, _ in reports] == sorted({done for _, done, _ in reports})
 
 
+@pytest.mark.slow
+def test_the_model_that_answers_infer_is_built_where_it_is_asked_for(checkpoint: Path, models: Path) -> None:
+    assert build(options(checkpoint, models, infer=True)) == 1 and check_repository(models) == []
+    assert (models / "m-infer" / "1" / "model.py").is_file() and set(sound_models(models)[0]) == {*PARTS, "m-infer"}
+    command = Manifest.load(models / "m-engine" / "1").command
+    assert "--infer" in command.split()
+    assert build(options(checkpoint, models)) == 2
+    assert not (models / "m-infer" / "2").exists() and check_repository(models) == []
+    with pytest.raises(BuildError, match="--infer is for task generate"):
+        options(checkpoint, models, infer=True, task="score", settings={})
+
+
+@pytest.mark.slow
 def test_the_manifest_says_what_was_built_from_what(checkpoint: Path, models: Path) -> None:
     build(options(checkpoint, models, precision="fp16"))
     manifest = Manifest.load(models / "m-engine" / "1")
@@ -103,6 +121,7 @@ def test_the_manifest_says_what_was_built_from_what(checkpoint: Path, models: Pa
     assert graph.producer_name == "deepseek-triton" and "input_ids" in graph.doc_string
 
 
+@pytest.mark.slow
 def test_the_rebuild_command_builds_the_same_again(checkpoint: Path, models: Path) -> None:
     import shlex
 
@@ -115,6 +134,7 @@ def test_the_rebuild_command_builds_the_same_again(checkpoint: Path, models: Pat
     assert snapshot(models / "m-engine" / "2") == before
 
 
+@pytest.mark.slow
 def test_building_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     checkpoint = make_tokenizer(make_checkpoint(tmp_path / "c", "qwen2-tied-yarn"))
     for name in ("one", "two"):
@@ -125,6 +145,7 @@ def test_building_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert one.keys() == two.keys()
 
 
+@pytest.mark.slow
 def test_another_checkpoint_has_another_hash(checkpoint: Path, models: Path) -> None:
     build(options(checkpoint, models))
     file = checkpoint / "model.safetensors"
@@ -138,6 +159,29 @@ def test_another_checkpoint_has_another_hash(checkpoint: Path, models: Path) -> 
     assert first.files["model.onnx.data"] != second.files["model.onnx.data"]
 
 
+@pytest.mark.slow
+def test_a_build_leaves_no_process_behind(checkpoint: Path, models: Path) -> None:
+    end_workers()  # of earlier tests
+    before = children()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(repository, "end_workers", lambda: None)
+        build(options(checkpoint, models))
+        assert len(children() - before) == 1, "the process that rendered the chat template"
+    build(options(checkpoint, models))
+    assert children() == before
+
+
+def children() -> set[int]:
+    """This process's own children."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            if int(stat_fields(process.name)[1]) == os.getpid():
+                found.add(int(process.name))
+    return found
+
+
+@pytest.mark.slow
 def test_the_next_build_is_version_2_beside_an_untouched_version_1(checkpoint: Path, models: Path) -> None:
     build(options(checkpoint, models))
     first = {path: data for path, data in snapshot(models).items() if "/1" in path}
@@ -155,6 +199,7 @@ def test_the_next_build_is_version_2_beside_an_untouched_version_1(checkpoint: P
     assert check_repository(models) == []
 
 
+@pytest.mark.slow
 def test_the_version_is_one_more_than_any_part_has(checkpoint: Path, models: Path) -> None:
     build(options(checkpoint, models))
     (models / "m-tokenizer" / "7").mkdir()
@@ -202,7 +247,7 @@ def not_finite(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
-    def opened(path: Path) -> Any:
+    def opened(path: Path, adapter: Path | None) -> Any:
         source = real(path)
         file = checkpoint / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-8])
@@ -271,6 +316,7 @@ BREAKS: dict[str, tuple[Break, type[BaseException], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_version_1", [True, False])
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_build_that_fails_leaves_everything_as_it_was(
@@ -319,6 +365,7 @@ def test_tokenizers_at_fault(sound: tuple[Path, Path]) -> None:
     assert "tokenizer.json does not exist; convert the tokenizer" in message(checkpoint, models)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_before_anything_large_is_written(
     sound: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,6 +376,7 @@ def test_a_full_disk_is_told_before_anything_large_is_written(
     assert "MiB needed, 0 MiB free; make room" in text
 
 
+@pytest.mark.slow
 def test_limits_of_the_sequence_length(sound: tuple[Path, Path], tmp_path: Path) -> None:
     text = message(*sound, max_seq_len=65)
     assert "max_seq_len is 65, the model was trained for 64 tokens" in text
@@ -367,6 +415,7 @@ def test_options_out_of_range(changes: dict[str, Any], text: str) -> None:
     assert text in str(caught.value)
 
 
+@pytest.mark.slow
 def test_places_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
@@ -390,10 +439,21 @@ def test_the_committed_demo_configuration_is_what_the_builders_write() -> None:
     committed = Path(__file__).parents[3] / "model_repository"
     configs = (
         pbtxt.tokenizer_config("smollm2"),
-        pbtxt.engine_config("smollm2", EngineSettings().to_parameters()),
+        pbtxt.engine_config("smollm2", target_named("onnx").parameters(EngineSettings())),
         pbtxt.detokenizer_config("smollm2"),
         pbtxt.ensemble_config("smollm2", GENERATE_PIPELINE),
     )
     for config in configs:
         path = committed / config.name / "config.pbtxt"
         assert path.read_text(encoding="utf-8") == pbtxt.to_text(config), f"{path} is out of date: run make demo"
+
+
+@pytest.mark.parametrize("name", ["m-engine", "m-tokenizer", "m-detokenizer", "m-scorer", "m-infer"])
+def test_a_models_name_is_no_parts_name(checkpoint: Path, name: str, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=f"name is '{name}'; a model's parts end in"):
+        BuildOptions(checkpoint, name, tmp_path / "models")
+
+
+def test_a_name_has_at_most_so_many_characters(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="name has 129 characters, must have at most 128"):
+        BuildOptions(checkpoint, "m" * 129, tmp_path / "models")

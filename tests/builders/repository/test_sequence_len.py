@@ -45,15 +45,17 @@ def test_what_is_asked_for_is_what_is_built(model: ModelSpec) -> None:
 @pytest.mark.parametrize(
     ("target", "precision", "settings", "tokens"),
     [
-        ("cuda", "bf16", {}, 32_768),  # 32 GiB / 16 sequences / 57,344 bytes = 37,449
-        ("cuda", "bf16", {"tensor_parallel_size": 4}, 131_072),  # a quarter on each
-        ("cuda", "bf16", {"max_num_seqs": 64}, 8192),
-        ("cuda", "bf16", {"max_num_seqs": 2}, 131_072),
+        ("cuda", "bf16", {"kv_cache": "slots"}, 32_768),  # 32 GiB / 16 sequences / 57,344 bytes = 37,449
+        ("cuda", "bf16", {"kv_cache": "slots", "tensor_parallel_size": 4}, 131_072),  # a quarter on each
+        ("cuda", "bf16", {"kv_cache": "slots", "max_num_seqs": 64}, 8192),
+        ("cuda", "bf16", {"kv_cache": "slots", "max_num_seqs": 2}, 131_072),
         ("tensorrt", "fp16", {}, 16_384),  # 8 GiB / 8 / 57,344 = 18,724
         ("onnx", "fp16", {}, 4096),  # 2 GiB / 8 / 57,344 = 4,681
         ("onnx", "fp32", {}, 2048),
         ("onnx", "fp16", {"max_num_seqs": 1}, 8192),  # it would be 37,449 by memory
         ("onnx", "fp16", {"max_num_seqs": 100_000}, 2),
+        ("cuda", "bf16", {}, 131_072),  # pages: one sequence of 7 GiB fits; how many more, lengths say
+        ("cuda", "fp8", {"max_num_seqs": 256}, 131_072),
     ],
 )
 def test_the_default_is_what_fits(
@@ -63,7 +65,7 @@ def test_the_default_is_what_fits(
 
 
 def test_the_line_says_why(model: ModelSpec) -> None:
-    assert chosen(model, "cuda", "bf16").describe() == (
+    assert chosen(model, "cuda", "bf16", settings={"kv_cache": "slots"}).describe() == (
         "max_seq_len 32,768 (the model's own 131,072 would need 112.0 GiB of cache for 16 sequences, the default share "
         "of each GPU is 32.0 GiB; --max-seq-len sets it)"
     )

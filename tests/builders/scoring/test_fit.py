@@ -1,4 +1,4 @@
-"""Fitting calibrations: on scores whose truth is known."""
+"""Fitting calibrations to scores with known probabilities."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ def test_a_temperature_is_found_again() -> None:
     assert report["negative_log_likelihood_after"] < report["negative_log_likelihood_before"]
 
 
+@pytest.mark.slow
 def test_biases_are_found_again() -> None:
     measured, truth = drawn(3000, 2.0, (0.0, 3.0, -2.0))
     fitted = fit("bias", LABELS, "mean", measured, truth)
@@ -68,6 +69,7 @@ def test_a_prior_is_taken_from_texts_without_content() -> None:
         fit("contextual", LABELS, "mean", measured, truth)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_labels", [2, 3])
 def test_a_head_reads_the_hidden_state(num_labels: int) -> None:
     biases = (0.0, 1.0, -1.0)[:num_labels]
@@ -81,8 +83,9 @@ def test_a_head_reads_the_hidden_state(num_labels: int) -> None:
     assert ProbabilityCalibration(**{**fitted.__dict__}) == fitted
 
 
+@pytest.mark.slow
 def test_what_is_judged_was_not_fitted_on() -> None:
-    """Labels that nothing can predict: a head that judged its own examples would look good."""
+    """The labels are random: a head that is evaluated on its own training examples would look good."""
     random = np.random.default_rng(0)
     measured = ScoredTexts(np.zeros((60, 2)), random.normal(size=(60, 200)))
     fitted = fit("head", LABELS[:2], "mean", measured, random.integers(0, 2, 60))
@@ -122,6 +125,7 @@ def test_examples_at_fault_name_their_line(tmp_path: Path) -> None:
         read_examples(tmp_path / "no", ("a", "b"))
 
 
+@pytest.mark.slow
 def test_a_calibration_goes_beside_the_newest_scorer(tmp_path: Path) -> None:
     checkpoint = make_tokenizer(write_tiny(tmp_path / "tiny", vocab_size=320, eos_token_id=319))
     options = BuildOptions(checkpoint, "s", tmp_path / "models", task="score", max_seq_len=32)
@@ -138,6 +142,7 @@ def test_a_calibration_goes_beside_the_newest_scorer(tmp_path: Path) -> None:
         read_profile(options.repository, "nobody")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_the_rarest_label_is_in_every_fold(seed: int) -> None:
     measured, _ = drawn(40, 1.0, (0.0, 0.0), seed)
@@ -160,6 +165,7 @@ def test_an_example_that_the_server_refuses_is_named() -> None:
         measure(client, ScoringProfile(labels=("a", "b")), texts, chunk=4)
 
 
+@pytest.mark.slow
 def test_every_method_can_be_asked_for() -> None:
     measured, truth = drawn(100, 1.0, (0.0, 0.0))
     for method in METHODS:

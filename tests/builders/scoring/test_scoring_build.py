@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 
 from deepseek_triton.builders import cli
 from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.check import check_repository, is_scoring_model, served_models
+from deepseek_triton.builders.repository.models.built import BuiltModel
+from deepseek_triton.builders.repository.models.configure import configure
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.builders.repository.pbtxt import parse_text
 from deepseek_triton.builders.scoring.options import TIMER_LATE_US, Batching, ScoringOptions, read_template
@@ -22,9 +26,9 @@ from deepseek_triton.ensemble.engine.runners.base import RunnerError
 from deepseek_triton.ensemble.engine.runners.load import load_scoring_runner
 from deepseek_triton.ensemble.engine.runners.onnx_scoring import OnnxScoringRunner
 from deepseek_triton.ensemble.protocol import contract
-from deepseek_triton.ensemble.protocol.pipelines import SCORE_PIPELINE
+from deepseek_triton.ensemble.protocol.pipelines import score_pipeline
 from deepseek_triton.ensemble.scoring.profile import ScoringProfile
-from deepseek_triton.ensemble.scoring.rows import GRAPH_FILE, make_row
+from deepseek_triton.ensemble.scoring.rows import GRAPH_FILE, ScoreRow, batch_tensors, make_row
 from deepseek_triton.ensemble.scoring.settings import ScoringSettings
 from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 from tests.support.checkpoints import make_tokenizer, write_tiny
@@ -64,6 +68,7 @@ def test_a_scoring_model_is_four_models(models: Path) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_is_asked_for_labels_is_told_apart(checkpoint: Path, models: Path) -> None:
     settings = {"max_num_seqs": 1, "max_num_batched_tokens": 8}
     build(BuildOptions(checkpoint, "g", models, max_seq_len=32, settings=settings))
@@ -80,10 +85,35 @@ def test_the_runner_scores_in_passes_what_it_scores_at_once(models: Path) -> Non
     ]
     whole = load_scoring_runner(directory, ScoringSettings(num_threads=1)).score(rows)
     split = load_scoring_runner(directory, ScoringSettings(num_threads=1, max_pass_tokens=1)).score(rows)
+    states = load_scoring_runner(directory, ScoringSettings(num_threads=1)).score(rows, with_log_probs=False)
+    for one, state in zip(whole, states, strict=True):
+        np.testing.assert_allclose(one.hidden, state.hidden, atol=1e-5)
+        assert state.log_probs.size == 0
     for one, other in zip(whole, split, strict=True):
         np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
         np.testing.assert_allclose(one.hidden, other.hidden, atol=1e-4)
     assert len({tuple(scores.log_probs.tolist()) for scores in whole}) == len(rows)
+
+
+def test_what_nobody_asked_for_is_not_computed(models: Path) -> None:
+    """Of the last layer's MLP the tokens that don't predict; of the head all, where no target is asked for."""
+    path = models / "s-engine" / "1" / GRAPH_FILE
+    model = onnx.load(path, load_external_data=False)
+    computed = {"tokens": "model.layers.0.mlp_residual", "predicting": "model.layers.1.mlp_residual", "head": "lm_head"}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed.values())
+    onnx.save(model, path.with_name("watched.onnx"))
+    session = onnxruntime.InferenceSession(path.with_name("watched.onnx"), providers=["CPUExecutionProvider"])
+    labels = [np.array([5, 6, 7], np.int32), np.array([8], np.int32)]
+    rows = [make_row(np.arange(n, dtype=np.int32), labels)[0] for n in (9, 4)]
+
+    def rows_of(asked: list[ScoreRow]) -> list[int]:
+        caches = [value for value in session.get_inputs() if value.name.startswith("prefix")]
+        empty = {value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32) for value in caches}
+        found = session.run(list(computed.values()), {**batch_tensors(asked), **empty})
+        return [int(np.prod(value.shape[:-1])) for value in found]
+
+    assert rows_of(rows) == [9 + 2 + 4 + 2, 2 * 3, 2 * 3]
+    assert rows_of([row.to_first_logits() for row in rows]) == [9 + 4, 2, 0]
 
 
 class CountingSession:
@@ -97,6 +127,7 @@ class CountingSession:
         return self._session.run(outputs, feeds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_templates_beginning_is_computed_once_and_changes_no_score(checkpoint: Path, precision: str) -> None:
     scoring = replace(SCORING, template="Is it so: {text}?", batching=Batching(max_batch_size=4))
@@ -135,6 +166,36 @@ def test_a_graph_of_before_prefixes_still_runs(models: Path) -> None:
     assert found.log_probs.shape == (2,)
 
 
+def test_target_cuda_has_its_own_settings(checkpoint: Path) -> None:
+    build(options(checkpoint, target="cuda", precision="bf16", scoring=replace(SCORING, embeddings=True)))
+    models = checkpoint.parent / "models"
+    engine = models / "s-engine"
+    assert check_repository(models) == []
+    assert {path.name for path in (engine / "1").iterdir()} == {"manifest.json", "model.py", "model.safetensors"}
+    config = parse_text((engine / "config.pbtxt").read_text(), engine)
+    assert {name: value.string_value for name, value in config.parameters.items()} == {"max_pass_tokens": "4096"}
+    assert (config.backend, config.max_batch_size, config.dynamic_batching.preferred_batch_size) == ("python", 4, [4])
+    assert "embedding" in {
+        output.name for output in parse_text((models / "s" / "config.pbtxt").read_text(), models).output
+    }
+    model = BuiltModel.read(models, "s")
+    assert model.changed_settings() == {"max_batch_size": 4} and "num_threads" not in model.settings()
+    configure(model, {"max_pass_tokens": 1000})
+    assert BuiltModel.read(models, "s").changed_settings()["max_pass_tokens"] == 1000
+    with pytest.raises(BuildError, match="--num-threads is for scoring on a CPU, the target is cuda; leave it out"):
+        options(checkpoint, target="cuda", precision="bf16", settings={"num_threads": 2})
+
+
+def test_a_damaged_cuda_manifest_is_told(checkpoint: Path) -> None:
+    build(options(checkpoint, target="cuda", precision="bf16"))
+    path = checkpoint.parent / "models" / "s-engine" / "1" / "manifest.json"
+    values = json.loads(path.read_text())
+    del values["engine"]["head_dim"]
+    path.write_text(json.dumps(values))
+    (problem,) = check_repository(checkpoint.parent / "models")
+    assert "missing or unknown fields ['head_dim']; build the model again" in str(problem)
+
+
 def test_another_targets_artefacts_are_refused(models: Path) -> None:
     directory = models / "s-engine" / "1"
     manifest = json.loads((directory / "manifest.json").read_text())
@@ -146,7 +207,7 @@ def test_another_targets_artefacts_are_refused(models: Path) -> None:
 def test_the_pipeline_is_whole() -> None:
     known = {spec.name for spec in contract.SCORE.inputs}
     public = known | {spec.name for spec in contract.SCORE.outputs}
-    for step in SCORE_PIPELINE.steps:
+    for step in score_pipeline(embeds=False).steps:
         assert set(step.input_map) == {spec.name for spec in step.contract.inputs}
         assert set(step.output_map) == {spec.name for spec in step.contract.outputs}
         assert set(step.input_map.values()) <= known
@@ -222,10 +283,10 @@ def test_a_build_at_fault_leaves_nothing(scoring: ScoringOptions, message: str, 
 
 
 def test_options_at_fault(checkpoint: Path) -> None:
-    with pytest.raises(BuildError, match="use target onnx or tensorrt"):
+    with pytest.raises(BuildError, match="use target onnx or cuda or tensorrt"):
         options(checkpoint, target="tensorrt-rtx", precision="fp16")
-    with pytest.raises(BuildError, match="target is 'cuda', which task score doesn't have"):
-        options(checkpoint, target="cuda", precision="fp8")
+    with pytest.raises(BuildError, match="target is 'vllm', which task score doesn't have"):
+        options(checkpoint, target="vllm", precision="stored")
     for settings, option in (({"max_num_seqs": 3}, "max-num-seqs"), ({"max_num_batched_tokens": 3}, "max-num-batched")):
         with pytest.raises(BuildError, match=f"--{option}.* is for task generate"):
             options(checkpoint, settings=settings)
@@ -248,7 +309,7 @@ def test_the_command_builds_what_the_manifest_says_it_built(
         "build", str(checkpoint), "--name", "s", "--task", "score", "--repository", str(checkpoint.parent / "models"),
         "--max-seq-len", "48", "--template", str(template), "--labels", "yes, no", "--label-prefix", "",
         "--normalisation", "sum", "--max-batch-size", "8", "--preferred-batch-sizes", "2,4",
-        "--max-queue-delay-us", "1230", "--queue-timeout-us", "0", "--max-queue-size", "0", "--max-pass-tokens", "64",
+        "--max-queue-delay-us", "1230", "--queue-timeout-us", "9", "--max-queue-size", "8", "--max-pass-tokens", "64",
         "--engine-instances", "2",
     ]  # fmt: skip
     assert cli.main(arguments) == 0, capsys.readouterr().err
@@ -259,6 +320,8 @@ def test_the_command_builds_what_the_manifest_says_it_built(
     batching = config.dynamic_batching
     assert (config.max_batch_size, list(batching.preferred_batch_size)) == (8, [2, 4, 8])
     assert batching.max_queue_delay_microseconds == 1230 - TIMER_LATE_US
+    policy = batching.default_queue_policy
+    assert (policy.default_timeout_microseconds, policy.max_queue_size, policy.allow_timeout_override) == (9, 8, True)
     assert [group.count for group in config.instance_group] == [2]
     command = Manifest.load(directory / "1").command
     import shlex
@@ -276,3 +339,18 @@ def test_bad_numbers_are_told_in_one_line(checkpoint: Path, capsys: pytest.Captu
     assert capsys.readouterr().err == (
         "error: preferred_batch_sizes is '2,x', must be numbers with commas between them\n"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_other_precisions_score_nearly_the_same(checkpoint: Path, tmp_path: Path, precision: str) -> None:
+    row, _ = make_row(np.array([5, 6, 7], np.int32), [np.array([8], np.int32), np.array([9], np.int32)])
+    scores = {}
+    for name in ("fp32", precision):
+        own = replace(options(checkpoint, precision=name), repository=tmp_path / name)
+        build(own)
+        assert check_repository(own.repository) == []
+        runner = load_scoring_runner(own.repository / f"{own.name}-engine" / "1", ScoringSettings())
+        scores[name] = runner.score([row])[0].hidden
+    cosine = np.dot(*scores.values()) / np.prod([np.linalg.norm(own) for own in scores.values()])
+    assert cosine > (0.9 if precision == "int4" else 0.999)

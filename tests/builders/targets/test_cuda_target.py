@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -20,10 +22,13 @@ from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.check import check_repository
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.builders.targets import target_named
-from deepseek_triton.builders.targets.artefacts.cuda_weights import check_recipe, decoder_shape, write_weights
+from deepseek_triton.builders.targets.artefacts.cuda_weights import check_recipe, write_weights
+from deepseek_triton.builders.targets.artefacts.decoder_shape import decoder_shape
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape, LayoutError
+from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.artefacts.tensor_file import TensorEntry, TensorFile, TensorFileError, write_tensors
+from deepseek_triton.ensemble.decoder.options import ExpertOptions, LatentOptions
 from deepseek_triton.ensemble.decoder.spec import ModelSpec
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from tests.support.checkpoints import make_checkpoint, make_tokenizer
@@ -76,8 +81,24 @@ SHAPE = DecoderShape(
 )  # fmt: skip
 
 
-def test_a_shape_survives_the_manifest() -> None:
-    assert DecoderShape.from_dict(json.loads(json.dumps(SHAPE.to_dict()))) == SHAPE
+LATENT = LatentOptions(
+    q_lora_rank=8, kv_lora_rank=16, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, softmax_factor=1.2
+)
+EXPERTS = ExpertOptions(8, 2, 16, 1, 1, "sigmoid", "group_top2", num_groups=2, topk_group=1, is_normalised=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"latent": LATENT}, {"latent": LATENT, "experts": EXPERTS}])
+def test_a_shape_survives_the_manifest(options: dict[str, Any]) -> None:
+    shape = replace(SHAPE, **options)
+    assert DecoderShape.from_dict(json.loads(json.dumps(shape.to_dict()))) == shape
+
+
+def test_a_dense_decoders_manifest_is_the_older_ones_and_an_odd_one_is_refused() -> None:
+    assert SHAPE.to_dict().keys() == {field.name for field in fields(SHAPE)} - {"latent", "experts", "expert_share"}
+    with pytest.raises(LayoutError, match=r"routers.*build the model again"):
+        DecoderShape.from_dict({**SHAPE.to_dict(), "experts": {"routers": 3}})
+    with pytest.raises(LayoutError, match="odd"):
+        DecoderShape.from_dict({**SHAPE.to_dict(), "odd": 1})
     with pytest.raises(LayoutError, match="head_dim"):
         DecoderShape.from_dict({name: value for name, value in SHAPE.to_dict().items() if name != "head_dim"})
 
@@ -86,6 +107,20 @@ def test_a_shape_survives_the_manifest() -> None:
 def test_an_impossible_shape_is_refused(field: str, value: int) -> None:
     with pytest.raises(LayoutError, match=field):
         replace(SHAPE, **{field: value})  # type: ignore[arg-type]
+
+
+def test_layers_have_parts_of_their_own() -> None:
+    shape = replace(SHAPE, latent=LATENT, experts=EXPERTS)
+    assert [part.NOUN for part in shape.parts(0)] == ["latent attention", "dense MLP"]
+    assert [part.NOUN for part in shape.parts(1)] == ["latent attention", "mixture of experts"]
+    assert list(shape.matrices(0)) == ["q_kv_a", "q_b", "kv_b", "o", "gate_up", "down"]
+    assert shape.matrices(0)["q_kv_a"] == (8 + 16 + 4, 16) and shape.matrices(0)["kv_b"] == (4 * (6 + 5), 16)
+    assert shape.cache_bytes(3) == 2 * 3 * 8 * (16 + 4) * 2, "one entry a token, not keys and values"
+    entries = replace(SHAPE, latent=LATENT).entries(frozenset(), frozenset())
+    assert entries["layers.0.kv_a_norm"].shape == (16,) and entries["layers.1.q_a_norm"].shape == (8,)
+    assert entries["rope.cos"].shape == (8, 2)
+    with pytest.raises(LayoutError, match="tensor_parallel_size is 3: 4 heads can't be shared out evenly; this model"):
+        ShardedDecoder(shape, 0, 3)
 
 
 def test_missing_and_wrong_tensors_are_named() -> None:
@@ -112,12 +147,15 @@ def read(file: TensorFile, name: str) -> Array:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["qwen2", "qwen3", "llama-biases", "llama-mha-tied"])
 def test_bfloat16_weights_are_the_checkpoints(option: str, tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "checkpoint", option)
     checkpoint, again = open_checkpoint(path), open_checkpoint(path)
     spec = checkpoint.spec
-    file, entries = write_weights(spec, checkpoint.read, tmp_path, max_seq_len=40)
+    written = write_weights(spec, checkpoint.read, tmp_path, max_seq_len=40)
+    file, entries = written.path, written.entries
+    assert written.sha256 == sha256(file.read_bytes()).hexdigest()
     decoder_shape(spec, 40).check(entries)
     stored = TensorFile(file)
     prefix = "model.layers.1."
@@ -148,9 +186,10 @@ def test_fp8_weights_are_the_quantisers_and_kept_layers_are_bfloat16(tmp_path: P
     recipe = Recipe(rounding="nearest", scales="max", bias_correction=True, keep=("*.1.self_attn.k_proj",))
     checkpoint = open_checkpoint(path)
     quantizer, expected = (Quantizer(c, recipe, calibration) for c in (checkpoint, open_checkpoint(path)))
-    file, entries = write_weights(
+    written = write_weights(
         checkpoint.spec, quantizer.read, tmp_path, max_seq_len=40, recipe=recipe, quantized=quantizer.quantized
     )
+    file, entries = written.path, written.entries
     decoder_shape(checkpoint.spec, 40).check(entries)
     stored = TensorFile(file)
     assert entries["layers.0.qkv.weight"].dtype == "F8_E4M3"
@@ -178,6 +217,7 @@ def test_a_precision_that_a_target_lacks_is_refused(target: str, precision: str,
         BuildOptions(tmp_path, "x", target=target, precision=precision)
 
 
+@pytest.mark.slow
 def test_a_repository_for_the_cuda_target_is_whole_and_its_digest_is_that_of_the_others(tmp_path: Path) -> None:
     checkpoint = make_tokenizer(make_checkpoint(tmp_path / "checkpoint", "qwen2"))
     digests = set()
@@ -221,15 +261,17 @@ def test_a_cuda_engine_has_a_gpus_defaults_and_what_is_asked_for_wins(tmp_path: 
     # 28 layers of 4 key heads of 128, as R1-Distill-Qwen-7B: 57,344 bytes a token.
     large = replace(spec, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128, intermediate_size=18944)
     assert settings("cuda", 4096, large).max_num_seqs == 64
-    assert settings("cuda", 131072, large).max_num_seqs == 4, "32 GiB of caches"
+    assert settings("cuda", 131072, large).kv_cache == "pages" and settings("cuda", 131072, large).max_num_seqs == 64
+    assert settings("cuda", 131072, large, kv_cache="slots").max_num_seqs == 4, "32 GiB of caches"
     asked = settings(
         "cuda", 4096, max_num_seqs=3, max_num_batched_tokens=64, max_prefill_stall=1.5, batch_invariant=True
     )
-    assert asked == EngineSettings(max_num_seqs=3, batch_invariant=True)
+    assert asked == EngineSettings(max_num_seqs=3, batch_invariant=True, kv_cache="pages")
     assert settings("cuda", 64, max_num_batched_tokens=65).max_num_batched_tokens == 65
     with pytest.raises(BuildError, match="max_num_batched_tokens is 65, must be at most max_seq_len 64"):
         settings("onnx", 64, max_num_batched_tokens=65)
-    assert settings("cuda", 131072, large, tensor_parallel_size=4).max_num_seqs == 18, "32 GiB of each of four GPUs"
+    four = settings("cuda", 131072, large, tensor_parallel_size=4, kv_cache="slots")
+    assert four.max_num_seqs == 18, "32 GiB of each of four GPUs"
     with pytest.raises(BuildError, match="tensor_parallel_size is 3: 28 query heads can't be shared out evenly"):
         settings("cuda", 4096, large, tensor_parallel_size=3)
 

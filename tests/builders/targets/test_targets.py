@@ -79,12 +79,13 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_the_targets_are_those_of_the_package() -> None:
-    assert targets.target_names() == ("onnx", "cuda", "tensorrt", "tensorrt-rtx")
+    assert targets.target_names() == ("onnx", "cuda", "tensorrt", "tensorrt-rtx", "vllm")
     assert [target.name for target in targets.all_targets()] == list(targets.target_names())
-    with pytest.raises(BuildError, match="target is 'artefacts'; supported: onnx, cuda, tensorrt, tensorrt-rtx"):
+    with pytest.raises(BuildError, match="target is 'artefacts'; supported: onnx, cuda, tensorrt, tensorrt-rtx, vllm"):
         targets.target_named("artefacts")
 
 
+@pytest.mark.slow
 def test_a_new_target_is_two_files(toy: str, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", "llama")
     make_tokenizer(checkpoint)
@@ -109,12 +110,13 @@ def test_a_new_target_is_two_files(toy: str, tmp_path: Path) -> None:
         BuildOptions(checkpoint, "m", target=toy, precision="fp8")
     with pytest.raises(BuildError, match="timing_cache is for TensorRT, the target is toy-abacus"):
         BuildOptions(checkpoint, "m", target=toy, timing_cache=tmp_path)
-    with pytest.raises(BuildError, match=r"which task score doesn't have.*use target onnx or tensorrt$"):
+    with pytest.raises(BuildError, match=r"which task score doesn't have.*use target onnx or cuda or tensorrt$"):
         BuildOptions(checkpoint, "m", target=toy, task="score")
     with pytest.raises(BuildError, match="batch_invariant is true, which target toy-abacus doesn't have"):
         BuildOptions(checkpoint, "m", target=toy, settings={"batch_invariant": True})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["abacus", "load", "base", "../onnx", "", "onnx.x"])
 def test_artefacts_of_an_unknown_target_are_refused(name: str, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", "llama")

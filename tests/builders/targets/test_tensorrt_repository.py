@@ -11,6 +11,8 @@ from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.check import check_repository
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.builders.scoring.options import Batching, ScoringOptions
+from deepseek_triton.builders.tensorrt import build as engine_build
+from deepseek_triton.builders.tensorrt.compile import Compiled, CompileJob, compile_graph
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.artefacts.tensorrt_api import DISTRIBUTIONS
 from deepseek_triton.ensemble.engine.runners.base import RunnerError
@@ -22,6 +24,7 @@ from tests.support.checkpoints import make_checkpoint, make_tokenizer
 pytest.importorskip("tensorrt_rtx", reason="pip install 'tensorrt-rtx>=1.7'", exc_type=ImportError)
 
 
+@pytest.mark.slow
 def test_build_makes_a_repository_of_a_plan_and_of_a_scoring_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -30,9 +33,19 @@ def test_build_makes_a_repository_of_a_plan_and_of_a_scoring_plan(
     options = BuildOptions(
         checkpoint, "tiny", tmp_path / "models",
         target="tensorrt-rtx", precision="fp16", max_seq_len=64, compute_capability="8.9",
-        settings={"max_num_seqs": 2, "max_num_batched_tokens": 16},
+        settings={"max_num_seqs": 2, "max_num_batched_tokens": 16}, builder_optimization_level=1,
     )  # fmt: skip
-    build(options)
+    said: list[str] = []
+    levels: list[int | None] = []
+
+    def compiled(job: CompileJob) -> Compiled:
+        levels.append(job.optimization_level)
+        return compile_graph(job)
+
+    monkeypatch.setattr(engine_build, "compile_graph", compiled)
+    build(options, say=said.append)
+    assert levels == [1]
+    assert any(line.startswith("compiling for tensorrt-rtx will take some ") for line in said)
     directory = options.repository / "tiny-engine" / "1"
     manifest = Manifest.load(directory)
     manifest.verify(directory)

@@ -25,6 +25,7 @@ from tests.support.tensorrt_graphs import (
 )
 
 pytest.importorskip("tensorrt_rtx", reason="pip install 'tensorrt-rtx>=1.7'", exc_type=ImportError)
+pytestmark = pytest.mark.slow
 
 COMPUTE_CAPABILITIES = ("8.9", "12.0")
 MODULES = linear_modules(small_spec())
@@ -86,6 +87,26 @@ def test_a_decoder_builds(kind: str, compute_capability: str, graphs: dict[str, 
     assert [path.name for path in tmp_path.iterdir()] == ["model.plan"]
     # Not only the network: the compiled program multiplies in FP8.
     assert fp8_modules_of_plan((tmp_path / "model.plan").read_bytes()) == set(expected)
+
+
+@pytest.mark.parametrize("level", [0, None])
+def test_tensorrt_gets_the_optimisation_level_and_counts_the_same_layers(
+    level: int | None, graphs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    build = sys.modules["tensorrt_rtx"].Builder.build_serialized_network
+
+    def serialized(self: Any, network: Any, config: Any) -> Any:
+        given.append(config.builder_optimization_level)
+        return build(self, network, config)
+
+    monkeypatch.setattr(sys.modules["tensorrt_rtx"].Builder, "build_serialized_network", serialized)
+    report = build_small(
+        graphs["fp8"], tmp_path / "model.plan",
+        precision="fp8", fp8_modules=MODULES, optimization_level=level,
+    )  # fmt: skip
+    assert given == [3 if level is None else level]
+    assert list(report.census.fp8) == MODULES
 
 
 def test_float32_is_built_from_single_operations(graphs: dict[str, Path], tmp_path: Path) -> None:
@@ -186,7 +207,6 @@ def test_one_layer_at_full_size_builds_in_fp8(name: str, spec: Any, tmp_path: Pa
     assert weights < report.plan_bytes < 1.2 * weights, "one byte a weight"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "compute_capability"), [("fp16", "8.9"), ("fp8", "12.0")])
 def test_the_whole_smollm2_builds(precision: str, compute_capability: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(smollm2_path())

@@ -1,4 +1,4 @@
-"""What TensorRT can't build, or is stopped from building: told in one line, nothing half-written left behind."""
+"""Failed and interrupted TensorRT builds: an error of one line, and no partial files."""
 
 from __future__ import annotations
 
@@ -97,6 +97,7 @@ def test_a_graph_that_tensorrt_cannot_read_names_the_node(
     assert plan.read_bytes() == b"an older plan" and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_not_fp8_though_the_recipe_says_so_is_an_error(graphs: dict[str, Path], tmp_path: Path) -> None:
     kept = "model.layers.1.mlp.down_proj"
     graph = write_fp8_graph(small_spec(), tmp_path / "graph", keep=(kept,))

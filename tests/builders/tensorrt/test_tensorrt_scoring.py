@@ -79,6 +79,7 @@ def random_ids(seed: int, *lengths: int) -> list[Any]:
     return [random.integers(0, VOCAB_SIZE, length).astype(np.int32) for length in lengths]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp8"])
 def test_each_target_has_the_log_probability_that_it_has_after_its_own_tokens_alone(
     precision: str, tmp_path: Path
@@ -107,6 +108,7 @@ def names(path: Path) -> set[str]:
     return {name for node in graph.node for name in (*node.input, *node.output)} | {value.name for value in graph.input}
 
 
+@pytest.mark.slow
 def test_a_row_scores_the_same_alone_in_a_batch_and_padded_within_a_request(tmp_path: Path) -> None:
     stateless = write_graph(small_spec(), tmp_path, precision="fp32", scoring=ScoringMode())
     made = [make_row(prompt, random_ids(4, 1, 2)) for prompt in random_ids(5, 3, 40, 11)]
@@ -143,6 +145,7 @@ def test_a_scoring_graph_in_another_opset_is_refused(tmp_path: Path) -> None:
         write_graph(small_spec(), tmp_path, opset=23, scoring=ScoringMode())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "fp8"])
 def test_it_builds(precision: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="pip install 'tensorrt-rtx>=1.7'", exc_type=ImportError)
@@ -177,11 +180,7 @@ def test_the_plans_tensors_are_those_of_the_engine_on_a_cpu(tmp_path: Path) -> N
     assert plan["dynamicBatching"] == {
         "preferredBatchSize": [4, 6],
         "maxQueueDelayMicroseconds": "700",
-        "defaultQueuePolicy": {
-            "defaultTimeoutMicroseconds": "30000000",
-            "allowTimeoutOverride": True,
-            "maxQueueSize": 9,
-        },
+        "defaultQueuePolicy": {"allowTimeoutOverride": True, "maxQueueSize": 9},
     }
     assert all(tensor["allowRaggedBatch"] for tensor in plan["input"])
 

@@ -1,4 +1,4 @@
-"""What needs neither TensorRT: messages, progress, targets, the timing cache, the inspector's table."""
+"""Tests that need no TensorRT: messages, progress, targets, the timing cache, the inspector's table."""
 
 from __future__ import annotations
 
@@ -12,15 +12,23 @@ import onnx
 import pytest
 
 import deepseek_triton.builders.tensorrt.compiler as target_module
-from deepseek_triton.builders.atomic_files import write_atomically
+from deepseek_triton.builders.errors import BuildError
+from deepseek_triton.builders.fp8 import plan
+from deepseek_triton.builders.fp8.plan import Rates, estimated_seconds, planned
+from deepseek_triton.builders.fp8.recipe import RECIPES
+from deepseek_triton.builders.fp8.rounding.arrays import Arrays
+from deepseek_triton.builders.repository.options import BuildOptions
+from deepseek_triton.builders.targets import target_named
 from deepseek_triton.builders.tensorrt.compile import CompileJob, _load_timing_cache
 from deepseek_triton.builders.tensorrt.compiler import CompileTarget, resolve_target
 from deepseek_triton.builders.tensorrt.errors import EngineError, UnsupportedGpuError
 from deepseek_triton.builders.tensorrt.inspector import EngineLayer, parse_layers
 from deepseek_triton.builders.tensorrt.progress import ProgressTracker
+from deepseek_triton.ensemble.artefacts.atomic_file import write_atomically
 from deepseek_triton.ensemble.artefacts.tensorrt_api import Messages
 from deepseek_triton.ensemble.engine.cuda_runtime import device_compute_capability
 from tests.support.fake_tensorrt import FakeCudaRuntime
+from tests.support.tensorrt_graphs import small_spec
 
 DATACENTER = SimpleNamespace(__version__="10.15.1.29")  # builds for the GPU that is here: no ComputeCapability
 
@@ -175,3 +183,32 @@ def test_the_inspectors_table_is_read() -> None:
         EngineLayer("q_proj", "gemm", ("FP8", "FP8"), ("FP8",)),
         EngineLayer("a bare name", "", (), ()),
     )
+
+
+def test_compiling_counts_in_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, target = small_spec(num_layers=12, hidden_size=512, vocab_size=1024), target_named("tensorrt-rtx")
+    seconds = target.compile_seconds(spec)
+    assert 3 < seconds < 12 and target_named("tensorrt").compile_seconds(spec) == 0
+    rates = Rates(flops=1e15, weights=1e15, column_s=0, element_s=0)
+    monkeypatch.setattr(plan.Rates, "measured", lambda arrays: rates)
+    monkeypatch.setattr(plan, "best_arrays", Arrays)
+    said: list[str] = []
+    for spare, recipe in ((10, "default"), (-1, "fast")):
+        needed = estimated_seconds(RECIPES["default"], spec, rates, 12000, is_gpu=False)
+        options = BuildOptions(
+            tmp_path, "m", target="tensorrt-rtx", precision="fp8", budget=(seconds + needed + spare) / 60
+        )
+        assert planned(options, spec, said.append, seconds).recipe == recipe
+
+
+@pytest.mark.parametrize("level", [-1, 6])
+def test_an_optimisation_level_out_of_range_is_refused(level: int, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=f"builder_optimization_level is {level}, must be 0 to 5"):
+        BuildOptions(tmp_path, "m", target="tensorrt-rtx", precision="fp16", builder_optimization_level=level)
+    with pytest.raises(BuildError, match="builder_optimization_level is for TensorRT, the target is onnx"):
+        BuildOptions(tmp_path, "m", builder_optimization_level=0)
+
+
+def test_the_command_that_repeats_a_build_has_the_optimisation_level(tmp_path: Path) -> None:
+    options = BuildOptions(tmp_path, "m", target="tensorrt-rtx", precision="fp16", builder_optimization_level=0)
+    assert "--builder-optimization-level 0" in options.command()

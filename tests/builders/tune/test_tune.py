@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +12,15 @@ from typing import Any
 import pytest
 
 from deepseek_triton.builders import cli
-from deepseek_triton.builders.atomic_files import write_atomically
 from deepseek_triton.builders.repository.check import CheckError, check_repository
 from deepseek_triton.builders.repository.pbtxt import to_text
 from deepseek_triton.builders.tune import repository as tuned_repository
 from deepseek_triton.builders.tune.measurement import Measurement
+from deepseek_triton.builders.tune.options import TuneError
 from deepseek_triton.builders.tune.repository import copied, finish_pending, put_configs, read_configs
 from deepseek_triton.builders.tune.search import Axis, is_better, search
-from deepseek_triton.builders.tune.space import Point, TuneError, read_point, space_of, with_point
+from deepseek_triton.builders.tune.space import Point, read_point, space_of, with_point
+from deepseek_triton.ensemble.artefacts.atomic_file import write_atomically
 from deepseek_triton.ensemble.server import supervisor
 from tests.support.tuning import found, point_of, tiny_repository
 
@@ -87,11 +89,18 @@ def test_the_search_ends_with_what_it_has_when_time_is_up() -> None:
 # The space, and a repository
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_repository(tmp_path_factory.mktemp("tiny"))
+
+
 @pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    return tiny_repository(tmp_path)
+def repository(built: Path, tmp_path: Path) -> Path:
+    shutil.copytree(built.parent, tmp_path, dirs_exist_ok=True)
+    return tmp_path / built.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "start", "point"),
     [
@@ -167,29 +176,22 @@ def test_an_interrupt_while_writing_changes_nothing(repository: Path, monkeypatc
 
 
 WRITER = """
-import os, signal, sys
+import sys
 from pathlib import Path
 from deepseek_triton.builders.tune.repository import put_configs, read_configs
 from deepseek_triton.builders.tune.space import read_point, space_of, with_point
+from tests.support.killed_writer import kill_after
 
-repository, left = Path(sys.argv[1]), int(sys.argv[2])
-replace = Path.replace
-
-def killed(path, target):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return replace(path, target)
-
+repository = Path(sys.argv[1])
 configs = read_configs(repository, "s")
 space = space_of(configs, "s", {})
 names = ("max_batch_size", "max_queue_delay_us", "tokenizer_instances", "scorer_instances")
-Path.replace = killed
+kill_after(int(sys.argv[2]))
 put_configs(repository, with_point(space, configs, "s", dict(zip(names, (2, 0, 2, 2), strict=True))))
 """
 
 
+@pytest.mark.slow
 def test_a_kill_while_writing_leaves_the_old_or_the_new(repository: Path) -> None:
     """The process is killed before the first rename, the second, and so on; then the next command comes along."""
     old, root = point_of(repository), Path(__file__).parents[3]
@@ -208,6 +210,7 @@ def test_a_kill_while_writing_leaves_the_old_or_the_new(repository: Path) -> Non
     assert ends == [old] + [new] * 5
 
 
+@pytest.mark.slow
 def test_what_was_changed_since_the_kill_stays(repository: Path) -> None:
     root = Path(__file__).parents[3]
     subprocess.run([sys.executable, "-c", WRITER, str(repository), "2"], cwd=root, check=False)
@@ -222,6 +225,7 @@ def test_what_was_changed_since_the_kill_stays(repository: Path) -> None:
     assert not list(repository.glob(".*.json"))
 
 
+@pytest.mark.slow
 def test_serve_finishes_what_a_killed_run_began(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

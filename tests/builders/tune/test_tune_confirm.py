@@ -1,4 +1,4 @@
-"""Whether a candidate wins: by repeated measurements, beyond the noise, within the limit."""
+"""A candidate wins only if repeated measurements show it, beyond the noise and within the limit."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepseek_triton.builders.tune.confirm import NUM_CANDIDATES, ROUNDS, Decision, contenders, decide, order
+from deepseek_triton.builders.tune.confirm import Decision, contenders, decide, order
 from deepseek_triton.builders.tune.measurement import Measured, Measurement
+from deepseek_triton.builders.tune.options import NUM_CANDIDATES, ROUNDS, TuneError
 from deepseek_triton.builders.tune.report import decision_table, plot, search_table
-from deepseek_triton.builders.tune.space import TuneError
 from tests.support.tuning import SECONDS, found
 
 LIMIT_MS = 100.0
@@ -156,6 +156,7 @@ def test_the_tables_show_intervals_marks_and_reasons(decision: Decision) -> None
     assert lines[3].endswith("no memory") and "24.00" in lines[1]
 
 
+@pytest.mark.slow
 def test_the_plot_has_intervals_and_says_where_it_cannot_be(decision: Decision, tmp_path: Path) -> None:
     import matplotlib.figure
 

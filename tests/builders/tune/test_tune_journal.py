@@ -1,4 +1,4 @@
-"""The journal: what it gives back, what it refuses, and what a killed run may do to it."""
+"""The journal: reading it back, refusing others, and surviving a killed run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 
 from deepseek_triton.builders.tune.journal import Journal
 from deepseek_triton.builders.tune.measurement import Measured, Measurement
-from deepseek_triton.builders.tune.space import TuneError
+from deepseek_triton.builders.tune.options import TuneError
 from tests.support.tuning import found
 
-SUBJECT = {"model": "m", "build": "b1"}
+FINGERPRINT = {"model": "m", "build": "b1"}
 
 
 def measured(throughput: float) -> Measured:
@@ -26,11 +26,11 @@ def measured(throughput: float) -> Measured:
 
 def test_it_gives_back_what_it_was_given(tmp_path: Path) -> None:
     path = tmp_path / "out" / "journal.jsonl"
-    with Journal(path, SUBJECT) as journal:
+    with Journal(path, FINGERPRINT) as journal:
         journal.add("c1", measured(12.5))
         journal.add_round(0, {"c1": found(3), "c2": found(4, 20.5)})
         assert journal.get("c1") == found(12.5)
-    with Journal(path, SUBJECT) as again:
+    with Journal(path, FINGERPRINT) as again:
         assert again.get("c1") == found(12.5) and again.get("c2") is None
         assert again.get_round(0, ["c2", "c1"]) == [found(4, 20.5), found(3)], "in the order that was asked for"
         assert again.get_round(1, ["c1", "c2"]) is None
@@ -39,7 +39,7 @@ def test_it_gives_back_what_it_was_given(tmp_path: Path) -> None:
 
 def test_failures_may_pass_and_are_not_kept(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    with Journal(path, SUBJECT) as journal:
+    with Journal(path, FINGERPRINT) as journal:
         journal.add("c1", Measured({"batch": 2}, found(0, failure="no memory")))
         journal.add_round(0, {"c1": found(3), "c2": found(0, failure="no memory")})
         assert journal.get("c1") is None and journal.get_round(0, ["c1", "c2"]) is None
@@ -49,29 +49,29 @@ def test_failures_may_pass_and_are_not_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [1, 9, 60])
 def test_a_write_that_was_cut_short_costs_one_entry(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "journal.jsonl"
-    with Journal(path, SUBJECT) as journal:
+    with Journal(path, FINGERPRINT) as journal:
         journal.add("c1", measured(1))
         journal.add("c2", measured(2))
     path.write_bytes(path.read_bytes()[:-cut])
-    with Journal(path, SUBJECT) as again:
+    with Journal(path, FINGERPRINT) as again:
         assert again.get("c1") == found(1) and again.get("c2") is None
         again.add("c2", measured(3))
-    with Journal(path, SUBJECT) as third:
+    with Journal(path, FINGERPRINT) as third:
         assert third.get("c1") == found(1) and third.get("c2") == found(3)
 
 
 def test_a_header_that_was_cut_short_is_written_anew(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_text('{"format": 2, "mod')
-    with Journal(path, SUBJECT) as journal:
+    with Journal(path, FINGERPRINT) as journal:
         journal.add("c1", measured(1))
-    with Journal(path, SUBJECT) as again:
+    with Journal(path, FINGERPRINT) as again:
         assert again.get("c1") == found(1)
 
 
 def test_a_damaged_journal_is_an_error_that_names_the_line(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    with Journal(path, SUBJECT) as journal:
+    with Journal(path, FINGERPRINT) as journal:
         journal.add("c1", measured(1))
         journal.add_round(0, {"c1": found(3)})
     whole = path.read_text()
@@ -87,24 +87,24 @@ def test_a_damaged_journal_is_an_error_that_names_the_line(tmp_path: Path) -> No
     ):
         path.write_text(text)
         with pytest.raises(TuneError, match=message):
-            Journal(path, SUBJECT)
+            Journal(path, FINGERPRINT)
         assert path.read_text() == text, "it is left to be looked at"
     path.write_bytes(b"\xff\xfe\n")
     with pytest.raises(TuneError, match="can't be read"):
-        Journal(path, SUBJECT)
+        Journal(path, FINGERPRINT)
 
 
 def test_two_runs_do_not_share_one(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    with Journal(path, SUBJECT), pytest.raises(TuneError, match="is in use by another run; wait for its end, or"):
-        Journal(path, SUBJECT)
-    with Journal(path, SUBJECT) as journal:
+    with Journal(path, FINGERPRINT), pytest.raises(TuneError, match="is in use by another run; wait for its end, or"):
+        Journal(path, FINGERPRINT)
+    with Journal(path, FINGERPRINT) as journal:
         assert journal.get("c1") is None
 
 
 def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "journal.jsonl"
-    with Journal(path, SUBJECT) as journal:
+    with Journal(path, FINGERPRINT) as journal:
         journal.add("c1", measured(1))
 
         def full(_: int) -> None:
@@ -114,7 +114,7 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, monkeypatch: pyte
             patched.setattr(os, "fsync", full)
             with pytest.raises(TuneError, match=r"journal.jsonl: No space left on device; make room"):
                 journal.add("c2", measured(2))
-    with Journal(path, SUBJECT) as again:
+    with Journal(path, FINGERPRINT) as again:
         assert again.get("c1") == found(1)
 
 
@@ -123,10 +123,10 @@ def test_where_it_cannot_be_is_told(tmp_path: Path, make: Any, message: str | No
     path = tmp_path / "journal.jsonl"
     make(path)
     if message is None:
-        with Journal(path, SUBJECT):
+        with Journal(path, FINGERPRINT):
             return  # an empty file is a run that was killed at once
     with pytest.raises(TuneError, match=f"{message}; choose another --output"):
-        Journal(path, SUBJECT)
+        Journal(path, FINGERPRINT)
 
 
 WRITER = """
@@ -144,6 +144,7 @@ with Journal(Path(sys.argv[1]), {"model": "m", "build": "b1"}) as journal:
 """
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_while_it_writes_it_loses_nothing_that_was_whole(tmp_path: Path) -> None:
     path, root, begins = tmp_path / "journal.jsonl", Path(__file__).parents[3], []
     for _ in range(4):
@@ -154,9 +155,9 @@ def test_killed_again_and_again_while_it_writes_it_loses_nothing_that_was_whole(
             begins.append(int(writer.stdout.readline()))
             size = path.stat().st_size
             while path.stat().st_size < size + 20_000:
-                pass
+                assert writer.poll() is None, "it ended before it could be killed"
             writer.send_signal(signal.SIGKILL)
-    with Journal(path, SUBJECT) as journal:
+    with Journal(path, FINGERPRINT) as journal:
         count = sum(journal.get(f"c{i}") is not None for i in range(100_000))
         assert all(journal.get(f"c{i}") == found(1 + i % 7) for i in range(count))
     assert begins[0] == 0 and begins == sorted(set(begins)) and count > begins[-1]

@@ -56,6 +56,28 @@ def test_a_file_is_known_by_its_length_and_hash(directory: Path) -> None:
     assert ArtefactFile.of(directory / "big") == ArtefactFile(2_560_000, sha256(content).hexdigest())
 
 
+def test_of_a_large_file_a_sample_is_checked_and_on_demand_the_whole(
+    manifest: Manifest, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest_module, "SMALL_FILE", 100)
+    monkeypatch.setattr(manifest_module, "SAMPLE_BYTES", 8)
+    monkeypatch.setattr(manifest_module, "SAMPLE_BLOCKS", 3)
+    path = directory / "model.onnx.data"
+    content = path.read_bytes()
+    manifest = replace(manifest, files={path.name: ArtefactFile.of(path)})
+    manifest.save(directory)
+    manifest = Manifest.load(directory)
+    manifest.verify(directory, INSTALLED, is_whole=True)
+    for place in (0, 7, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:place] + b"?" + content[place + 1 :])
+        with pytest.raises(ManifestError, match=r"model\.onnx\.data has changed since it was built"):
+            manifest.verify(directory, INSTALLED)
+    path.write_bytes(content[:100] + b"?" + content[101:])  # between the blocks
+    manifest.verify(directory, INSTALLED)
+    with pytest.raises(ManifestError, match=r"model\.onnx\.data has changed since it was built"):
+        manifest.verify(directory, INSTALLED, is_whole=True)
+
+
 def difference(manifest: Manifest, directory: Path, installed: dict[str, str] | None = None) -> str:
     with pytest.raises(ManifestError) as error:
         manifest.verify(directory, INSTALLED if installed is None else installed)
@@ -81,7 +103,11 @@ def test_a_large_file_s_hash_is_not_computed_at_each_load(
     manifest: Manifest, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(manifest_module, "SMALL_FILE", 100)
-    (directory / "model.onnx.data").write_bytes(b"W" * 700)
+    monkeypatch.setattr(manifest_module, "SAMPLE_BYTES", 1)
+    path = directory / "model.onnx.data"
+    sampled = replace(manifest.files[path.name], sample=manifest_module.sample_of(path))
+    manifest = replace(manifest, files={**manifest.files, path.name: sampled})
+    path.write_bytes(b"weights" + b"W" + path.read_bytes()[8:])  # between the blocks of the sample
     manifest.verify(directory, INSTALLED)
     (directory / "model.onnx").write_bytes(b"GRAPH")
     assert "model.onnx has changed" in difference(manifest, directory)

@@ -10,7 +10,7 @@ import pytest
 
 from deepseek_triton.builders.checkpoint.reader import open_checkpoint
 from deepseek_triton.builders.errors import UnsupportedError
-from deepseek_triton.builders.fp8.layer_session import runnable_opset
+from deepseek_triton.builders.fp8.forward.layer_session import runnable_opset
 from deepseek_triton.builders.graph.decoder import build_graph
 from deepseek_triton.ensemble.decoder.architectures import ARCHITECTURES, Architecture
 from tests.support.checkpoints import load_reference, make_checkpoint
@@ -44,5 +44,8 @@ def test_an_architecture_that_is_not_in_the_table_is_refused_by_name(tmp_path: P
     path = make_checkpoint(tmp_path, "qwen3")
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "model_type": "toy"}))
-    with pytest.raises(UnsupportedError, match="architecture 'toy' is not supported; supported: llama, qwen2, qwen3"):
+    with pytest.raises(
+        UnsupportedError,
+        match="architecture 'toy' is not supported; supported: deepseek_v2, deepseek_v3, llama, qwen2, qwen3",
+    ):
         open_checkpoint(path)

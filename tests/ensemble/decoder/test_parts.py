@@ -1,4 +1,4 @@
-"""What the parts declare, against transformers' models and against the mathematics in NumPy."""
+"""The parts' declarations, compared with transformers' models and with the mathematics in NumPy."""
 
 from __future__ import annotations
 
@@ -11,18 +11,31 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from deepseek_triton.builders.checkpoint.hf_config import from_hf
-from deepseek_triton.builders.fp8.layer_session import runnable_opset
+from deepseek_triton.builders.checkpoint.config.hf_config import from_hf
+from deepseek_triton.builders.fp8.forward.layer_session import runnable_opset
 from deepseek_triton.builders.fp8.recipe import Recipe
 from deepseek_triton.builders.graph.decoder import build_graph
-from deepseek_triton.builders.targets.artefacts.cuda_weights import decoder_shape
+from deepseek_triton.builders.targets.artefacts.decoder_shape import decoder_shape
 from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
 from deepseek_triton.ensemble.decoder.architectures import ARCHITECTURES, Architecture, dense_layer
 from deepseek_triton.ensemble.decoder.dense_mlp import DenseMlp
 from deepseek_triton.ensemble.decoder.gqa import GroupedQueryAttention
-from deepseek_triton.ensemble.decoder.part import CacheTensor, Linear, Norm, Part, Shard, fused_shape
+from deepseek_triton.ensemble.decoder.mla import LatentAttention
+from deepseek_triton.ensemble.decoder.moe import MixtureOfExperts
+from deepseek_triton.ensemble.decoder.options import ExpertOptions, LatentOptions
+from deepseek_triton.ensemble.decoder.part import (
+    CacheTensor,
+    Linear,
+    Norm,
+    Part,
+    Plain,
+    Rotary,
+    Shard,
+    Split,
+    fused_shape,
+)
 from deepseek_triton.ensemble.decoder.spec import ModelSpec
-from tests.support.checkpoints import OPTIONS, SMALL
+from tests.support.checkpoints import LATENT_OPTIONS, LATENT_SMALL, OPTIONS, SMALL
 
 Array = NDArray[Any]
 RANDOM = np.random.default_rng(0)
@@ -37,8 +50,15 @@ PARTS: dict[str, Part] = {
 
 
 def spec_of(option: str, **changes: Any) -> ModelSpec:
-    model_type, values = OPTIONS[option]
-    return from_hf({"model_type": model_type, **SMALL, **values, **changes})
+    base, (model_type, values) = (
+        (SMALL, OPTIONS[option]) if option in OPTIONS else (LATENT_SMALL, LATENT_OPTIONS[option])
+    )
+    return from_hf({"model_type": model_type, **base, **values, **changes})
+
+
+def named(part: Part) -> list[Norm | Linear]:
+    """Its norms and linear layers."""
+    return [module for module in part.modules if not isinstance(module, Plain)]
 
 
 # ---- tensors
@@ -57,7 +77,7 @@ def test_the_tensors_are_those_of_transformers(option: str) -> None:
     assert spec_of(option).tensor_shapes() == {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-@pytest.mark.parametrize("option", ["llama-biases", "llama-mha-tied", "qwen2", "qwen3"])
+@pytest.mark.parametrize("option", ["llama-biases", "llama-mha-tied", "qwen2", "qwen3", "v2-groups", "v2-lite", "v3"])
 def test_the_graph_reads_them_in_the_declared_order(option: str, tmp_path: Path) -> None:
     spec, names = spec_of(option), []
 
@@ -81,7 +101,7 @@ def test_each_linear_layer_is_in_one_matrix_reads_one_value_and_may_be_fp8(name:
     for modules in [*part.fused.values(), *(tap.modules for tap in part.taps)]:
         assert len({linears[module].in_features for module in modules}) == 1
     assert isinstance(part.modules[0], Norm), "the norm before a part comes first"
-    for module in part.modules:
+    for module in named(part):
         is_linear = isinstance(module, Linear)
         assert Recipe().precision_of(f"model.layers.7.{module.module}") == ("fp8" if is_linear else "network")
 
@@ -94,8 +114,10 @@ def test_other_modules_keep_the_networks_precision(module: str) -> None:
 @pytest.mark.parametrize("name", PARTS)
 def test_a_tap_has_the_channels_of_its_producer(name: str) -> None:
     part = PARTS[name]
-    modules = {module.module: module for module in part.modules}
+    modules = {module.module: module for module in named(part)}
     for tap in part.taps:
+        if tap.producer is None:
+            continue
         producer, reader = modules[tap.producer], modules[tap.modules[0]]
         assert isinstance(reader, Linear)
         width = producer.size if isinstance(producer, Norm) else producer.out_features
@@ -111,7 +133,7 @@ def test_fused_matrices_and_rotary_heads() -> None:
     assert fused_shape(attention, "qkv") == (8 * 4 + 2 * 2 * 4, 32)
     assert fused_shape(attention, "o") == (32, 8 * 4)
     linears = [module for module in attention.modules if isinstance(module, Linear)]
-    assert [linear.rotary_heads for linear in linears] == [8, 2, 0, 0]
+    assert [linear.rotary for linear in linears] == [Rotary(8, 4, 0, 4), Rotary(2, 4, 0, 4), None, None]
     assert [fused_shape(PARTS["mlp"], matrix) for matrix in ("gate_up", "down")] == [(128, 32), (32, 64)]
 
 
@@ -139,6 +161,8 @@ def test_the_elements_of_a_token_in_the_caches(changes: dict[str, int], elements
 
 
 def sharded(whole: Array, shard: Shard) -> Array:
+    if shard.matrices is not None:
+        return np.stack([sharded(matrix, replace(shard, matrices=None)) for matrix in whole[shard.matrices]])
     rows = whole if shard.rows is None else np.concatenate([whole[rows] for rows in shard.rows])
     return rows if shard.columns is None else rows[:, shard.columns]
 
@@ -147,24 +171,25 @@ def sharded(whole: Array, shard: Shard) -> Array:
 @pytest.mark.parametrize("name", PARTS)
 def test_shards_have_the_sharded_parts_shapes_and_cover_the_whole(name: str, size: int) -> None:
     part = PARTS[name]
-    assert part.reason_against(size) is None
-    own = part.sharded(size)
+    split = Split(size)
+    assert part.reason_against(split) is None
+    own = part.sharded(split, 0)
     for matrix in part.fused:
         shape = fused_shape(part, matrix)
         whole = np.arange(math.prod(shape)).reshape(shape)
-        shards = [part.shard(matrix, "weight", rank, size) for rank in range(size)]
+        shards = [part.shard(matrix, "weight", rank, split) for rank in range(size)]
         pieces = [sharded(whole, shard) for shard in shards]
         assert {piece.shape for piece in pieces} == {fused_shape(own, matrix)}
         assert {shard.shape(shape) for shard in shards} == {fused_shape(own, matrix)}
         assert set(np.concatenate([piece.reshape(-1) for piece in pieces])) == set(whole.reshape(-1))
         for rank, piece in enumerate(pieces):  # a scale and a bias for each row
-            rows = sharded(np.arange(shape[0]), part.shard(matrix, "scale", rank, size))
-            assert np.array_equal(rows, sharded(np.arange(shape[0]), part.shard(matrix, "bias", rank, size)))
+            rows = sharded(np.arange(shape[0]), part.shard(matrix, "scale", rank, split))
+            assert np.array_equal(rows, sharded(np.arange(shape[0]), part.shard(matrix, "bias", rank, split)))
             assert len(rows) == len(piece)
 
 
-def mlp_output(part: DenseMlp, gate_up: Array, down: Array, x: Array) -> Array:
-    gate, up = np.split(x @ gate_up.T, [part.intermediate_size], axis=1)
+def mlp_output(part: Part, gate_up: Array, down: Array, x: Array) -> Array:
+    gate, up = np.split(x @ gate_up.T, 2, axis=1)
     output: Array = (gate / (1 + np.exp(-gate)) * up) @ down.T
     return output
 
@@ -190,9 +215,83 @@ def test_the_ranks_outputs_add_up_to_the_whole(name: str, size: int) -> None:
     x = RANDOM.normal(size=(5, part.hidden_size))
     total = np.zeros_like(x)
     for rank in range(size):
-        shards = [part.shard(matrix, "weight", rank, size) for matrix in part.fused]
-        total += output(part.sharded(size), *map(sharded, matrices, shards), x)
+        shards = [part.shard(matrix, "weight", rank, Split(size)) for matrix in part.fused]
+        total += output(part.sharded(Split(size), rank), *map(sharded, matrices, shards), x)
     np.testing.assert_allclose(total, output(part, *matrices, x))
+
+
+LATENT = LatentOptions(q_lora_rank=None, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5)
+EXPERTS = ExpertOptions(
+    num_experts=8, num_experts_per_tok=2, intermediate_size=32, num_shared_experts=2, first_dense_layers=0,
+    scores="softmax", choice="greedy",
+)  # fmt: skip
+LATENT_PARTS: dict[str, Part] = {
+    "one query matrix": LatentAttention(16, 4, LATENT),
+    "two query matrices": LatentAttention(16, 4, replace(LATENT, q_lora_rank=8)),
+    "experts": MixtureOfExperts(16, EXPERTS),
+    "without shared experts": MixtureOfExperts(16, replace(EXPERTS, num_shared_experts=0)),
+}
+SPLITS = [Split(2), Split(4), Split(2, 2), Split(1, 2), Split(4, 2), Split(1, 4)]
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=lambda split: f"{split.tensor_size}-{split.expert_size}")
+@pytest.mark.parametrize("name", LATENT_PARTS)
+def test_the_ranks_of_latents_and_experts_have_the_sharded_parts_shapes(name: str, split: Split) -> None:
+    part = LATENT_PARTS[name]
+    assert part.reason_against(split) is None
+    own = [part.sharded(split, rank) for rank in range(split.size)]
+    for matrix in (*part.fused, *part.stacked):
+        shape = fused_shape(part, matrix)
+        whole = np.arange(math.prod(shape)).reshape(shape)
+        shards = [part.shard(matrix, "weight", rank, split) for rank in range(split.size)]
+        pieces = [sharded(whole, shard) for shard in shards]
+        assert [piece.shape for piece in pieces] == [fused_shape(of_rank, matrix) for of_rank in own]
+        assert [shard.shape(shape) for shard in shards] == [piece.shape for piece in pieces]
+        assert set(np.concatenate([piece.reshape(-1) for piece in pieces])) == set(whole.reshape(-1))
+        for rank, piece in enumerate(pieces):  # a scale for each row
+            scales = whole[..., 0]
+            found = sharded(scales, part.shard(matrix, "scale", rank, split))
+            assert found.shape == piece.shape[:-1] == part.shard(matrix, "scale", rank, split).shape(scales.shape)
+
+
+def latent_output(part: LatentAttention, x: Array, **matrices: Array) -> Array:
+    """Without rotary embedding and inner norms, each head's keys and values made from the latent."""
+    options, heads = part.options, part.num_heads
+    first = x @ matrices["q_kv_a"].T
+    column = part.query.out_features if options.q_lora_rank is None else options.q_lora_rank
+    queries, latent, key = np.split(first, [column, column + options.kv_lora_rank], axis=1)
+    if options.q_lora_rank is not None:
+        queries = queries @ matrices["q_b"].T
+    made = (latent @ matrices["kv_b"].T).reshape(len(x), heads, -1)
+    keys = np.concatenate([made[..., : options.qk_nope_head_dim], np.repeat(key[:, None], heads, axis=1)], axis=2)
+    values = made[..., options.qk_nope_head_dim :]
+    scores = np.einsum("qhd,khd->hqk", queries.reshape(len(x), heads, -1), keys)
+    weights = np.exp(scores) / np.exp(scores).sum(axis=2, keepdims=True)
+    output: Array = np.einsum("hqk,khd->qhd", weights, values).reshape(len(x), -1) @ matrices["o"].T
+    return output
+
+
+def experts_output(part: MixtureOfExperts, x: Array, **matrices: Array) -> Array:
+    """Every expert computes every token, with a weight of its own."""
+    own = zip(part.experts, matrices["experts_gate_up"], matrices["experts_down"], strict=True)
+    total = sum((1 + expert) * mlp_output(part, gate_up, down, x) for expert, gate_up, down in own)
+    output: Array = total + mlp_output(part, matrices["shared_gate_up"], matrices["shared_down"], x)
+    return output
+
+
+@pytest.mark.parametrize("split", [Split(2), Split(4), Split(2, 2), Split(1, 2), Split(4, 2)], ids=str)
+@pytest.mark.parametrize("name", ["one query matrix", "two query matrices", "experts"])
+def test_the_ranks_of_latents_and_experts_add_up_to_the_whole(name: str, split: Split) -> None:
+    part: Any = LATENT_PARTS[name]
+    output: Any = experts_output if name == "experts" else latent_output
+    size = split.size if name == "experts" else split.tensor_size
+    matrices = {matrix: 0.3 * RANDOM.normal(size=fused_shape(part, matrix)) for matrix in (*part.fused, *part.stacked)}
+    x = RANDOM.normal(size=(5, part.hidden_size))
+    total = np.zeros_like(x)
+    for rank in range(size):
+        own = {matrix: sharded(whole, part.shard(matrix, "weight", rank, split)) for matrix, whole in matrices.items()}
+        total += output(part.sharded(split, rank), x, **own)
+    np.testing.assert_allclose(total, output(part, x, **matrices))
 
 
 @pytest.mark.parametrize(
@@ -208,16 +307,18 @@ def test_the_ranks_outputs_add_up_to_the_whole(name: str, size: int) -> None:
         (PARTS["mlp"], 3, "intermediate_size 64 can't be shared out evenly"),
         (PARTS["mlp"], 8, "each rank's part of intermediate_size is 8, must be a multiple of 16"),
         (DenseMlp(32, 8), 1, None),
+        (LATENT_PARTS["one query matrix"], 3, "4 heads can't be shared out evenly"),
+        (LATENT_PARTS["experts"], 5, "the experts' intermediate_size 32 can't be shared out evenly"),
     ],
 )
 def test_what_cannot_be_sharded_is_told(part: Part, size: int, reason: str | None) -> None:
-    assert part.reason_against(size) == reason
+    assert part.reason_against(Split(size)) == reason
 
 
 def test_a_rank_s_decoder_has_its_parts_dimensions() -> None:
     shape = decoder_shape(spec_of("llama", intermediate_size=128), 16)
     own = ShardedDecoder(shape, 1, 2).shape
-    assert own.parts == tuple(part.sharded(2) for part in shape.parts)
+    assert own.kinds == tuple(part.sharded(Split(2), 1) for part in shape.kinds)
     changed = {name for name, value in own.to_dict().items() if value != shape.to_dict()[name]}
     assert changed == {"num_heads", "num_kv_heads", "intermediate_size"}
 
@@ -260,5 +361,5 @@ def test_layers_may_have_different_parts(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_gguf_names_are_unique_within_a_layer() -> None:
-    modules = [module for part in spec_of("qwen3").parts(0) for module in part.modules]
+    modules = [module for part in spec_of("qwen3").parts(0) for module in named(part)]
     assert len({module.gguf for module in modules}) == len({module.module for module in modules}) == len(modules)

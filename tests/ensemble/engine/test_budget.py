@@ -21,6 +21,7 @@ def run(budget: PrefillBudget, decode_s: float, token_s: float, num_steps: int, 
     return counts
 
 
+@pytest.mark.slow
 @given(
     decode_s=st.floats(1e-4, 1), tokens_allowed=st.floats(MIN_TOKENS, 10_000), max_stall=st.floats(0.1, 10),
     chunk=st.integers(1, 4096),
@@ -57,6 +58,7 @@ def test_alone_a_prompt_has_all_of_the_chunk(chunk: int) -> None:
     assert budget.tokens(is_decoding=False) == chunk
 
 
+@pytest.mark.slow
 @given(
     st.integers(1, 100),
     st.lists(st.tuples(st.just("decode"), TIME) | st.tuples(st.integers(0, 200), TIME), max_size=40),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deepseek_triton.ensemble.engine import decoding
+from deepseek_triton.ensemble.engine import pipeline
 from deepseek_triton.ensemble.engine.decoding import Outcome
 from deepseek_triton.ensemble.engine.pipeline import StepPipeline, StepResult
 from deepseek_triton.ensemble.engine.runners.base import Logits
@@ -16,7 +16,7 @@ from deepseek_triton.ensemble.engine.runners.one_step import pipelined
 from deepseek_triton.ensemble.engine.scheduler import EngineStep
 from deepseek_triton.ensemble.engine.sequence import Request, Sequence
 from deepseek_triton.ensemble.engine.thinking import Thinking, ThinkingTags
-from deepseek_triton.ensemble.guided import Guide, GuideCompiler, GuideError, fill_masks
+from deepseek_triton.ensemble.guided import BackgroundGuide, Guide, GuideCompiler, GuideError, MaskThreads
 from deepseek_triton.ensemble.sampling import Sampled, Sampler, SamplingError, SamplingParams
 from deepseek_triton.ensemble.text.bad_words import BadWords
 from deepseek_triton.ensemble.text.tokenizer import Tokenizer
@@ -41,6 +41,15 @@ def tokenizer(directory: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def compiler(directory: Path) -> GuideCompiler:
     return GuideCompiler(directory, VOCAB_SIZE, (END,))
+
+
+@pytest.fixture(autouse=True)
+def waits_for_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "MASK_WAIT_S", 30.0)
+
+
+def guided(guide: Guide) -> BackgroundGuide:
+    return MaskThreads().guides(guide, 1)[0]
 
 
 class Batch:
@@ -69,7 +78,7 @@ class Batch:
         """The outcomes, in the order of `sequences`."""
         positions = dict.fromkeys(range(self.runner.max_num_seqs), self.runner.max_seq_len - 1)
         positions |= {s.slot: s.num_computed for s in self.sequences if s.slot is not None}
-        assert self.pipeline.begin(EngineStep((), (), (), tuple(self.sequences)), positions) == []
+        assert self.pipeline.begin(EngineStep((), (), (), (), tuple(self.sequences)), positions) == []
         (result,) = self.pipeline.finish()
         assert isinstance(result, StepResult)
         outcomes = {id(sequence): outcome for sequence, outcome in result.outcomes}
@@ -102,26 +111,19 @@ class ForbidsOne(BadWords):
 
 @pytest.mark.parametrize("runner_type", RUNNERS)
 def test_each_sequence_of_a_batch_gets_what_it_wants(
-    runner_type: type[FakeRunner], compiler: GuideCompiler, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    runner_type: type[FakeRunner], compiler: GuideCompiler, tokenizer: Tokenizer
 ) -> None:
-    sizes: list[int] = []
-
-    def counting(guides: list[Guide], out: Any) -> Any:
-        sizes.append(len(guides))
-        return fill_masks(guides, out)
-
-    monkeypatch.setattr(decoding, "fill_masks", counting)
     batch = Batch(runner_type(max_num_seqs=8, max_seq_len=32, vocab_size=VOCAB_SIZE))
     plain = batch.add()
-    yes = batch.add(guide=compiler.compile("choice", '["yes"]'))
+    yes = batch.add(guide=guided(compiler.compile("choice", '["yes"]')))
     worded = batch.add()
     worded.bad_words = words = ForbidsOne(likeliest(worded))
     sampled = batch.add(temperature=0.9, seed=11)
     penalized = batch.add()
-    no = batch.add(guide=compiler.compile("choice", '["no"]'), num_log_probs=1)
+    no = batch.add(guide=guided(compiler.compile("choice", '["no"]')), num_log_probs=1)
     forced = batch.add(thinking=Thinking(ThinkingTags(1, 2), is_open=True, budget=0))
     reasoning = batch.add(
-        guide=compiler.compile("choice", '["no"]'), thinking=Thinking(ThinkingTags(1, 2), is_open=True)
+        guide=guided(compiler.compile("choice", '["no"]')), thinking=Thinking(ThinkingTags(1, 2), is_open=True)
     )
     # A penalty that makes the likeliest token the unlikeliest: it has come already.
     params = SamplingParams(temperature=0.0, presence_penalty=5.0)
@@ -139,7 +141,6 @@ def test_each_sequence_of_a_batch_gets_what_it_wants(
     assert token(outcomes[id(reasoning)]) == likeliest(reasoning), "the guide begins behind the reasoning"
     told = outcomes[id(no)]
     assert isinstance(told, Sampled) and told.log_prob is not None and len(told.top) == 1
-    assert sizes == [2], "one call for all that are guided"
     assert all(sequence.sampler.num_generated == 2 for sequence in batch.sequences)
     if isinstance(batch.runner, SamplingFakeRunner):
         assert batch.runner.num_sampled == 2, "the plain and the reasoning one"
@@ -154,16 +155,16 @@ def test_each_sequence_of_a_batch_gets_what_it_wants(
 def test_a_guide_that_can_t_go_on_says_why_and_disturbs_no_other(
     runner_type: type[FakeRunner], compiler: GuideCompiler, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def one_is_stuck(guides: list[Guide], out: Any) -> dict[int, GuideError]:
-        fill_masks(guides, out)
-        out[1] = 0
-        return {1: GuideError("a step costs too much")}
+    def is_stuck() -> None:
+        raise GuideError("a step costs too much")
 
-    monkeypatch.setattr(decoding, "fill_masks", one_is_stuck)
+    broken = compiler.compile("choice", '["no"]')
+    monkeypatch.setattr(broken, "copy", lambda: broken)
+    monkeypatch.setattr(broken, "mask", is_stuck)
     batch = Batch(runner_type(max_num_seqs=4, max_seq_len=32, vocab_size=VOCAB_SIZE))
-    batch.add(guide=compiler.compile("choice", '["yes"]'))
+    batch.add(guide=guided(compiler.compile("choice", '["yes"]')))
     batch.add()
-    batch.add(guide=compiler.compile("choice", '["no"]'))
+    batch.add(guide=guided(broken))
     good, plain, stuck = batch.step()
     assert token(good) == tokenizer.encode("y")[0] and token(plain) == likeliest(batch.sequences[1])
     assert isinstance(stuck, GuideError) and str(stuck) == "a step costs too much"

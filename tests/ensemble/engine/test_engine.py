@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from deepseek_triton.ensemble.engine.liveness import MAX_UNACKNOWLEDGED
-from deepseek_triton.ensemble.engine.loop import EngineLoop, QueueFullError
+from deepseek_triton.ensemble.engine.loop import EngineLoop
+from deepseek_triton.ensemble.engine.request_loop import QueueFullError
 from deepseek_triton.ensemble.engine.runners.base import OutOfMemoryError
 from deepseek_triton.ensemble.engine.sequence import NEVER, Request, Sequence
 from deepseek_triton.ensemble.engine.thinking import Thinking
+from deepseek_triton.ensemble.guided import BackgroundGuide
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from deepseek_triton.ensemble.sampling import Sampler, SamplingParams
 from tests.support.fakes import (
@@ -62,6 +64,7 @@ class Engine:
         deadline: float = NEVER,
         sink: FakeSink | None = None,
         thinking: Callable[[], Thinking] | None = None,
+        guide: Callable[[], BackgroundGuide] | None = None,
         **params: Any,
     ) -> FakeSink:
         sink = sink or FakeSink()
@@ -69,6 +72,7 @@ class Engine:
         request = Request(
             stream_id=number,
             request_id=f"request-{number}",
+            stop_key="secret",
             prompt_ids=np.array(prompt, np.int64),
             params=SamplingParams(**params),
             sink=sink,
@@ -81,7 +85,8 @@ class Engine:
         )
         for index in range(request.params.num_return_sequences):
             sampler = Sampler(request.params, prompt, self.end_ids, index)
-            request.sequences.append(Sequence(request, index, sampler, thinking=thinking and thinking()))
+            sequence = Sequence(request, index, sampler, guide=guide and guide(), thinking=thinking and thinking())
+            request.sequences.append(sequence)
         self.loop.submit(request)
         return sink
 
@@ -203,7 +208,7 @@ def test_stop_frees_the_slot_and_the_others_go_on() -> None:
     stopped, other = engine.submit([1], max_tokens=50), engine.submit([2], max_tokens=20)
     engine.step(5)
     answers: list[str] = []
-    engine.loop.stop("request-1", lambda: answers.append("done"))
+    engine.loop.stop("request-1", "secret", lambda: answers.append("done"))
     engine.step()
     assert stopped.finish_reason == "cancelled" and answers == ["done"]
     assert engine.num_free_slots == 1
@@ -216,7 +221,7 @@ def test_stop_ends_a_waiting_request_too() -> None:
     engine.submit([1], max_tokens=5)
     waiting = engine.submit([2], max_tokens=5)
     engine.step()
-    engine.loop.stop("request-2", lambda: None)
+    engine.loop.stop("request-2", "secret", lambda: None)
     engine.run()
     assert len(waiting.responses) == 1 and waiting.ids == [] and waiting.finish_reason == "cancelled"
 
@@ -342,10 +347,10 @@ def test_an_answer_that_cannot_be_sent_does_not_stop_the_engine() -> None:
     done = threading.Event()
     for sink in (BrokenSink(), BrokenSink()):
         engine.submit([1], sink=sink)
-    engine.loop.stop("nobody", done.set)
-    assert done.wait(5)
+    engine.loop.stop("nobody", "secret", done.set)
+    assert done.wait(60)
     healthy = engine.submit([2], max_tokens=5)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while not healthy.is_finished and time.monotonic() < deadline:
         time.sleep(0.01)
     engine.loop.close()
@@ -442,6 +447,7 @@ def test_two_chats_in_turn_both_find_what_they_left() -> None:
     assert engine.loop.metrics.prefix_hits_total == 6
 
 
+@pytest.mark.slow
 def test_random_traffic_with_shared_prefixes_gives_what_each_gives_alone() -> None:
     rng = np.random.default_rng(4)
     for reuse in ("prompt", "all"):
@@ -484,6 +490,23 @@ def test_a_full_queue_refuses_at_once() -> None:
     assert running.is_finished and engine.loop.metrics.requests_refused_total == 1
     engine.submit([5], max_tokens=1)
     engine.run()
+
+
+def test_an_urgent_request_is_not_refused_because_ordinary_ones_wait() -> None:
+    engine = Engine(FakeRunner(max_num_seqs=1), max_queue_size=2)
+    engine.submit([1], max_tokens=5)
+    engine.step()
+    waiting = [engine.submit([2 + number], max_tokens=5, priority=2) for number in range(2)]
+    engine.loop._receive()
+    with pytest.raises(QueueFullError):
+        engine.submit([9], priority=2)
+    urgent = [engine.submit([7 + number], max_tokens=5, priority=1) for number in range(2)]
+    engine.loop._receive()
+    for priority in (1, 2):  # as many urgent ones wait as may; in all there are never more than twice as many
+        with pytest.raises(QueueFullError):
+            engine.submit([9], priority=priority)
+    engine.run()
+    assert all(sink.is_finished and sink.error is None for sink in (*waiting, *urgent))
 
 
 def test_waiting_too_long_is_an_error_and_so_is_running_too_long() -> None:

@@ -81,3 +81,28 @@ def test_where_all_are_slow_nobody_has_gone() -> None:
     liveness.sent(request, 1000.0)
     assert not liveness.is_abandoned(request, 1000.0 + LATENCY_MARGIN * 0.49)
     assert liveness.is_abandoned(request, 1000.0 + LATENCY_MARGIN * 0.51)
+
+
+def test_time_in_which_the_detokenizer_did_not_run_does_not_count() -> None:
+    ran = 0.0
+    liveness, request = Liveness(1.0, lambda began: ran), make()
+    liveness.sent(request, 5.0)
+    assert not liveness.is_abandoned(request, 9.0), "nothing says that it could have been acknowledged"
+    ran = 1.1
+    assert not liveness.is_abandoned(request, 9.0)
+    ran = 1.2
+    assert liveness.is_abandoned(request, 9.0)
+    assert not liveness.is_abandoned(request, 5.7), "its patience is that of the clock too"
+
+
+def test_what_was_sent_later_to_another_client_and_has_arrived_tells_that_one_has_gone() -> None:
+    liveness, gone, other = Liveness(1.0, lambda began: 0.0), make(), make()
+    liveness.sent(gone, 5.0)
+    liveness.sent(other, 5.3)
+    liveness.acknowledged(other, 5.4)
+    assert not liveness.is_abandoned(gone, 9.0), "it may have overtaken"
+    liveness.sent(other, 5.4)
+    assert not liveness.is_abandoned(gone, 9.0)
+    liveness.acknowledged(other, 6.0)
+    assert liveness.is_abandoned(gone, 9.0)
+    assert not liveness.is_abandoned(gone, 5.7)

@@ -16,13 +16,14 @@ from deepseek_triton.ensemble.engine.runners.base import OutOfMemoryError
 from deepseek_triton.ensemble.engine.sequence import Request
 from deepseek_triton.ensemble.engine.thinking import Thinking, ThinkingTags
 from tests.ensemble.engine.test_engine import Engine
-from tests.support.fakes import FakeSink, PipelinedFakeRunner, expected_tokens
+from tests.support.fakes import FakeRunner, FakeSink, PipelinedFakeRunner, SamplingFakeRunner, expected_tokens
+from tests.support.late_guides import late_guide
 
 VOCAB_SIZE, MAX_SEQ_LEN = 40, 48
 END_IDS = (3, 11)
 TAGS = ThinkingTags(1, 2)
 ROOT = list(range(5, 29))
-# What a request wants: drawn by the runner; with a draw that it can't; chosen on the host throughout, or for a while.
+# Requests that are sampled by the runner, by the host, or by the host for their first tokens.
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampled": {"temperature": 1.0, "seed": 9},
@@ -31,6 +32,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "min_tokens": {"min_tokens": 4, "temperature": 1.0, "seed": 4},
     "log_probs": {"num_log_probs": 0},
     "thinking": {"thinking": lambda: Thinking(TAGS, is_open=True, budget=3)},
+    "guided": {"guide": lambda: late_guide(VOCAB_SIZE, [0, 2, 0, 1, 5])},
+    "guided late": {
+        "guide": lambda: late_guide(VOCAB_SIZE, [9]),
+        "thinking": lambda: Thinking(TAGS, is_open=True, budget=2),
+    },
+    "guided two": {
+        "guide": lambda: late_guide(VOCAB_SIZE, [3, 0]),
+        "temperature": 1.0,
+        "seed": 3,
+        "num_return_sequences": 2,
+    },
     "two": {"temperature": 1.0, "seed": 2, "num_return_sequences": 2},
 }
 
@@ -65,7 +77,7 @@ class Wanted:
 
 @cache
 def alone(wanted: Wanted) -> tuple[list[int], ...]:
-    """The tokens of each of its sequences, one step at a time and nobody else there."""
+    """The tokens of each of its sequences, one step at a time, with no other request."""
     engine = make(OneAtATime)
     sink = wanted.submit(engine)
     engine.run()
@@ -94,7 +106,7 @@ def act(engine: Engine, action: Any, sinks: list[tuple[Wanted, FakeSink]]) -> No
     elif action[0] == "stop":
         while not engine.loop._inbox.empty():  # `_receive` would wait for more, were this the last request
             engine.loop._handle(engine.loop._inbox.get())
-        engine.loop._stop(f"request-{action[1]}", lambda: None)
+        engine.loop._stop(f"request-{action[1]}", "secret", lambda: None)
     else:
         where, kind, what = action
         error = OutOfMemoryError("no memory") if what == "memory" else RuntimeError("broken")
@@ -104,7 +116,30 @@ def act(engine: Engine, action: Any, sinks: list[tuple[Wanted, FakeSink]]) -> No
             runner.fail_finish[kind] = error
 
 
-@settings(max_examples=300, deadline=None)
+def run_script(engine: Engine, script: list[Any]) -> list[tuple[Wanted, FakeSink]]:
+    """Do the actions, and run what was begun to its end."""
+    sinks: list[tuple[Wanted, FakeSink]] = []
+    for action in script:
+        act(engine, action, sinks)
+    if sinks:
+        engine.run()
+    return sinks
+
+
+def check_tokens(sinks: list[tuple[Wanted, FakeSink]], script: list[Any]) -> None:
+    for wanted, sink in sinks:
+        for index, tokens in enumerate(alone(wanted)):
+            found, updates = sink.ids_of(index), sink.updates(index)
+            is_whole = sink.error is None and updates and updates[-1].finish_reason != "cancelled"
+            assert found == (tokens if is_whole else tokens[: len(found)]), wanted
+        assert sink.is_finished or sink.error in ("decode failed: broken", "decode failed: no memory",
+                                                  "prefill failed: broken", "prefill failed: no memory")  # fmt: skip
+        if not any(isinstance(action, tuple) for action in script):
+            assert sink.error is None and sink.finish_reason in ("stop", "length")
+
+
+@pytest.mark.slow
+@settings(max_examples=300)
 @given(
     st.lists(actions, min_size=1, max_size=30),
     st.sampled_from(["off", "prompt", "all"]),
@@ -115,21 +150,7 @@ def test_whatever_happens_the_tokens_are_those_of_one_step_at_a_time(
     script: list[Any], reuse: str, max_num_seqs: int, runner: type[PipelinedFakeRunner]
 ) -> None:
     engine = make(runner, max_num_seqs, prefix_reuse=reuse)
-    sinks: list[tuple[Wanted, FakeSink]] = []
-    for action in script:
-        act(engine, action, sinks)
-    if not sinks:
-        return
-    engine.run()
-    for wanted, sink in sinks:
-        for index, tokens in enumerate(alone(wanted)):
-            found, updates = sink.ids_of(index), sink.updates(index)
-            is_whole = sink.error is None and updates and updates[-1].finish_reason != "cancelled"
-            assert found == (tokens if is_whole else tokens[: len(found)]), wanted
-        assert sink.is_finished or sink.error in ("decode failed: broken", "decode failed: no memory",
-                                                  "prefill failed: broken", "prefill failed: no memory")  # fmt: skip
-        if not any(isinstance(action, tuple) for action in script):
-            assert sink.error is None and sink.finish_reason in ("stop", "length")
+    check_tokens(run_script(engine, script), script)
     assert engine.num_free_slots == max_num_seqs
 
 
@@ -278,3 +299,59 @@ def test_a_fault_of_the_engine_s_own_leaves_nothing_in_flight(monkeypatch: pytes
     assert sink.error == "the engine failed: the books don't balance"
     assert engine.loop._pipeline.is_empty and engine.num_free_slots == 4
     assert not np.any([len(calls) for calls in engine.runner._in_flight.values()])  # type: ignore[attr-defined]
+
+
+# --- masks that come late ---------------------------------------------------------------------------------------------
+
+EVERY_RUNNER = [FakeRunner, SamplingFakeRunner, PipelinedFakeRunner, ThreeInFlight]
+
+
+def guided(runner: type[FakeRunner], **more: Any) -> Engine:
+    return Engine(runner(5, MAX_SEQ_LEN, VOCAB_SIZE), end_ids=(), max_num_batched_tokens=16, **more)
+
+
+@pytest.mark.parametrize("runner", EVERY_RUNNER)
+def test_a_slow_mask_leaves_its_own_sequence_out_and_no_other(runner: type[FakeRunner]) -> None:
+    engine = guided(runner)
+    plain = [engine.submit([n], max_tokens=40) for n in (5, 6, 7)]
+    quick = engine.submit([8], max_tokens=40, guide=lambda: late_guide(VOCAB_SIZE, [0]))
+    slow = engine.submit([9], max_tokens=3, guide=lambda: late_guide(VOCAB_SIZE, [16]))
+    engine.step(4)
+    before = [len(sink.ids) for sink in (*plain, quick, slow)]
+    engine.step(10)
+    gained = [len(sink.ids) - n for sink, n in zip((*plain, quick, slow), before, strict=True)]
+    steps_ahead = getattr(runner, "steps_in_flight", 1)
+    assert gained[:3] == [10] * 3 and gained[3] >= 10 // steps_ahead and gained[4] == 0
+    engine.run()
+    assert len(slow.ids) == 3 and slow.finish_reason == "length"
+    assert [sink.ids for sink in plain] == [expected_tokens([n], 40, VOCAB_SIZE) for n in (5, 6, 7)]
+
+
+@pytest.mark.parametrize("runner", EVERY_RUNNER)
+def test_a_request_ends_at_once_while_its_mask_is_computed(runner: type[FakeRunner]) -> None:
+    engine = guided(runner)
+    slow = engine.submit([9], guide=lambda: late_guide(VOCAB_SIZE, [10**9]), deadline=50.0)
+    other = engine.submit([8], guide=lambda: late_guide(VOCAB_SIZE, [10**9]))
+    engine.step(5)
+    assert engine.num_free_slots == 3
+    engine.now = 51.0
+    engine.step()
+    assert slow.error is not None and "timed out" in slow.error and engine.num_free_slots == 4
+    engine.loop._stop("request-2", "secret", lambda: None)
+    assert other.finish_reason == "cancelled" and engine.num_free_slots == 5
+    engine.loop.step()
+    assert not engine.loop._pipeline._undecided
+    again = engine.submit([8], max_tokens=4, guide=lambda: late_guide(VOCAB_SIZE, [0]))
+    engine.run()
+    assert len(again.ids) == 4
+
+
+@pytest.mark.parametrize("runner", EVERY_RUNNER)
+@pytest.mark.parametrize("delay", [0, 3])
+def test_a_guide_that_fails_is_its_client_s_fault_and_ends_no_other(runner: type[FakeRunner], delay: int) -> None:
+    engine = guided(runner)
+    plain = engine.submit([5], max_tokens=30)
+    dear = engine.submit([9], max_tokens=30, guide=lambda: late_guide(VOCAB_SIZE, [delay], fails_after=4))
+    engine.run()
+    assert (dear.error, dear.error_kind, len(dear.ids)) == ("it is too dear", "invalid", 4)
+    assert plain.ids == expected_tokens([5], 30, VOCAB_SIZE) and engine.num_free_slots == 5

@@ -1,4 +1,4 @@
-"""Guides: whatever is chosen among the allowed tokens is valid, what is valid is allowed, what is bad is refused."""
+"""Guides: every choice of allowed tokens is valid, every valid text is allowed, bad guides are refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from deepseek_triton.ensemble.guided import (
@@ -28,13 +28,14 @@ from deepseek_triton.ensemble.guided import (
     Guide,
     GuideCompiler,
     GuideError,
+    MaskThreads,
     apply_mask,
     compiler,
-    fill_masks,
 )
 from deepseek_triton.ensemble.guided.grammar import GRAMMARS
 from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 from tests.support.real_tokenizers import deepseek, deepseek_directory, smollm2, smollm2_directory
+from tests.support.waiting import until
 
 PADDING = 70  # ids that the model has and the tokenizer lacks; no multiple of 32
 CLOSE_AFTER = 40  # tokens of free choice; from there on a walk takes what brings the end nearer
@@ -81,9 +82,9 @@ both = pytest.mark.parametrize("name", MODELS)
 
 
 def allowed(model: Model, *guides: Guide) -> list[set[int]]:
-    """For each guide the tokens that are allowed, by one call."""
-    masks = np.full((len(guides), -(-model.vocab_size // 32)), 0xAAAAAAAA, np.uint32)
-    assert fill_masks(guides, masks) == {}
+    """For each guide the tokens that are allowed."""
+    masks = np.stack([guide.mask() for guide in guides])
+    assert masks.dtype == np.uint32 and masks.shape == (len(guides), -(-model.vocab_size // 32))
     bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")
     return [set(np.flatnonzero(row).tolist()) for row in bits]
 
@@ -194,9 +195,10 @@ SCHEMAS = st.recursive(
 )
 
 
-EXAMPLES = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+EXAMPLES = settings(max_examples=40)
 
 
+@pytest.mark.slow
 @both
 @EXAMPLES
 @given(schema=SCHEMAS, seed=st.integers(0, 2**32))
@@ -222,6 +224,7 @@ TREE = {
 }
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("seed", range(5))
 def test_recursive_schemas_and_plain_json(name: str, seed: int) -> None:
@@ -242,6 +245,7 @@ REGEXES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @both
 @EXAMPLES
 @given(regex=REGEXES, seed=st.integers(0, 2**32))
@@ -253,6 +257,7 @@ def test_every_walk_under_a_regex_matches_as_a_whole(name: str, regex: str, seed
 TEXTS = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=12), min_size=1, max_size=6)
 
 
+@pytest.mark.slow
 @both
 @EXAMPLES
 @given(texts=TEXTS, seed=st.integers(0, 2**32))
@@ -273,6 +278,7 @@ number ::= [1-9] [0-9]{0,3}
 }
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("guide_type", ARITHMETIC)
 def test_every_walk_under_a_grammar_parses(name: str, guide_type: str) -> None:
@@ -293,6 +299,7 @@ DOCUMENTS = st.recursive(
 )
 
 
+@pytest.mark.slow
 @both
 @EXAMPLES
 @given(document=st.dictionaries(st.sampled_from("abc"), DOCUMENTS), indent=st.sampled_from([None, 2]))
@@ -371,16 +378,22 @@ MIXED = [
 ]
 
 
+@pytest.mark.slow
 @both
-def test_a_batch_is_masked_as_each_guide_alone(name: str) -> None:
-    the, random = model(name), np.random.default_rng(3)
-    guides = [the.compiler.compile(*guide) for guide in MIXED * 4]
+def test_guides_on_threads_have_the_masks_of_each_alone(name: str) -> None:
+    the, random, threads = model(name), np.random.default_rng(3), MaskThreads()
+    alone = [the.compiler.compile(*guide) for guide in MIXED * 4]
+    together = [threads.guides(guide, 1)[0] for guide in alone]
     for _ in range(12):
-        together = allowed(the, *guides)
-        assert together == [allowed(the, guide)[0] for guide in guides]
-        for guide, choices in zip(guides, together, strict=True):
+        for guide, other in zip(alone, together, strict=True):
+            mask = other.mask(timeout_s=60)
+            assert mask is not None and (mask == guide.mask()).all()
+        for guide, other in zip(alone, together, strict=True):
             if not guide.is_complete:
-                guide.accept(int(random.choice(sorted(choices - set(the.end_ids)))))
+                token = int(random.choice(sorted(allowed(the, guide)[0] - set(the.end_ids))))
+                guide.accept(token)
+                other.accept(token)
+    threads.close()
 
 
 def test_a_copy_goes_its_own_way() -> None:
@@ -403,10 +416,9 @@ def test_a_guide_that_is_stuck_has_no_token_and_disturbs_no_other() -> None:
     good = the.compiler.compile("regex", "[a-z]+")
     stuck = the.compiler.compile("grammar", 'start: "a" <jupyter_text> "b"')  # a token that is no text
     stuck.accept(the.token("a"))
-    masks = np.full((2, -(-the.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
-    errors = fill_masks([stuck, good], masks)
-    assert list(errors) == [0] and "only special tokens" in str(errors[0])
-    assert not masks[0].any() and masks[1].any()
+    with pytest.raises(GuideError, match="only special tokens"):
+        stuck.mask()
+    assert good.mask().any()
     with pytest.raises(GuideError, match="neither text nor an end"):
         stuck.accept(12)
 
@@ -420,9 +432,10 @@ def test_a_step_that_costs_too_much_is_an_error_not_a_hang() -> None:
     with pytest.raises(GuideError, match="5001 items") as error:
         dear.accept(a)
     good = the.compiler.compile("regex", "a+")
-    masks = np.zeros((2, -(-the.vocab_size // 32)), np.uint32)
-    assert "5001 items" in str(fill_masks([dear, good], masks)[0]) and "<" not in str(error.value)
-    assert masks.any(axis=1).tolist() == [False, True] and not dear.is_complete
+    assert "<" not in str(error.value) and not dear.is_complete
+    with pytest.raises(GuideError, match="5001 items"):
+        dear.mask()
+    assert good.mask().any()
     assert time.monotonic() - started < 10
 
 
@@ -438,17 +451,6 @@ def test_what_accept_refuses() -> None:
     guide.accept(the.end_ids[1])
     with pytest.raises(GuideError, match="the guide has ended"):
         guide.accept(a)
-
-
-def test_masks_of_another_shape_are_refused() -> None:
-    the = model("smollm2")
-    guide, num_words = the.compiler.compile("json", ""), -(-the.vocab_size // 32)
-    for out in (np.zeros((1, num_words - 1), np.uint32), np.zeros((2, num_words), np.uint32)):
-        with pytest.raises(ValueError, match="out must be"):
-            fill_masks([guide], out)
-    with pytest.raises(ValueError, match="out must be"):
-        fill_masks([guide], np.zeros((1, num_words * 2), np.uint32)[:, ::2])
-    assert fill_masks([], np.zeros((0, num_words), np.uint32)) == {}
 
 
 @given(st.integers(1, 300), st.integers(0, 2**32))
@@ -538,7 +540,7 @@ def test_a_remote_reference_is_not_fetched() -> None:
 DEEP = """
 import json, sys
 from pathlib import Path
-from deepseek_triton.ensemble.guided import GuideCompiler, GuideError, fill_masks
+from deepseek_triton.ensemble.guided import GuideCompiler, GuideError
 import numpy as np
 
 compiler = GuideCompiler(Path(sys.argv[1]), int(sys.argv[2]), [2])
@@ -567,13 +569,14 @@ for guide_type, several in guides.items():
     for number, guide in enumerate(several):
         try:
             compiled = compiler.compile(guide_type, guide)
-            fill_masks([compiled], np.zeros((1, -(-int(sys.argv[2]) // 32)), np.uint32))
+            compiled.mask()
             print(guide_type, number, len(guide), "compiled")
         except GuideError as error:
             print(guide_type, number, len(guide), error)
 """
 
 
+@pytest.mark.slow
 def test_chains_of_rules_and_references_do_not_exhaust_the_stack() -> None:
     # in a process of its own: what went wrong would be a crash
     command = [sys.executable, "-c", DEEP, str(smollm2_directory()), str(model("smollm2").vocab_size)]
@@ -582,27 +585,82 @@ def test_chains_of_rules_and_references_do_not_exhaust_the_stack() -> None:
     assert result.stdout.count("compiled") >= 6 and len(result.stdout.splitlines()) == 8, result.stdout
 
 
-def test_a_guide_that_takes_too_long_is_refused_and_holds_up_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+DEAR = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from deepseek_triton.ensemble.guided import GuideCompiler, GuideError
+
+def peak():
+    return next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+compiler = GuideCompiler(Path(sys.argv[1]), int(sys.argv[2]), [2])
+guides = [
+    ("regex", ".*a.{400}b"), ("regex", "((a{1,100}){1,100}){1,100}"), ("regex", ".*[a-m].{14}"),
+    ("regex", r"[\\p{L}\\p{N}]{1,500}" * 20),
+    ("json_schema", json.dumps({"const": list(range(9000))})),
+    ("json_schema", json.dumps({"enum": [{"k": i, "v": "x" * 20} for i in range(1200)]})),
+    ("json_schema", json.dumps({"properties": {f"p{i}": {"pattern": f".*[a-m].{{{10 + i % 9}}}"} for i in range(99)}})),
+    ("json_schema", json.dumps({"$ref": "#/$defs/0", "$defs": {str(i): {"properties": {
+        "a": {"$ref": f"#/$defs/{i + 1}"}, "b": {"$ref": f"#/$defs/{i + 1}"}}} for i in range(300)} | {"300": {}}})),
+    ("grammar", "start: r0" + "".join(f'\\nr{i}: r{i + 1} r{i + 1} | "w{i}"' for i in range(1500)) + '\\nr1500: "z"'),
+]
+before, random = peak(), np.random.default_rng(0)
+for guide_type, guide in guides:
+    try:
+        compiled = compiler.compile(guide_type, guide)
+        for _ in range(80):
+            mask = compiled.mask()
+            if compiled.is_complete:
+                break
+            ids = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+            compiled.accept(int(random.choice(ids[ids != 2])))
+    except (GuideError, ValueError):
+        pass
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_no_guide_needs_much_memory() -> None:
+    command = [sys.executable, "-c", DEAR, str(smollm2_directory()), str(model("smollm2").vocab_size)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 200, "MiB of nine guides together"
+
+
+@pytest.mark.slow
+def test_guides_that_take_too_long_are_refused_and_hold_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
 
     def slow(guide: str) -> str:
         release.wait(10)
         raise GuideError("late")
 
+    own = GuideCompiler(smollm2_directory(), model("smollm2").vocab_size, [2])
     monkeypatch.setattr(compiler, "COMPILE_TIMEOUT_S", 0.05)
     monkeypatch.setitem(GRAMMARS, "regex", slow)
-    with pytest.raises(GuideError, match=r"takes over 0\.05 s to compile"):
-        model("smollm2").compiler.compile("regex", "slow")
-    with pytest.raises(GuideError, match="another guide is still being compiled"):
-        model("smollm2").compiler.compile("choice", '["never seen"]')
+    for number in range(compiler.MAX_CONCURRENT):
+        if number:
+            monkeypatch.setattr(compiler, "COMPILE_TIMEOUT_S", 5.0)
+            assert own.compile("choice", f'["beside {number}"]')
+            monkeypatch.setattr(compiler, "COMPILE_TIMEOUT_S", 0.05)
+        for _ in range(2):  # the second waits for the first one's
+            with pytest.raises(GuideError, match=r"takes over 0\.05 s to compile"):
+                own.compile("regex", f"slow {number}")
+    with pytest.raises(GuideError, match="other guides are still being compiled"):
+        own.compile("choice", '["never seen"]')
     release.set()
     monkeypatch.undo()
-    assert model("smollm2").compiler.compile("choice", '["never seen"]')
+    assert own.compile("choice", '["never seen"]') and own.is_cached("choice", '["never seen"]')
+    assert not own.is_cached("choice", '["not yet"]')
+    until(lambda: not own._compiling)
 
 
 # --- the compiler ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compiled_guides_are_kept_the_least_used_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
     choice: Callable[[str], str] = GRAMMARS["choice"]
@@ -618,8 +676,13 @@ def test_compiled_guides_are_kept_the_least_used_forgotten(monkeypatch: pytest.M
     for guide in (a, b, a, c, a, b):
         own.compile("choice", guide)
     assert compiled == [a, b, c, b]
+    monkeypatch.setattr(compiler, "MAX_CACHED_BYTES", 6)  # one of these
+    for guide in (a, c, a):
+        own.compile("choice", guide)
+    assert compiled == [a, b, c, b, c, a]
 
 
+@pytest.mark.slow
 def test_compiling_while_other_threads_compile_and_mask() -> None:
     the, failures = model("deepseek"), []
     expected = {guide: allowed(the, the.compiler.compile(*guide)) for guide in MIXED}
@@ -640,6 +703,7 @@ def test_compiling_while_other_threads_compile_and_mask() -> None:
     assert not failures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("vocab_size", "end_ids", "match"),
     [
@@ -693,12 +757,10 @@ def test_a_small_model_answers_by_the_schema(tmp_path: Path) -> None:
     question = [{"role": "user", "content": "What is the capital of France? Name two sights. Answer in JSON."}]
     ids = the.tokenizer.encode_messages(json.dumps(question)).astype(np.int64)
     guide, tokens = compiler.compile("json_schema", json.dumps(PERSON)), []
-    mask = np.zeros((1, -(-runner.vocab_size // 32)), np.uint32)
     logits = runner.prefill(0, ids, 0)
     free = int(logits.argmax())
     while not guide.is_complete:
-        assert fill_masks([guide], mask) == {}
-        apply_mask(logits, mask[0])
+        apply_mask(logits, guide.mask())
         token = int(logits.argmax())
         guide.accept(token)
         tokens.append(token)

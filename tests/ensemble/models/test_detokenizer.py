@@ -108,11 +108,12 @@ def segments(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_any_ids_in_any_pushes(name: str) -> None:
     tokenizer = TOKENIZERS[name]()
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(
         ids=st.lists(segments(tokenizer), max_size=10).map(lambda lists: [i for ids in lists for i in ids]),
         cuts=st.one_of(st.just(list(range(99))), st.lists(st.integers(0, 24), max_size=12)),
@@ -148,7 +149,7 @@ def test_half_a_character_is_held_back_and_flushed(name: str) -> None:
 
 
 def test_text_is_given_out_at_once() -> None:
-    """Holding everything back until the end would satisfy the equalities above, and nobody else."""
+    """Text must be released early: a parser that holds back everything would pass the tests above."""
     tokenizer = smollm2()
     ids = tokenizer.encode("The capital of France is Paris.").tolist()
     assert list(stream(tokenizer, [[i] for i in ids])) == [tokenizer.decode([i]) for i in ids]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.engine.runners.scoring import RowScores
 from deepseek_triton.ensemble.models.tensors import NUMPY_DTYPES
 from deepseek_triton.ensemble.protocol import contract
@@ -31,16 +32,18 @@ class FakeScoringRunner:
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
 
-    def score(self, rows: Sequence[ScoreRow]) -> list[RowScores]:
+    def score(self, rows: Sequence[ScoreRow], *, with_log_probs: bool = True) -> list[RowScores]:
         self.batches.append([len(row) for row in rows])
-        return [RowScores((-row.target_ids / 100).astype(np.float32), np.full(3, len(row), np.float32)) for row in rows]
+        log_probs = [(-row.target_ids / 100).astype(np.float32)[: None if with_log_probs else 0] for row in rows]
+        return [RowScores(own, np.full(3, len(row), np.float32)) for own, row in zip(log_probs, rows, strict=True)]
 
 
 def directory_with(tmp_path: Path, **changes: Any) -> dict[str, str]:
     """A model directory, as Triton names it."""
     version = make_tokenizer(tmp_path / "1")
     ScoringProfile(**{"labels": LABELS, "max_seq_len": 64, **changes}).save(version)
-    return {"model_repository": str(tmp_path), "model_version": "1", "model_config": "{}"}
+    more = {"model_name": "m-tokenizer", "model_config": "{}"}
+    return {"model_repository": str(tmp_path), "model_version": "1", **more}
 
 
 def strings(spec: contract.TensorSpec, *rows: Sequence[str]) -> Tensor:
@@ -144,6 +147,14 @@ def test_a_plans_tokenizer_says_how_much_fits_into_one_request(parts: Any) -> No
     assert response.error is None, "one text may be as long as the model's limit"
 
 
+def test_the_tokenizer_tells_its_build(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Manifest, "load", lambda path: SimpleNamespace(identity=f"of {path.parent.name}/{path.name}"))
+    tokenizer, *_ = parts()
+    asked = Request(strings(contract.TEXT_INPUT, ["x"]), describe_build="1")
+    (answer,) = tokenizer.execute([asked])
+    assert answer.error is None and answer.tensors["scored_labels"].tolist() == [["of m-engine/1"]]
+
+
 def test_the_engine_refuses_rows_that_would_fail_the_batch_and_scores_the_others(parts: Any) -> None:
     tokenizer, engine, _, runner = parts()
     good, bad = (
@@ -158,3 +169,15 @@ def test_the_engine_refuses_rows_that_would_fail_the_batch_and_scores_the_others
     (response,) = engine.execute([Request()])
     assert response.error.message_ == "input_ids is missing"
     assert len(runner.batches) == 1, "nothing was left to score"
+
+
+def test_log_probabilities_that_nobody_asks_for_are_not_computed(parts: Any) -> None:
+    tokenizer, engine, _, _ = parts()
+    rows = [own.tensors for own in tokenizer.execute([Request(strings(contract.TEXT_INPUT, [t])) for t in ("a", "b")])]
+    requests = [forward(row, contract.SCORE_ENGINE.inputs) for row in rows]
+    requests[0].outputs = ["hidden_state"]
+    for answer in engine.execute(requests):
+        assert set(answer.tensors) == {"token_log_probs", "hidden_state"}, "the other asks for them"
+    requests[1].outputs = ["hidden_state"]
+    for answer in engine.execute(requests):
+        assert set(answer.tensors) == {"hidden_state"}

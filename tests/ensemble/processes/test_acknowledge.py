@@ -1,20 +1,27 @@
 from __future__ import annotations
 
+import math
 import os
+import signal
 import stat
-import tempfile
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from deepseek_triton.ensemble.processes.acknowledgements import (
+    BEAT_S,
+    NUM_BEATS,
     PIPE_BYTES,
     AcknowledgementReceiver,
     AcknowledgementSender,
     pipe_path,
 )
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -148,7 +155,7 @@ def test_closing_twice_is_harmless_for_a_sender(
 
 
 def test_paths_differ_by_model_version_and_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     paths = {
         pipe_path("a", 1, 100), pipe_path("b", 1, 100), pipe_path("a", 2, 100), pipe_path("a", 1, 101),
         pipe_path("a/../../x", 1, 100),
@@ -160,9 +167,40 @@ def test_paths_differ_by_model_version_and_server(tmp_path: Path, monkeypatch: p
 
 
 def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     directory = pipe_path("a", 1, 100).parent
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     directory.rename(tmp_path / "deepseek-triton-12345")
     with pytest.raises(PermissionError, match="belongs to another user"):
         pipe_path("a", 1, 100)
+
+
+def test_the_detokenizers_life_is_counted(receiver: AcknowledgementReceiver, path: Path) -> None:
+    """While its process is stopped, no time passes for it."""
+    began = time.monotonic()
+    assert receiver.life_since(began) == math.inf, "nobody has written anything"
+    code = f"import time; from pathlib import Path; from {AcknowledgementSender.__module__} import *\n"
+    code += f"sender = AcknowledgementSender(Path({str(path)!r})); input(); sender.close()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
+        try:
+            until(lambda: 3 * BEAT_S <= receiver.life_since(began) < math.inf)
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(3 * BEAT_S)  # a beat that was under way is over
+            stopped = time.monotonic()
+            life = receiver.life_since(began)
+            time.sleep(3 * BEAT_S)
+            assert receiver.life_since(stopped) == 0 and receiver.life_since(began) == life <= stopped - began
+            process.send_signal(signal.SIGCONT)
+            until(lambda: receiver.life_since(stopped) >= 2 * BEAT_S)
+            assert stopped + 2 * BEAT_S <= time.monotonic()
+        finally:
+            process.send_signal(signal.SIGCONT)
+            process.communicate(b"\n", 30)
+    assert receiver.life_since(stopped) == math.inf, "the file is gone"
+
+
+def test_a_life_that_is_longer_than_what_is_kept(receiver: AcknowledgementReceiver, path: Path) -> None:
+    path.with_name("pipe-beats").write_bytes(np.arange(1.0, NUM_BEATS + 1).tobytes())
+    assert receiver.life_since(NUM_BEATS - 3) == pytest.approx(3 * BEAT_S)
+    assert receiver.life_since(1.0) == pytest.approx((NUM_BEATS - 1) * BEAT_S)
+    assert receiver.life_since(0.5) == math.inf

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from deepseek_triton.ensemble.processes.child import launch
 from tests.serving.test_server import group, wait_until
 
@@ -58,6 +60,7 @@ def test_a_command_that_the_signal_ends_ends_with_its_starter(tmp_path: Path) ->
     assert time.monotonic() - killed < 30, "it waited for the grace's end"
 
 
+@pytest.mark.slow
 def test_one_that_ignores_the_signal_is_killed_after_the_grace(tmp_path: Path) -> None:
     script = "trap '' TERM; " + WITH_A_CHILD + "while :; do wait; sleep 0.1; done"
     leader, killed = launch_and_kill_the_starter(script, tmp_path / "log", grace_s=1)
@@ -65,6 +68,7 @@ def test_one_that_ignores_the_signal_is_killed_after_the_grace(tmp_path: Path) -
     assert time.monotonic() - killed >= 1
 
 
+@pytest.mark.slow
 def test_the_command_keeps_running_while_its_starter_does(tmp_path: Path) -> None:
     process = launch(["/bin/sh", "-c", WITH_A_CHILD + "wait"], {}, tmp_path / "log", grace_s=0)
     assert wait_until(started(tmp_path / "log"))

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from deepseek_triton.ensemble.processes import temp_dirs as leftovers
-from deepseek_triton.ensemble.processes.temp_dirs import make_directory, remove_directory, temporary_directory
+from deepseek_triton.ensemble.processes.stat import pid_namespace
+from deepseek_triton.ensemble.processes.temp_dirs import (
+    make_directory,
+    make_private,
+    remove_directory,
+    temporary_directory,
+)
 
 
 @pytest.fixture
@@ -32,9 +38,10 @@ def dead() -> int:
 def test_the_next_of_a_kind_removes_what_the_dead_left(temporary: Path, dead: int) -> None:
     shared = temporary.parent / "shared"
     names = {
-        "gone": f"server-{dead}-abc",
-        "ours": f"server-{os.getpid()}-abc",
-        "other": f"servers-{dead}-abc",
+        "gone": f"server-{dead}-{pid_namespace()}-abc",
+        "ours": f"server-{os.getpid()}-{pid_namespace()}-abc",
+        "other": f"servers-{dead}-{pid_namespace()}-abc",
+        "another container's": f"server-{dead}-{pid_namespace() + 1}-abc",
         "foreign": "server-x1y2z3",
     }
     for name in names.values():
@@ -62,3 +69,32 @@ def test_a_context_removes_it_whatever_happens(temporary: Path) -> None:
         (directory / "models").mkdir()
         raise KeyboardInterrupt
     assert list(temporary.iterdir()) == []
+
+
+def planted(kind: str, path: Path) -> str:
+    """Something in the place of a directory of ours; returns what is wrong with it."""
+    if kind == "link":
+        (path.parent / "elsewhere").mkdir(mode=0o700)
+        path.symlink_to(path.parent / "elsewhere")
+    elif kind == "file":
+        path.touch(mode=0o600)
+    else:
+        path.mkdir()
+        path.chmod(int(kind, 8))
+        return "is open to other users"
+    return "is not a directory of its own"
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "755", "777", "701", "720"])
+def test_a_planted_directory_is_refused(tmp_path: Path, kind: str) -> None:
+    reason = planted(kind, tmp_path / "ours")
+    with pytest.raises(PermissionError, match=reason):
+        make_private(tmp_path / "ours")
+
+
+def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_private(tmp_path / "ours")
+    make_private(tmp_path / "ours")  # a second time does nothing
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        make_private(tmp_path / "ours")

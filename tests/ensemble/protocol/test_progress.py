@@ -1,4 +1,4 @@
-"""What travels beside the ids survives the way through JSON, whatever it holds."""
+"""Progress and prompt info survive the way through JSON, whatever they hold."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ UPDATES = st.builds(
         st.lists(st.lists(st.tuples(INT32, LOG_PROB), max_size=3).map(tuple), max_size=3).map(tuple),
     ),
     times_ns=st.none() | st.tuples(*[st.integers(0, 2**63 - 1)] * 4),
+    num_cached_tokens=INT32,
+    num_reasoning_tokens=INT32,
 )
 PROGRESS = st.builds(
     Progress,
     stream_id=st.integers(0, 2**64 - 1),
     updates=st.lists(UPDATES, max_size=4).map(tuple),
-    head=st.none() | st.builds(StreamHead, INFO, IDS),
+    head=st.none() | st.builds(StreamHead, INFO, IDS, st.booleans(), st.none() | INT32, st.booleans()),
     num_input_tokens=st.none() | INT32,
     shows_output_tokens=st.booleans(),
     shows_index=st.booleans(),
@@ -41,6 +43,7 @@ PROGRESS = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(PROGRESS)
 def test_progress_reads_back_as_it_was(progress: Progress) -> None:
     text = progress.to_json()

@@ -165,6 +165,7 @@ assert "| `top_a` | FP32 | 0 to 1 | 0.5 | A toy. `--top-a` on the command line. 
 """
 
 
+@pytest.mark.slow
 def test_a_new_option_is_a_row_and_two_fields(tmp_path: Path) -> None:
     """The row reaches contract, pipeline, client, command line, adapter, ranges, default and page."""
     package = tmp_path / "deepseek_triton"

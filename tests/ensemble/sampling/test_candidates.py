@@ -1,8 +1,10 @@
-"""What top_k, top_p and min_p leave, against transformers' processors and plain sorting; and the draw among it."""
+"""Filtering by top_k, top_p and min_p, compared with transformers and plain sorting; and sampling after it."""
 
 from __future__ import annotations
 
 import math
+import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deepseek_triton.ensemble.sampling import SamplingParams
-from deepseek_triton.ensemble.sampling.candidates import NUCLEUS_CANDIDATES, candidates, draw_index, largest
+from deepseek_triton.ensemble.sampling import Sampler, SamplingParams
+from deepseek_triton.ensemble.sampling.candidates import NUCLEUS_CANDIDATES, candidates, largest, sample_index
 
 
 def random_scores(seed: int, size: int, scale: float) -> NDArray[np.float32]:
@@ -20,6 +22,7 @@ def random_scores(seed: int, size: int, scale: float) -> NDArray[np.float32]:
     return scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [50, 3000, 40_000])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
 @pytest.mark.parametrize(
@@ -54,7 +57,8 @@ def test_candidates_are_transformers(size: int, scale: float, params: SamplingPa
     np.testing.assert_allclose(weights, np.exp(scores[ids]), rtol=1e-6)
 
 
-@settings(max_examples=200, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=200)
 @given(
     seed=st.integers(0, 2**32),
     size=st.integers(1, 9 * NUCLEUS_CANDIDATES),
@@ -80,7 +84,8 @@ def test_the_nucleus_is_the_smallest_prefix_of_the_sorted_vocabulary(
     assert weights[order[: len(ids) - 1]].sum() <= needed + tolerance
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=300)
 @given(
     seed=st.integers(0, 2**32),
     size=st.integers(1, 20_000),
@@ -93,7 +98,8 @@ def test_largest(seed: int, size: int, count: int, decimals: int) -> None:
     assert largest(values, count).tolist() == np.argsort(-values, kind="stable")[:count].tolist()
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=300)
 @given(
     seed=st.integers(0, 2**32),
     size=st.integers(1, 3000),
@@ -106,7 +112,7 @@ def test_the_draw_is_where_the_running_sum_passes_the_number(
     rng = np.random.default_rng(seed)
     weights = np.exp(rng.normal(size=size, scale=4)).astype(np.float32)
     weights[rng.permutation(size)[: min(num_zeros, size - 1)]] = 0
-    index = draw_index(weights, uniform)
+    index = sample_index(weights, uniform)
     sums = np.cumsum(weights, dtype=np.float64)
     tolerance = 1e-12 * sums[-1]
     assert weights[index] > 0
@@ -118,4 +124,25 @@ def test_rounding_never_draws_a_weight_of_0() -> None:
     for seed in range(500):
         weights = np.exp(np.random.default_rng(seed).normal(size=700, scale=6)).astype(np.float32)
         weights[650:] = 0
-        assert weights[draw_index(weights, math.nextafter(1, 0))] > 0
+        assert weights[sample_index(weights, math.nextafter(1, 0))] > 0
+
+
+@pytest.mark.parametrize(
+    ("params", "most"),
+    [
+        ({}, 0.01),
+        ({"temperature": 0.8, "top_k": 40}, 0.5),
+        ({"temperature": 0.8}, 2),
+        ({"temperature": 0.8, "top_p": 0.9}, 2),
+    ],
+)
+def test_sampling_copies_the_vocabulary_no_more_often_than_it_must(params: dict[str, Any], most: float) -> None:
+    """The greatest memory taken, in rows of logits: greedily and with top_k not even one row is copied."""
+    logits = np.random.default_rng(0).normal(size=150_000, scale=3).astype(np.float32)
+    sampler = Sampler(SamplingParams(seed=1, **params))
+    sampler.sample(logits)
+    tracemalloc.start()
+    sampler.sample(logits)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < most * logits.nbytes

@@ -29,7 +29,8 @@ def by_definition(
     return values
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=300)
 @given(
     prompt=IDS,
     output=IDS,

@@ -90,7 +90,8 @@ FLOAT = st.one_of(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=500)
 @given(
     st.fixed_dictionaries({}, optional={**dict.fromkeys(INTEGERS, INTEGER), **dict.fromkeys(FLOATS, FLOAT)}),
     st.lists(st.floats(width=32), min_size=1, max_size=12),
@@ -106,7 +107,8 @@ def test_no_value_crashes(params: dict[str, Any], logits: list[float]) -> None:
         assert "\n" not in str(error) and len(str(error)) < 200
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=300)
 @given(
     st.fixed_dictionaries(
         {},

@@ -63,6 +63,7 @@ def test_candidates_of_one_token_cost_nothing_but_the_prompt() -> None:
     assert (len(row), row.logit_positions.tolist(), set(row.target_logits.tolist())) == (2, [1], {0})
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(
@@ -99,6 +100,7 @@ ROW = make_row(ints(5, 6, 7), [ints(1), ints(2, 3)])[0]
         ({"target_logits": ints(0)}, "target_logits holds 1 values, target_ids 3"),
         ({"branch_ids": ints(0, 0)}, "branch_ids holds 2 values, input_ids 4"),
         ({"branch_ids": ints(1, 0, 0, 2)}, "branch_ids must begin with 0"),
+        ({"branch_ids": ints(0, 0, 2, 0)}, "branch_ids has 0, which is the prompt's, behind a candidate's tokens"),
         ({"target_ids": ints(), "target_logits": ints()}, "must hold at least one value"),
         ({"input_ids": ints(), "branch_ids": ints()}, "input_ids holds 0 tokens, must hold 1 to 4"),
         ({"input_ids": ints(*range(5)), "branch_ids": ints(0, 0, 0, 0, 0)}, "input_ids holds 5 tokens"),
@@ -227,6 +229,7 @@ def test_a_text_goes_into_the_template_and_labels_behind_it(tokenizer: Tokenizer
     assert tokenizer.decode(prompter.row(b"hi", None, own)[0].target_ids) == " a b"
 
 
+@pytest.mark.slow
 def test_a_chat_ends_where_the_answer_begins_so_its_labels_have_no_prefix(tokenizer: Tokenizer) -> None:
     profile = ScoringProfile(template="<{text}>", labels=("no", "yes"), max_seq_len=64)
     row, _, num_tokens = Prompter(profile, tokenizer).row(None, '[{"role": "user", "content": "hi"}]', profile.labels)

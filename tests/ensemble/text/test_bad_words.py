@@ -14,11 +14,12 @@ from tests.ensemble.models.test_detokenizer import TOKENIZERS, segments, sentenc
 from tests.support.real_tokenizers import deepseek, smollm2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_token_is_allowed_unless_the_text_would_hold_a_bad_word(name: str) -> None:
     tokenizer = TOKENIZERS[name]()
 
-    @settings(max_examples=250, deadline=None)
+    @settings(max_examples=250)
     @given(
         ids=st.lists(segments(tokenizer), max_size=12).map(lambda lists: [i for ids in lists for i in ids]),
         span=st.tuples(st.integers(0, 40), st.integers(1, 5)),

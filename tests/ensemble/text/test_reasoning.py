@@ -68,6 +68,7 @@ def test_split(is_open: bool, text: str, reasoning: str, answer: str) -> None:
     assert split(text, is_open, list(range(len(text)))) == ReasoningSplit(reasoning, answer)
 
 
+@pytest.mark.slow
 @given(text=TEXTS, is_open=st.booleans(), cuts=cuttings(60))
 def test_cuts_change_nothing(text: str, is_open: bool, cuts: list[int]) -> None:
     whole = ReasoningSplitter(is_open).push(text, final=True)
@@ -77,7 +78,7 @@ def test_cuts_change_nothing(text: str, is_open: bool, cuts: list[int]) -> None:
 
 @given(text=TEXTS, cuts=cuttings(60))
 def test_nothing_of_a_tag_leaks(text: str, cuts: list[int]) -> None:
-    """What was given out at any time is a beginning of what the whole gives."""
+    """At any time, the released text is a prefix of the result for the whole text."""
     whole = ReasoningSplitter(True).push(text, final=True)
     splitter = ReasoningSplitter(True)
     reasoning = answer = ""
@@ -126,6 +127,7 @@ def test_opens_reasoning(prompt: str, is_open: bool) -> None:
     assert opens_reasoning(prompt) == is_open
 
 
+@pytest.mark.slow
 @given(text=st.text("ab", max_size=12), markers=st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=3))
 def test_partial_len_is_the_longest_proper_beginning(text: str, markers: list[str]) -> None:
     lengths = [

@@ -1,4 +1,4 @@
-"""What a client gets is the text before the stop word: nothing more at any time, nothing less in the end."""
+"""A client gets exactly the text before the stop word: never more, and all of it in the end."""
 
 from __future__ import annotations
 
@@ -52,11 +52,12 @@ def words_of(tokenizer: Tokenizer, ids: list[int], spans: list[tuple[int, int]],
     return [word for word in words if word and "\ufffd" not in word]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_any_ids_any_words_any_release(name: str) -> None:
     tokenizer = TOKENIZERS[name]()
 
-    @settings(max_examples=250, deadline=None)
+    @settings(max_examples=250)
     @given(
         ids=st.lists(segments(tokenizer), max_size=10).map(lambda lists: [i for ids in lists for i in ids]),
         spans=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 6)), max_size=4),
@@ -75,7 +76,8 @@ def test_any_ids_any_words_any_release(name: str) -> None:
     check()
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=300)
 @given(
     text=st.sampled_from(HARD_TEXTS),
     spans=st.lists(st.tuples(st.integers(0, 400), st.integers(1, 12)), min_size=1, max_size=4),
@@ -88,7 +90,8 @@ def test_hard_texts(text: str, spans: list[tuple[int, int]], name: str) -> None:
     assert "".join(client(tokenizer, ids, words, [0])) == stopped_text(tokenizer, ids, words)[0]
 
 
-@settings(max_examples=200, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=200)
 @given(data=st.data(), words=st.lists(st.text("ab ", min_size=1, max_size=5), min_size=1, max_size=3))
 def test_no_token_is_held_back_without_need(data: st.DataObject, words: list[str]) -> None:
     """Holding everything back until the end would satisfy all of the above."""

@@ -87,6 +87,7 @@ def test_the_prompt_is_neither_reasoning_nor_a_tool_call(tokenizer: Tokenizer) -
     assert texts(outputs, contract.REASONING_OUTPUT) == ["hm"] and texts(outputs, contract.TOOL_CALLS) == ["[]"]
 
 
+@pytest.mark.slow
 @given(st.text("aé日", max_size=12), st.lists(st.text("aé日", min_size=1, max_size=4), min_size=1, max_size=2))
 def test_a_stop_word_is_cut_off_exactly(tokenizer: Tokenizer, text: str, words: list[str]) -> None:
     """As the engine does: safe tokens go out as they are, at a stop all of them and how much to cut."""
@@ -171,13 +172,30 @@ def test_log_probs_lie_one_behind_the_other(tokenizer: Tokenizer) -> None:
     )
     assert outputs[contract.OUTPUT_LOG_PROBS] == [-0.5, -0.75, -2.0]
     assert outputs[contract.CUM_LOG_PROBS] == [-1.25, -3.0]
+    split = {"id": half, "token": "\ufffd", "bytes": ["é".encode()[0]]}
     assert [json.loads(row) for row in outputs[contract.TOP_LOG_PROBS]] == [
-        [{"id": token, "token": "x", "log_prob": -0.5}, {"id": half, "token": "\ufffd", "log_prob": -1.0}],
-        [{"id": half, "token": "\ufffd", "log_prob": -0.25}],
+        [{"id": token, "token": "x", "log_prob": -0.5}, {**split, "log_prob": -1.0}],
+        [{**split, "log_prob": -0.25}],
         [{"id": token, "token": "x", "log_prob": -2.0}],
     ]
     outputs = push(stream, update(tokenizer, "d", log_probs=LogProbs((-0.5,), -1.75)))
-    assert contract.TOP_LOG_PROBS not in outputs
+    assert contract.TOP_LOG_PROBS not in outputs and contract.OUTPUT_TOKENS not in outputs
+
+
+def test_who_asks_is_told_which_tokens_came_and_where_the_prompts_were(tokenizer: Tokenizer) -> None:
+    stream = Stream(tokenizer, StreamHead(PromptInfo(), tells_details=True))
+    a, first, second = ids_of(tokenizer, "aé")
+    counts = (contract.NUM_CACHED_TOKENS, contract.NUM_REASONING_TOKENS)
+    outputs = push(stream, Update(0, (a, first), 2, log_probs=LogProbs((-0.5, -0.75), -1.25), num_cached_tokens=3))
+    assert [json.loads(token) for token in outputs[contract.OUTPUT_TOKENS]] == [
+        {"id": a, "token": "a"},
+        {"id": first, "token": "\ufffd", "bytes": ["é".encode()[0]]},
+    ]
+    assert [outputs[spec] for spec in counts] == [[3], [0]]
+    outputs = push(stream, Update(0, (second,), 3, num_cached_tokens=3, num_reasoning_tokens=1))
+    assert not {*counts, contract.OUTPUT_TOKENS} & set(outputs)
+    outputs = push(stream, Update(0, (), 3, "stop", num_cached_tokens=3, num_reasoning_tokens=2))
+    assert [outputs[spec] for spec in counts] == [[3], [2]]
 
 
 def test_numbers_are_given_as_asked(tokenizer: Tokenizer) -> None:

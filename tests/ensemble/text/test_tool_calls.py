@@ -75,7 +75,7 @@ TRICKY = json.dumps({"code": f'```\n{CALL_END}</tool_call>\n"}}\\', "é": "你"}
         (DEEPSEEK, f"{CALLS}{CALL}f{SEP}{CALL_END}{CALLS_END}", "", [("f", "{}")]),
         (DEEPSEEK, CALLS + v31("f", "{}") + CALLS_END + " \n", "", [("f", "{}")]),
         (DEEPSEEK, CALLS + v31("f", "{}") + "  and so", "  and so", [("f", "{}")]),
-        # Cut off, or arguments that never close: what is there
+        # An incomplete call, or arguments that never close: the text so far
         (DEEPSEEK, f'{CALLS}{CALL}f{SEP}{{"city": "Pa', "", [("f", '{"city": "Pa')]),
         (DEEPSEEK, f'{CALLS}{CALL}f{SEP}{{"a": 1{CALL_END}{CALLS_END}Hi', "Hi", [("f", '{"a": 1')]),
         (DEEPSEEK, f"{CALLS}{v3('f', PARIS)[:-len(CALL_END)]}{CALLS_END}Hi", "Hi", [("f", PARIS)]),
@@ -138,7 +138,7 @@ def test_what_is_no_call_stays_the_text_that_it_was(tool_format: ToolFormat, tex
     assert parse(tool_format, text, list(range(len(text)))) == (text, [])
 
 
-# What meets in the ways that hurt: whole calls, markers, parts of them, JSON and its parts, ordinary text.
+# Pieces that are hard to tell apart: whole calls, markers, parts of them, JSON and its parts, ordinary text.
 FRAGMENTS = {
     DEEPSEEK: [
         CALLS, CALLS_END, CALL, CALL_END, SEP, v3("f", PARIS), v31("g", TRICKY), f"function{SEP}", "f", "f\n",
@@ -152,7 +152,8 @@ FRAGMENTS = {
 COMMON = [PARIS, "{", "}", '"', "\\", '\\"', "[", "]", " ", "\n", "<", "a", "你"]
 
 
-@settings(max_examples=400, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=400)
 @given(data=st.data(), cuts=cuttings(400))
 @pytest.mark.parametrize("tool_format", [DEEPSEEK, HERMES], ids=lambda tool_format: tool_format.name)
 def test_cuts_change_nothing(tool_format: ToolFormat, data: st.DataObject, cuts: list[int]) -> None:
@@ -173,7 +174,7 @@ ARGUMENTS = st.dictionaries(st.text(max_size=5), VALUES, max_size=4)
 TOOL_NAMES = st.from_regex(r"[a-zA-Z0-9_.-]{1,64}", fullmatch=True)
 
 
-@settings(deadline=None)
+@pytest.mark.slow
 @given(
     calls=st.lists(st.tuples(TOOL_NAMES, ARGUMENTS), min_size=1, max_size=3),
     indent=st.sampled_from([None, 2]),
@@ -278,6 +279,7 @@ def test_formats_are_checked() -> None:
 ANSWER = f"<think>\nI could write {hermes('no', '{}')}.\n</think>\n\nLet me look.\n{hermes('f', PARIS)}"
 
 
+@pytest.mark.slow
 @given(cuts=cuttings(len(ANSWER)))
 def test_channels(cuts: list[int]) -> None:
     splitter = ChannelSplitter(False, HERMES)

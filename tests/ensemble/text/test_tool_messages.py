@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_triton.ensemble.text.chat import ChatTemplate, parse_messages
@@ -168,7 +168,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
+@pytest.mark.slow
 @given(
     calls=st.lists(
         st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": st.text(max_size=3), "arguments": JSON})})

@@ -20,6 +20,7 @@ def longest_beginning(text: str, words: list[str]) -> int:
     return max((n for word in words for n in range(1, len(word)) if text.endswith(word[:n])), default=0)
 
 
+@pytest.mark.slow
 @given(words=WORDS, pieces=st.lists(st.text("abc\n", max_size=4), max_size=12))
 def test_words_are_found_as_a_search_of_the_whole_text_finds_them(words: list[str], pieces: list[str]) -> None:
     finder, state, text = WordFinder(words), 0, ""
@@ -33,6 +34,7 @@ def test_words_are_found_as_a_search_of_the_whole_text_finds_them(words: list[st
         assert finder.num_begun(state) == longest_beginning(text, words)
 
 
+@pytest.mark.slow
 @given(words=WORDS, text=st.text("abc\n", max_size=30))
 def test_the_search_goes_on_behind_a_word(words: list[str], text: str) -> None:
     finder, state, found = WordFinder(words), 0, []

@@ -16,19 +16,53 @@ from deepseek_triton.ensemble.engine.runners.cuda.plan import KernelPlan
 
 LOG2_E = 1.0 / math.log(2.0)
 DECODE_BLOCK = 64  # cached positions that decode attention reads at a time
+PAGE = DECODE_BLOCK  # positions of a block of the cache: what a kernel reads at a time lies in one
 PREFILL_TILE = 128  # queries in one program of prefill attention
 
 
 @dataclass(frozen=True)
 class Caches:
-    """Keys and values of every layer, each [layers, slots, kv_heads, max_seq_len, head_dim]."""
+    """Keys and values of every layer, each [layers, slots, kv_heads, max_seq_len, head_dim], or in blocks.
+
+    table: [slots, most blocks of a slot] int32; keys and values are then [layers, blocks, kv_heads, PAGE, head_dim].
+    key_scales and value_scales: [layers, blocks, kv_heads, PAGE] bfloat16, of keys and values in INT8. Of latent
+    attention, keys and values are one tensor: one head of latents, each with its rotated key.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
+    table: torch.Tensor | None = None
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
+
+    @property
+    def extent(self) -> int:
+        """Positions of a slot, or entries of its table."""
+        return self.keys.shape[-2] if self.table is None else self.table.shape[1]
+
+    @property
+    def page(self) -> int:
+        """Positions of a block; 0: slots are whole."""
+        return 0 if self.table is None else self.keys.shape[-2]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Those that there are."""
+        tensors = (*self.stored, self.table, self.key_scales, self.value_scales)
+        return tuple(tensor for tensor in tensors if tensor is not None)
+
+    @property
+    def stored(self) -> tuple[torch.Tensor, ...]:
+        """Keys and values, each tensor once."""
+        return (self.keys,) if self.values is self.keys else (self.keys, self.values)
 
     def layer(self, index: int) -> Caches:
-        """One layer's, each [slots, kv_heads, max_seq_len, head_dim]."""
-        return Caches(self.keys[index], self.values[index])
+        """One layer's, each without the first dimension."""
+        keys = self.keys[index]
+        values = keys if self.values is self.keys else self.values[index]
+        if self.key_scales is None or self.value_scales is None:
+            return Caches(keys, values, self.table)
+        return Caches(keys, values, self.table, self.key_scales[index], self.value_scales[index])
 
 
 class Attention:
@@ -67,11 +101,11 @@ class Attention:
         launch(
             attention.decode_attention, (splits, shape.num_kv_heads, count),
             qkv.tensor, launch.or_nothing(bias), launch.or_nothing(qk_norms), self._cos, self._sin, positions,
-            cache.keys, cache.values, partial, partial_max, partial_sum, finished_splits, out, amax,
-            qkv.stride, shape.max_seq_len, shape.head_dim**-0.5 * LOG2_E, shape.rms_norm_eps,
+            *self._of(cache), partial, partial_max, partial_sum, finished_splits, out, amax,
+            qkv.stride, cache.extent, shape.head_dim**-0.5 * LOG2_E, shape.rms_norm_eps,
             HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, D=shape.head_dim, GROUP=group, BLOCK_HALF=half,
             BLOCK=DECODE_BLOCK, SPLITS=splits, NUM_PARTS=qkv.count, HAS_BIAS=bias is not None, QK_NORM=shape.qk_norm,
-            HAS_AMAX=count == 1, EARLY=splits > 1, PRECISION=launch.precision, num_warps=4,
+            HAS_AMAX=count == 1, EARLY=splits > 1, **_reading(cache), PRECISION=launch.precision, num_warps=4,
         )  # fmt: skip
 
     def rope(
@@ -89,11 +123,11 @@ class Attention:
         launch(
             rows.rope_rows, (len(slots),),
             qkv.tensor, launch.or_nothing(bias), launch.or_nothing(qk_norms), self._cos, self._sin,
-            slots, positions, q, cache.keys, cache.values, qkv.stride, shape.max_seq_len, shape.rms_norm_eps,
+            slots, positions, q, *self._of(cache), qkv.stride, cache.extent, shape.rms_norm_eps,
             HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, D=shape.head_dim,
             BLOCK_HEADS=triton.next_power_of_2(shape.num_heads + 2 * shape.num_kv_heads),
             BLOCK_HALF=triton.next_power_of_2(shape.head_dim // 2), NUM_PARTS=qkv.count,
-            HAS_BIAS=bias is not None, QK_NORM=shape.qk_norm, num_warps=4,
+            HAS_BIAS=bias is not None, QK_NORM=shape.qk_norm, **_forms(cache), num_warps=4,
         )  # fmt: skip
 
     def prefill(self, q: torch.Tensor, cache: Caches, tiles: torch.Tensor, out: torch.Tensor) -> None:
@@ -101,8 +135,26 @@ class Attention:
         shape = self.shape
         self._launch(
             attention.prefill_attention, (shape.num_heads, len(tiles)),
-            q, cache.keys, cache.values, tiles, out, shape.max_seq_len, shape.head_dim**-0.5 * LOG2_E,
+            q, *self._of(cache), tiles, out, cache.extent, shape.head_dim**-0.5 * LOG2_E,
             HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, D=shape.head_dim,
-            BLOCK_D=max(16, triton.next_power_of_2(shape.head_dim)), BM=PREFILL_TILE, BN=64,
-            PRECISION=self._launch.precision, num_warps=8, num_stages=3,
+            BLOCK_D=max(16, triton.next_power_of_2(shape.head_dim)), BM=PREFILL_TILE, BN=64, **_reading(cache),
+            PRECISION=self._launch.precision, num_warps=8,
         )  # fmt: skip
+
+    def _of(self, cache: Caches) -> tuple[torch.Tensor, ...]:
+        """The cache's tensors as the kernels take them."""
+        absent = map(self._launch.or_nothing, (cache.table, cache.key_scales, cache.value_scales))
+        return cache.keys, cache.values, *absent
+
+
+def _forms(cache: Caches) -> dict[str, int | bool]:
+    """The kernels' constants for the form of a cache."""
+    return {"PAGE": cache.page, "KV_INT8": cache.key_scales is not None}
+
+
+def _reading(cache: Caches) -> dict[str, int | bool]:
+    """Likewise, of kernels that read it in a loop.
+
+    A block's number is loaded before the block, so two more stages keep as many blocks on their way as with slots.
+    """
+    return {**_forms(cache), "num_stages": 5 if cache.page else 3}

@@ -130,29 +130,32 @@ class PendingStep:
 
 @dataclass(frozen=True)
 class Prompts:
-    """`PackedPrompts` on the device, field by field."""
+    """`PackedPrompts` on the device, field by field. are_whole: each chunk begins its text."""
 
     ids: torch.Tensor
     slots: torch.Tensor
     positions: torch.Tensor
     tiles: torch.Tensor
     last_rows: torch.Tensor
+    are_whole: bool = False
 
     @classmethod
-    def of(cls, packed: PackedPrompts, device: torch.device) -> Prompts:
+    def of(cls, packed: PackedPrompts, device: torch.device, *, are_whole: bool = False) -> Prompts:
         """New tensors on `device`; doesn't wait for the copies."""
-        return cls(
-            *(_staged(getattr(packed, field.name), device).to(device, non_blocking=True) for field in fields(cls))
-        )
+        tensors = {
+            field.name: staged(getattr(packed, field.name), device).to(device, non_blocking=True)
+            for field in fields(packed)
+        }
+        return cls(**tensors, are_whole=are_whole)
 
     def fill(self, packed: PackedPrompts) -> None:
         """Overwrite with prompts of the same sizes; doesn't wait for the copies."""
-        for field in fields(self):
+        for field in fields(packed):
             tensor = getattr(self, field.name)
-            tensor.copy_(_staged(getattr(packed, field.name), tensor.device), non_blocking=True)
+            tensor.copy_(staged(getattr(packed, field.name), tensor.device), non_blocking=True)
 
 
-def _staged(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+def staged(array: NDArray[Any], device: torch.device) -> torch.Tensor:
     """`array` in page-locked memory, which torch keeps until an asynchronous copy to `device` is done."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory() if device.type == "cuda" else tensor

@@ -9,6 +9,7 @@ import triton
 
 from deepseek_triton.ensemble.engine.runners.cuda.group import Group
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import gemv
+from deepseek_triton.ensemble.engine.runners.cuda.kernels.experts import add_experts
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
 from deepseek_triton.ensemble.engine.runners.cuda.linear import DeviceLinear
 from deepseek_triton.ensemble.engine.runners.cuda.plan import KernelPlan
@@ -25,17 +26,24 @@ class DecodeGemv:
         self.plan, self.launch = plan, launch
         self._eps, self._group = rms_norm_eps, group
         self.attention_amax, self.mlp_amax = launch.empty(1).zero_(), launch.empty(1).zero_()
+        self.finished = launch.empty(1, dtype=torch.int32).zero_()  # programs of a kernel whose last one goes on
 
     def norm_gemv(
-        self, hidden: torch.Tensor, norm: torch.Tensor, linear: DeviceLinear, out: torch.Tensor, zero: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        norm: torch.Tensor,
+        linear: DeviceLinear,
+        out: torch.Tensor,
+        zero: torch.Tensor,
+        eps: float | None = None,
     ) -> None:
-        """out = norm(hidden) @ weight.T + bias; `zero` [1] = 0."""
+        """out = norm(hidden) @ weight.T + bias, of hidden's first columns; `zero` [1] = 0. eps: None: the decoder's."""
         n, k = linear.weight.shape
         tile, or_nothing = self.plan.gemv[linear.name], self.launch.or_nothing
         self.launch(
             gemv.norm_gemv, (triton.cdiv(n, tile.bn),),
             hidden, norm, linear.weight, or_nothing(linear.scale), or_nothing(linear.bias), out, zero,
-            self._eps, k,
+            self._eps if eps is None else eps, k,
             N=n, K=k, BN=tile.bn, BK=triton.next_power_of_2(k), FP8=linear.is_fp8,
             HAS_BIAS=linear.bias is not None, num_warps=tile.num_warps,
         )  # fmt: skip
@@ -73,6 +81,19 @@ class DecodeGemv:
         self.residual_gemv(x, amax, linear, hidden)
         if self._group is not None:
             self._group.add(hidden)
+
+    def add_experts(
+        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, down: DeviceLinear, hidden: torch.Tensor
+    ) -> None:
+        """hidden += each chosen expert's x [experts of a token, in] @ its matrix of `down`.T, weighted."""
+        (count, k), (experts, n, _) = x.shape, down.weight.shape
+        tile = self.plan.gemv[down.name]
+        self.launch(
+            add_experts, (triton.cdiv(n, tile.bn),),
+            x, down.weight, self.launch.or_nothing(down.scale), chosen, weights, hidden, k,
+            E=experts, N=n, K=k, COUNT=count, BN=tile.bn, BK=max(16, triton.next_power_of_2(k)), STAGES=tile.stages,
+            FP8=down.is_fp8, num_warps=tile.num_warps,
+        )  # fmt: skip
 
     def _programs(self, per_processor: int, n: int, bn: int) -> int:
         tiles = int(triton.cdiv(n, bn))

@@ -12,6 +12,7 @@ import torch
 import triton
 
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
+from deepseek_triton.ensemble.decoder.part import Part
 from deepseek_triton.ensemble.engine.runners.cuda.attention import Attention, Caches
 from deepseek_triton.ensemble.engine.runners.cuda.buffers import Prompts
 from deepseek_triton.ensemble.engine.runners.cuda.decode_gemv import DecodeGemv
@@ -20,9 +21,9 @@ from deepseek_triton.ensemble.engine.runners.cuda.group import Group
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import rows
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
 from deepseek_triton.ensemble.engine.runners.cuda.layers import DecoderWeights
-from deepseek_triton.ensemble.engine.runners.cuda.linear import LinearOps, Parts
-from deepseek_triton.ensemble.engine.runners.cuda.parts.dense_mlp import DenseMlpForward, DenseMlpGemv
-from deepseek_triton.ensemble.engine.runners.cuda.parts.gqa import GqaDecode, GqaDecodeGemv, GqaPrefill
+from deepseek_triton.ensemble.engine.runners.cuda.linear import LinearOps, Parts, Rows
+from deepseek_triton.ensemble.engine.runners.cuda.parts import PARTS
+from deepseek_triton.ensemble.engine.runners.cuda.parts.part import DecodeStep, Pass, Tools
 from deepseek_triton.ensemble.engine.runners.cuda.parts.residual import Residual
 from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import PeerBuffers, RowPeerBuffers
 from deepseek_triton.ensemble.engine.runners.cuda.persistent_decode import (
@@ -62,8 +63,12 @@ class Decoder:
         self.launch = Launcher(device, dtype, pdl=pdl)
         self.linear_ops = LinearOps(self.launch, plan, shape.rms_norm_eps, group)
         self.attention = Attention(self.launch, plan, shape, weights.cos, weights.sin)
+        self._tools = Tools(self.linear_ops, shape, weights.cos, weights.sin)
         self.decode_gemv = DecodeGemv(self.launch, plan, shape.rms_norm_eps, group)
         self._persistent: PersistentDecode | None = None
+        # Ranks of a model with experts add up their parts in the next norm: see `LinearOps.norm`.
+        can_add = shape.is_plain or (group is None and plan.expert_gemv)
+        self._has_gemv = bool(plan.gemv) and can_add and all(layer.has_gemv for layer in weights.layers)
 
     def decode(
         self,
@@ -83,9 +88,11 @@ class Decoder:
         if len(ids) == 1 and self._persistent is not None:
             return self._gather_logits(self._persistent(ids, positions, last_tokens))
         hidden = self._embed(ids, last_tokens)
-        if len(ids) == 1 and self.plan.gemv:
-            return self._decode_gemv(hidden, positions, caches, finished_splits)
-        return self._decode_many(hidden, positions, caches, finished_splits)
+        step = DecodeStep(positions, finished_splits, self.decode_gemv.attention_amax)
+        if len(ids) == 1 and self._has_gemv:
+            return self._decode_gemv(hidden, step, caches)
+        passes = {part: PARTS[type(part)].decode(self._tools, part, step) for part in self.shape.kinds}
+        return self._logits(self._states(self._run(hidden, passes, caches), None))
 
     def prepare(self, caches: Caches) -> None:
         """Compile the persistent kernel of batch 1 for these caches if it can run; else batch 1 uses the GEMV kernels.
@@ -96,6 +103,8 @@ class Decoder:
         is_fp8 = [linear.is_fp8 for layer in weights.layers for linear in layer.matrices]
         peer_buffers = PeerBuffers.alone(device) if self._group is None else self._share_buffers(self._group)
         reason = reason_against(self.shape, is_fp8, device, dtype)
+        if caches.key_scales is not None:
+            reason = "its cache is in FP8"
         if not self.plan.gemv:
             reason = "the plan has no GEMV kernels"
         if peer_buffers is None:
@@ -104,6 +113,7 @@ class Decoder:
             try:
                 self._persistent = PersistentDecode(self.shape, weights, caches, peer_buffers=peer_buffers)
             except KernelError as error:
+                log.warning("the persistent kernel doesn't run here, and batch 1 is slower for it: %s", error)
                 reason = str(error)
             if not self._agreed(self._persistent is not None):
                 self._persistent = None
@@ -123,36 +133,36 @@ class Decoder:
         """Whether `is_so` on every rank."""
         return is_so if self._group is None else self._group.agreed(is_so)
 
+    def has_whole_prompts(self, num_tokens: int) -> bool:
+        """Whether a prefill of so many tokens is another one, and faster, where each chunk begins its text."""
+        return self.shape.latent is not None and self.plan.use_library(num_tokens)
+
     def prefill(self, prompts: Prompts, caches: Caches) -> torch.Tensor:
         """Run several slots' packed chunks: logits [len(last_rows), vocab_size] float32 of their last tokens."""
-        residual = Residual(self._embed(prompts.ids, None))
-        attention = GqaPrefill(self.linear_ops, self.attention, prompts)
-        mlp = DenseMlpForward(self.linear_ops)
-        for index, layer in enumerate(self.weights.layers):
-            attention(residual, layer.attention, caches.layer(index))
-            mlp(residual, layer.mlp)
-        return self._logits(residual, prompts.last_rows)
+        return self.prefill_states(prompts, caches)[1]
 
-    def _decode_many(
-        self, hidden: torch.Tensor, positions: torch.Tensor, caches: Caches, finished_splits: torch.Tensor
-    ) -> torch.Tensor:
-        residual, amax = Residual(hidden), self.decode_gemv.attention_amax
-        attention = GqaDecode(self.linear_ops, self.attention, positions, finished_splits, amax)
-        mlp = DenseMlpForward(self.linear_ops)
-        for index, layer in enumerate(self.weights.layers):
-            attention(residual, layer.attention, caches.layer(index))
-            mlp(residual, layer.mlp)
-        return self._logits(residual, None)
+    def prefill_states(self, prompts: Prompts, caches: Caches) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `prefill`: the states [len(last_rows), hidden_size] after the last norm too, before the logits."""
+        passes = {part: PARTS[type(part)].prefill(self._tools, part, prompts) for part in self.shape.kinds}
+        states = self._states(self._run(self._embed(prompts.ids, None), passes, caches), prompts.last_rows)
+        return states.values, self._logits(states)
 
-    def _decode_gemv(
-        self, hidden: torch.Tensor, positions: torch.Tensor, caches: Caches, finished_splits: torch.Tensor
-    ) -> torch.Tensor:
+    def _run(self, hidden: torch.Tensor, passes: dict[Part, Pass], caches: Caches) -> Residual:
+        """The residual stream after all layers."""
+        residual = Residual(hidden)
+        for index, layer in enumerate(self.weights.layers):
+            attention, mlp = self.shape.parts(index)
+            passes[attention](residual, layer.attention, caches.layer(index))
+            passes[mlp](residual, layer.mlp)
+        return residual
+
+    def _decode_gemv(self, hidden: torch.Tensor, step: DecodeStep, caches: Caches) -> torch.Tensor:
         gemv, weights = self.decode_gemv, self.weights
-        attention = GqaDecodeGemv(gemv, self.attention, positions, finished_splits)
-        mlp = DenseMlpGemv(gemv, self.shape.intermediate_size)
+        passes = {part: PARTS[type(part)].gemv(gemv, self._tools, part, step) for part in self.shape.kinds}
         for index, layer in enumerate(weights.layers):
-            attention(hidden, layer.attention, caches.layer(index))
-            mlp(hidden, layer.mlp)
+            attention, mlp = self.shape.parts(index)
+            passes[attention](hidden, layer.attention, caches.layer(index))
+            passes[mlp](hidden, layer.mlp)
         logits = self.launch.empty(1, len(weights.head.weight))
         gemv.norm_gemv(hidden, weights.norm, weights.head, logits, gemv.mlp_amax)
         return self._gather_logits(logits)
@@ -169,13 +179,16 @@ class Decoder:
         )  # fmt: skip
         return hidden
 
-    def _logits(self, residual: Residual, chosen: torch.Tensor | None) -> torch.Tensor:
+    def _states(self, residual: Residual, chosen: torch.Tensor | None) -> Rows:
+        """The residual stream, or its `chosen` rows, after the last norm."""
         parts = residual.pending
         if chosen is not None and parts is not None:
             of_chosen = Parts(parts.tensor[:, chosen], parts.is_of_rank)
-            parts = self.linear_ops.sum_over_ranks(of_chosen) if parts.is_of_rank else of_chosen
-        normed = self.linear_ops.norm(residual.hidden, parts, residual.bias, self.weights.norm, False, chosen)
-        return self._gather_logits(self.linear_ops.head(normed, self.weights.head))
+            parts = self.linear_ops.sum_over_ranks(of_chosen, of_experts=True) if parts.is_of_rank else of_chosen
+        return self.linear_ops.norm(residual.hidden, parts, residual.bias, self.weights.norm, False, chosen)
+
+    def _logits(self, states: Rows) -> torch.Tensor:
+        return self._gather_logits(self.linear_ops.head(states, self.weights.head))
 
     def _gather_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """This rank's logits [rows, vocab_width] → all ranks' [rows, vocab_size]."""

@@ -105,8 +105,11 @@ class PromptSizes:
 
     def fitting(self, chunks: Sequence[PromptChunk]) -> int:
         """Number of tokens of the smallest graph that holds `chunks`."""
-        total = sum(len(chunk.ids) for chunk in chunks)
-        return next(size for size, most in self.chunks.items() if size >= total and most >= len(chunks))
+        return self.fitting_counts(sum(len(chunk.ids) for chunk in chunks), len(chunks))
+
+    def fitting_counts(self, num_tokens: int, num_chunks: int) -> int:
+        """Likewise, of so many."""
+        return next(size for size, most in self.chunks.items() if size >= num_tokens and most >= num_chunks)
 
     def pack(self, chunks: Sequence[PromptChunk], size: int) -> PackedPrompts:
         """Pack `chunks` into the arrays of the graph for `size` tokens."""

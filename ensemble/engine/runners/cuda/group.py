@@ -88,6 +88,12 @@ class Group:
         dist.all_reduce(answer, dist.ReduceOp.MIN)
         return bool(answer.item())
 
+    def least(self, number: int) -> int:
+        """The least `number` of all ranks; waits for all of them."""
+        answer = torch.tensor([number], dtype=torch.int64, device=self._device)
+        dist.all_reduce(answer, dist.ReduceOp.MIN)
+        return int(answer.item())
+
     def peer_buffers(self, num_bytes: int) -> PeerBuffers | None:
         """Buffers of `num_bytes` on every rank, mapped by all ranks until `leave`; None: there is no peer access."""
         if self._device.type != "cuda":

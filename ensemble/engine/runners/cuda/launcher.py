@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from deepseek_triton.ensemble.engine.runners.cuda.startup.compile_ahead import Launch
 
 
 def shared_bytes(device: torch.device) -> int:
@@ -29,14 +32,30 @@ class Launcher:
         if device.type == "cuda":
             self.processors = torch.cuda.get_device_properties(device).multi_processor_count
             self.shared_bytes = shared_bytes(device)
+        self.prefetches = pdl  # only before a wait is there time for it
         self._options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
         self._pdl = pdl
+        self._recorded: list[Launch] | None = None
         self._nothing = torch.zeros(1, dtype=torch.float32, device=device)
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Launch `kernel` with the options that all kernels have."""
+        if self._recorded is not None:
+            launched = Launch.of(kernel, grid, arguments, {"PDL": self._pdl, **constants, **self._options})
+            self._recorded += [] if launched is None else [launched]
+            return
         launch: Callable[..., None] = kernel[grid]
         launch(*arguments, PDL=self._pdl, **constants, **self._options)
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Launch]]:
+        """Collect what would be launched; nothing is."""
+        launches: list[Launch] = []
+        self._recorded = launches
+        try:
+            yield launches
+        finally:
+            self._recorded = None
 
     def empty(self, *size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Uninitialised memory for a kernel's result."""

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
 from deepseek_triton.ensemble.engine.runners.cuda.linear import DeviceLinear
-from deepseek_triton.ensemble.engine.runners.cuda.parts.dense_mlp import DenseMlpWeights
-from deepseek_triton.ensemble.engine.runners.cuda.parts.gqa import GqaWeights
+from deepseek_triton.ensemble.engine.runners.cuda.parts import PARTS
 from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightLoader, WeightSource
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: the weights of its parts."""
+    """One decoder layer: the weights of its parts, as their `CudaPart.load` gives them."""
 
-    attention: GqaWeights
-    mlp: DenseMlpWeights
+    attention: Any
+    mlp: Any
+
+    @property
+    def has_gemv(self) -> bool:
+        """Whether matrix-vector kernels can compute it: shared experts are in the stacks, and rows have one scale."""
+        return getattr(self.mlp, "shared", None) is None and not any(linear.num_blocks for linear in self.matrices)
 
     @property
     def matrices(self) -> tuple[DeviceLinear, ...]:
@@ -32,7 +37,7 @@ class DecoderWeights:
     """The weights of a decoder, or one rank's share of them.
 
     embedding: [vocab_size, hidden_size]. norm: [hidden_size]. head: [vocab_size, hidden_size], of a rank [vocab_width,
-    hidden_size]. cos and sin: [max_seq_len, head_dim / 2] float32.
+    hidden_size]. cos and sin: [max_seq_len, rotary_dim / 2] float32.
     """
 
     embedding: torch.Tensor
@@ -54,12 +59,12 @@ class DecoderWeights:
         """Read `source`, a `SplitWeights` where there is a split; matrices that aren't FP8 are converted to `dtype`."""
         loader = WeightLoader(source, device, dtype)
 
-        def layer(prefix: str) -> Layer:
-            own = loader.under(prefix)
-            return Layer(GqaWeights.load(own, qk_norm=shape.qk_norm), DenseMlpWeights.load(own))
+        def layer(index: int) -> Layer:
+            own = loader.under(f"layers.{index}.")
+            return Layer(*(PARTS[type(part)].load(own, part) for part in shape.parts(index)))
 
         embedding = loader.tensor("embedding", dtype)
-        layers = [layer(f"layers.{i}.") for i in range(shape.num_layers)]
+        layers = [layer(index) for index in range(shape.num_layers)]
         head = embedding if shape.tie_word_embeddings else loader.tensor("head", dtype)
         if split is not None:
             if shape.tie_word_embeddings:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from deepseek_triton.ensemble.artefacts.cuda_layout import BLOCK_COLUMNS
 from deepseek_triton.ensemble.engine.runners.cuda.group import Group
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import rows, small_m_gemm
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
@@ -21,8 +22,9 @@ from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightLoader
 
 @dataclass(frozen=True)
 class DeviceLinear:
-    """A stored matrix: weight [out, in], E4M3 codes where there is a scale [out]; bias [out] or None.
+    """A stored matrix: weight [out, in], E4M3 codes where there is a scale; bias [out] or None.
 
+    scale: [out], or [out, blocks] for every 128 columns; a stack of matrices has one more dimension in front of both.
     name: of the matrix within its layer, by which the plan knows it.
     """
 
@@ -41,6 +43,11 @@ class DeviceLinear:
     def is_fp8(self) -> bool:
         """Whether it is multiplied in E4M3."""
         return self.scale is not None
+
+    @property
+    def num_blocks(self) -> int:
+        """Scales of a row, for 128 columns each; 0: a row has one."""
+        return self.scale.shape[-1] if self.scale is not None and self.scale.ndim == self.weight.ndim else 0
 
 
 @dataclass(frozen=True)
@@ -88,8 +95,12 @@ class LinearOps:
         weight: torch.Tensor,
         is_fp8: bool,
         chosen: torch.Tensor | None = None,
+        plain: torch.Tensor | None = None,
     ) -> Rows:
-        """Add `parts` and `bias` to the residual stream `hidden`; the RMS norm of it, or of its `chosen` rows."""
+        """Add `parts` and `bias` to the residual stream `hidden`; the RMS norm of it, or of its `chosen` rows.
+
+        plain: [rows, hidden_size] in the network's dtype, gets the norm too.
+        """
         launch, width = self.launch, hidden.shape[1]
         count = len(hidden) if chosen is None else len(chosen)
         out, scale = self._rows(count, width, is_fp8)
@@ -98,11 +109,12 @@ class LinearOps:
         launch(
             rows.norm_rows, (count,),
             hidden, hidden if chosen is None else chosen, hidden if parts is None else parts.tensor,
-            launch.or_nothing(bias), weight, out, launch.or_nothing(scale),
+            launch.or_nothing(bias), weight, out, launch.or_nothing(scale), launch.or_nothing(plain),
             0 if parts is None else parts.stride, self._eps,
             peer_buffers.addresses, self.row_peer_buffers.counts, peer_buffers.given_up,
             H=width, BLOCK=block, NUM_PARTS=0 if parts is None else parts.count,
-            HAS_BIAS=bias is not None, HAS_ROWS=chosen is not None, FP8=is_fp8, MAX_PEER_ROWS=MAX_PEER_ROWS,
+            HAS_BIAS=bias is not None, HAS_ROWS=chosen is not None, HAS_PLAIN=plain is not None, FP8=is_fp8,
+            MAX_PEER_ROWS=MAX_PEER_ROWS,
             RANK=peer_buffers.rank, RANKS=peer_buffers.size if parts is not None and parts.is_of_rank else 1,
             num_warps=max(1, min(8, block // 512)),
         )  # fmt: skip
@@ -136,18 +148,20 @@ class LinearOps:
     def multiply(self, x: Rows, linear: DeviceLinear) -> Parts:
         """x @ weight.T, without the bias."""
         count, n, k = len(x.values), *linear.weight.shape
-        if self.plan.use_library(count):
+        if self.plan.use_library(count) and not linear.num_blocks:
             return Parts(_library_product(x, linear)[None])
         tile = self.plan.small_m[linear.name]
+        row = tile.row_bytes // linear.weight.element_size()
         bm = min(64, max(16, triton.next_power_of_2(count)))
         parts = self.launch.empty(tile.num_parts, count, n)
         self.launch(
             small_m_gemm.small_m_gemm, (triton.cdiv(count, bm), triton.cdiv(n, tile.bn), tile.num_parts),
             x.values, self.launch.or_nothing(x.scale), linear.weight, self.launch.or_nothing(linear.scale), parts,
             count,
-            N=n, K=k, BM=bm, BN=tile.bn, BK=tile.row_bytes // linear.weight.element_size(),
-            NUM_PARTS=tile.num_parts, FP8=linear.is_fp8, PRECISION=self.launch.precision, num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            N=n, K=k, BM=bm, BN=tile.bn, BK=BLOCK_COLUMNS if linear.num_blocks else row, BLOCKS=linear.num_blocks,
+            NUM_PARTS=tile.num_parts, FP8=linear.is_fp8, PREFETCH=self.launch.prefetches and bm == 16,
+            LINE=min(tile.row_bytes, 128) // linear.weight.element_size(), PRECISION=self.launch.precision,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         return Parts(parts)
 
@@ -157,9 +171,12 @@ class LinearOps:
             return torch.mm(normed.values, head.weight.t(), out_dtype=torch.float32)
         return self.multiply(normed, head).tensor[0]
 
-    def sum_over_ranks(self, parts: Parts) -> Parts:
-        """A product of this rank's columns → of all ranks'; of few rows, `norm` adds the ranks' partial sums up."""
-        if self._group is None:
+    def sum_over_ranks(self, parts: Parts, *, of_experts: bool = False) -> Parts:
+        """A product of this rank's columns → of all ranks'; of few rows, `norm` adds the ranks' partial sums up.
+
+        of_experts: the ranks share out the experts, though they may each have all of attention and dense MLPs.
+        """
+        if self._group is None or (self._group.split.tensor_size == 1 and not of_experts):
             return parts
         if self.row_peer_buffers.peer_buffers.size > 1 and parts.tensor.shape[1] <= MAX_PEER_ROWS:
             return Parts(parts.tensor, is_of_rank=True)

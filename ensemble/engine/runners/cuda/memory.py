@@ -5,25 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
+from deepseek_triton.ensemble.artefacts.cuda_memory import MIB as MIB
+from deepseek_triton.ensemble.artefacts.cuda_memory import step_bytes
 from deepseek_triton.ensemble.artefacts.tensor_file import TensorEntry
 from deepseek_triton.ensemble.engine.runners.base import RunnerError
-
-MIB = 2**20
-RESERVE = 512 * MIB  # cuBLAS workspaces, kernels, fragmentation
-COLLECTIVES = 512 * MIB  # NCCL's buffers
 
 
 def weight_bytes(entries: Iterable[TensorEntry]) -> int:
     """Bytes of all weights."""
     return sum(entry.num_bytes for entry in entries)
-
-
-def step_bytes(shape: DecoderShape, max_num_seqs: int, max_num_batched_tokens: int, num_ranks: int = 1) -> int:
-    """Estimate of the bytes that the largest steps need besides weights and caches."""
-    widest = 2 * shape.intermediate_size + shape.intermediate_size + 6 * shape.hidden_size
-    prefill = max_num_batched_tokens * 4 * (widest + 2 * shape.q_size)
-    logits = 5 * max_num_seqs * shape.vocab_size * 4  # each decode graph has its own, some 3.5 times max_num_seqs rows
-    return prefill + logits + RESERVE + (COLLECTIVES + logits if num_ranks > 1 else 0)
 
 
 def check_fits(
@@ -64,6 +54,21 @@ def check_fits(
     raise RunnerError(
         f"{needs}; not even one slot fits: build with a smaller max_seq_len, or lower max_num_batched_tokens"
     )
+
+
+def blocks_that_fit(weights: int, steps: int, *, block_bytes: int, free: int, most: int) -> int:
+    """How many blocks of the cache, up to `most`, fit into `free` bytes beside weights and steps, and nobody's block.
+
+    Raises:
+        RunnerError: not one.
+    """
+    left = free - weights - steps
+    if (count := min(left // block_bytes - 1, most)) < 1:
+        raise RunnerError(
+            f"weights {_mib(weights)} MiB and steps {_mib(steps)} MiB leave nothing for the cache, the GPU has "
+            f"{_mib(free)} MiB free; lower max_num_batched_tokens or max_num_seqs"
+        )
+    return count
 
 
 def _mib(num_bytes: int) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from deepseek_triton.ensemble.engine.runners.cuda.driver import KernelError, call
+from deepseek_triton.ensemble.engine.runners.cuda.startup.kernel_cache import cached_image
 
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_…
 
@@ -35,7 +36,7 @@ class Kernel:
         major, minor = torch.cuda.get_device_capability()
         options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
         options += [f"-D{macro}={value}" for macro, value in macros.items()]
-        image = _compile(source, f"{name}.cu", options)
+        image = cached_image(source, options, _version(), lambda: _compile(source, f"{name}.cu", options))
         self._shared_bytes = shared_bytes
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         torch.cuda.current_stream().synchronize()  # torch's context is this thread's from here on
@@ -72,6 +73,12 @@ def _compile(source: str, name: str, options: Sequence[str]) -> bytes:
         return image.raw
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _version() -> str:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
 
 
 @cache

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from deepseek_triton.ensemble.engine.runners.base import Decoded, DeviceSampling, Ids, Logits, PromptChunk
+from deepseek_triton.ensemble.engine.runners.cuda.attention import PAGE
 from deepseek_triton.ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT
 
 
@@ -14,6 +15,7 @@ class PackingRunner(ABC):
 
     steps_in_flight = STEPS_IN_FLIGHT
     packs_prompts = True
+    num_blocks, block_size = 0, PAGE
 
     def prefill(self, slot: int, ids: Ids, start: int) -> Logits:
         """See Runner."""

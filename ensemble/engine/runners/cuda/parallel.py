@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 
 import torch
 
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape, LayoutError
-from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
+from deepseek_triton.ensemble.artefacts.cuda_split import EXPERTS, TENSOR, ShardedDecoder
 from deepseek_triton.ensemble.engine.runners.base import Decoded, DeviceSampling, Ids, Logits, PromptChunk, RunnerError
 from deepseek_triton.ensemble.engine.runners.cuda.limits import Limits
 from deepseek_triton.ensemble.engine.runners.cuda.packing import PackingRunner
+from deepseek_triton.ensemble.engine.runners.cuda.pages import SLOTS, CacheForm
 from deepseek_triton.ensemble.engine.runners.cuda.ranks import END_S, START_S, STEP_S, Ranks
 from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightSource
 from deepseek_triton.ensemble.engine.runners.cuda.worker import RankJob
@@ -30,9 +32,10 @@ class ParallelRunner(PackingRunner):
     one scale for the whole.
 
     Args:
-        source, shape, max_num_seqs, max_num_batched_tokens, is_invariant, dtype: as CudaRunner's; the source
-            must be picklable.
-        size: number of ranks, one for each of the first devices.
+        source, shape, max_num_seqs, max_num_batched_tokens, is_invariant, cache_form, dtype: as CudaRunner's; the
+            source must be picklable.
+        size: ranks that share out attention and MLPs. expert_size: groups of ranks that share out the experts whole;
+            see `Split`. There are as many ranks as the larger of both, one for each of the first devices.
         device_type: "cuda" with NCCL; "cpu" with gloo, for tests under Triton's interpreter.
         on_failure: called with the reason in one line when a rank failed, died or hangs: the model can't go on, and
             this process may hang in a call.
@@ -49,9 +52,11 @@ class ParallelRunner(PackingRunner):
         shape: DecoderShape,
         *,
         size: int,
+        expert_size: int = 1,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         is_invariant: bool = False,
+        cache_form: CacheForm = SLOTS,
         device_type: str = "cuda",
         dtype: torch.dtype = torch.bfloat16,
         on_failure: Callable[[str], None] | None = None,
@@ -61,12 +66,14 @@ class ParallelRunner(PackingRunner):
         self.max_num_seqs, self.max_seq_len, self.vocab_size = max_num_seqs, shape.max_seq_len, shape.vocab_size
         self._limits = Limits(max_num_seqs, shape.max_seq_len, max_num_batched_tokens)
         try:
-            splits = [ShardedDecoder(shape, rank, size) for rank in range(size)] or [ShardedDecoder(shape, 0, size)]
+            first = ShardedDecoder(shape, 0, size, expert_size)
         except LayoutError as error:
             raise RunnerError(str(error)) from error
-        if device_type == "cuda" and torch.cuda.device_count() < size:
+        splits = [replace(first, rank=rank) for rank in range(first.size)]
+        if device_type == "cuda" and torch.cuda.device_count() < first.size:
+            setting = TENSOR if size == first.size else EXPERTS
             raise RunnerError(
-                f"tensor_parallel_size is {size}, torch sees {torch.cuda.device_count()} NVIDIA GPUs here; lower it"
+                f"{setting} is {first.size}, torch sees {torch.cuda.device_count()} NVIDIA GPUs here; lower it"
             )
         if torch.distributed.is_initialized():
             raise RunnerError("this process runs a split model already; close the other first")
@@ -74,7 +81,8 @@ class ParallelRunner(PackingRunner):
         jobs = [
             RankJob(
                 source, split, f"cuda:{split.rank}" if device_type == "cuda" else device_type, dtype,
-                max_num_seqs, max_num_batched_tokens, is_invariant, self._directory / "rendezvous", start_s,
+                max_num_seqs, max_num_batched_tokens, is_invariant, cache_form,
+                self._directory / "rendezvous", start_s,
             )
             for split in splits
         ]  # fmt: skip
@@ -83,6 +91,7 @@ class ParallelRunner(PackingRunner):
         self._group = jobs[0].group(self._ranks.meet)
         try:
             self._runner = jobs[0].make(self._group)
+            self.max_seq_len, self.num_blocks = self._runner.max_seq_len, self._runner.num_blocks
             self._ranks.ready()
         except Exception as error:
             self.close()
@@ -112,23 +121,33 @@ class ParallelRunner(PackingRunner):
             self._ranks.broadcast("copy_prefix", source, target, num_tokens)
             self._runner.copy_prefix(source, target, num_tokens)
 
+    def set_blocks(self, slot: int, first: int, blocks: Sequence[int]) -> None:
+        """See PagedRunner."""
+        with self._ranks.collective(is_launching=False):
+            self._ranks.broadcast("set_blocks", slot, first, blocks)
+            self._runner.set_blocks(slot, first, blocks)
+
     def close(self) -> None:
         """End the other ranks and free this one's memory; a second call does nothing."""
         self._ranks.close()
         if "_runner" in self.__dict__:
             runner = self.__dict__.pop("_runner")
             if not runner.ends_within(END_S):  # a step in flight waits for a rank that is gone
-                self._group.abort()
+                self._abort()
             runner.close()
         self._ranks.wait_until_gone()
         self._group.free()
         remove_directory(self._directory)
 
     def _end(self, reason: str) -> None:
-        # In a thread of its own: on_failure must be called even if aborting NCCL hangs.
-        threading.Thread(target=self._group.abort, name="abort", daemon=True).start()
+        self._abort()
         if self._on_failure is not None:
             self._on_failure(reason)
+
+    def _abort(self) -> None:
+        # In a thread of its own: NCCL's abort ends the kernels that wait and then returns only when the CUDA graphs
+        # that hold its collectives are gone, which is what `close` does next.
+        threading.Thread(target=self._group.abort, name="abort", daemon=True).start()
 
     # ---- SamplingRunner
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
+from deepseek_triton.ensemble.decoder.dense_mlp import DenseMlp
+from deepseek_triton.ensemble.decoder.gqa import GroupedQueryAttention
 from deepseek_triton.ensemble.engine.runners.cuda.attention import Caches
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import shared_bytes
 from deepseek_triton.ensemble.engine.runners.cuda.layers import DecoderWeights, Layer
@@ -29,6 +31,7 @@ MIN_STAGES = 3
 # Bytes that a block has in flight at most. On an H100 5.7 MB in flight saturate memory; more only delay the messages
 # between blocks (benchmarks/decode_gpu_notes.md).
 IN_FLIGHT_BYTES = 3 * 14336
+KNOWN = (GroupedQueryAttention.NOUN, DenseMlp.NOUN)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ def reason_against(shape: DecoderShape, fp8: Sequence[bool], device: torch.devic
     """Why the kernel can't run this decoder here; None: it can. fp8: of every matrix of the layers."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
         return f"needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]}"
+    if not shape.is_plain:
+        return f"it knows no {' and no '.join(part.NOUN for part in shape.kinds if part.NOUN not in KNOWN)}"
     if dtype != torch.bfloat16:
         return f"needs bfloat16, this decoder has {dtype}"
     if any(fp8) != all(fp8):
@@ -121,7 +126,7 @@ class PersistentDecode:
         blocks: int | None = None,
     ) -> None:
         device, head = weights.embedding.device, weights.head.weight
-        is_fp8 = weights.layers[0].attention.qkv.is_fp8
+        is_fp8 = weights.layers[0].matrices[0].is_fp8
         self._blocks = blocks or torch.cuda.get_device_properties(device).multi_processor_count
         memory = Memory.of(shape, is_fp8=is_fp8, blocks=self._blocks, limit=shared_bytes(device))
         macros = {
@@ -134,7 +139,8 @@ class PersistentDecode:
             "RANK": peer_buffers.rank,
             "RANKS": peer_buffers.size,
             "LAYERS": shape.num_layers,
-            "MAX_SEQ_LEN": shape.max_seq_len,
+            "MAX_SEQ_LEN": caches.extent,
+            "PAGE": caches.page,
             "FP8": int(is_fp8),
             "QK_NORM": int(shape.qk_norm),
             "EPS": f"{shape.rms_norm_eps:.9e}f",
@@ -151,13 +157,14 @@ class PersistentDecode:
         table = [
             address
             for index, layer in enumerate(weights.layers)
-            for address in _addresses(layer, caches.keys[index, 0], caches.values[index, 0])
+            for address in _addresses(layer, caches.keys[index], caches.values[index])
         ]
-        table_tensor = torch.tensor(table, dtype=torch.int64, device=device)
+        layers = torch.tensor(table, dtype=torch.int64, device=device)
         work = torch.zeros(_work_bytes(shape, self._blocks) // 4, dtype=torch.int32, device=device)
         self._logits = torch.empty(1, len(head), dtype=torch.float32, device=device)
         self._arguments = [
-            weights.embedding, weights.norm, head, weights.cos, weights.sin, table_tensor, work, peer_buffers.addresses,
+            weights.embedding, weights.norm, head, weights.cos, weights.sin, layers,
+            layers if caches.table is None else caches.table, work, peer_buffers.addresses,
             peer_buffers.given_up, self._logits,
         ]  # fmt: skip
 

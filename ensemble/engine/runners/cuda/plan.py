@@ -48,17 +48,39 @@ class SmallMTile:
 
 
 @dataclass(frozen=True)
+class ExpertTile:
+    """Tiles of the grouped_gemm kernel: `bn` rows of gate and of up, `down_bn` of down, `row_bytes` of each at a time.
+
+    fast_sums: sum E4M3 products in the tensor cores' own precision throughout, as cuBLAS does for many rows.
+    """
+
+    bn: int
+    down_bn: int
+    row_bytes: int
+    num_warps: int
+    num_stages: int
+    fast_sums: bool = False
+
+
+@dataclass(frozen=True)
 class KernelPlan:
     """gemv: tiles of each fused matrix for batch 1; empty: batch 1 uses small_m_gemm too. small_m: tiles, likewise.
 
     max_small_m_rows: more rows use cuBLAS; None: no number does. splits: programs a slot and key head in decode
-    attention; None: by batch size.
+    attention; None: by batch size. experts: tiles by the number of tokens of one. expert_gemv: batch 1 of latent
+    attention and experts takes `gemv` too. No GPU has run it yet; benchmarks.decode_gpu turns it on.
     """
 
     gemv: dict[str, Gemv] = field(default_factory=dict)
     small_m: dict[str, SmallMTile] = field(default_factory=dict)
     max_small_m_rows: int | None = MAX_SMALL_M_ROWS
     splits: int | None = None
+    experts: dict[int, ExpertTile] = field(default_factory=lambda: EXPERTS)
+    expert_gemv: bool = False
+
+    def expert_rows(self, tokens: float) -> int:
+        """Tokens of an expert's tile, where an expert gets so many on average."""
+        return next((rows for rows in sorted(self.experts) if tokens <= rows / 2), max(self.experts))
 
     def use_library(self, rows: int) -> bool:
         """Whether `rows` are multiplied by cuBLAS."""
@@ -73,16 +95,31 @@ class KernelPlan:
 
 
 MAX_SPLITS = 32
+EXPERTS: dict[int, ExpertTile] = {
+    16: ExpertTile(bn=64, down_bn=64, row_bytes=128, num_warps=4, num_stages=5),
+    32: ExpertTile(bn=64, down_bn=64, row_bytes=128, num_warps=4, num_stages=5),
+    64: ExpertTile(bn=64, down_bn=128, row_bytes=128, num_warps=4, num_stages=4),
+    128: ExpertTile(bn=128, down_bn=256, row_bytes=128, num_warps=8, num_stages=4, fast_sums=True),
+}
+INVARIANT_EXPERTS = {rows: tile for rows, tile in EXPERTS.items() if rows <= MAX_SMALL_M_ROWS}  # one order of sums
 SMALL_M = {
     "qkv": SmallMTile(num_parts=4),
+    "q_kv_a": SmallMTile(num_parts=4),
+    "q_b": SmallMTile(num_parts=2),
     "o": SmallMTile(num_parts=4),
     "gate_up": SmallMTile(num_parts=1),
     "down": SmallMTile(num_parts=7),
     "head": SmallMTile(num_parts=1, row_bytes=128),
+    "shared_gate_up": SmallMTile(num_parts=1),
+    "shared_down": SmallMTile(num_parts=4),
 }
 FAST = KernelPlan(
     gemv={
         "qkv": Gemv(bn=4, num_warps=4),
+        "q_kv_a": Gemv(bn=4, num_warps=4),
+        "q_b": Gemv(bn=4, num_warps=4),
+        "router": Gemv(bn=1, num_warps=4),
+        "experts_down": Gemv(bn=4, num_warps=4, stages=3),
         "o": Gemv(bn=4, num_warps=4, bk=4096),
         "gate_up": Gemv(bn=8, num_warps=16, programs=1, stages=3),
         "down": Gemv(bn=8, num_warps=4, bk=1024),
@@ -90,4 +127,4 @@ FAST = KernelPlan(
     },
     small_m=SMALL_M,
 )
-INVARIANT = KernelPlan(small_m=SMALL_M, max_small_m_rows=None, splits=8)
+INVARIANT = KernelPlan(small_m=SMALL_M, max_small_m_rows=None, splits=8, experts=INVARIANT_EXPERTS)

@@ -18,10 +18,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe
-from pathlib import Path
 from typing import Any
 
 from deepseek_triton.ensemble.engine.runners.base import RunnerError
+from deepseek_triton.ensemble.processes.child import python_path
 from deepseek_triton.ensemble.text.errors import one_line
 
 log = logging.getLogger(__name__)
@@ -252,7 +252,7 @@ class Ranks:
 def _start(number: int) -> _Rank:
     ours, theirs = Pipe()
     read_end, write_end = os.pipe()
-    command = [python(), "-m", WORKER, str(theirs.fileno()), str(read_end)]
+    command = [python_path(), "-m", WORKER, str(theirs.fileno()), str(read_end)]
     # sys.path of this process: in a Python model inside Triton it has more than PYTHONPATH.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)}
     try:
@@ -269,14 +269,6 @@ def _start(number: int) -> _Rank:
         theirs.close()
         os.close(read_end)
     return _Rank(number, process, ours, write_end)
-
-
-def python() -> str:
-    """Path of this process's Python interpreter; if it is embedded in another program, that of its environment."""
-    name = f"python{sys.version_info.major}"
-    candidates = (sys.executable, f"{sys.prefix}/bin/{name}", f"{sys.exec_prefix}/bin/{name}")
-    is_python = (path for path in candidates if path and Path(path).name.startswith("python"))
-    return next((path for path in is_python if os.access(path, os.X_OK)), name)
 
 
 def end_process(message: str) -> None:

@@ -37,6 +37,16 @@ class Scanned:
         return cls(best, launch.empty(num_rows, chunks, dtype=torch.int32), total)
 
 
+def scan(launch: Launcher, logits: torch.Tensor, scanned: Scanned) -> None:
+    """Scan the rows of `logits` [n, vocab_size] into the first rows of `scanned`."""
+    size, vocab_size = logits.shape
+    chunks = scanned.best.shape[1]
+    launch(
+        sampling.scan_logits, (chunks, size), logits, scanned.best, scanned.where, scanned.total,
+        V=vocab_size, CHUNK=SCAN_CHUNK, CHUNKS=chunks, num_warps=4,
+    )  # fmt: skip
+
+
 def sample_rows(
     launch: Launcher,
     logits: torch.Tensor,
@@ -49,10 +59,7 @@ def sample_rows(
     size, vocab_size = logits.shape
     chunks = scanned.best.shape[1]
     best, where, total = scanned.best, scanned.where, scanned.total
-    launch(
-        sampling.scan_logits, (chunks, size), logits, best, where, total,
-        V=vocab_size, CHUNK=SCAN_CHUNK, CHUNKS=chunks, num_warps=4,
-    )  # fmt: skip
+    scan(launch, logits, scanned)
     launch(
         sampling.sample_tokens, (size,), logits, best, where, total,
         inputs["temperatures"], inputs["top_ks"], inputs["top_ps"], inputs["min_ps"], inputs["seeds"],

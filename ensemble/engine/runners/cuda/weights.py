@@ -16,6 +16,7 @@ from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
 from deepseek_triton.ensemble.artefacts.tensor_file import TensorEntry, TensorFile
 from deepseek_triton.ensemble.decoder.part import WHOLE, Shard
+from deepseek_triton.ensemble.engine.runners.cuda.startup.pinned_copy import pinned_copy
 
 DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -64,13 +65,17 @@ class StoredWeights:
     def load(self, name: str, device: torch.device, shard: Shard = WHOLE) -> torch.Tensor:
         entry = self.entries[name]
         target = torch.empty(shard.shape(entry.shape), dtype=DTYPES[entry.dtype], device=device)
+        if shard == WHOLE and device.type == "cuda":
+            pinned_copy(target.device)(self._file.read(name), target.view(-1).view(torch.uint8))
+            return target
         itemsize = target.element_size()
-        source = self._file.read(name).reshape(entry.shape[0], -1)  # bytes of each row
+        num_rows, shard_rows = _rows(shard, entry.shape)
+        source = self._file.read(name).reshape(num_rows, -1)  # bytes of each row
         if shard.columns is not None:
             source = source[:, shard.columns.start * itemsize : shard.columns.stop * itemsize]
-        flat = target.view(-1).view(torch.uint8).view(len(target), -1)
+        flat = target.view(-1).view(torch.uint8).view(-1, source.shape[1])
         block, row = max(1, BLOCK_BYTES // source.shape[1]), 0
-        for rows in shard.rows or (slice(0, entry.shape[0]),):
+        for rows in shard_rows:
             for start in range(
                 rows.start, rows.stop, block
             ):  # in blocks, so that there is no second copy of the whole in memory
@@ -78,6 +83,21 @@ class StoredWeights:
                 flat[row : row + len(part)].copy_(torch.from_numpy(part))
                 row += len(part)
         return target
+
+
+def _rows(shard: Shard, shape: tuple[int, ...]) -> tuple[int, tuple[slice, ...]]:
+    """The rows of a stored tensor, those of a stack's matrices one after the other, and which of them a shard has."""
+    if shard.matrices is None:
+        return shape[0], shard.rows or (slice(0, shape[0]),)
+    rows, matrices = shape[1], shard.matrices
+    if shard.rows is None:
+        return shape[0] * rows, (slice(matrices.start * rows, matrices.stop * rows),)
+    of_all = (
+        slice(matrix * rows + of_one.start, matrix * rows + of_one.stop)
+        for matrix in range(matrices.start, matrices.stop)
+        for of_one in shard.rows
+    )
+    return shape[0] * rows, tuple(of_all)
 
 
 class SplitWeights:
@@ -99,16 +119,18 @@ class RandomWeights:
     """
 
     def __init__(self, shape: DecoderShape, *, is_fp8: bool, has_qkv_bias: bool, seed: int = 0) -> None:
-        names = shape.linear_names()
+        names = [name for name in shape.linear_names() if not name.endswith(".kv_b")]  # it is never FP8
         biased = frozenset(name for name in names if has_qkv_bias and name.endswith("qkv"))
         self.entries = shape.entries(frozenset(names) if is_fp8 else frozenset(), biased)
         self._seed = seed
 
     def load(self, name: str, device: torch.device, shard: Shard = WHOLE) -> torch.Tensor:
-        whole = self._make(name, device)
+        whole, axis = self._make(name, device), 0
+        if shard.matrices is not None:
+            whole, axis = whole[shard.matrices], 1
         if shard.rows is not None:
-            whole = torch.cat([whole[rows] for rows in shard.rows])
-        return whole if shard.columns is None else whole[:, shard.columns].contiguous()
+            whole = torch.cat([whole.narrow(axis, rows.start, rows.stop - rows.start) for rows in shard.rows], axis)
+        return (whole if shard.columns is None else whole[..., shard.columns]).contiguous()
 
     def _make(self, name: str, device: torch.device) -> torch.Tensor:
         entry = self.entries[name]
@@ -118,7 +140,7 @@ class RandomWeights:
         if kind.endswith("norm"):
             return torch.ones(entry.shape, dtype=dtype, device=device)
         if kind == "scale":
-            columns = self.entries[name.removesuffix("scale") + "weight"].shape[1]
+            columns = self.entries[name.removesuffix("scale") + "weight"].shape[-1]
             return torch.full(entry.shape, columns**-0.5 / CODES_STD, device=device)
         if kind in ("cos", "sin"):
             angles = torch.arange(entry.shape[0], device=device)[:, None] * 10000.0 ** -(
@@ -128,7 +150,7 @@ class RandomWeights:
         std = CODES_STD if dtype == torch.float8_e4m3fn else entry.shape[-1] ** -0.5
         tensor = torch.empty(entry.shape, dtype=dtype, device=device)
         rows = max(1, BLOCK_BYTES // (4 * entry.shape[-1]))
-        for part in torch.split(tensor, rows):
+        for part in torch.split(tensor.view(-1, entry.shape[-1]), rows):
             noise = torch.empty(part.shape, device=device).normal_(0, std, generator=generator)
             part.copy_(noise.clamp_(-448, 448))
         return tensor

@@ -23,6 +23,7 @@ import torch
 from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
 from deepseek_triton.ensemble.engine.runners.base import DeviceSampling, Ids, PromptChunk, RunnerError
 from deepseek_triton.ensemble.engine.runners.cuda.group import Group
+from deepseek_triton.ensemble.engine.runners.cuda.pages import CacheForm
 from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
 from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightSource
 from deepseek_triton.ensemble.text.errors import one_line
@@ -39,6 +40,7 @@ class RankJob:
     max_num_seqs: int
     max_num_batched_tokens: int
     is_invariant: bool
+    cache_form: CacheForm
     rendezvous: Path
     timeout_s: float
 
@@ -58,7 +60,7 @@ class RankJob:
         return CudaRunner(
             self.source, self.split.whole,
             max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens,
-            is_invariant=self.is_invariant,
+            is_invariant=self.is_invariant, cache_form=self.cache_form,
             device=self.device, dtype=self.dtype, group=group,
         )  # fmt: skip
 
@@ -87,6 +89,10 @@ class Mirror:
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         """As CudaRunner's."""
         self._runner.copy_prefix(source, target, num_tokens)
+
+    def set_blocks(self, slot: int, first: int, blocks: Sequence[int]) -> None:
+        """As CudaRunner's."""
+        self._runner.set_blocks(slot, first, blocks)
 
     def _make_room(self, kind: str, finish: Callable[[], object]) -> None:
         if self._in_flight[kind] == self._runner.steps_in_flight:
@@ -128,7 +134,8 @@ def _meet(pipe: Connection) -> None:
 def _mirror(runner: CudaRunner, pipe: Connection) -> None:
     mirror = Mirror(runner)
     calls: dict[str, Callable[..., None]] = {
-        name: getattr(mirror, name) for name in ("start_decode", "start_prefill", "prefill_many", "copy_prefix")
+        name: getattr(mirror, name)
+        for name in ("start_decode", "start_prefill", "prefill_many", "copy_prefix", "set_blocks")
     }
     while True:
         name, arguments = pipe.recv()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from tests.support.cuda_device import DEVICE, DTYPE, HAS_GPU  # isort: skip  # b
 from benchmarks.cuda_reference import rms_norm, rotate, round_rows
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 from deepseek_triton.ensemble.engine.runners.base import DeviceSampling, PromptChunk
-from deepseek_triton.ensemble.engine.runners.cuda.attention import Caches
+from deepseek_triton.ensemble.engine.runners.cuda.attention import PAGE, Caches
 from deepseek_triton.ensemble.engine.runners.cuda.buffers import Prompts
 from deepseek_triton.ensemble.engine.runners.cuda.decoder import Decoder
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import sampling
@@ -219,69 +219,152 @@ def split_heads(row: torch.Tensor, d: Decoder, position: int) -> tuple[torch.Ten
     return rotate(q[None], cos, sin)[0], rotate(k[None], cos, sin)[0], v
 
 
-def caches(shape: DecoderShape, slots: int) -> Caches:
-    size = (1, slots, shape.num_kv_heads, shape.max_seq_len, shape.head_dim)
-    return Caches(random(*size, seed=8).to(DTYPE), random(*size, seed=9).to(DTYPE))
+@dataclass(frozen=True)
+class FilledCaches:
+    """A cache of one layer in one of its forms, filled at random."""
+
+    caches: Caches
+
+    @classmethod
+    def of(cls, form: str, shape: DecoderShape, slots: int) -> FilledCaches:
+        if form == "slots":
+            size = (1, slots, shape.num_kv_heads, shape.max_seq_len, shape.head_dim)
+            return cls(Caches(random(*size, seed=8).to(DTYPE), random(*size, seed=9).to(DTYPE)))
+        width = -(-shape.max_seq_len // PAGE)
+        order = np.random.default_rng(0).permutation(slots * width) + 1  # block 0 is nobody's
+        table = torch.tensor(order.reshape(slots, width), dtype=torch.int32, device=DEVICE)
+        size = (1, slots * width + 1, shape.num_kv_heads, PAGE, shape.head_dim)
+        keys, values = random(*size, seed=8), random(*size, seed=9)
+        if form == "pages":
+            return cls(Caches(keys.to(DTYPE), values.to(DTYPE), table))
+        scales = [
+            (torch.rand(size[:-1], generator=torch.Generator().manual_seed(seed)) / 40).to(DEVICE) for seed in (1, 2)
+        ]
+        key_codes, value_codes = ((x.clamp(-3, 3) * 42).to(torch.int8) for x in (keys, values))
+        key_scales, value_scales = (scale.to(torch.bfloat16) for scale in scales)
+        return cls(Caches(key_codes, value_codes, table, key_scales, value_scales))
+
+    def copy(self) -> FilledCaches:
+        """The same with tensors of its own."""
+        cache = self.caches
+        return FilledCaches(replace(cache, **{
+            field.name: tensor.clone() for field in fields(cache) if (tensor := getattr(cache, field.name)) is not None
+        }))  # fmt: skip
+
+    def of_slot(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [kv_heads, positions, d] in float64."""
+        cache = self.caches
+        found = []
+        for data, scales in ((cache.keys, cache.key_scales), (cache.values, cache.value_scales)):
+            exact = data[0].float().double()
+            if scales is not None:
+                exact = exact * scales[0].double()[..., None]
+            if cache.table is None:
+                found.append(exact[slot])
+            else:
+                found.append(exact[cache.table[slot].long()].movedim(0, 1).flatten(1, 2))
+        return found[0], found[1]
+
+    def stored(self, exact: torch.Tensor) -> torch.Tensor:
+        """What the cache makes of heads [heads, d]."""
+        if self.caches.key_scales is None:
+            return exact
+        least = (exact.abs().amax(-1, keepdim=True) / 127).float()
+        scale = (((least.view(torch.int32) + 0xFFFF) >> 16) << 16).view(torch.float32).double()  # bfloat16, rounded up
+        return (exact / scale + 0.5).floor() * scale
 
 
+CACHES = ["slots", "pages", "pages-int8"]
+
+
+def tolerance(form: str) -> float:
+    """With codes, a value on the border between two of them may fall either way."""
+    return TOLERANCE if form != "pages-int8" else max(TOLERANCE, 2e-2)
+
+
+@pytest.mark.parametrize("form", CACHES)
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_decode_attention_at_every_kind_of_length(qk_norm: bool, splits: int) -> None:
+def test_decode_attention_at_every_kind_of_length(qk_norm: bool, splits: int, form: str) -> None:
     shape = replace(SHAPE, qk_norm=qk_norm)
     d = decoder(shape=shape)
     d.attention.plan = replace(FAST, splits=splits)
     positions = [0, 1, 63, 64, -1, 65, 127, 200, shape.max_seq_len - 1]
-    cache, finished_splits = (
-        caches(shape, len(positions)),
-        torch.zeros(len(positions), 2, dtype=torch.int32, device=DEVICE),
-    )
-    before = Caches(cache.keys.clone(), cache.values.clone())
+    filled = FilledCaches.of(form, shape, len(positions))
+    finished_splits = torch.zeros(len(positions), 2, dtype=torch.int32, device=DEVICE)
+    before = filled.copy()
     qkv, bias = random(2, len(positions), 10 * 24, seed=4), random(240, seed=3)
     out = torch.full((len(positions), shape.q_size), torch.nan, device=DEVICE)
     d.attention.decode(
         Parts(qkv), bias, d.weights.layers[0].attention.qk_norms,
-        torch.tensor(positions, device=DEVICE), cache.layer(0), finished_splits, out, d.decode_gemv.attention_amax,
+        torch.tensor(positions, device=DEVICE), filled.caches.layer(0), finished_splits, out,
+        d.decode_gemv.attention_amax,
     )  # fmt: skip
     for slot, position in enumerate(positions):
+        keys, values = before.of_slot(slot)
+        found_keys, found_values = filled.of_slot(slot)
         if position < 0:
-            assert torch.equal(cache.keys[0, slot], before.keys[0, slot]), "a row without a token writes nothing"
+            assert torch.equal(found_keys, keys), "a row without a token writes nothing"
             continue
         q, k, v = split_heads(qkv.double().sum(0)[slot] + bias.double(), d, position)
-        keys, values = before.keys[0, slot].double(), before.values[0, slot].double()
-        keys[:, position], values[:, position] = k, v
+        keys[:, position], values[:, position] = filled.stored(k), filled.stored(v)
         wanted = attention(q, keys[:, : position + 1], values[:, : position + 1])
-        assert error(out[slot].view(shape.num_heads, -1), wanted) < TOLERANCE, position
-        assert error(cache.keys[0, slot], keys) < TOLERANCE
-        assert error(cache.values[0, slot], values) < TOLERANCE
+        assert error(out[slot].view(shape.num_heads, -1), wanted) < tolerance(form), position
+        assert error(found_keys, keys) < tolerance(form)
+        assert error(found_values, values) < tolerance(form)
     assert not finished_splits.any()
 
 
-def test_prefill_attention_over_several_slots_chunks() -> None:
+@pytest.mark.parametrize("form", CACHES)
+def test_prefill_attention_over_several_slots_chunks(form: str) -> None:
     shape = SHAPE
-    d, cache = decoder(), caches(SHAPE, 4)
+    d, filled = decoder(), FilledCaches.of(form, SHAPE, 4)
     lengths = {2: (0, 130), 0: (70, 140), 3: (299, 1), 1: (5, 3)}  # slot → start and tokens
-    before = Caches(cache.keys.clone(), cache.values.clone())
+    before, cache = filled.copy(), filled.caches.layer(0)
     chunks = [PromptChunk(slot, np.zeros(count, np.int64), start) for slot, (start, count) in lengths.items()]
     prompts = Prompts.of(pack(chunks, tile=128, num_tokens=288, num_tiles=9), DEVICE)
     qkv = random(1, 288, 240, seed=4)
     q = torch.zeros(288, shape.q_size, dtype=DTYPE, device=DEVICE)
     out = torch.full_like(q, torch.nan)
     layer = d.weights.layers[0].attention
-    d.attention.rope(Parts(qkv), layer.qkv.bias, layer.qk_norms, prompts.slots, prompts.positions, q, cache.layer(0))
-    d.attention.prefill(q, cache.layer(0), prompts.tiles, out)
+    d.attention.rope(Parts(qkv), layer.qkv.bias, layer.qk_norms, prompts.slots, prompts.positions, q, cache)
+    d.attention.prefill(q, cache, prompts.tiles, out)
     row, bias = 0, layer.qkv.bias
     assert bias is not None
     for slot, (start, count) in lengths.items():
-        keys, values = before.keys[0, slot].double(), before.values[0, slot].double()
+        keys, values = before.of_slot(slot)
         heads = [split_heads(qkv[0, row + i].double() + bias.double(), d, start + i) for i in range(count)]
         for i, (_, k, v) in enumerate(heads):
-            keys[:, start + i], values[:, start + i] = k, v
+            keys[:, start + i], values[:, start + i] = filled.stored(k), filled.stored(v)
         for i, (queries, _, _) in enumerate(heads):
             end = start + i + 1
             wanted = attention(queries, keys[:, :end], values[:, :end])
-            assert error(out[row + i].view(shape.num_heads, -1), wanted) < TOLERANCE, (slot, i)
-        assert error(cache.keys[0, slot], keys) < TOLERANCE
+            assert error(out[row + i].view(shape.num_heads, -1), wanted) < tolerance(form), (slot, i)
+        assert error(filled.of_slot(slot)[0], keys) < tolerance(form)
+        assert error(filled.of_slot(slot)[1], values) < tolerance(form)
         row += count
+
+
+def test_pages_give_the_bits_that_slots_give() -> None:
+    d, slots = decoder(), FilledCaches.of("slots", SHAPE, 3)
+    pages = FilledCaches.of("pages", SHAPE, 3)
+    assert pages.caches.table is not None
+    for slot, table in enumerate(pages.caches.table.tolist()):
+        for data, source in ((pages.caches.keys, slots.caches.keys), (pages.caches.values, slots.caches.values)):
+            for index, block in enumerate(table):
+                part = source[0, slot, :, index * PAGE : (index + 1) * PAGE]
+                data[0, block, :, : part.shape[1]] = part
+    positions = torch.tensor([5, 64, 290], device=DEVICE)
+    qkv, norms, found = random(2, 3, 240, seed=4), d.weights.layers[0].attention.qk_norms, []
+    for splits in (1, 4):
+        d.attention.plan = replace(FAST, splits=splits)
+        for filled in (slots, pages):
+            out = torch.full((3, SHAPE.q_size), torch.nan, device=DEVICE)
+            finished = torch.zeros(3, 2, dtype=torch.int32, device=DEVICE)
+            amax = d.decode_gemv.attention_amax
+            d.attention.decode(Parts(qkv), None, norms, positions, filled.caches.layer(0), finished, out, amax)
+            found.append(out)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])
 
 
 # ---- sampling

@@ -45,11 +45,12 @@ from deepseek_triton.ensemble.engine.runners.base import (
 )
 from deepseek_triton.ensemble.engine.runners.cuda.memory import check_fits, weight_bytes
 from deepseek_triton.ensemble.engine.runners.cuda.parallel import ParallelRunner
-from deepseek_triton.ensemble.engine.runners.cuda.ranks import WORKER, python
+from deepseek_triton.ensemble.engine.runners.cuda.ranks import WORKER
 from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
 from deepseek_triton.ensemble.engine.runners.cuda.weights import RandomWeights, SplitWeights, StoredWeights
 from deepseek_triton.ensemble.engine.runners.load import load_runner
-from deepseek_triton.ensemble.processes.child import stat_fields
+from deepseek_triton.ensemble.processes.child import python_path
+from deepseek_triton.ensemble.processes.stat import stat_fields
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
 from tests.support.checkpoints import make_checkpoint, make_tokenizer
@@ -231,9 +232,9 @@ def test_more_ranks_than_gpus_are_refused() -> None:
 
 
 def test_the_interpreter_is_found_where_it_is_embedded(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Path(python()).samefile(sys.executable)
+    assert Path(python_path()).samefile(sys.executable)
     monkeypatch.setattr(sys, "executable", "/opt/tritonserver/backends/python/triton_python_backend_stub")
-    assert Path(python()).samefile(Path(sys.prefix) / "bin" / "python3")
+    assert Path(python_path()).samefile(Path(sys.prefix) / "bin" / "python3")
 
 
 # ---- what is computed

@@ -15,6 +15,7 @@ from tests.support.cuda_device import DEVICE, HAS_GPU  # isort: skip  # before t
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
 from deepseek_triton.ensemble.engine.runners.cuda.attention import Caches
+from deepseek_triton.ensemble.engine.runners.cuda.device import on_stream
 from deepseek_triton.ensemble.engine.runners.cuda.layers import DecoderWeights
 from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import PeerBuffers
 from deepseek_triton.ensemble.engine.runners.cuda.persistent_decode import (
@@ -112,7 +113,7 @@ def test_it_computes_what_the_kernels_of_many_launches_do(name: str, is_fp8: boo
             token = torch.tensor([int(ids[position])], device="cuda")
             where = torch.tensor([position], device="cuda")
             found = []
-            with runner._on_stream():
+            with on_stream(runner._stream):
                 for kernel in (one, one, None):
                     decoder._persistent = kernel
                     logits = decoder.decode(token, where, last, runner._caches, runner._finished_splits).double()

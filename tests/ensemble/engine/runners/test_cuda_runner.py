@@ -33,6 +33,7 @@ from deepseek_triton.ensemble.engine.runners.base import (
     SamplingRunner,
 )
 from deepseek_triton.ensemble.engine.runners.cuda.graphs import PromptSizes, captured_size, captured_sizes
+from deepseek_triton.ensemble.engine.runners.cuda.pages import SLOTS
 from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
 from deepseek_triton.ensemble.engine.runners.cuda.weights import RandomWeights
 from deepseek_triton.ensemble.engine.runners.load import load_runner
@@ -399,7 +400,7 @@ def test_a_built_artefact_is_loaded_as_its_manifest_says(tmp_path: Path, monkeyp
     settings = EngineSettings(max_num_seqs=3, max_num_batched_tokens=32, batch_invariant=True)
     manifest, ours = load_runner(tmp_path / "models" / "m-engine" / "1", settings)
     _, graph = load_runner(tmp_path / "models" / "o-engine" / "1", replace(settings, batch_invariant=False))
-    assert made == [{"max_num_seqs": 3, "max_num_batched_tokens": 32, "is_invariant": True}]
+    assert made == [{"max_num_seqs": 3, "max_num_batched_tokens": 32, "is_invariant": True, "cache_form": SLOTS}]
     load_runner(tmp_path / "models" / "m-engine" / "1", replace(settings, max_num_batched_tokens=500))[1].close()
     assert made[1]["max_num_batched_tokens"] == 3 * 48, "no more than it can be given"
     assert (manifest.target, ours.max_num_seqs, ours.max_seq_len) == ("cuda", 3, 48)
@@ -421,11 +422,12 @@ def test_a_machine_without_a_gpu_is_refused() -> None:
 def test_the_device_must_have_fp8() -> None:
     from unittest import mock
 
-    from deepseek_triton.ensemble.engine.runners.cuda.runner import _check_device
+    from deepseek_triton.ensemble.engine.runners.cuda.device import check_device
 
     source = mock.Mock(entries={"x": TensorEntry("F8_E4M3", (1,))})
     with (
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(8, 0)),
         pytest.raises(RunnerError, match=r"this GPU has 8\.0; build with --precision bf16"),
     ):
-        _check_device(source, torch.device("cpu"))
+        check_device(source, torch.device("cpu"))

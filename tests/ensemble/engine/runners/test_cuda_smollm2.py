@@ -29,7 +29,7 @@ from deepseek_triton.clients.grpc import GrpcClient
 from deepseek_triton.ensemble.engine.runners.base import DeviceSampling, PromptChunk
 from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
 from deepseek_triton.ensemble.engine.runners.load import load_runner
-from deepseek_triton.ensemble.protocol.settings import EngineSettings
+from deepseek_triton.ensemble.protocol.settings import KV_CACHES, EngineSettings, KvCache
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
 from tests.support.checkpoints import smollm2_path
 
@@ -43,7 +43,8 @@ Logits = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Reference:
-    """What smollm2_reference.py wrote, by graph: "float", "fp8", and the latter's codes and scales in "fp8_float32".
+    """What smollm2_reference.py wrote of each computation: the graphs "float" and "fp8", the latter's codes and scales
+    in "fp8_float32", and transformers in "bf16".
 
     windows: [n, WINDOW]. logits: [WINDOW / CHUNK, vocab_size], after CHUNK, 2 CHUNK, … tokens of the first window.
     tokens: [n, WINDOW], the likeliest after each token of each window.
@@ -69,7 +70,7 @@ def reference() -> Reference:
         return Reference(
             directory,
             found["windows"].astype(np.int64),
-            {kind: found[f"{kind}_logits"].astype(np.float32) for kind in ("float", "fp8")},
+            {kind: found[f"{kind}_logits"].astype(np.float32) for kind in ("float", "fp8", "bf16")},
             {kind: found[f"{kind}_tokens"] for kind in ("float", "fp8", "fp8_float32")},
         )
 
@@ -161,8 +162,11 @@ def test_logits_are_the_graphs(way: str, loaded: tuple[str, CudaRunner], referen
     found = WAYS[way](runner, reference.windows[0])
     near = cosines(found, exact)
     if precision == "bf16":
+        # At a few positions BF16 itself is far from float32, whoever computes it.
+        others = cosines(reference.logits["bf16"], exact)
         print(f"bf16, {way}: cosine {near.min():.6f} at least, {near.mean():.6f} on average")
-        assert near.min() >= 0.999
+        print(f"transformers in bf16: {others.min():.6f} at least, {others.mean():.6f} on average")
+        assert near.min() >= min(0.999, others.min()) and near.mean() >= 0.9995
         return
     # Weights are rounded alike; activations differ in their last bits, and so does what E4M3 makes of them.
     ours, own, mutual = error(found, exact), error(graph, exact), error(found, graph)
@@ -208,6 +212,36 @@ def test_batch_1_and_a_full_batch_agree(loaded: tuple[str, CudaRunner], referenc
     else:
         own = error(reference.logits["fp8"], reference.logits["float"])
         assert error(alone, together) <= 2 * own and agreement >= 0.8
+
+
+def negative_log_likelihood(runner: CudaRunner, windows: Ids) -> float:
+    """The mean over all tokens but the first of each window, each decoded in a slot of its own."""
+    if runner.num_blocks:
+        blocks = 1 + np.random.default_rng(0).permutation(runner.num_blocks)
+        for slot, own in enumerate(np.array_split(blocks, runner.max_num_seqs)):
+            runner.set_blocks(slot, 0, own[: WINDOW // runner.block_size].tolist())
+    rows, total = np.arange(len(windows)), 0.0
+    for position in range(WINDOW - 1):
+        runner.start_decode(windows[:, position], np.full(len(rows), position), [None] * len(rows), range(len(rows)))
+        logits = runner.finish_decode().logits.astype(np.float64)
+        highest = logits.max(axis=1)
+        sums = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
+        total += float((sums - logits[rows, windows[:, position + 1]]).sum())
+    return total / (len(rows) * (WINDOW - 1))
+
+
+def test_pages_cost_nothing_and_codes_in_them_little(repository: Path, reference: Reference) -> None:
+    """Perplexity on real text: pages exactly as slots, INT8 keys and values at most 1.005 times that."""
+    found: dict[KvCache, float] = {}
+    for kv_cache in KV_CACHES:
+        settings = EngineSettings(max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=WINDOW, kv_cache=kv_cache)
+        _, runner = load_runner(repository / "bf16-engine" / "1", settings)
+        assert isinstance(runner, CudaRunner)
+        found[kv_cache] = negative_log_likelihood(runner, reference.windows)
+        runner.close()
+    ratio = float(np.exp(found["pages-int8"] - found["slots"]))
+    print(f"perplexity {np.exp(found['slots']):.3f}, with INT8 keys and values {ratio:.5f} times that")
+    assert found["pages"] == found["slots"] and ratio <= 1.005
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

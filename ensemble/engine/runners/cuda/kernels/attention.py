@@ -1,8 +1,10 @@
 """Attention over the slots' KV caches: decode (one token a slot) and prefill (packed chunks of prompts).
 
-Keys and values: [max_num_seqs, KV_HEADS, max_seq_len, D]. A decode program computes all query heads of one key head, so
-that each key is read once. A long cache is split over several programs (flash decoding); the last one to finish merges
-their results. Lengths are tensors, so one captured graph serves all of them.
+Keys and values: [max_num_seqs, KV_HEADS, max_seq_len, D], or [blocks, KV_HEADS, PAGE, D] and a table of each slot's
+blocks; then an iteration reads within one block, and sums in the same order. KV_INT8: they are 8-bit integers, and each
+head of each position has a scale. A decode program computes all query heads of one key head, so that each key is read
+once. A long cache is split over several programs (flash decoding); the last one to finish merges their results. Lengths
+are tensors, so one captured graph serves all of them.
 """
 
 from __future__ import annotations
@@ -10,7 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deepseek_triton.ensemble.engine.runners.cuda.kernels.common import begin, sum_of_parts, wait
+from deepseek_triton.ensemble.engine.runners.cuda.kernels.common import (
+    begin,
+    cache_codes,
+    cache_row,
+    cache_scale,
+    sum_of_parts,
+    wait,
+)
 
 MERGED = tl.constexpr(8)  # partial results of a split cache that the merge loads at once
 
@@ -55,6 +64,9 @@ def decode_attention(
     positions,  # [M] int64, where each slot's token goes; negative: no token
     keys,
     values,
+    table,  # [max_num_seqs, extent] int32
+    key_scales,  # [blocks, KV_HEADS, PAGE] bfloat16
+    value_scales,
     partial,  # [M, KV_HEADS, SPLITS, GROUP, D] float32
     partial_max,  # [M, KV_HEADS, SPLITS, GROUP] float32
     partial_sum,
@@ -62,7 +74,7 @@ def decode_attention(
     out,  # [M, HEADS, D]
     amax,  # [M] float32, raised to the largest |out|
     part_stride,
-    max_seq_len,
+    extent,  # of a slot: positions, or blocks
     scale,  # of the scores, times log2(e)
     eps,
     HEADS: tl.constexpr,
@@ -77,6 +89,8 @@ def decode_attention(
     QK_NORM: tl.constexpr,
     HAS_AMAX: tl.constexpr,
     EARLY: tl.constexpr,  # load the first block before waiting; worth it where few programs run
+    PAGE: tl.constexpr,  # see cache_row; a multiple of BLOCK
+    KV_INT8: tl.constexpr,
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -94,11 +108,11 @@ def decode_attention(
     span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK  # positions of a split
     first = split * span
     last = tl.minimum(first + span, position)  # cached positions end here
-    base = (m * KV_HEADS + head) * max_seq_len
     inside = first + n < last
-    key = (base + first + n)[None, :] * D + d_column
+    rows = cache_row(table, m, head, first, first < last, extent, KV_HEADS, PAGE) + n
+    key = rows[None, :] * D + d_column
     key_mask = inside[None, :] & (d_column < HALF)
-    value = (base + first + n)[:, None] * D + d
+    value = rows[:, None] * D + d
     value_mask = inside[:, None] & (d < HALF)
     if EARLY:
         # Earlier steps wrote these cache entries, not the kernels just before this one: no need to wait.
@@ -106,9 +120,13 @@ def decode_attention(
         k_high = tl.load(keys + key + HALF, mask=key_mask, other=0.0)
         v_low = tl.load(values + value, mask=value_mask, other=0.0)
         v_high = tl.load(values + value + HALF, mask=value_mask, other=0.0)
+        k_scale, v_scale = _scales(key_scales, value_scales, rows, inside, KV_INT8)
     wait(PDL)
     if first < length:
-        dtype = keys.dtype.element_ty
+        if KV_INT8:  # noqa: SIM108 - decided when the kernel is compiled
+            dtype = tl.float32 if PRECISION == "ieee" else tl.bfloat16
+        else:
+            dtype = keys.dtype.element_ty
         row = m * ((HEADS + 2 * KV_HEADS) * D)
         q_mask = (g < SHARED) & (d < HALF)
         q_low, q_high = _rotated(
@@ -129,13 +147,9 @@ def decode_attention(
             new_v_low, new_v_high = _halves(
                 qkv, bias, (row, (HEADS + KV_HEADS + head) * D + d), mask, part_stride, D, NUM_PARTS, HAS_BIAS
             )
-            new_k_low, new_k_high = new_k_low.to(dtype), new_k_high.to(dtype)
-            new_v_low, new_v_high = new_v_low.to(dtype), new_v_high.to(dtype)
-            to_cache = (base + position) * D + d
-            tl.store(keys + to_cache, new_k_low, mask=mask)
-            tl.store(keys + to_cache + HALF, new_k_high, mask=mask)
-            tl.store(values + to_cache, new_v_low, mask=mask)
-            tl.store(values + to_cache + HALF, new_v_high, mask=mask)
+            new_row = cache_row(table, m, head, position, True, extent, KV_HEADS, PAGE)
+            new_k_low, new_k_high = _store(keys, key_scales, new_row, d, new_k_low, new_k_high, D, KV_INT8)
+            new_v_low, new_v_high = _store(values, value_scales, new_row, d, new_v_low, new_v_high, D, KV_INT8)
             best = tl.sum(q_low.to(tl.float32) * new_k_low.to(tl.float32), axis=1)
             best = (best + tl.sum(q_high.to(tl.float32) * new_k_high.to(tl.float32), axis=1)) * scale
             total += 1.0
@@ -145,21 +159,24 @@ def decode_attention(
         if EARLY:
             behind += BLOCK
             best, total, low, high = _decode_block(
-                q_low, q_high, k_low, k_high, v_low, v_high, inside, best, total, low, high, scale, PRECISION
-            )
+                q_low, q_high, k_low, k_high, v_low, v_high, k_scale, v_scale, inside, best, total, low, high, scale,
+                KV_INT8, PRECISION,
+            )  # fmt: skip
         for start in range(behind, last, BLOCK):
             inside = start + n < last
-            key = (base + start + n)[None, :] * D + d_column
+            rows = cache_row(table, m, head, start, True, extent, KV_HEADS, PAGE) + n
+            key = rows[None, :] * D + d_column
             key_mask = inside[None, :] & (d_column < HALF)
-            value = (base + start + n)[:, None] * D + d
+            value = rows[:, None] * D + d
             value_mask = inside[:, None] & (d < HALF)
+            k_scale, v_scale = _scales(key_scales, value_scales, rows, inside, KV_INT8)
             best, total, low, high = _decode_block(
                 q_low, q_high,
                 tl.load(keys + key, mask=key_mask, other=0.0),
                 tl.load(keys + key + HALF, mask=key_mask, other=0.0),
                 tl.load(values + value, mask=value_mask, other=0.0),
                 tl.load(values + value + HALF, mask=value_mask, other=0.0),
-                inside, best, total, low, high, scale, PRECISION,
+                k_scale, v_scale, inside, best, total, low, high, scale, KV_INT8, PRECISION,
             )  # fmt: skip
         is_last = first < length
         if SPLITS > 1:
@@ -167,11 +184,11 @@ def decode_attention(
             if num_splits > 1:
                 group = m * KV_HEADS + head
                 lane = tl.arange(0, GROUP)
-                rows = (group * SPLITS + split) * GROUP
-                tl.store(partial_max + rows + lane, best)
-                tl.store(partial_sum + rows + lane, total)
-                tl.store(partial + (rows + g) * D + d, low, mask=q_mask)
-                tl.store(partial + (rows + g) * D + d + HALF, high, mask=q_mask)
+                own = (group * SPLITS + split) * GROUP
+                tl.store(partial_max + own + lane, best)
+                tl.store(partial_sum + own + lane, total)
+                tl.store(partial + (own + g) * D + d, low, mask=q_mask)
+                tl.store(partial + (own + g) * D + d + HALF, high, mask=q_mask)
                 tl.debug_barrier()  # all threads' stores come before the one thread's atomic
                 is_last = tl.atomic_add(finished_splits + group, 1, sem="acq_rel") == num_splits - 1
                 if is_last:
@@ -188,9 +205,9 @@ def decode_attention(
                     high = tl.zeros([GROUP, BLOCK_HALF], tl.float32)
                     # Merged in split order, whichever program finished last.
                     for other in tl.range(0, num_splits, loop_unroll_factor=MERGED):
-                        rows = (group * SPLITS + other) * GROUP
-                        share = tl.exp2(tl.load(partial_max + rows + lane, cache_modifier=".cg") - best)[:, None]
-                        at = partial + (rows + g) * D + d
+                        its = (group * SPLITS + other) * GROUP
+                        share = tl.exp2(tl.load(partial_max + its + lane, cache_modifier=".cg") - best)[:, None]
+                        at = partial + (its + g) * D + d
                         low += share * tl.load(at, mask=q_mask, other=0.0, cache_modifier=".cg")
                         high += share * tl.load(at + HALF, mask=q_mask, other=0.0, cache_modifier=".cg")
         if is_last:
@@ -205,20 +222,55 @@ def decode_attention(
 
 
 @triton.jit
+def _scales(key_scales, value_scales, rows, inside, KV_INT8: tl.constexpr):
+    """The scales of a block's keys and values; where they aren't codes, something that isn't read."""
+    if KV_INT8:
+        k_scale = tl.load(key_scales + rows, mask=inside, other=1.0).to(tl.float32)
+        v_scale = tl.load(value_scales + rows, mask=inside, other=1.0).to(tl.float32)
+        return k_scale, v_scale
+    else:
+        return inside, inside
+
+
+@triton.jit
+def _store(cache, scales, row, d, low, high, D: tl.constexpr, KV_INT8: tl.constexpr):
+    """Write a head's halves [1, D / 2] to a row of the cache; the halves that will be read from it."""
+    mask = d < D // 2
+    at = cache + row * D + d
+    if KV_INT8:
+        scale = cache_scale(tl.max(tl.where(mask, tl.maximum(tl.abs(low), tl.abs(high)), 0.0)))
+        low, high = cache_codes(low, scale), cache_codes(high, scale)
+        tl.store(scales + row, scale.to(scales.dtype.element_ty))
+        tl.store(at, low.to(cache.dtype.element_ty), mask=mask)
+        tl.store(at + D // 2, high.to(cache.dtype.element_ty), mask=mask)
+        return low * scale, high * scale
+    else:
+        low, high = low.to(cache.dtype.element_ty), high.to(cache.dtype.element_ty)
+        tl.store(at, low, mask=mask)
+        tl.store(at + D // 2, high, mask=mask)
+        return low, high
+
+
+@triton.jit
 def _decode_block(
-    q_low, q_high, k_low, k_high, v_low, v_high, inside, best, total, low, high, scale, PRECISION: tl.constexpr
+    q_low, q_high, k_low, k_high, v_low, v_high, k_scale, v_scale, inside, best, total, low, high, scale,
+    KV_INT8: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys [D / 2, BLOCK] and values [BLOCK, D / 2], in halves, into the running softmax."""
-    score = tl.dot(q_low, k_low, input_precision=PRECISION)
-    score = tl.dot(q_high, k_high, score, input_precision=PRECISION)
+    score = tl.dot(q_low, k_low.to(q_low.dtype), input_precision=PRECISION)
+    score = tl.dot(q_high, k_high.to(q_low.dtype), score, input_precision=PRECISION)
+    if KV_INT8:
+        score *= k_scale[None, :]
     score = tl.where(inside[None, :], score * scale, -float("inf"))
     new_best = tl.maximum(best, tl.max(score, axis=1))
     shrink = tl.exp2(best - new_best)
     p = tl.exp2(score - new_best[:, None])
     total = total * shrink + tl.sum(p, axis=1)
-    p = p.to(v_low.dtype)
-    low = tl.dot(p, v_low, low * shrink[:, None], input_precision=PRECISION)
-    high = tl.dot(p, v_high, high * shrink[:, None], input_precision=PRECISION)
+    if KV_INT8:
+        p *= v_scale[None, :]
+    p = p.to(q_low.dtype)
+    low = tl.dot(p, v_low.to(q_low.dtype), low * shrink[:, None], input_precision=PRECISION)
+    high = tl.dot(p, v_high.to(q_low.dtype), high * shrink[:, None], input_precision=PRECISION)
     return new_best, total, low, high
 
 
@@ -227,9 +279,12 @@ def prefill_attention(
     q,  # [M, HEADS, D], rotated
     keys,
     values,
+    table,
+    key_scales,
+    value_scales,
     tiles,  # [num_tiles, 4] int32: slot, position of the first query, its row in q, how many queries; 0 of these: none
     out,  # [M, HEADS, D]
-    max_seq_len,
+    extent,
     scale,  # of the scores, times log2(e)
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -237,6 +292,8 @@ def prefill_attention(
     BLOCK_D: tl.constexpr,  # >= D
     BM: tl.constexpr,
     BN: tl.constexpr,
+    PAGE: tl.constexpr,  # see cache_row; a multiple of BN
+    KV_INT8: tl.constexpr,
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -251,7 +308,7 @@ def prefill_attention(
     if count > 0:
         m, n = tl.arange(0, BM), tl.arange(0, BN)
         d = tl.arange(0, BLOCK_D)
-        base = (slot * KV_HEADS + head // (HEADS // KV_HEADS)) * max_seq_len
+        kv_head = head // (HEADS // KV_HEADS)
         q_offsets = ((row + m)[:, None] * HEADS + head) * D + d[None, :]
         q_mask = (m < count)[:, None] & (d < D)[None, :]
         queries = tl.load(q + q_offsets, mask=q_mask, other=0.0)
@@ -261,37 +318,47 @@ def prefill_attention(
         end = start + count
         whole = (start + 1) // BN * BN  # every query sees all positions before this one
         for first in range(0, whole, BN):
+            rows = cache_row(table, slot, kv_head, first, True, extent, KV_HEADS, PAGE) + n
             best, total, acc = _attend(
-                queries, keys, values, base, first, n, d, start + m, end, best, total, acc, scale, D, False, PRECISION
-            )
+                queries, keys, values, key_scales, value_scales, rows, first + n, d, start + m, end, best, total, acc,
+                scale, D, False, KV_INT8, PRECISION,
+            )  # fmt: skip
         for first in range(whole, end, BN):
+            rows = cache_row(table, slot, kv_head, first, True, extent, KV_HEADS, PAGE) + n
             best, total, acc = _attend(
-                queries, keys, values, base, first, n, d, start + m, end, best, total, acc, scale, D, True, PRECISION
-            )
+                queries, keys, values, key_scales, value_scales, rows, first + n, d, start + m, end, best, total, acc,
+                scale, D, True, KV_INT8, PRECISION,
+            )  # fmt: skip
         acc /= total[:, None]
         tl.store(out + q_offsets, acc.to(out.dtype.element_ty), mask=q_mask)
 
 
 @triton.jit
 def _attend(
-    queries, keys, values, base, first, n, d, positions, end, best, total, acc, scale,
-    D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    queries, keys, values, key_scales, value_scales, rows, cached, d, positions, end, best, total, acc, scale,
+    D: tl.constexpr, MASKED: tl.constexpr, KV_INT8: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys and values into the running softmax."""
-    offsets = (base + first + n) * D
+    """One block of keys and values, of the positions `cached` at `rows`, into the running softmax."""
+    offsets = rows * D
+    inside = cached < end
     key_mask = (d < D)[:, None]
     value_mask = (d < D)[None, :]
     if MASKED:
-        key_mask = key_mask & (first + n < end)[None, :]
-        value_mask = value_mask & (first + n < end)[:, None]
+        key_mask = key_mask & inside[None, :]
+        value_mask = value_mask & inside[:, None]
     k = tl.load(keys + offsets[None, :] + d[:, None], mask=key_mask, other=0.0)
-    score = tl.dot(queries, k, input_precision=PRECISION) * scale
+    score = tl.dot(queries, k.to(queries.dtype), input_precision=PRECISION) * scale
+    k_scale, v_scale = _scales(key_scales, value_scales, rows, inside, KV_INT8)
+    if KV_INT8:
+        score *= k_scale[None, :]
     if MASKED:
-        score = tl.where(first + n[None, :] <= positions[:, None], score, -float("inf"))
+        score = tl.where(cached[None, :] <= positions[:, None], score, -float("inf"))
     new_best = tl.maximum(best, tl.max(score, axis=1))
     shrink = tl.exp2(best - new_best)
     p = tl.exp2(score - new_best[:, None])
     total = total * shrink + tl.sum(p, axis=1)
     v = tl.load(values + offsets[:, None] + d[None, :], mask=value_mask, other=0.0)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    if KV_INT8:
+        p *= v_scale[None, :]
+    acc = tl.dot(p.to(queries.dtype), v.to(queries.dtype), acc * shrink[:, None], input_precision=PRECISION)
     return new_best, total, acc

@@ -14,6 +14,7 @@
 //
 // The kernel is compiled for one model: the names in capitals below are macros (persistent_decode.py).
 //   HIDDEN INTERMEDIATE HEADS KV_HEADS HEAD_DIM VOCAB LAYERS MAX_SEQ_LEN   the decoder's shape
+//   PAGE         0: a slot's cached positions lie side by side; else they are in blocks of so many, which a table names
 //   FP8          1: the layers' matrices are E4M3 codes, with a scale for each row; 0: bfloat16
 //   QK_NORM      1: the heads of q and k are normed
 //   EPS          of the norms
@@ -57,6 +58,7 @@ static_assert(0 < IN_FLIGHT && IN_FLIGHT < STAGES, "a stage can't be waited for 
 static_assert(HEADS % KV_HEADS == 0 && SHARED_HEADS <= 16, "a warp does at most two heads");
 static_assert(HEAD_DIM % 32 == 0 && HEAD_DIM <= THREADS && THREADS % HALF == 0, "threads share a head's width evenly");
 static_assert(KV_BLOCK <= 32 && KV_HEADS <= BLOCKS, "four positions a warp, at least one block a key head");
+static_assert(!PAGE || PAGE >= KV_BLOCK, "a stage's positions lie in two blocks of the cache at most");
 static_assert(HIDDEN <= THREADS * BLOCKS, "a thread keeps one element of the residual stream");
 
 struct Matrix {
@@ -70,9 +72,20 @@ struct Layer {
     const u16* mlp_norm;
     const u16* qk_norms;  // [2, HEAD_DIM] bfloat16
     Matrix qkv, o, gate_up, down;
-    u16* keys;  // [KV_HEADS, MAX_SEQ_LEN, HEAD_DIM] bfloat16, of slot 0
+    u16* keys;  // [KV_HEADS, MAX_SEQ_LEN, HEAD_DIM] bfloat16, of slot 0; or [blocks, KV_HEADS, PAGE, HEAD_DIM]
     u16* values;
 };
+
+// Where a key head's position is in `keys` and `values`; the next ones follow, up to a multiple of PAGE.
+// table: the blocks of slot 0. Nothing in this kernel writes to it.
+__device__ __forceinline__ i64 cache_offset(const int* table, int head, int position) {
+#if PAGE
+    const i64 row = ((i64)__ldg(table + position / PAGE) * KV_HEADS + head) * PAGE + position % PAGE;
+#else
+    const i64 row = (i64)head * MAX_SEQ_LEN + position;
+#endif
+    return row * HEAD_DIM;
+}
 
 struct Sync {
     u32 arrived;  // arrivals at the grid's barriers
@@ -338,25 +351,29 @@ struct Producer {
     }
 
     // Earlier kernels wrote the cached positions, so there is nothing to wait for.
-    __device__ __forceinline__ void cache(const Layer& layer, const Span& span) {
+    __device__ __forceinline__ void cache(const Layer& layer, const Span& span, const int* table) {
         for (int first = span.first; first < span.last; first += KV_BLOCK) {
-            const u32 bytes = min(KV_BLOCK, span.last - first) * HEAD_DIM * 2;
-            begin(2 * bytes);
-            if (lane < 2) {
-                const u16* source = (lane ? layer.values : layer.keys) + ((i64)span.head * MAX_SEQ_LEN + first) * HEAD_DIM;
-                u8* target = ring.stage() + lane * KV_BLOCK * HEAD_DIM * 2;
-                copy_bulk(target, source, bytes, &ring.full[ring.index], evict_first);
+            const int count = min(KV_BLOCK, span.last - first);
+            begin(2 * count * HEAD_DIM * 2);
+            // Lanes 0 and 1 copy the positions in the first one's block, lanes 2 and 3 those in the next block.
+            const int in_block = PAGE ? min(count, PAGE - first % (PAGE ? PAGE : 1)) : count;
+            const int from = lane < 2 ? 0 : in_block, to = lane < 2 ? in_block : count;
+            if (lane < (PAGE ? 4 : 2) && from < to) {
+                const u16* cached = lane % 2 ? layer.values : layer.keys;
+                u8* target = ring.stage() + (lane % 2 * KV_BLOCK + from) * HEAD_DIM * 2;
+                copy_bulk(target, cached + cache_offset(table, span.head, first + from), (to - from) * HEAD_DIM * 2,
+                          &ring.full[ring.index], evict_first);
             }
             ring.advance();
         }
     }
 
-    __device__ __forceinline__ void run(const Layer* layers, const u8* head, int position) {
+    __device__ __forceinline__ void run(const Layer* layers, const u8* head, const int* table, int position) {
         const Span span = span_of(position);
         for (int i = 0; i < LAYERS; ++i) {
             const Layer& layer = layers[i];
             rows<HIDDEN * ELEMENT>(layer.qkv.weight, share_of(QKV_SIZE));
-            if (span.split < span.num_splits) cache(layer, span);
+            if (span.split < span.num_splits) cache(layer, span, table);
             rows<Q_SIZE * ELEMENT>(layer.o.weight, share_of(HIDDEN));
             gate_up(layer.gate_up.weight, share_of(INTERMEDIATE));
             rows<INTERMEDIATE * ELEMENT>(layer.down.weight, share_of(HIDDEN));
@@ -388,6 +405,7 @@ struct Consumer {
     Work* work;
     u64* const* peer_buffers;    // [RANKS], each [2, RANKS, HIDDEN]
     const u32* given_up;  // not 0: don't wait for other ranks
+    const int* table;     // slot 0's blocks of the cache
     int thread, warp, lane;
     u32 num_sums;  // sums over ranks so far
     u32 barriers = 0;
@@ -709,7 +727,7 @@ struct Consumer {
     __device__ __forceinline__ void load_token(Attention& at, const Layer& layer, const Span& span, int position,
                                                const float* cos, const float* sin) {
         const int head = span.head;
-        const i64 row = ((i64)head * MAX_SEQ_LEN + position) * HEAD_DIM;
+        const i64 row = cache_offset(table, head, position);
         float v = 0.0f;  // loaded before the loop below waits for its loads
         if (span.has_new && thread < HEAD_DIM) v = load1(work->qkv + Q_SIZE + KV_SIZE + head * HEAD_DIM + thread);
         for (int i = warp; i < SHARED_HEADS + span.has_new; i += WARPS) {
@@ -1008,7 +1026,7 @@ struct Consumer {
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     persistent_decode(const i64* ids, const i64* last_tokens, const i64* positions, const u16* embedding,
                       const u16* last_norm, const u8* head, const float* cos, const float* sin, const Layer* layers,
-                      Work* work, u64* const* peer_buffers, const u32* given_up, float* logits) {
+                      const int* table, Work* work, u64* const* peer_buffers, const u32* given_up, float* logits) {
     extern __shared__ __align__(128) u8 memory[];
     u8* scratch = memory + STAGES * STAGE_BYTES;
     float* parts = (float*)(scratch + SCRATCH_BYTES);
@@ -1031,13 +1049,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     if (warp == WARPS) {
         u64 evict_first;
         asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(evict_first));
-        Producer{ring, lane, evict_first}.run(layers, head, (int)position);
+        Producer{ring, lane, evict_first}.run(layers, head, table, (int)position);
         return;
     }
     const i64 id = ids[0], token = id < 0 ? last_tokens[0] : id;
     const u32 num_sums = RANKS > 1 ? load1(&work->sync.num_sums) : 0;
     Consumer consumer{ring, scratch, parts, shared, work, peer_buffers,
-                      given_up, (int)threadIdx.x, warp, lane, num_sums};
+                      given_up, table, (int)threadIdx.x, warp, lane, num_sums};
     consumer.run(layers, embedding, last_norm, cos, sin, (int)position, token, logits);
     if (threadIdx.x == 0) {  // the last block resets the barrier for the next kernel
         u32 before;

@@ -9,7 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deepseek_triton.ensemble.engine.runners.cuda.kernels.common import begin, sum_of_parts, to_codes, token_scale, wait
+from deepseek_triton.ensemble.engine.runners.cuda.kernels.common import (
+    begin,
+    cache_codes,
+    cache_row,
+    cache_scale,
+    sum_of_parts,
+    to_codes,
+    token_scale,
+    wait,
+)
 from deepseek_triton.ensemble.engine.runners.cuda.kernels.exchange import sum_over_ranks
 
 
@@ -49,6 +58,7 @@ def norm_rows(
     norm_weight,  # [H]
     out,  # [M, H] codes, or the network's dtype
     out_scale,  # [M] float32
+    plain,  # [M, H] in the network's dtype, for HAS_PLAIN
     part_stride,
     eps,
     peer_buffers,  # this and the next two: for the sum over all ranks, see exchange.py
@@ -59,6 +69,7 @@ def norm_rows(
     NUM_PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    HAS_PLAIN: tl.constexpr,
     FP8: tl.constexpr,
     MAX_PEER_ROWS: tl.constexpr,
     RANK: tl.constexpr,
@@ -88,6 +99,8 @@ def norm_rows(
         if not HAS_ROWS:  # nothing reads the stream after chosen rows, and a row may be chosen twice
             tl.store(hidden + source * H + column, x, mask=mask)
     y = x * tl.rsqrt(tl.sum(x * x) / H + eps) * weight
+    if HAS_PLAIN:
+        tl.store(plain + m * H + column, y.to(plain.dtype.element_ty), mask=mask)
     if FP8:
         scale = token_scale(tl.max(tl.abs(y)))
         tl.store(out + m * H + column, to_codes(y, scale), mask=mask)
@@ -173,10 +186,13 @@ def rope_rows(
     slots,  # [M] int64
     positions,  # [M] int64; negative: no token
     q,  # [M, HEADS, D]
-    keys,  # [max_num_seqs, KV_HEADS, max_seq_len, D]
+    keys,  # see attention.py
     values,
+    table,
+    key_scales,
+    value_scales,
     part_stride,
-    max_seq_len,
+    extent,
     eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -186,6 +202,8 @@ def rope_rows(
     NUM_PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     QK_NORM: tl.constexpr,
+    PAGE: tl.constexpr,
+    KV_INT8: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Rotate q and k, and write k and v to the cache: the step of prefill between projection and attention."""
@@ -218,14 +236,20 @@ def rope_rows(
         c = tl.where(is_value, 1.0, tl.load(cos + position * HALF + d, mask=d < HALF, other=1.0))
         s = tl.where(is_value, 0.0, tl.load(sin + position * HALF + d, mask=d < HALF, other=0.0))
         low, high = a * c - b * s, b * c + a * s
-        dtype = keys.dtype.element_ty
         to_q = q + m * (HEADS * D) + offsets
-        tl.store(to_q, low.to(dtype), mask=mask & (head < HEADS))
-        tl.store(to_q + HALF, high.to(dtype), mask=mask & (head < HEADS))
+        tl.store(to_q, low.to(q.dtype.element_ty), mask=mask & (head < HEADS))
+        tl.store(to_q + HALF, high.to(q.dtype.element_ty), mask=mask & (head < HEADS))
         is_key = (head >= HEADS) & (head < HEADS + KV_HEADS)
-        key_row = (slot * KV_HEADS + head - HEADS) * max_seq_len + position
-        tl.store(keys + key_row * D + d, low.to(dtype), mask=mask & is_key)
-        tl.store(keys + key_row * D + d + HALF, high.to(dtype), mask=mask & is_key)
-        value_row = (slot * KV_HEADS + head - HEADS - KV_HEADS) * max_seq_len + position
-        tl.store(values + value_row * D + d, low.to(dtype), mask=mask & is_value)
-        tl.store(values + value_row * D + d + HALF, high.to(dtype), mask=mask & is_value)
+        key_row = cache_row(table, slot, head - HEADS, position, True, extent, KV_HEADS, PAGE)
+        value_row = cache_row(table, slot, head - HEADS - KV_HEADS, position, True, extent, KV_HEADS, PAGE)
+        if KV_INT8:
+            magnitude = tl.where(mask, tl.maximum(tl.abs(low), tl.abs(high)), 0.0)
+            scale = cache_scale(tl.max(magnitude, axis=1))[:, None]
+            low, high = cache_codes(low, scale), cache_codes(high, scale)
+            tl.store(key_scales + key_row, scale.to(key_scales.dtype.element_ty), mask=is_key)
+            tl.store(value_scales + value_row, scale.to(value_scales.dtype.element_ty), mask=is_value & (head < ALL))
+        low, high = low.to(keys.dtype.element_ty), high.to(keys.dtype.element_ty)
+        tl.store(keys + key_row * D + d, low, mask=mask & is_key)
+        tl.store(keys + key_row * D + d + HALF, high, mask=mask & is_key)
+        tl.store(values + value_row * D + d, low, mask=mask & is_value)
+        tl.store(values + value_row * D + d + HALF, high, mask=mask & is_value)

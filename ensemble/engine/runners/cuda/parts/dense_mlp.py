@@ -8,6 +8,7 @@ import torch
 
 from deepseek_triton.ensemble.engine.runners.cuda.decode_gemv import DecodeGemv
 from deepseek_triton.ensemble.engine.runners.cuda.linear import DeviceLinear, LinearOps
+from deepseek_triton.ensemble.engine.runners.cuda.parts.part import CudaPart
 from deepseek_triton.ensemble.engine.runners.cuda.parts.residual import Residual
 from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightLoader
 
@@ -57,3 +58,11 @@ class DenseMlpGemv:
         gemv = self._gemv
         gemv.norm_gemv_silu(hidden, weights.norm, weights.gate_up, self._activated)
         gemv.add(self._activated, gemv.mlp_amax, weights.down, hidden)
+
+
+PART = CudaPart(
+    load=lambda loader, part: DenseMlpWeights.load(loader),
+    prefill=lambda tools, part, prompts: DenseMlpForward(tools.ops),
+    decode=lambda tools, part, step: DenseMlpForward(tools.ops),
+    gemv=lambda gemv, tools, part, step: DenseMlpGemv(gemv, part.intermediate_size),
+)

@@ -10,6 +10,7 @@ from deepseek_triton.ensemble.engine.runners.cuda.attention import Attention, Ca
 from deepseek_triton.ensemble.engine.runners.cuda.buffers import Prompts
 from deepseek_triton.ensemble.engine.runners.cuda.decode_gemv import DecodeGemv
 from deepseek_triton.ensemble.engine.runners.cuda.linear import DeviceLinear, LinearOps, Parts
+from deepseek_triton.ensemble.engine.runners.cuda.parts.part import CudaPart, DecodeStep, Tools
 from deepseek_triton.ensemble.engine.runners.cuda.parts.residual import Residual
 from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightLoader
 
@@ -58,44 +59,27 @@ class GqaPrefill:
 
 
 class GqaDecode:
-    """Attention of one token of each slot.
+    """Attention of one token of each slot."""
 
-    Args:
-        positions: [rows] int64; negative: the row has no token.
-        finished_splits: [slots, kv_heads] int32 zeros, and zeros again afterwards.
-        amax: [1] float32, the largest magnitude of a single row's output.
-    """
-
-    def __init__(
-        self,
-        ops: LinearOps,
-        attention: Attention,
-        positions: torch.Tensor,
-        finished_splits: torch.Tensor,
-        amax: torch.Tensor,
-    ) -> None:
-        self._ops, self._attention = ops, attention
-        self._positions, self._finished_splits, self._amax = positions, finished_splits, amax
-        self._output = ops.launch.empty(len(positions), attention.shape.q_size)
+    def __init__(self, ops: LinearOps, attention: Attention, step: DecodeStep) -> None:
+        self._ops, self._attention, self._step = ops, attention, step
+        self._output = ops.launch.empty(len(step.positions), attention.shape.q_size)
 
     def __call__(self, residual: Residual, weights: GqaWeights, cache: Caches) -> None:
         """Run one layer's; cache: that layer's keys and values."""
         self._attention.decode(
             _qkv(self._ops, residual, weights), weights.qkv.bias, weights.qk_norms,
-            self._positions, cache, self._finished_splits, self._output, self._amax,
+            self._step.positions, cache, self._step.finished_splits, self._output, self._step.amax,
         )  # fmt: skip
         _project_output(self._ops, self._output, residual, weights)
 
 
 class GqaDecodeGemv:
-    """Attention of the token of slot 0, by matrix-vector kernels; arguments as `GqaDecode`'s."""
+    """Attention of the token of slot 0, by matrix-vector kernels."""
 
-    def __init__(
-        self, gemv: DecodeGemv, attention: Attention, positions: torch.Tensor, finished_splits: torch.Tensor
-    ) -> None:
+    def __init__(self, gemv: DecodeGemv, attention: Attention, step: DecodeStep) -> None:
         shape = attention.shape
-        self._gemv, self._attention = gemv, attention
-        self._positions, self._finished_splits = positions, finished_splits
+        self._gemv, self._attention, self._step = gemv, attention, step
         self._qkv = gemv.launch.empty(1, 1, shape.q_size + 2 * shape.kv_size)
         self._output = gemv.launch.empty(1, shape.q_size)
 
@@ -105,9 +89,13 @@ class GqaDecodeGemv:
         gemv.norm_gemv(hidden, weights.norm, weights.qkv, self._qkv, gemv.mlp_amax)
         self._attention.decode(
             Parts(self._qkv), None, weights.qk_norms,
-            self._positions, cache, self._finished_splits, self._output, gemv.attention_amax,
+            self._step.positions, cache, self._step.finished_splits, self._output, self._step.amax,
         )  # fmt: skip
         gemv.add(self._output, gemv.attention_amax, weights.o, hidden)
+
+
+def _attention(tools: Tools) -> Attention:
+    return Attention(tools.ops.launch, tools.ops.plan, tools.shape, tools.cos, tools.sin)
 
 
 def _qkv(ops: LinearOps, residual: Residual, weights: GqaWeights) -> Parts:
@@ -120,3 +108,11 @@ def _project_output(ops: LinearOps, output: torch.Tensor, residual: Residual, we
     """Attention's output [rows, q_size] through `o`."""
     projected = ops.multiply(ops.quantise(output, weights.o), weights.o)
     residual.add(ops.sum_over_ranks(projected), weights.o.bias)
+
+
+PART = CudaPart(
+    load=lambda loader, part: GqaWeights.load(loader, qk_norm=part.qk_norm),
+    prefill=lambda tools, part, prompts: GqaPrefill(tools.ops, _attention(tools), prompts),
+    decode=lambda tools, part, step: GqaDecode(tools.ops, _attention(tools), step),
+    gemv=lambda gemv, tools, part, step: GqaDecodeGemv(gemv, _attention(tools), step),
+)

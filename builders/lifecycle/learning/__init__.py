@@ -1,0 +1,1 @@
+"""New data → a checkpoint that knows it: examples, their tokens, LoRA."""

@@ -1,0 +1,25 @@
+"""How much memory the steps of target `cuda` take beside weights and caches: its builder and its runner ask."""
+
+from __future__ import annotations
+
+from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
+from deepseek_triton.ensemble.decoder.moe import MixtureOfExperts
+
+MIB = 2**20
+RESERVE = 512 * MIB  # cuBLAS workspaces, kernels, fragmentation
+COLLECTIVES = 512 * MIB  # NCCL's buffers
+
+
+def step_bytes(shape: DecoderShape, max_num_seqs: int, max_num_batched_tokens: int, num_ranks: int = 1) -> int:
+    """Estimate of the bytes that the largest steps need besides weights and caches."""
+    widest = 2 * shape.intermediate_size + shape.intermediate_size + 6 * shape.hidden_size
+    attention = 2 * shape.q_size
+    if shape.latent is not None:  # each head's query and output are as wide as the latent
+        attention += shape.num_heads * (shape.latent.kv_lora_rank + shape.latent.qk_rope_head_dim)
+    if shape.experts is not None:  # of each of a token's experts: gate_up's output, its codes, and down's output
+        own = MixtureOfExperts(shape.hidden_size, shape.experts, shape.expert_share).own
+        widest += shape.experts.num_experts_per_tok * (own.intermediate_size + shape.hidden_size)
+        widest += 3 * own.shared_size
+    prefill = max_num_batched_tokens * 4 * (widest + attention)
+    logits = 5 * max_num_seqs * shape.vocab_size * 4  # each decode graph has its own, some 3.5 times max_num_seqs rows
+    return prefill + logits + RESERVE + (COLLECTIVES + logits if num_ranks > 1 else 0)

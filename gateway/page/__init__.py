@@ -1,0 +1,1 @@
+"""The page at `/`: models, health, live load, and a chat."""

@@ -1,0 +1,1 @@
+"""What stands between strangers and the routes: keys, limits, bounds, timeouts and the drain."""
