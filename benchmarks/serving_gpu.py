@@ -42,9 +42,11 @@ SETTINGS = {
     "max_num_seqs": max(STREAMS),
     "max_num_batched_tokens": DEFAULTS["max_num_batched_tokens"],
     "max_prefill_stall": DEFAULTS["max_prefill_stall"],
+    "kv_cache": DEFAULTS["kv_cache"],
 }
 MODEL = """\
 from benchmarks.decode_gpu import SHAPE
+from deepseek_triton.ensemble.engine.runners.cuda.pages import CacheForm
 from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
 from deepseek_triton.ensemble.engine.runners.cuda.weights import RandomWeights
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
@@ -56,6 +58,7 @@ def load(directory, settings):
     runner = CudaRunner(
         source, SHAPE,
         max_num_seqs=settings.max_num_seqs, max_num_batched_tokens=settings.max_num_batched_tokens,
+        cache_form=CacheForm(settings.kv_cache),
     )  # fmt: skip
     return Manifest.load(directory), runner
 
@@ -69,7 +72,8 @@ ALONE = """
 import json, sys
 from benchmarks import decode_gpu as gpu
 runner = gpu.CudaRunner(gpu.RandomWeights(gpu.SHAPE, is_fp8=True, has_qkv_bias=True), gpu.SHAPE, max_num_seqs={slots},
-                        max_num_batched_tokens={chunk})
+                        max_num_batched_tokens={chunk}, cache_form=gpu.CacheForm({kv_cache!r}))
+gpu.give_blocks(runner)
 print(json.dumps({{"time_between_tokens_ms": gpu.time_between_tokens(runner) * 1e3,
                   "tokens_per_s": {{n: gpu.tokens_per_second(runner, n) for n in {streams}}}}}))
 """
@@ -148,7 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("name")
     arguments = parser.parse_args(argv)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    program = ALONE.format(slots=max(STREAMS), streams=STREAMS, chunk=DEFAULTS["max_num_batched_tokens"])
+    program = ALONE.format(
+        slots=max(STREAMS), streams=STREAMS, chunk=DEFAULTS["max_num_batched_tokens"], kv_cache=DEFAULTS["kv_cache"]
+    )
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, timeout=240)
     alone = json.loads(done.stdout.splitlines()[-1])
     print("alone:", alone, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import re
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         shared = next((group for fixture, group in SHARED.items() if fixture in used), None)
         item.add_marker(pytest.mark.xdist_group(shared or item.nodeid.partition("::")[0]))
     items.sort(key=rank)
+
+
+@pytest.hookimpl(tryfirst=True)  # before that plugin writes them down
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """--last-failed finds the tests again: xdist's workers add their group to a test's name."""
+    failures = session.config.pluginmanager.get_plugin("lfplugin")
+    if failures is not None:
+        failures.lastfailed = {without_group(name): failed for name, failed in failures.lastfailed.items()}
+
+
+def without_group(name: str) -> str:
+    """ "file::test[a]@group" → "file::test[a]"; what a test's parameters hold stays."""
+    return re.sub(r"@[^@\]]+$", "", name)
 
 
 def rank(item: pytest.Item) -> int:

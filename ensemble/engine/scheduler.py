@@ -47,8 +47,14 @@ class EngineStep:
         return bool(self.prefill or self.decode)
 
 
+# Sequences move down when a step has this many times as many rows as there are sequences.
+MOVING_FROM = 1.5
+
+
 class Scheduler:
     """Assigns slots and plans steps; it uses neither the model nor a clock.
+
+    A step computes every row up to the highest slot in use, so sequences move to free lower slots where the cache can.
 
     If a running sequence's next token finds no room, the newest sequence of the lowest priority gives up its memory and
     waits; its prompt and its output so far are computed again later.
@@ -118,7 +124,10 @@ class Scheduler:
     def schedule(self) -> EngineStep:
         """Admit waiting sequences to free slots and plan the next step, which is empty if there is no work."""
         self._queue_preempted()
-        decode = self._with_room(tuple(s for s in self._running.values() if s.num_begun >= s.num_context))
+        left_out = self._move_down() if self.cache.can_move else set()
+        decode = self._with_room(
+            tuple(s for s in self._running.values() if s.num_begun >= s.num_context and s not in left_out)
+        )
         left = self._budget.tokens(is_decoding=bool(decode))
         chunks: list[PrefillChunk] = []
         for sequence in self._running.values():
@@ -186,6 +195,23 @@ class Scheduler:
         for sequence in landed:
             sequence.num_computed = 0
             self._queue(sequence)
+
+    def _move_down(self) -> set[Sequence]:
+        """Move sequences from the highest slots to free ones; return those that must get their awaited token first."""
+        awaited: set[Sequence] = set()
+        count = len(self._running)
+        if not count or 1 + max(self._running) < MOVING_FROM * count:
+            return awaited
+        for sequence in self._running.values():
+            assert sequence.slot is not None
+            if sequence.slot < count or sequence.num_begun < sequence.num_context:
+                continue
+            if sequence.is_awaited:
+                awaited.add(sequence)
+            else:
+                sequence.slot = self.cache.move(sequence.slot)
+        self._running = {s.slot: s for s in self._running.values() if s.slot is not None}
+        return awaited
 
     def _with_room(self, decode: tuple[Sequence, ...]) -> tuple[Sequence, ...]:
         """Make room for a token of each of `decode`; return those that still run."""

@@ -211,6 +211,8 @@ class PagedFakeRunner(PipelinedFakeRunner):
 
     def set_blocks(self, slot: int, first: int, blocks: Ids[int]) -> None:
         assert all(0 < block <= self.num_blocks for block in blocks)
+        if first == 0:
+            self._ends[slot] = None  # another sequence's
         self.cache.tables[slot, first : first + len(blocks)] = blocks  # type: ignore[attr-defined]
 
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:

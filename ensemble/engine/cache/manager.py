@@ -44,10 +44,12 @@ class CacheManager(Protocol):
     shares_begun: whether `hold` may name tokens that a planned step computes. Such a manager has no copies, and after
     a failed step everything that it holds must be forgotten.
     idle_position: the position that a decode step gets for a slot without a sequence.
+    can_move: whether there is `move`.
     """
 
     shares_begun: bool
     idle_position: int
+    can_move: bool
 
     @property
     def num_free(self) -> int:
@@ -66,6 +68,9 @@ class CacheManager(Protocol):
 
     def grow(self, slot: int, num_tokens: int) -> bool:
         """Make room for the first `num_tokens` positions of `slot`; False: no block is free."""
+
+    def move(self, slot: int) -> int:
+        """Give the sequence in `slot`, of which no call is in flight, the lowest free slot, and return that."""
 
     def hold(self, slot: int, ids: Ids) -> None:
         """Record that the cache of `slot` holds `ids` [n], which later prompts may reuse."""

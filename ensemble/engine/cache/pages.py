@@ -34,6 +34,7 @@ class Pages:
 
     shares_begun = True
     idle_position = -1
+    can_move = True
 
     def __init__(
         self, max_num_seqs: int, max_seq_len: int, *, num_blocks: int, block_size: int, is_reused: bool = True
@@ -86,6 +87,13 @@ class Pages:
             return False
         self._add_blocks(slot, missing)
         return True
+
+    def move(self, slot: int) -> int:
+        """See CacheManager: the other slot's table gets the blocks."""
+        target = heapq.heappushpop(self._free, slot)
+        table = self._tables[target] = self._tables.pop(slot)
+        self._changes.append(TableChange(target, 0, tuple(table.blocks)))
+        return target
 
     def hold(self, slot: int, ids: Ids) -> None:
         """See CacheManager; `ids` begin with those that `slot` held before."""

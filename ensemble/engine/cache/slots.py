@@ -38,7 +38,7 @@ class Slots:
     false disables prefix reuse. Implements `CacheManager`; idle_position: the runner's last one, which isn't reused.
     """
 
-    shares_begun = False
+    shares_begun = can_move = False
     num_blocks = num_free_blocks = 0
 
     def __init__(self, max_num_seqs: int, *, is_reused: bool = True, idle_position: int = 0) -> None:
@@ -76,6 +76,10 @@ class Slots:
     def hold(self, slot: int, ids: Ids) -> None:
         """Record that the KV cache of `slot` holds `ids` [n], which later prompts may reuse."""
         self._held[slot] = _Held(ids, next(self._uses), _beginning(ids))
+
+    def move(self, slot: int) -> int:
+        """See CacheManager: there is no such way."""
+        raise NotImplementedError("a slot's contents stay where they are")
 
     def give_back(self, slot: int) -> None:
         """Free `slot`; its contents can be reused until it is allocated again."""

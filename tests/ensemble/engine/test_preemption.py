@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deepseek_triton.ensemble.engine.runners.base import DeviceSampling, PromptChunk
+from deepseek_triton.ensemble.engine.runners.base import Ids as IdArray
 from tests.ensemble.engine.test_engine import Engine
 from tests.ensemble.engine.test_pipeline import (
     END_IDS,
@@ -158,3 +160,35 @@ def test_after_a_failed_step_nothing_is_found_that_it_should_have_computed() -> 
     assert sink.ids == expected_tokens([*root, 21], 4, VOCAB_SIZE)
     assert engine.loop.metrics.prefix_hits_total == 0
     assert np.count_nonzero(engine.runner.cache.tables) > 0  # type: ignore[attr-defined]
+
+
+class Rows(PagedFakeRunner):
+    """Counts the rows of each decode step."""
+
+    num_rows = 0
+
+    def start_decode(
+        self, ids: IdArray, positions: IdArray, samplings: Sequence[DeviceSampling | None], logits_rows: Sequence[int]
+    ) -> None:
+        self.num_rows = len(ids)
+        super().start_decode(ids, positions, samplings, logits_rows)
+
+
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+def test_the_last_of_many_move_to_the_first_rows(monkeypatch: pytest.MonkeyPatch, steps_in_flight: int) -> None:
+    """A step computes every row up to the highest in use."""
+    monkeypatch.setattr(Rows, "steps_in_flight", steps_in_flight)
+    engine = make(Rows, max_num_seqs=12, num_blocks=120, max_num_batched_tokens=100, end_ids=())
+    lengths = {n: 40 if n % 6 == 4 else 2 + n for n in range(5, 17)}  # the two long ones have slots 5 and 11
+    sinks = {n: engine.submit([n, n + 1, n + 2], max_tokens=length) for n, length in lengths.items()}
+    runner = engine.runner
+    seen: list[tuple[int, int]] = []
+    while not all(sink.is_finished for sink in sinks.values()):
+        engine.step()
+        seen.append((sum(not sink.is_finished for sink in sinks.values()), runner.num_rows))
+    assert max(rows for _, rows in seen) == 12 and seen[-3] == (2, 2)
+    late = [rows for left, rows in seen if left == 2]
+    assert late.count(2) > len(late) - 4, "within a few steps"
+    for n, sink in sinks.items():
+        assert sink.ids == expected_tokens([n, n + 1, n + 2], lengths[n], VOCAB_SIZE)
+    assert engine.loop._scheduler.cache.num_free_blocks == 120

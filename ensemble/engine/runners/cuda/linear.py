@@ -148,7 +148,7 @@ class LinearOps:
     def multiply(self, x: Rows, linear: DeviceLinear) -> Parts:
         """x @ weight.T, without the bias."""
         count, n, k = len(x.values), *linear.weight.shape
-        if self.plan.use_library(count) and not linear.num_blocks:
+        if self.plan.use_library(count) and _library_multiplies(linear):
             return Parts(_library_product(x, linear)[None])
         tile = self.plan.small_m[linear.name]
         row = tile.row_bytes // linear.weight.element_size()
@@ -186,6 +186,11 @@ class LinearOps:
         """Uninitialised memory for `Rows`."""
         out = self.launch.empty(count, width, dtype=torch.float8_e4m3fn if is_fp8 else self.launch.dtype)
         return out, self.launch.empty(count) if is_fp8 else None
+
+
+def _library_multiplies(linear: DeviceLinear) -> bool:
+    """Whether cuBLAS does: not weights with a scale for each block, nor E4M3 whose sizes aren't multiples of 16."""
+    return not linear.num_blocks and not (linear.is_fp8 and any(size % 16 for size in linear.weight.shape))
 
 
 def _library_product(x: Rows, linear: DeviceLinear) -> torch.Tensor:

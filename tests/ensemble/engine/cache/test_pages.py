@@ -93,6 +93,17 @@ class Blocks(RuleBasedStateMachine):
             return
         self.running[slot] = [*tokens, token], num_computed
 
+    @precondition(lambda self: self.running and max(self.running) >= len(self.running))
+    @rule()
+    def move(self) -> None:
+        slot = max(self.running)
+        target = self.pages.move(slot)
+        assert target == min(set(range(self.max_num_seqs)) - set(self.running))
+        self.tables[target], kept = [], self.tables.pop(slot)
+        self.follow()
+        assert self.tables[target] == kept
+        self.running[target] = self.running.pop(slot)
+
     @precondition(lambda self: self.running)
     @rule(data=st.data())
     def end(self, data: st.DataObject) -> None:
