@@ -30,7 +30,6 @@ from deepseek_triton.ensemble.decoder.options import ExpertOptions, LatentOption
 from deepseek_triton.ensemble.engine.runners.base import LAST_TOKEN, DeviceSampling, PromptChunk
 from deepseek_triton.ensemble.engine.runners.cuda.pages import CacheForm
 from deepseek_triton.ensemble.engine.runners.cuda.parallel import ParallelRunner
-from deepseek_triton.ensemble.engine.runners.cuda.plan import FAST, KernelPlan
 from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
 from deepseek_triton.ensemble.engine.runners.cuda.weights import RandomWeights
 from deepseek_triton.ensemble.protocol.settings import KV_CACHES, KvCache
@@ -75,7 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int | str:
     parser.add_argument("--kv-cache", choices=KV_CACHES, default="slots", help="default: %(default)s")
     parser.add_argument("--shape", choices=SHAPES, default="r1-distill-qwen-7b", help="default: %(default)s")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="default: %(default)s")
-    parser.add_argument("--expert-gemv", action="store_true", help="batch 1 of V2-Lite in 8 kernels a layer")
     parser.add_argument("--gpus", type=int, default=1, help="split the model over so many (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -84,11 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int | str:
     ours = measure(
         shape, is_invariant=arguments.invariant, gpus=arguments.gpus, kv_cache=arguments.kv_cache,
         batches=arguments.batches,
-        plan=replace(FAST, expert_gemv=True) if arguments.expert_gemv else None,
     )  # fmt: skip
     name = "cuda" if arguments.gpus == 1 else f"cuda, {arguments.gpus} GPUs"
     name += "" if arguments.kv_cache == "slots" else f", {arguments.kv_cache}"
-    name += ", expert gemv" if arguments.expert_gemv else ""
     write(
         arguments.output or file_of(arguments.shape),
         f"{name} (batch-invariant)" if arguments.invariant else name,
@@ -113,7 +109,6 @@ def measure(
     gpus: int = 1,
     kv_cache: KvCache = "slots",
     batches: Sequence[int] = BATCHES,
-    plan: KernelPlan | None = None,
 ) -> dict[str, Any]:
     """Every figure of one runner, for `batches` and `PROMPTS`; all GPUs together read the floor's bytes."""
     rate = read_rate()
@@ -126,9 +121,7 @@ def measure(
         "cache_form": CacheForm(kv_cache),
     }
     runner: AnyRunner = (
-        CudaRunner(source, shape, plan=plan, **options)
-        if gpus == 1
-        else ParallelRunner(source, shape, size=gpus, **options)
+        CudaRunner(source, shape, **options) if gpus == 1 else ParallelRunner(source, shape, size=gpus, **options)
     )
     give_blocks(runner)
     result: dict[str, Any] = {

@@ -178,10 +178,10 @@ class Rows(PagedFakeRunner):
 def test_the_last_of_many_move_to_the_first_rows(monkeypatch: pytest.MonkeyPatch, steps_in_flight: int) -> None:
     """A step computes every row up to the highest in use."""
     monkeypatch.setattr(Rows, "steps_in_flight", steps_in_flight)
-    engine = make(Rows, max_num_seqs=12, num_blocks=120, max_num_batched_tokens=100, end_ids=())
+    runner = Rows(12, MAX_SEQ_LEN, VOCAB_SIZE, 120)
+    engine = Engine(runner, max_num_batched_tokens=100, end_ids=())
     lengths = {n: 40 if n % 6 == 4 else 2 + n for n in range(5, 17)}  # the two long ones have slots 5 and 11
     sinks = {n: engine.submit([n, n + 1, n + 2], max_tokens=length) for n, length in lengths.items()}
-    runner = engine.runner
     seen: list[tuple[int, int]] = []
     while not all(sink.is_finished for sink in sinks.values()):
         engine.step()

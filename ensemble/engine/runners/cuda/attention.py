@@ -65,6 +65,19 @@ class Caches:
         return Caches(keys, values, self.table, self.key_scales[index], self.value_scales[index])
 
 
+@dataclass(frozen=True)
+class SharedOut:
+    """A decode step's work, each item with a split of one row: see the kernel `share_out`.
+
+    rows, splits: [items] int32. spans: [rows of the step] int32. most: splits of a row at most.
+    """
+
+    rows: torch.Tensor
+    splits: torch.Tensor
+    spans: torch.Tensor
+    most: int
+
+
 class Attention:
     """Rotary embedding, the update of the caches, and attention; cos and sin: [max_seq_len, head_dim / 2]."""
 
@@ -74,12 +87,31 @@ class Attention:
         self.plan, self.shape = plan, shape
         self._launch, self._cos, self._sin = launch, cos, sin
 
+    def share_out(self, positions: torch.Tensor) -> SharedOut:
+        """Decide once for all layers which program of `decode` attends to which cached positions."""
+        launch, count = self._launch, len(positions)
+        splits = self.plan.splits or 0
+        # About two programs a multiprocessor read the long texts, besides one for each row.
+        extra = (
+            count * (splits - 1) if splits else self.plan.extra_items(count, self.shape.num_kv_heads, launch.processors)
+        )
+        items = count + extra
+        rows, item_splits = (launch.empty(items, dtype=torch.int32) for _ in range(2))
+        spans = launch.empty(count, dtype=torch.int32)
+        launch(
+            attention.share_out, (1,), positions, rows, item_splits, spans, count,
+            ITEMS=items, EXTRA=extra, SPLITS=splits, BLOCK=DECODE_BLOCK, ROWS=triton.next_power_of_2(count),
+            ALL_ITEMS=triton.next_power_of_2(items), num_warps=4,
+        )  # fmt: skip
+        return SharedOut(rows, item_splits, spans, splits or extra + 1)
+
     def decode(
         self,
         qkv: Parts,
         bias: torch.Tensor | None,
         qk_norms: torch.Tensor | None,
         positions: torch.Tensor,
+        shared_out: SharedOut,
         cache: Caches,
         finished_splits: torch.Tensor,
         out: torch.Tensor,
@@ -88,6 +120,7 @@ class Attention:
         """Attend with one token of each slot, into `out` [rows, q_size] float32; write its key and value to the cache.
 
         Args:
+            shared_out: of these positions.
             cache: one layer's.
             finished_splits: [slots, kv_heads] int32 zeros, and zeros again afterwards.
             amax: [1], raised to the largest magnitude of `out` where it is a single row.
@@ -95,17 +128,21 @@ class Attention:
         launch, shape, count = self._launch, self.shape, len(positions)
         shared = shape.num_heads // shape.num_kv_heads
         group, half = max(16, triton.next_power_of_2(shared)), max(16, triton.next_power_of_2(shape.head_dim // 2))
-        splits = self.plan.num_splits(count, shape.num_kv_heads, launch.processors)
-        partial = launch.empty(count * shape.num_kv_heads * splits * group, shape.head_dim)
-        partial_max, partial_sum = (launch.empty(count * shape.num_kv_heads * splits * group) for _ in range(2))
+        items = len(shared_out.rows)
+        partial = launch.empty(items * shape.num_kv_heads * group, shape.head_dim)
+        partial_max, partial_sum = (launch.empty(items * shape.num_kv_heads * group) for _ in range(2))
+        # Programs that are few load their first block before they wait.
+        are_few = self.plan.num_splits(count, shape.num_kv_heads, launch.processors) > 1
         launch(
-            attention.decode_attention, (splits, shape.num_kv_heads, count),
+            attention.decode_attention, (shape.num_kv_heads, items),
             qkv.tensor, launch.or_nothing(bias), launch.or_nothing(qk_norms), self._cos, self._sin, positions,
-            *self._of(cache), partial, partial_max, partial_sum, finished_splits, out, amax,
+            shared_out.rows, shared_out.splits, shared_out.spans, *self._of(cache),
+            partial, partial_max, partial_sum, finished_splits, out, amax,
             qkv.stride, cache.extent, shape.head_dim**-0.5 * LOG2_E, shape.rms_norm_eps,
             HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, D=shape.head_dim, GROUP=group, BLOCK_HALF=half,
-            BLOCK=DECODE_BLOCK, SPLITS=splits, NUM_PARTS=qkv.count, HAS_BIAS=bias is not None, QK_NORM=shape.qk_norm,
-            HAS_AMAX=count == 1, EARLY=splits > 1, **_reading(cache), PRECISION=launch.precision, num_warps=4,
+            BLOCK=DECODE_BLOCK, MOST=triton.next_power_of_2(shared_out.most), NUM_PARTS=qkv.count,
+            HAS_BIAS=bias is not None, QK_NORM=shape.qk_norm,
+            HAS_AMAX=count == 1, EARLY=are_few, **_reading(cache), PRECISION=launch.precision, num_warps=4,
         )  # fmt: skip
 
     def rope(

@@ -67,7 +67,7 @@ class Decoder:
         self.decode_gemv = DecodeGemv(self.launch, plan, shape.rms_norm_eps, group)
         self._persistent: PersistentDecode | None = None
         # Ranks of a model with experts add up their parts in the next norm: see `LinearOps.norm`.
-        can_add = shape.is_plain or (group is None and plan.expert_gemv)
+        can_add = shape.is_plain or group is None
         self._has_gemv = bool(plan.gemv) and can_add and all(layer.has_gemv for layer in weights.layers)
 
     def decode(

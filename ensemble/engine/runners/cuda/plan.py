@@ -66,9 +66,8 @@ class ExpertTile:
 class KernelPlan:
     """gemv: tiles of each fused matrix for batch 1; empty: batch 1 uses small_m_gemm too. small_m: tiles, likewise.
 
-    max_small_m_rows: more rows use cuBLAS; None: no number does. splits: programs a slot and key head in decode
-    attention; None: by batch size. experts: tiles by the number of tokens of one. expert_gemv: batch 1 of latent
-    attention and experts takes `gemv` too. No GPU has run it yet; benchmarks.decode_gpu turns it on.
+    max_small_m_rows: more rows use cuBLAS; None: no number does. splits: of each row's cached positions, for each key
+    head; None: by the lengths, those of latent attention by batch size. experts: tiles by the number of tokens of one.
     """
 
     gemv: dict[str, Gemv] = field(default_factory=dict)
@@ -76,7 +75,6 @@ class KernelPlan:
     max_small_m_rows: int | None = MAX_SMALL_M_ROWS
     splits: int | None = None
     experts: dict[int, ExpertTile] = field(default_factory=lambda: EXPERTS)
-    expert_gemv: bool = False
 
     def expert_rows(self, tokens: float) -> int:
         """Tokens of an expert's tile, where an expert gets so many on average."""
@@ -92,6 +90,13 @@ class KernelPlan:
             return self.splits
         wanted = max(1, 2 * num_processors // (rows * num_kv_heads))
         return min(1 << (wanted.bit_length() - 1), MAX_SPLITS)
+
+    def extra_items(self, rows: int, num_kv_heads: int, num_processors: int) -> int:
+        """Splits of a step's attention besides one a row, for each key head: all programs about two a multiprocessor.
+
+        Few rows have at most MAX_SPLITS each on average.
+        """
+        return max(1, min(2 * num_processors // num_kv_heads, rows * (MAX_SPLITS - 1)))
 
 
 MAX_SPLITS = 32

@@ -283,9 +283,9 @@ def tolerance(form: str) -> float:
 
 
 @pytest.mark.parametrize("form", CACHES)
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("splits", [1, 4, None])
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_decode_attention_at_every_kind_of_length(qk_norm: bool, splits: int, form: str) -> None:
+def test_decode_attention_at_every_kind_of_length(qk_norm: bool, splits: int | None, form: str) -> None:
     shape = replace(SHAPE, qk_norm=qk_norm)
     d = decoder(shape=shape)
     d.attention.plan = replace(FAST, splits=splits)
@@ -295,10 +295,10 @@ def test_decode_attention_at_every_kind_of_length(qk_norm: bool, splits: int, fo
     before = filled.copy()
     qkv, bias = random(2, len(positions), 10 * 24, seed=4), random(240, seed=3)
     out = torch.full((len(positions), shape.q_size), torch.nan, device=DEVICE)
+    where = torch.tensor(positions, device=DEVICE)
     d.attention.decode(
         Parts(qkv), bias, d.weights.layers[0].attention.qk_norms,
-        torch.tensor(positions, device=DEVICE), filled.caches.layer(0), finished_splits, out,
-        d.decode_gemv.attention_amax,
+        where, d.attention.share_out(where), filled.caches.layer(0), finished_splits, out, d.decode_gemv.attention_amax,
     )  # fmt: skip
     for slot, position in enumerate(positions):
         keys, values = before.of_slot(slot)
@@ -313,6 +313,41 @@ def test_decode_attention_at_every_kind_of_length(qk_norm: bool, splits: int, fo
         assert error(found_keys, keys) < tolerance(form)
         assert error(found_values, values) < tolerance(form)
     assert not finished_splits.any()
+
+
+@pytest.mark.parametrize("splits", [None, 1, 8])
+@pytest.mark.parametrize(
+    "positions",
+    [
+        [0],
+        [5000],
+        [-1, -1],
+        [100] * 40,
+        [-1, 31_000, 70, -1, 64, 900, 0],
+        [*range(0, 300, 7)],
+        [31_000] * 5 + [10] * 60,
+    ],
+)
+def test_every_position_is_in_one_split_and_long_texts_have_many(positions: list[int], splits: int | None) -> None:
+    d, processors = decoder(), 132
+    d.attention.plan, d.launch.processors = replace(FAST, splits=splits), processors
+    work = d.attention.share_out(torch.tensor(positions, device=DEVICE))
+    rows, parts, spans = (tensor.tolist() for tensor in (work.rows, work.splits, work.spans))
+    read = {row: 0 for row, position in enumerate(positions) if position >= 0}
+    last = -1
+    for row, part in zip(rows, parts, strict=True):
+        if row < 0:
+            assert last != -2, "unused items come last"
+            continue
+        assert row > last or (row == last and part * spans[row] == read[row]), "a row's stand in their order"
+        last, read[row] = row, min((part + 1) * spans[row], positions[row] + 1)
+        assert spans[row] % 64 == 0 and part < work.most
+    assert read == {row: position + 1 for row, position in enumerate(positions) if position >= 0}
+    total = sum(max(0, position + 1) for position in positions)
+    if splits is None:
+        even = total * SHAPE.num_kv_heads / (2 * processors)
+        assert len(rows) * SHAPE.num_kv_heads <= 2 * processors + len(positions) * SHAPE.num_kv_heads
+        assert len(set(spans)) == 1 and (spans[0] < even + 2 * 64 or len(positions) < 5)
 
 
 @pytest.mark.parametrize("form", CACHES)
@@ -362,7 +397,8 @@ def test_pages_give_the_bits_that_slots_give() -> None:
             out = torch.full((3, SHAPE.q_size), torch.nan, device=DEVICE)
             finished = torch.zeros(3, 2, dtype=torch.int32, device=DEVICE)
             amax = d.decode_gemv.attention_amax
-            d.attention.decode(Parts(qkv), None, norms, positions, filled.caches.layer(0), finished, out, amax)
+            work, cache = d.attention.share_out(positions), filled.caches.layer(0)
+            d.attention.decode(Parts(qkv), None, norms, positions, work, cache, finished, out, amax)
             found.append(out)
     assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])
 

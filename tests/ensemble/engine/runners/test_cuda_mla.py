@@ -29,7 +29,6 @@ from deepseek_triton.ensemble.decoder.options import LatentOptions
 from deepseek_triton.ensemble.decoder.part import WHOLE, Shard
 from deepseek_triton.ensemble.engine.runners.base import PromptChunk, RunnerError
 from deepseek_triton.ensemble.engine.runners.cuda.pages import CacheForm
-from deepseek_triton.ensemble.engine.runners.cuda.plan import FAST
 from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
 from deepseek_triton.ensemble.engine.runners.cuda.weights import RandomWeights, StoredWeights
 from deepseek_triton.ensemble.protocol.settings import KvCache
@@ -79,8 +78,6 @@ def make(
     shape: DecoderShape = SHAPE, *, is_fp8: bool = False, kind: KvCache = "pages", tokens: int = 0, **more: Any
 ) -> CudaRunner:
     options: dict[str, Any] = {"dtype": DTYPE, "device": str(DEVICE), "max_num_batched_tokens": 64, "max_num_seqs": 3}
-    if not more.get("is_invariant"):
-        options["plan"] = replace(FAST, expert_gemv=True)
     runner = CudaRunner(Weights(shape, is_fp8=is_fp8), shape, cache_form=CacheForm(kind, tokens), **{**options, **more})
     if kind == "pages":  # blocks in no order
         width = -(-shape.max_seq_len // runner.block_size)
@@ -153,17 +150,16 @@ def test_a_built_decoders_logits_are_those_of_transformers_past_the_trained_leng
     written = write_weights(spec, open_checkpoint(checkpoint).read, tmp_path, max_seq_len=128)
     shape = decoder_shape(spec, 128)
     runner = CudaRunner(
-        StoredWeights(written.path), shape, max_num_seqs=1, max_num_batched_tokens=80, dtype=DTYPE, device=str(DEVICE)
-    )
+        StoredWeights(written.path), shape, max_num_seqs=1, max_num_batched_tokens=80, device=str(DEVICE),
+        dtype=torch.float32,  # in bfloat16 a router may choose another expert
+    )  # fmt: skip
     ids = text(81)
     with torch.no_grad():
         expected = load_reference(checkpoint)(torch.tensor(ids)[None]).logits[0].double()
-    least = 0.999 if HAS_GPU else 0.9999999
-    assert cosine(runner.prefill(0, ids[:80], 0), expected[79]) > least
+    assert cosine(runner.prefill(0, ids[:80], 0), expected[79]) > 0.9999999
     found = runner.decode(ids[80:], np.array([80]))[0]
-    assert cosine(found, expected[80]) > least
-    if not HAS_GPU:
-        np.testing.assert_allclose(found, expected[80].numpy(), atol=1e-3)
+    assert cosine(found, expected[80]) > 0.9999999
+    np.testing.assert_allclose(found, expected[80].numpy(), atol=1e-3)
 
 
 def test_a_manifest_of_an_engine_keeps_its_latent_attention(tmp_path: Path) -> None:

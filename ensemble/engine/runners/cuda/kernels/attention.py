@@ -3,8 +3,9 @@
 Keys and values: [max_num_seqs, KV_HEADS, max_seq_len, D], or [blocks, KV_HEADS, PAGE, D] and a table of each slot's
 blocks; then an iteration reads within one block, and sums in the same order. KV_INT8: they are 8-bit integers, and each
 head of each position has a scale. A decode program computes all query heads of one key head, so that each key is read
-once. A long cache is split over several programs (flash decoding); the last one to finish merges their results. Lengths
-are tensors, so one captured graph serves all of them.
+once. A long cache is split over several programs (flash decoding); the last one to finish merges their results.
+`share_out` decides once a step which program attends to what, so that a few long texts among short ones hold up nobody.
+Lengths are tensors, so one captured graph serves all of them.
 """
 
 from __future__ import annotations
@@ -55,20 +56,59 @@ def _halves(parts, bias, offsets, mask, part_stride, D: tl.constexpr, NUM_PARTS:
 
 
 @triton.jit
+def share_out(
+    positions,  # [M] int64, where each slot's token goes; negative: no token
+    item_rows,  # [ITEMS] int32: whose positions an item has; -1: there is no such item
+    item_splits,  # [ITEMS] int32: which of the row's splits; a row's items stand in their order
+    spans,  # [M] int32: positions of each of a row's splits
+    count,  # M
+    ITEMS: tl.constexpr,
+    EXTRA: tl.constexpr,  # ITEMS - M: all rows have splits of the same length, which uses no more items than that
+    SPLITS: tl.constexpr,  # each row has so many, whatever the others' lengths; 0: see EXTRA
+    BLOCK: tl.constexpr,  # a split's length is a multiple of it
+    ROWS: tl.constexpr,  # >= M, a power of two
+    ALL_ITEMS: tl.constexpr,  # >= ITEMS, likewise
+    PDL: tl.constexpr,
+):
+    """Cut the cached positions of all rows into splits. One program.
+
+    It doesn't `begin`: the next kernels start when it has ended, and may read its results before they wait.
+    """
+    wait(PDL)
+    m = tl.arange(0, ROWS)
+    length = tl.maximum(tl.load(positions + m, mask=m < count, other=-1).to(tl.int32) + 1, 0)
+    if SPLITS > 0:
+        span = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK), 1) * BLOCK
+    else:
+        span = tl.full([ROWS], BLOCK, tl.int32) * tl.maximum(tl.cdiv(tl.cdiv(tl.sum(length), EXTRA), BLOCK), 1)
+    splits = tl.cdiv(length, span)
+    first = tl.cumsum(splits, 0) - splits
+    item = tl.arange(0, ALL_ITEMS)
+    tl.store(item_rows + item, tl.full([ALL_ITEMS], -1, tl.int32), mask=(item >= tl.sum(splits)) & (item < ITEMS))
+    tl.store(spans + m, span, mask=m < count)
+    for split in range(0, tl.max(splits)):
+        tl.store(item_rows + first + split, m, mask=split < splits)
+        tl.store(item_splits + first + split, tl.full([ROWS], 0, tl.int32) + split, mask=split < splits)
+
+
+@triton.jit
 def decode_attention(
     qkv,  # [NUM_PARTS, M, (HEADS + 2 KV_HEADS) D]
     bias,  # float32
     norms,  # [2, D]: of q and of k
     cos,  # [max_seq_len, D / 2] float32
     sin,
-    positions,  # [M] int64, where each slot's token goes; negative: no token
+    positions,  # see share_out
+    item_rows,
+    item_splits,
+    spans,
     keys,
     values,
     table,  # [max_num_seqs, extent] int32
     key_scales,  # [blocks, KV_HEADS, PAGE] bfloat16
     value_scales,
-    partial,  # [M, KV_HEADS, SPLITS, GROUP, D] float32
-    partial_max,  # [M, KV_HEADS, SPLITS, GROUP] float32
+    partial,  # [ITEMS, KV_HEADS, GROUP, D] float32
+    partial_max,  # [ITEMS, KV_HEADS, GROUP] float32
     partial_sum,
     finished_splits,  # [M, KV_HEADS] int32, 0 before and after
     out,  # [M, HEADS, D]
@@ -83,7 +123,7 @@ def decode_attention(
     GROUP: tl.constexpr,  # >= HEADS / KV_HEADS, a power of two, at least 16
     BLOCK_HALF: tl.constexpr,  # >= D / 2, likewise
     BLOCK: tl.constexpr,  # positions read at a time
-    SPLITS: tl.constexpr,
+    MOST: tl.constexpr,  # >= the splits of a row, a power of two
     NUM_PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     QK_NORM: tl.constexpr,
@@ -98,15 +138,18 @@ def decode_attention(
     begin(PDL)
     HALF: tl.constexpr = D // 2
     SHARED: tl.constexpr = HEADS // KV_HEADS
-    split, head, m = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    position = tl.load(positions + m)
+    head, item = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row = tl.load(item_rows + item)
+    m = tl.maximum(row, 0).to(tl.int64)
+    split = tl.load(item_splits + item)
+    position = tl.where(row < 0, -1, tl.load(positions + m))
     g = tl.arange(0, GROUP)[:, None]
     d = tl.arange(0, BLOCK_HALF)[None, :]
     d_column = tl.arange(0, BLOCK_HALF)[:, None]
     n = tl.arange(0, BLOCK)
     length = position + 1
-    span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK  # positions of a split
-    first = split * span
+    span = tl.load(spans + m)
+    first = tl.where(row < 0, 0, split) * span
     last = tl.minimum(first + span, position)  # cached positions end here
     inside = first + n < last
     rows = cache_row(table, m, head, first, first < last, extent, KV_HEADS, PAGE) + n
@@ -127,10 +170,10 @@ def decode_attention(
             dtype = tl.float32 if PRECISION == "ieee" else tl.bfloat16
         else:
             dtype = keys.dtype.element_ty
-        row = m * ((HEADS + 2 * KV_HEADS) * D)
+        projected = m * ((HEADS + 2 * KV_HEADS) * D)
         q_mask = (g < SHARED) & (d < HALF)
         q_low, q_high = _rotated(
-            qkv, bias, norms, cos, sin, (row, (head * SHARED + g) * D + d), q_mask, d, position, part_stride, eps,
+            qkv, bias, norms, cos, sin, (projected, (head * SHARED + g) * D + d), q_mask, d, position, part_stride, eps,
             D, NUM_PARTS, HAS_BIAS, QK_NORM,
         )  # fmt: skip
         q_low, q_high = q_low.to(dtype), q_high.to(dtype)
@@ -141,11 +184,11 @@ def decode_attention(
         if first + span > position:  # the new token belongs to this split
             mask = d < HALF
             new_k_low, new_k_high = _rotated(
-                qkv, bias, norms + D, cos, sin, (row, (HEADS + head) * D + d), mask, d, position, part_stride, eps,
-                D, NUM_PARTS, HAS_BIAS, QK_NORM,
+                qkv, bias, norms + D, cos, sin, (projected, (HEADS + head) * D + d), mask, d, position, part_stride,
+                eps, D, NUM_PARTS, HAS_BIAS, QK_NORM,
             )  # fmt: skip
             new_v_low, new_v_high = _halves(
-                qkv, bias, (row, (HEADS + KV_HEADS + head) * D + d), mask, part_stride, D, NUM_PARTS, HAS_BIAS
+                qkv, bias, (projected, (HEADS + KV_HEADS + head) * D + d), mask, part_stride, D, NUM_PARTS, HAS_BIAS
             )
             new_row = cache_row(table, m, head, position, True, extent, KV_HEADS, PAGE)
             new_k_low, new_k_high = _store(keys, key_scales, new_row, d, new_k_low, new_k_high, D, KV_INT8)
@@ -179,37 +222,36 @@ def decode_attention(
                 k_scale, v_scale, inside, best, total, low, high, scale, KV_INT8, PRECISION,
             )  # fmt: skip
         is_last = first < length
-        if SPLITS > 1:
-            num_splits = tl.cdiv(length, span)
-            if num_splits > 1:
-                group = m * KV_HEADS + head
-                lane = tl.arange(0, GROUP)
-                own = (group * SPLITS + split) * GROUP
-                tl.store(partial_max + own + lane, best)
-                tl.store(partial_sum + own + lane, total)
-                tl.store(partial + (own + g) * D + d, low, mask=q_mask)
-                tl.store(partial + (own + g) * D + d + HALF, high, mask=q_mask)
-                tl.debug_barrier()  # all threads' stores come before the one thread's atomic
-                is_last = tl.atomic_add(finished_splits + group, 1, sem="acq_rel") == num_splits - 1
-                if is_last:
-                    tl.store(finished_splits + group, 0)
-                    others = tl.arange(0, SPLITS)[:, None]
-                    each = (group * SPLITS + others) * GROUP + lane[None, :]
-                    maxima = tl.load(
-                        partial_max + each, mask=others < num_splits, other=-float("inf"), cache_modifier=".cg"
-                    )
-                    sums = tl.load(partial_sum + each, mask=others < num_splits, other=0.0, cache_modifier=".cg")
-                    best = tl.max(maxima, axis=0)
-                    total = tl.sum(sums * tl.exp2(maxima - best[None, :]), axis=0)
-                    low = tl.zeros([GROUP, BLOCK_HALF], tl.float32)
-                    high = tl.zeros([GROUP, BLOCK_HALF], tl.float32)
-                    # Merged in split order, whichever program finished last.
-                    for other in tl.range(0, num_splits, loop_unroll_factor=MERGED):
-                        its = (group * SPLITS + other) * GROUP
-                        share = tl.exp2(tl.load(partial_max + its + lane, cache_modifier=".cg") - best)[:, None]
-                        at = partial + (its + g) * D + d
-                        low += share * tl.load(at, mask=q_mask, other=0.0, cache_modifier=".cg")
-                        high += share * tl.load(at + HALF, mask=q_mask, other=0.0, cache_modifier=".cg")
+        num_splits = tl.cdiv(length, span)
+        if num_splits > 1:
+            lane = tl.arange(0, GROUP)
+            own = (item * KV_HEADS + head) * GROUP
+            tl.store(partial_max + own + lane, best)
+            tl.store(partial_sum + own + lane, total)
+            tl.store(partial + (own + g) * D + d, low, mask=q_mask)
+            tl.store(partial + (own + g) * D + d + HALF, high, mask=q_mask)
+            tl.debug_barrier()  # all threads' stores come before the one thread's atomic
+            group = m * KV_HEADS + head
+            is_last = tl.atomic_add(finished_splits + group, 1, sem="acq_rel") == num_splits - 1
+            if is_last:
+                tl.store(finished_splits + group, 0)
+                others = tl.arange(0, MOST)[:, None]
+                each = ((item - split + others) * KV_HEADS + head) * GROUP + lane[None, :]
+                maxima = tl.load(
+                    partial_max + each, mask=others < num_splits, other=-float("inf"), cache_modifier=".cg"
+                )
+                sums = tl.load(partial_sum + each, mask=others < num_splits, other=0.0, cache_modifier=".cg")
+                best = tl.max(maxima, axis=0)
+                total = tl.sum(sums * tl.exp2(maxima - best[None, :]), axis=0)
+                low = tl.zeros([GROUP, BLOCK_HALF], tl.float32)
+                high = tl.zeros([GROUP, BLOCK_HALF], tl.float32)
+                # Merged in split order, whichever program finished last.
+                for other in tl.range(0, num_splits, loop_unroll_factor=MERGED):
+                    its = ((item - split + other) * KV_HEADS + head) * GROUP
+                    share = tl.exp2(tl.load(partial_max + its + lane, cache_modifier=".cg") - best)[:, None]
+                    at = partial + (its + g) * D + d
+                    low += share * tl.load(at, mask=q_mask, other=0.0, cache_modifier=".cg")
+                    high += share * tl.load(at + HALF, mask=q_mask, other=0.0, cache_modifier=".cg")
         if is_last:
             low /= total[:, None]
             high /= total[:, None]

@@ -64,12 +64,13 @@ class GqaDecode:
     def __init__(self, ops: LinearOps, attention: Attention, step: DecodeStep) -> None:
         self._ops, self._attention, self._step = ops, attention, step
         self._output = ops.launch.empty(len(step.positions), attention.shape.q_size)
+        self._shared_out = attention.share_out(step.positions)
 
     def __call__(self, residual: Residual, weights: GqaWeights, cache: Caches) -> None:
         """Run one layer's; cache: that layer's keys and values."""
         self._attention.decode(
             _qkv(self._ops, residual, weights), weights.qkv.bias, weights.qk_norms,
-            self._step.positions, cache, self._step.finished_splits, self._output, self._step.amax,
+            self._step.positions, self._shared_out, cache, self._step.finished_splits, self._output, self._step.amax,
         )  # fmt: skip
         _project_output(self._ops, self._output, residual, weights)
 
@@ -82,6 +83,7 @@ class GqaDecodeGemv:
         self._gemv, self._attention, self._step = gemv, attention, step
         self._qkv = gemv.launch.empty(1, 1, shape.q_size + 2 * shape.kv_size)
         self._output = gemv.launch.empty(1, shape.q_size)
+        self._shared_out = attention.share_out(step.positions)
 
     def __call__(self, hidden: torch.Tensor, weights: GqaWeights, cache: Caches) -> None:
         """Run one layer's on `hidden` [1, hidden_size]; cache: that layer's keys and values."""
@@ -89,7 +91,7 @@ class GqaDecodeGemv:
         gemv.norm_gemv(hidden, weights.norm, weights.qkv, self._qkv, gemv.mlp_amax)
         self._attention.decode(
             Parts(self._qkv), None, weights.qk_norms,
-            self._step.positions, cache, self._step.finished_splits, self._output, self._step.amax,
+            self._step.positions, self._shared_out, cache, self._step.finished_splits, self._output, self._step.amax,
         )  # fmt: skip
         gemv.add(self._output, gemv.attention_amax, weights.o, hidden)
 
