@@ -2,7 +2,7 @@
 
 TEXT is cut in two: the front is trained on, the end is predicted. For each ratio of FFN channels the student is
 measured as pruned, and after `recover` with each learning rate, whole and with LoRA. Writes
-benchmarks/results/recover-gpu.{json,md,png} after each row, with `--device cpu` recover-cpu. No GPU has run it yet.
+benchmarks/results/recover-gpu.{json,md,png} after each row, with `--device cpu` recover-cpu.
 The same command again goes on: rows of the same training on the same tokens aren't made again. On two cores:
 --device cpu --steps 12 --batch-size 2 --micro-batch 2 --window 128 --tokens 1022 --judged-windows 6
 """

@@ -18,6 +18,7 @@ MEMORY_EFFICIENCY = 0.915  # of the published rate: a plain read of an H100's me
 EXPERT_EFFICIENCY = 0.8  # the same of routed experts' weights: each is read for few tokens
 LINK_EFFICIENCY = 0.45  # all-reduces and the narrower products of a split
 ONE_KERNEL_S = 13e-6  # of a layer beyond reading, where one persistent kernel decodes one sequence
+ONE_OF_EXPERTS_S = 44e-6  # the same of a layer with experts on one GPU, whose kernels for one sequence are fewer
 LAUNCH_S = 170e-6  # of a layer of a prompt at least: its kernels one after the other, however few tokens it has
 PEER_ROWS = 64  # that GPUs of a machine add up in each other's memory at most; NCCL does it with more
 # Of an all-reduce of few bytes
@@ -47,7 +48,7 @@ def formulas(has_experts: bool) -> tuple[str, ...]:
     """The formulas with a kind's constants, as a plan prints them."""
     kind = EXPERTS if has_experts else DENSE
     experts = f" (routed experts: {EXPERT_EFFICIENCY})" if has_experts else ""
-    one = "" if has_experts else f" ({ONE_KERNEL_S * 1e6:.0f} for one sequence)"
+    one = f" ({(ONE_OF_EXPERTS_S if has_experts else ONE_KERNEL_S) * 1e6:.0f} for one sequence)"
     prompt = f"read + operations / ({kind.prompt_compute} · FLOP rate)"
     if not kind.adds_reading:
         prompt = prompt.replace("read +", "max(read,") + ")"
@@ -90,6 +91,8 @@ class StepTimes:
         operations = self._operations(self._own(num_sequences), self.share.flops_per_token, attention)
         is_one_kernel = num_sequences == 1 and self._has_one_kernel
         layer = ONE_KERNEL_S if is_one_kernel else self._reached.step_layer_s
+        if num_sequences == 1 and self.spec.experts is not None and self._where == "alone":
+            layer = ONE_OF_EXPERTS_S
         exchange = self._exchange(num_sequences, "one kernel" if is_one_kernel else self._where)
         return read + operations / self._reached.step_compute + self.spec.num_layers * layer + exchange
 

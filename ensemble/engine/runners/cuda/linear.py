@@ -19,6 +19,9 @@ from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import MAX_PEER_R
 from deepseek_triton.ensemble.engine.runners.cuda.plan import KernelPlan
 from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightLoader
 
+# Of a matrix that is asked into L2 before its kernel may begin: larger ones push out each other's rows.
+MAX_PREFETCHED_BYTES = 12 * 2**20
+
 
 @dataclass(frozen=True)
 class DeviceLinear:
@@ -159,7 +162,8 @@ class LinearOps:
             x.values, self.launch.or_nothing(x.scale), linear.weight, self.launch.or_nothing(linear.scale), parts,
             count,
             N=n, K=k, BM=bm, BN=tile.bn, BK=BLOCK_COLUMNS if linear.num_blocks else row, BLOCKS=linear.num_blocks,
-            NUM_PARTS=tile.num_parts, FP8=linear.is_fp8, PREFETCH=self.launch.prefetches and bm == 16,
+            NUM_PARTS=tile.num_parts, FP8=linear.is_fp8,
+            PREFETCH=self.launch.prefetches and bm == 16 and linear.weight.nbytes <= MAX_PREFETCHED_BYTES,
             LINE=min(tile.row_bytes, 128) // linear.weight.element_size(), PRECISION=self.launch.precision,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
