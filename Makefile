@@ -39,9 +39,10 @@ example-image: $(VENV)/installed-image  ## examples/image_report: an image in, a
 	$(BIN)/python -m scripts.example_image $(OPTIONS)
 
 # Some tests of a real server measure how soon it reacts: nothing else runs beside them.
-# A busy machine can make a test beside others fail that is right: those that failed run once more, alone.
+# A busy machine can make a test beside others fail that is right: a few that failed run once more, alone. Exit status 1 says
+# that there are no more than a few, and no error outside of a test (tests/conftest.py).
 test: $(VENV)/installed-test  ## the whole suite
-	$(PYTEST) $(PARALLEL) -n 3 -m 'not timed' || { \
+	$(PYTEST) $(PARALLEL) -n 3 -m 'not timed' --cache-clear || { \
 	    [ $$? = 1 ] && $(PYTEST) --last-failed --last-failed-no-failures none -m 'not timed'; }
 	$(PYTEST) -m timed $(TIMED)
 

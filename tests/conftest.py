@@ -35,6 +35,8 @@ SHARED = {"smollm2_repository": "server", "server": "server", "tiny_server": "ti
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("suite")
+# `make test` runs so many failed tests at most once more, alone; NOT_AGAIN is the exit status if it must not.
+MOST_RUN_AGAIN, NOT_AGAIN = 3, 10
 MAX_ID_LEN = 64  # characters of a parameter in a test's name
 
 
@@ -56,12 +58,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank)
 
 
-@pytest.hookimpl(tryfirst=True)  # before that plugin writes them down
+failed: list[str] = []  # this run's tests
+errors: list[str] = []  # of fixtures: a server that died, say
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Remember what failed."""
+    if report.failed:
+        (failed if report.when == "call" else errors).append(report.nodeid)
+
+
+@pytest.hookimpl(tryfirst=True)  # before the plugin of --last-failed writes them down
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """--last-failed finds the tests again: xdist's workers add their group to a test's name."""
+    """Let --last-failed find the tests again: xdist's workers add their group to a test's name.
+
+    The exit status tells whether they may be run again.
+    """
     failures = session.config.pluginmanager.get_plugin("lfplugin")
     if failures is not None:
-        failures.lastfailed = {without_group(name): failed for name, failed in failures.lastfailed.items()}
+        failures.lastfailed = {without_group(name): is_failed for name, is_failed in failures.lastfailed.items()}
+    if session.exitstatus == pytest.ExitCode.TESTS_FAILED and (errors or len(failed) > MOST_RUN_AGAIN):
+        session.exitstatus = NOT_AGAIN
 
 
 def without_group(name: str) -> str:

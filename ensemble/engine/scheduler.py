@@ -47,7 +47,7 @@ class EngineStep:
         return bool(self.prefill or self.decode)
 
 
-# Sequences move down when a step has this many times as many rows as there are sequences.
+# Sequences wait for their token to move down when a step has this many times as many rows as there are sequences.
 MOVING_FROM = 1.5
 
 
@@ -128,7 +128,7 @@ class Scheduler:
         decode = self._with_room(
             tuple(s for s in self._running.values() if s.num_begun >= s.num_context and s not in left_out)
         )
-        left = self._budget.tokens(is_decoding=bool(decode))
+        left = self._budget.tokens(is_decoding=bool(decode or left_out))
         chunks: list[PrefillChunk] = []
         for sequence in self._running.values():
             left = self._add_chunk(chunks, sequence, left)
@@ -197,19 +197,24 @@ class Scheduler:
             self._queue(sequence)
 
     def _move_down(self) -> set[Sequence]:
-        """Move sequences from the highest slots to free ones; return those that must get their awaited token first."""
+        """Move sequences from the highest slots to free ones; return those that must get their awaited token first.
+
+        A move costs nothing; to wait for a token costs a step, so nobody waits whose place a newcomer is about to take.
+        """
         awaited: set[Sequence] = set()
-        count = len(self._running)
-        if not count or 1 + max(self._running) < MOVING_FROM * count:
+        if not self._running:
             return awaited
+        count = len(self._running)
+        soon = count + min(len(self._waiting), self.cache.num_free)
+        is_sparse = 1 + max(self._running) >= MOVING_FROM * soon
         for sequence in self._running.values():
             assert sequence.slot is not None
             if sequence.slot < count or sequence.num_begun < sequence.num_context:
                 continue
-            if sequence.is_awaited:
-                awaited.add(sequence)
-            else:
+            if not sequence.is_awaited:
                 sequence.slot = self.cache.move(sequence.slot)
+            elif is_sparse and sequence.slot >= soon:
+                awaited.add(sequence)
         self._running = {s.slot: s for s in self._running.values() if s.slot is not None}
         return awaited
 

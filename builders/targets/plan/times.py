@@ -48,7 +48,9 @@ def formulas(has_experts: bool) -> tuple[str, ...]:
     """The formulas with a kind's constants, as a plan prints them."""
     kind = EXPERTS if has_experts else DENSE
     experts = f" (routed experts: {EXPERT_EFFICIENCY})" if has_experts else ""
-    one = f" ({(ONE_OF_EXPERTS_S if has_experts else ONE_KERNEL_S) * 1e6:.0f} for one sequence)"
+    one = f" ({ONE_KERNEL_S * 1e6:.0f} for one sequence)"
+    if has_experts:
+        one = f" ({ONE_OF_EXPERTS_S * 1e6:.0f} for one sequence on one GPU)"
     prompt = f"read + operations / ({kind.prompt_compute} · FLOP rate)"
     if not kind.adds_reading:
         prompt = prompt.replace("read +", "max(read,") + ")"

@@ -192,3 +192,37 @@ def test_the_last_of_many_move_to_the_first_rows(monkeypatch: pytest.MonkeyPatch
     for n, sink in sinks.items():
         assert sink.ids == expected_tokens([n, n + 1, n + 2], lengths[n], VOCAB_SIZE)
     assert engine.loop._scheduler.cache.num_free_blocks == 120
+
+
+@pytest.mark.parametrize("steps_in_flight", [1, 2, 3])
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_nobody_waits_to_move_where_a_newcomer_takes_the_place(
+    monkeypatch: pytest.MonkeyPatch, length: int, steps_in_flight: int
+) -> None:
+    monkeypatch.setattr(Rows, "steps_in_flight", steps_in_flight)
+    engine = Engine(Rows(2, MAX_SEQ_LEN, VOCAB_SIZE, 60), max_num_batched_tokens=100, end_ids=())
+    engine.submit([3, 4], max_tokens=length)
+    long = engine.submit([5, 6, 7], max_tokens=40)
+    for n in range(60):
+        engine.submit([8, 9, n % 30], max_tokens=length)
+    num_steps = 0
+    while not long.is_finished:
+        engine.step()
+        num_steps += 1
+    assert num_steps <= 40 + 2 * steps_in_flight
+    assert long.ids == expected_tokens([5, 6, 7], 40, VOCAB_SIZE)
+
+
+def test_a_prompt_stays_short_beside_a_text_that_waits_to_move() -> None:
+    """The decoding text would wait for the whole prompt."""
+    engine = make(max_num_seqs=4, num_blocks=60, max_num_batched_tokens=24, end_ids=(), max_prefill_stall=0.01)
+    budget = engine.loop._scheduler._budget
+    asked: list[bool] = []
+    tokens = budget.tokens
+    budget.tokens = lambda *, is_decoding: asked.append(is_decoding) or tokens(is_decoding=is_decoding)  # type: ignore
+    for n in range(5, 8):
+        engine.submit([n, n + 1], max_tokens=2)
+    long = engine.submit([3, 4, 5], max_tokens=12)
+    while not long.is_finished:
+        engine.step()
+    assert asked.count(False) == 1 and not asked[0], "before the first token"

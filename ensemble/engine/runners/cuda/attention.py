@@ -12,7 +12,7 @@ from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import attention, rows
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
 from deepseek_triton.ensemble.engine.runners.cuda.linear import Parts
-from deepseek_triton.ensemble.engine.runners.cuda.plan import KernelPlan
+from deepseek_triton.ensemble.engine.runners.cuda.plan import MAX_SPLITS, KernelPlan
 
 LOG2_E = 1.0 / math.log(2.0)
 DECODE_BLOCK = 64  # cached positions that decode attention reads at a time
@@ -95,15 +95,15 @@ class Attention:
         extra = (
             count * (splits - 1) if splits else self.plan.extra_items(count, self.shape.num_kv_heads, launch.processors)
         )
-        items = count + extra
+        items, most = count + extra, splits or min(extra + 1, MAX_SPLITS)
         rows, item_splits = (launch.empty(items, dtype=torch.int32) for _ in range(2))
         spans = launch.empty(count, dtype=torch.int32)
         launch(
             attention.share_out, (1,), positions, rows, item_splits, spans, count,
-            ITEMS=items, EXTRA=extra, SPLITS=splits, BLOCK=DECODE_BLOCK, ROWS=triton.next_power_of_2(count),
+            ITEMS=items, EXTRA=extra, MOST=most, SPLITS=splits, BLOCK=DECODE_BLOCK, ROWS=triton.next_power_of_2(count),
             ALL_ITEMS=triton.next_power_of_2(items), num_warps=4,
         )  # fmt: skip
-        return SharedOut(rows, item_splits, spans, splits or extra + 1)
+        return SharedOut(rows, item_splits, spans, most)
 
     def decode(
         self,

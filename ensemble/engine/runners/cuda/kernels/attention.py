@@ -18,6 +18,7 @@ from deepseek_triton.ensemble.engine.runners.cuda.kernels.common import (
     cache_codes,
     cache_row,
     cache_scale,
+    publish,
     sum_of_parts,
     wait,
 )
@@ -64,6 +65,7 @@ def share_out(
     count,  # M
     ITEMS: tl.constexpr,
     EXTRA: tl.constexpr,  # ITEMS - M: all rows have splits of the same length, which uses no more items than that
+    MOST: tl.constexpr,  # splits of a row at most
     SPLITS: tl.constexpr,  # each row has so many, whatever the others' lengths; 0: see EXTRA
     BLOCK: tl.constexpr,  # a split's length is a multiple of it
     ROWS: tl.constexpr,  # >= M, a power of two
@@ -80,7 +82,8 @@ def share_out(
     if SPLITS > 0:
         span = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK), 1) * BLOCK
     else:
-        span = tl.full([ROWS], BLOCK, tl.int32) * tl.maximum(tl.cdiv(tl.cdiv(tl.sum(length), EXTRA), BLOCK), 1)
+        even = tl.maximum(tl.cdiv(tl.sum(length), EXTRA), tl.cdiv(tl.max(length), MOST))
+        span = tl.full([ROWS], BLOCK, tl.int32) * tl.maximum(tl.cdiv(even, BLOCK), 1)
     splits = tl.cdiv(length, span)
     first = tl.cumsum(splits, 0) - splits
     item = tl.arange(0, ALL_ITEMS)
@@ -89,6 +92,7 @@ def share_out(
     for split in range(0, tl.max(splits)):
         tl.store(item_rows + first + split, m, mask=split < splits)
         tl.store(item_splits + first + split, tl.full([ROWS], 0, tl.int32) + split, mask=split < splits)
+    publish(PDL)
 
 
 @triton.jit

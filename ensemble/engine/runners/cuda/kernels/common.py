@@ -33,6 +33,16 @@ def wait(PDL: tl.constexpr):
 
 
 @triton.jit
+def publish(PDL: tl.constexpr):
+    """Show what was stored so far to kernels that don't wait, but start when this one has ended."""
+    if PDL:
+        tl.debug_barrier()
+        tl.inline_asm_elementwise(
+            "fence.acq_rel.gpu; mov.u32 $0, $1;", "=r,r", [tl.arange(0, 32)], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def prefetch(pointers):
     """Start copying the lines of 128 bytes at `pointers` to L2; before `wait`, of what no kernel of the step writes.
 
