@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version as package_version
 
 from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.builders.targets.artefacts.memory import ServingMemory, host_memory, host_memory_bytes
+from deepseek_triton.builders.targets.artefacts.onnx_runtime import (
+    SCORING_OPSET,
+    check_fp8,
+    newest_opset,
+    required_packages,
+)
 from deepseek_triton.builders.targets.artefacts.target import Artefacts, BuildJob, CacheBudget, Target
 from deepseek_triton.ensemble.decoder.architectures import PARTS
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 
-# opset → the first ONNX Runtime that runs every operator of the graph in it
-ONNX_RUNTIME_FOR_OPSET = {24: (1, 24), 23: (1, 23)}
-SCORING_OPSET = 24
-# FP8 products are computed since 1.25; 1.29 makes integer products of them when it optimises, and refuses those.
-ONNX_RUNTIME_FOR_FP8, WITHOUT_FP8 = (1, 25), (1, 29)
 CACHE_SHARE = 8  # default caches take at most an eighth of the host's memory
 # Where attention isn't one node (latent attention, heads that are no multiple of 16), ONNX Runtime computes it over a
 # slot's whole length, filled or not: at 8,192 a step of SmolLM2 took 1.5 times as long as at 2,048.
@@ -50,14 +50,14 @@ class OnnxTarget(Target):
         from deepseek_triton.builders.targets.artefacts.graph import DATA_FILE, graph_shapes, write_graph
 
         opset, precision = newest_opset(), job.options.precision
-        _check_fp8(precision)
+        check_fp8(precision)
         # FP8 is for checking numbers: its graph is the one that TensorRT compiles.
         graph, recipe = write_graph(job, job.directory, opset, fuses=precision != "fp8")
         return Artefacts(
             files=(graph, graph.with_name(DATA_FILE)),
             recipe=recipe,
             shapes=graph_shapes(graph),
-            requires=_requires(opset, precision),
+            requires=required_packages(opset, precision),
         )
 
     def write_scoring(self, job: BuildJob, prefix_ids: Sequence[int]) -> Artefacts:
@@ -67,7 +67,7 @@ class OnnxTarget(Target):
 
         if newest_opset() < SCORING_OPSET:
             raise BuildError("task score needs onnxruntime 1.24 or later; pip install 'onnxruntime>=1.24'")
-        _check_fp8(job.options.precision)
+        check_fp8(job.options.precision)
         graph, recipe = write_graph(
             job, job.directory, SCORING_OPSET, ScoringMode(takes_prefix=True), fuses=job.options.precision != "fp8"
         )
@@ -76,40 +76,8 @@ class OnnxTarget(Target):
             recipe=recipe,
             shapes=graph_shapes(graph),
             engine={"prefix_ids": list(prefix_ids)},
-            requires=_requires(SCORING_OPSET, job.options.precision),
+            requires=required_packages(SCORING_OPSET, job.options.precision),
         )
-
-
-def newest_opset() -> int:
-    """The newest opset that the installed ONNX Runtime runs; Python 3.10 has none later than 1.23.
-
-    Raises:
-        BuildError: it runs none.
-    """
-    installed = _installed()
-    for opset, needed in ONNX_RUNTIME_FOR_OPSET.items():
-        if installed >= needed:
-            return opset
-    raise BuildError(f"onnxruntime {package_version('onnxruntime')} is too old; pip install 'onnxruntime>=1.23'")
-
-
-def _installed() -> tuple[int, ...]:
-    return tuple(int(part) for part in package_version("onnxruntime").split(".")[:2])
-
-
-def _check_fp8(precision: str) -> None:
-    """Raise `BuildError` if the installed ONNX Runtime can't run the graph of this precision."""
-    if precision == "fp8" and (_installed() < ONNX_RUNTIME_FOR_FP8 or _installed() == WITHOUT_FP8):
-        raise BuildError(
-            f"onnxruntime {package_version('onnxruntime')} can't run FP8; pip install 'onnxruntime>=1.25,!=1.29.*'"
-        )
-
-
-def _requires(opset: int, precision: str) -> dict[str, str]:
-    lowest = ONNX_RUNTIME_FOR_OPSET[opset]
-    if precision == "fp8":
-        lowest = max(lowest, ONNX_RUNTIME_FOR_FP8)
-    return {"onnxruntime": ".".join(map(str, lowest))}
 
 
 TARGET = OnnxTarget()

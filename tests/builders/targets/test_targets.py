@@ -16,7 +16,7 @@ from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.check import check_repository
 from deepseek_triton.builders.repository.options import BuildOptions
-from deepseek_triton.builders.targets import onnx as onnx_target
+from deepseek_triton.builders.targets.artefacts import onnx_runtime
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.engine import runners
 from deepseek_triton.ensemble.engine.runners.base import RunnerError
@@ -150,11 +150,11 @@ def test_no_targets_name_is_compared_elsewhere() -> None:
 def test_fp8_for_a_cpu_needs_an_onnx_runtime_that_runs_it(
     installed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_target, "package_version", lambda name: installed)
+    monkeypatch.setattr(onnx_runtime, "package_version", lambda name: installed)
     checkpoint = make_tokenizer(make_checkpoint(tmp_path / "checkpoint", "qwen2"))
     options = BuildOptions(checkpoint, "m", tmp_path / "models", target="onnx", precision="fp8", recipe="fast")
     with pytest.raises(BuildError, match=rf"onnxruntime {installed} can't run FP8; pip install 'onnxruntime>=1.25,!=1"):
         build(options)
     assert not (tmp_path / "models" / "m-engine").exists()
-    assert onnx_target._requires(24, "fp32") == {"onnxruntime": "1.24"}
-    assert onnx_target._requires(23, "fp8") == {"onnxruntime": "1.25"}
+    assert onnx_runtime.required_packages(24, "fp32") == {"onnxruntime": "1.24"}
+    assert onnx_runtime.required_packages(23, "fp8") == {"onnxruntime": "1.25"}
