@@ -13,6 +13,7 @@ DIST ?= dist
 # Bytecode is kept: to rewrite the asserts of all tests anew takes each worker eight seconds.
 PYTEST := PYTHONDONTWRITEBYTECODE= OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PARALLEL := --dist loadgroup --no-loadscope-reorder
+AGAIN := $(PYTEST) --last-failed --last-failed-no-failures none
 # Only these files are collected for the timed tests: to collect all takes half a minute.
 TIMED = $(shell grep -rl --include='*.py' 'mark\.timed' tests)
 # Nothing in these files is fast: the fast tests don't collect them.
@@ -42,9 +43,8 @@ example-image: $(VENV)/installed-image  ## examples/image_report: an image in, a
 # A busy machine can make a test beside others fail that is right: a few that failed run once more, alone. Exit status 1 says
 # that there are no more than a few, and no error outside of a test (tests/conftest.py).
 test: $(VENV)/installed-test  ## the whole suite
-	$(PYTEST) $(PARALLEL) -n 3 -m 'not timed' --cache-clear || { \
-	    [ $$? = 1 ] && $(PYTEST) --last-failed --last-failed-no-failures none -m 'not timed'; }
-	$(PYTEST) -m timed $(TIMED)
+	$(PYTEST) $(PARALLEL) -n 3 -m 'not timed' --cache-clear || { [ $$? = 1 ] && $(AGAIN) -m 'not timed'; }
+	$(PYTEST) -m timed --cache-clear $(TIMED) || { [ $$? = 1 ] && $(AGAIN) -m timed $(TIMED); }
 
 test-fast: $(VENV)/installed-test  ## what needs no server and doesn't take long
 	$(PYTEST) $(PARALLEL) -n 2 -m 'not server and not slow' $(addprefix --ignore=,$(LONG))
