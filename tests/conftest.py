@@ -82,7 +82,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def without_group(name: str) -> str:
-    """ "file::test[a]@group" → "file::test[a]"; what a test's parameters hold stays."""
+    """Return "file::test[a]" of "file::test[a]@group"; what a test's parameters hold stays."""
     return re.sub(r"@[^@\]]+$", "", name)
 
 

@@ -202,11 +202,11 @@ class Scheduler:
         A move costs nothing; to wait for a token costs a step, so nobody waits whose place a newcomer is about to take.
         """
         awaited: set[Sequence] = set()
-        if not self._running:
+        count, highest = len(self._running), max(self._running, default=-1)
+        if highest < count:
             return awaited
-        count = len(self._running)
         soon = count + min(len(self._waiting), self.cache.num_free)
-        is_sparse = 1 + max(self._running) >= MOVING_FROM * soon
+        is_sparse = 1 + highest >= MOVING_FROM * soon
         for sequence in self._running.values():
             assert sequence.slot is not None
             if sequence.slot < count or sequence.num_begun < sequence.num_context:
