@@ -41,11 +41,18 @@ def test_an_answer_that_is_no_models_whole_answer_is_mixed_up() -> None:
 
 
 # The command with two shares on the way: one in a hundred takes hundreds of requests for the few that are counted.
-# Three requests on a busy machine may take any multiple of three others' time.
+# Three requests on a busy machine may take any multiple of three others' time. Callers that pause leave the processor
+# to what they are beside.
 LOOP = """
-import sys
-from deepseek_triton.examples.lifecycle import serving
+import sys, time
+from deepseek_triton.examples.lifecycle import load, serving
 serving.SHARES |= {"shares": "25,50,100", "max-latency-ratio": "1000"}
+serving.BACK_S, load.MAX_TOKENS = 2.0, 12
+ask = load.ask
+def ask_after_a_pause(*words, **options):
+    time.sleep(0.15)
+    return ask(*words, **options)
+load.ask = ask_after_a_pause
 from deepseek_triton.examples.lifecycle.__main__ import main
 sys.exit(main())
 """

@@ -36,8 +36,8 @@ from tests.support.real_tokenizers import smollm2_directory
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 NUM_CALLERS = 6
-TOKENS = 24
-PAUSE_S = 0.1  # of a caller between its requests: enough for load, and the commands get the processor
+TOKENS = 12
+PAUSE_S = 0.3  # of a caller between its requests: enough for load, and the commands get the processor
 CLI = [sys.executable, "-m", "deepseek_triton.builders.cli"]
 
 

@@ -57,7 +57,7 @@ def arguments(repository: Path) -> list[str]:
     return [
         sys.executable, "-c", TUNE, "tune", "g", "--repository", str(repository),
         "--p99-ms", "5000",
-        "--seconds", "1.5", "--rounds", str(ROUNDS), "--clients", "2", "--max-tokens", "4", "--texts", str(texts),
+        "--seconds", "0.5", "--rounds", str(ROUNDS), "--clients", "2", "--max-tokens", "4", "--texts", str(texts),
         "--budget-s", "900", "--output", str(repository.parent / "out"),
     ]  # fmt: skip
 
