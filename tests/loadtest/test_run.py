@@ -183,7 +183,7 @@ def test_known_times_are_measured_over_every_protocol(tmp_path: Path) -> None:
 @pytest.mark.timed
 def test_time_to_first_token_under_gevent_is_a_plain_clients(tmp_path: Path) -> None:
     with fake_triton(Behaviour(first_s=0.1, num_tokens=2)) as ports:
-        _, result = run_on_fake(ports, write_profile(tmp_path, protocols="grpc-stream = 1", level=5))
+        _, result = run_on_fake(ports, write_profile(tmp_path, protocols="grpc-stream = 1", level=10, seconds=2))
         plain = []
         with GrpcClient(f"127.0.0.1:{ports.grpc}", MODEL, 10) as client:
             for _ in range(20):
@@ -209,7 +209,7 @@ def test_closed_users_wait_for_their_answer(tmp_path: Path) -> None:
 
 @pytest.mark.timed
 def test_a_missed_level_is_named_with_its_value_and_limit(tmp_path: Path) -> None:
-    profile = write_profile(tmp_path, levels="p99_latency_s = 0.05\nmax_error_ratio = 0", level=4)
+    profile = write_profile(tmp_path, levels="p99_latency_s = 0.05\nmax_error_ratio = 0", level=8, seconds=2)
     with fake_triton(Behaviour(first_s=1.0)) as ports:
         done, result = run_on_fake(ports, profile)
     assert done.returncode == Status.MISSED, done.stdout
@@ -234,7 +234,7 @@ def test_levels_that_hold_and_a_client_with_headroom_make_a_run_that_counts(tmp_
 
 @pytest.mark.timed
 def test_speed_is_judged_against_a_recorded_run(tmp_path: Path) -> None:
-    profile = write_profile(tmp_path, level=4)
+    profile = write_profile(tmp_path, level=8, seconds=2)
     recorded = tmp_path / "recorded" / "result.json"
     with fake_triton(Behaviour(first_s=0.5)) as ports:
         _, first = run_on_fake(ports, profile, output="recorded")
@@ -432,6 +432,8 @@ def test_the_smoke_profile_on_the_real_server(server: TritonServer, tmp_path: Pa
     options = [each for name, port in ports.items() for each in (f"--{name}-port", str(port))]
     options = ["--host", "127.0.0.1", "--model", NAME, "--shared-machine", *options, "--output", str(tmp_path)]
     smoke = (ROOT / "loadtest" / "profiles" / "smoke.toml").read_text().split("[levels]")[0]
+    # Nearly as many requests, sooner.
+    smoke = smoke.replace("seconds = 20", "seconds = 10").replace("= 1.0", "= 1.6")
     patient = tmp_path / "patient.toml"
     patient.write_text(f"{smoke}[levels]\np99_latency_s = 60\nmax_error_ratio = 0\n")
     wait_until(server, 60, slots_used=0)  # other tests' requests have ended
@@ -470,7 +472,7 @@ def test_the_smoke_profile_on_the_real_server(server: TritonServer, tmp_path: Pa
 
     # The same load with a level that nothing keeps.
     strict = tmp_path / "strict.toml"
-    strict.write_text(f"{smoke}[levels]\np99_latency_s = 0.001\n".replace("seconds = 20", "seconds = 4"))
+    strict.write_text(f"{smoke}[levels]\np99_latency_s = 0.001\n".replace("seconds = 10", "seconds = 4"))
     done = run(str(strict), *options)
     result = load(tmp_path / "result.json")
     assert [level.name for level in result.missed] == ["latency, 99th percentile"]

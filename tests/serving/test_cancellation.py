@@ -24,7 +24,7 @@ from tests.support.serving import PUBLISH_S, TIMEOUT_S, infer_request, metrics, 
 
 pytestmark = [pytest.mark.server, pytest.mark.timed]
 
-BESIDE = GenerateRequest(prompt="A short text about the sea:", max_tokens=150)
+BESIDE = GenerateRequest(prompt="A short text about the sea:", max_tokens=100)
 LONG = "1 2 3 4 5 6 7 8"  # counting goes on to the context's end
 # cancel_after_s, plus an allowance for a step, the machine's load and the metrics' interval.
 LIMIT_S = 1.0 + PUBLISH_S + 0.75

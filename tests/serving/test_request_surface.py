@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +21,16 @@ from typing import Any
 import httpx
 import pytest
 
+from deepseek_triton.builders.repository.build import build
+from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.clients.api import GenerateRequest, Message
 from deepseek_triton.clients.connect import PROTOCOLS, ProtocolName, connect
 from deepseek_triton.clients.errors import RequestRejected
 from deepseek_triton.clients.grpc import GrpcClient
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
-from tests.conftest import NAME
+from tests.conftest import NAME, SETTINGS, TINY_SMOLLM2
+from tests.support.checkpoints import write_tiny
+from tests.support.real_tokenizers import smollm2_directory
 from tests.support.serving import TIMEOUT_S, metrics, wait_until
 from tests.support.waiting import until
 
@@ -152,11 +157,11 @@ def test_structured_output_is_valid(client: GrpcClient, temperature: float) -> N
 
 
 @pytest.mark.timed
-def test_a_bad_guide_is_refused_at_once(tiny_client: GrpcClient) -> None:
+def test_a_bad_guide_is_refused_at_once(client: GrpcClient) -> None:
     for kind, guide in (("json_schema", '{"type": "strange"}'), ("regex", "("), ("choice", "[]"), ("poem", "x")):
         start = time.monotonic()
         with pytest.raises((RequestRejected, ValueError)):
-            tiny_client.generate(GenerateRequest(prompt="a", guide_type=kind, guide=guide))  # type: ignore[arg-type]
+            client.generate(GenerateRequest(prompt="a", guide_type=kind, guide=guide))  # type: ignore[arg-type]
         assert time.monotonic() - start < 5
 
 
@@ -200,7 +205,7 @@ def test_priorities_and_limits_are_checked(client: GrpcClient) -> None:
 
 def test_a_waiting_request_expires_in_the_queue(server: TritonServer, client: GrpcClient) -> None:
     def fill(n: int) -> str:
-        return client.generate(GenerateRequest(prompt=f"{n} 2 3 4 5 6 7", max_tokens=40)).finish_reason
+        return client.generate(GenerateRequest(prompt=f"{n} 2 3 4 5 6 7", max_tokens=20)).finish_reason
 
     with ThreadPoolExecutor(8) as pool:
         busy = [pool.submit(fill, n) for n in range(8)]
@@ -237,12 +242,19 @@ def test_a_wrong_field_of_raw_json_is_refused(server: TritonServer, body: dict[s
     assert response.json()["error"].endswith(message)
 
 
+@pytest.fixture
+def long_repository(tmp_path: Path) -> Path:
+    """A tiny random model that takes seconds for an answer of thousands of tokens."""
+    checkpoint = write_tiny(tmp_path / "checkpoint", **TINY_SMOLLM2 | {"max_position_embeddings": 8192})
+    shutil.copytree(smollm2_directory(), checkpoint, dirs_exist_ok=True)
+    build(BuildOptions(checkpoint, NAME, tmp_path / "models", max_seq_len=8192, settings=SETTINGS, infer=True))
+    return tmp_path / "models"
+
+
 @pytest.mark.timed
-def test_a_dead_or_frozen_process_is_an_error_at_once_and_soon_there_is_another(
-    smollm2_repository: Path, tmp_path: Path
-) -> None:
+def test_a_dead_or_frozen_process_is_an_error_at_once_and_soon_there_is_another(long_repository: Path) -> None:
     """`serve` starts the server again that its watchdog ended."""
-    command = [sys.executable, "-u", "-m", "deepseek_triton.builders.cli", "serve", str(smollm2_repository)]
+    command = [sys.executable, "-u", "-m", "deepseek_triton.builders.cli", "serve", str(long_repository)]
     ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
     with subprocess.Popen([*command, *ports], stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -254,10 +266,11 @@ def test_a_dead_or_frozen_process_is_an_error_at_once_and_soon_there_is_another(
                     ("detokenizer", signal.SIGSTOP, "the detokenizer's process is stopped by a signal"),
                     ("infer", signal.SIGKILL, "the infer's process was killed by SIGKILL"),
                 ):
-                    body = {"text_input": "1 2 3 4 5 6", "max_tokens": 400}
+                    body = {"text_input": "1 2 3 4 5 6", "max_tokens": 8000, "end_id": -1}
                     running = pool.submit(client.post, f"/v2/models/{NAME}/generate", json=body)
                     time.sleep(1.0)
-                    hit = signal_stub(smollm2_repository, part, number)
+                    assert not running.done()
+                    hit = signal_stub(long_repository, part, number)
                     with pytest.raises(httpx.TransportError):
                         running.result(timeout=5)
                     assert time.monotonic() - hit < 2

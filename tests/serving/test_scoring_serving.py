@@ -37,6 +37,7 @@ from deepseek_triton.clients.score import Score, ScoreRequest
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
 from deepseek_triton.ensemble.text.tokenizer import Tokenizer
+from tests.conftest import end_at_once, serve
 from tests.support.checkpoints import load_reference, make_tokenizer, smollm2_path, write_tiny
 from tests.support.gateway import gateway
 
@@ -66,10 +67,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    log = tmp_path_factory.mktemp("log") / "tritonserver.log"
-    with TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0, log_file=log) as server:
-        yield server
-        assert server.exit_status is None, f"the server died during the tests:\n{log.read_text()[-3000:]}"
+    yield from serve(repository, tmp_path_factory.mktemp("log"))
 
 
 @pytest.fixture
@@ -184,8 +182,7 @@ def tiny_scorer(tmp_path: Path) -> Iterator[TritonServer]:
         write_tiny(tmp_path / "tiny", vocab_size=320, eos_token_id=319, max_position_embeddings=MAX_SEQ_LEN)
     )
     build(BuildOptions(checkpoint, NAME, models, task="score", max_seq_len=MAX_SEQ_LEN, scoring=SCORING))
-    with TritonServer(models, http_port=0, grpc_port=0, metrics_port=0) as server:
-        yield server
+    yield from serve(models, tmp_path)
 
 
 @pytest.mark.timed
@@ -279,6 +276,7 @@ def test_a_calibration_is_fitted_on_the_server_and_served_by_the_next(client: Gr
         ):
             fitted = one(fresh, GOOD)
             other = one(fresh, GOOD, LABELS[::-1])
+            end_at_once(second)
     finally:
         path.unlink()
     assert fitted.is_calibrated and not other.is_calibrated
@@ -287,6 +285,7 @@ def test_a_calibration_is_fitted_on_the_server_and_served_by_the_next(client: Gr
     assert other.probabilities == pytest.approx(raw.probabilities, abs=1e-3)
 
 
+@pytest.mark.xdist_group("server")  # as the others here: the repository is built once
 def test_tune_finds_a_batch_size_on_a_server_of_its_own(
     repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

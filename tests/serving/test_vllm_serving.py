@@ -20,7 +20,7 @@ from deepseek_triton.clients.errors import ClientError
 from deepseek_triton.clients.request import GenerateRequest
 from deepseek_triton.ensemble.server.installation import Installation, find_tritonserver
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
-from tests.conftest import TINY_SMOLLM2
+from tests.conftest import TINY_SMOLLM2, end_at_once
 from tests.support.checkpoints import write_tiny
 from tests.support.real_tokenizers import smollm2_directory
 
@@ -64,6 +64,7 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServ
     ) as server:
         yield server
         assert server.exit_status is None, log.read_text()[-3000:]
+        end_at_once(server)
 
 
 def ask(server: TritonServer, protocol: ProtocolName = "grpc", **fields: Any) -> Any:
