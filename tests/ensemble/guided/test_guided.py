@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from deepseek_triton.ensemble.guided import (
     GUIDE_TYPES,
@@ -49,7 +50,7 @@ class Model:
     compiler: GuideCompiler
     vocab_size: int
     end_ids: tuple[int, ...]
-    never: frozenset[int]  # neither text nor an end
+    never: NDArray[np.int64]  # neither text nor an end
     closers: tuple[int, ...]
 
     def token(self, text: str) -> int:
@@ -72,7 +73,7 @@ def model(name: str) -> Model:
         GuideCompiler(path, vocab_size, end_ids),
         vocab_size,
         end_ids,
-        frozenset(markers | set(range(text.vocab_size, vocab_size))) - set(end_ids),
+        np.array(sorted((markers | set(range(text.vocab_size, vocab_size))) - set(end_ids))),
         tuple(text._backend.encode(closer, add_special_tokens=False).ids[0] for closer in CLOSERS),
     )
 
@@ -81,12 +82,16 @@ MODELS = ["deepseek", "smollm2"]
 both = pytest.mark.parametrize("name", MODELS)
 
 
+def allowed_bits(model: Model, guide: Guide) -> NDArray[np.uint8]:
+    """For each token whether it is allowed."""
+    mask = guide.mask()
+    assert mask.dtype == np.uint32 and mask.shape == (-(-model.vocab_size // 32),)
+    return np.unpackbits(mask.view(np.uint8), bitorder="little")
+
+
 def allowed(model: Model, *guides: Guide) -> list[set[int]]:
     """For each guide the tokens that are allowed."""
-    masks = np.stack([guide.mask() for guide in guides])
-    assert masks.dtype == np.uint32 and masks.shape == (len(guides), -(-model.vocab_size // 32))
-    bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")
-    return [set(np.flatnonzero(row).tolist()) for row in bits]
+    return [set(np.flatnonzero(allowed_bits(model, guide)).tolist()) for guide in guides]
 
 
 def walk(model: Model, guide: Guide, seed: int) -> str:
@@ -94,14 +99,15 @@ def walk(model: Model, guide: Guide, seed: int) -> str:
     random = np.random.default_rng(seed)
     tokens: list[int] = []
     while len(tokens) < MAX_TOKENS:
-        (choices,) = allowed(model, guide)
-        ends = choices.intersection(model.end_ids)
-        assert choices and not choices & model.never
+        bits = allowed_bits(model, guide)
+        choices = np.flatnonzero(bits)
+        ends = {token for token in model.end_ids if bits[token]}
+        assert choices.size and not bits[model.never].any()
         assert guide.is_satisfied == bool(ends) and len(ends) in (0, len(model.end_ids))
-        assert guide.is_complete == (choices == ends)
-        token = int(random.choice(sorted(choices)))
+        assert guide.is_complete == (choices.size == len(ends))
+        token = int(random.choice(choices))
         if len(tokens) > CLOSE_AFTER:
-            token = next((t for t in (*model.end_ids, *model.closers) if t in choices), token)
+            token = next((t for t in (*model.end_ids, *model.closers) if bits[t]), token)
         guide.accept(token)
         if token in ends:
             assert guide.is_complete and allowed(model, guide) == [set(model.end_ids)]
@@ -113,7 +119,7 @@ def walk(model: Model, guide: Guide, seed: int) -> str:
 def accepts(model: Model, guide: Guide, text: str) -> bool:
     """Does the guide allow this text, token by token, and then the end?"""
     for token in model.tokenizer._backend.encode(text, add_special_tokens=False).ids:
-        if token not in allowed(model, guide)[0]:
+        if not allowed_bits(model, guide)[token]:
             return False
         guide.accept(token)
     return guide.is_satisfied
