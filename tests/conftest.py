@@ -33,6 +33,7 @@ TINY_SMOLLM2: dict[str, Any] = {
 
 # Fixtures that are dear → the group of the tests that use them: one worker makes each. The first that fits counts.
 SHARED = {"smollm2_repository": "server", "server": "server", "tiny_server": "tiny_server"}
+SERVERS = ("server", "tiny_server")
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("suite")
@@ -87,10 +88,25 @@ def without_group(name: str) -> str:
     return re.sub(r"@[^@\]]+$", "", name)
 
 
+def group_of(item: pytest.Item) -> str:
+    """The tests of one group run on one worker, one after the other."""
+    return str(next(item.iter_markers("xdist_group")).args[0])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End a shared server with its group's last test: an idle one, and what watches it, take processor time too."""
+    is_worker = hasattr(item.config, "workerinput")  # elsewhere the groups are mixed
+    if is_worker and nextitem is not None and group_of(nextitem) != (group := group_of(item)):
+        for fixture in (name for name, own in SHARED.items() if own == group and name in SERVERS):
+            for definition in item.session._fixturemanager.getfixturedefs(fixture, item) or ():
+                definition.finish(item._request)  # type: ignore[attr-defined]
+
+
 def rank(item: pytest.Item) -> int:
     """Long groups first, so that no worker is left alone with one at the end: those of shared servers, then others."""
     marks = {mark.name for mark in item.iter_markers()}
-    group = next(item.iter_markers("xdist_group")).args[0]
+    group = group_of(item)
     return 0 if group in SHARED.values() else 1 if "server" in marks else 2 if "slow" in marks else 3
 
 
@@ -106,7 +122,6 @@ def pytest_collection() -> Generator[None, Any, Any]:
     """What is collected lives to the end: the garbage collector needn't look at it again and again."""
     gc.disable()
     collected = yield
-    gc.collect()
     gc.freeze()
     gc.enable()
     return collected

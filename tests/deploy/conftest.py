@@ -49,7 +49,7 @@ class _Gpu(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def gpu_port() -> Iterator[int]:
     with ThreadingHTTPServer(("127.0.0.1", 0), _Gpu) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -94,7 +94,7 @@ class Gateway:
     key: str
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def watched_gateway(tiny_server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A real gateway in front of the server; its key expires in thirty days."""
     (port,) = free_ports(1)
@@ -141,7 +141,7 @@ def ask_the_gateway(gateway: Gateway, is_over: Callable[[], bool]) -> None:
                 return
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def watched(
     tiny_server: TritonServer, watched_gateway: Gateway, gpu_port: int, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:

@@ -57,7 +57,7 @@ def write_thinker(directory: Path) -> Path:
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     """The server."""
     from deepseek_triton.builders.repository.build import build

@@ -32,11 +32,11 @@ def test_a_chat_on_a_terminal(server: TritonServer, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_a_full_context_is_trimmed(
-    server: TritonServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], protocol: str
+    tiny_server: TritonServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], protocol: str
 ) -> None:
     lines = [" ".join(f"{word}{i}" for i in range(60)) for word in ("red", "blue", "green", "black")]
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    url = server.grpc_url if protocol == "grpc" else server.http_url
+    url = tiny_server.grpc_url if protocol == "grpc" else tiny_server.http_url
     assert main(["chat", NAME, "--url", url, "--protocol", protocol, "--max-tokens", "4"]) == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) >= len(lines)

@@ -89,8 +89,8 @@ def test_penalties_and_min_tokens(client: GrpcClient) -> None:
     penalised = client.generate(GenerateRequest(**request, frequency_penalty=1.5, repetition_penalty=1.3)).text
     assert len(set(penalised.split())) > len(set(plain.split()))
     chat = [Message("user", "What is the capital of France?")]
-    short = client.generate(GenerateRequest(messages=chat, max_tokens=90))
-    longer = client.generate(GenerateRequest(messages=chat, max_tokens=90, min_tokens=short.num_output_tokens + 10))
+    short = client.generate(GenerateRequest(messages=chat, max_tokens=40))
+    longer = client.generate(GenerateRequest(messages=chat, max_tokens=40, min_tokens=short.num_output_tokens + 10))
     assert longer.num_output_tokens >= short.num_output_tokens + 10
 
 
@@ -205,7 +205,7 @@ def test_priorities_and_limits_are_checked(client: GrpcClient) -> None:
 
 def test_a_waiting_request_expires_in_the_queue(server: TritonServer, client: GrpcClient) -> None:
     def fill(n: int) -> str:
-        return client.generate(GenerateRequest(prompt=f"{n} 2 3 4 5 6 7", max_tokens=20)).finish_reason
+        return client.generate(GenerateRequest(prompt=f"{n} 2 3 4 5 6 7", max_tokens=40)).finish_reason
 
     with ThreadPoolExecutor(8) as pool:
         busy = [pool.submit(fill, n) for n in range(8)]

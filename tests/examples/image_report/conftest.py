@@ -16,7 +16,7 @@ from tests.support.checkpoints import write_tiny
 REPORT_NAME = f"{NAME}-report"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def report_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ensemble, its own trained ResNet, and a tiny random text model with SmolLM2's tokenizer."""
     from tests.support.real_tokenizers import smollm2_directory
@@ -30,7 +30,7 @@ def report_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return repository
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def report_server(report_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     """A real tritonserver on it."""
     yield from serve(report_repository, tmp_path_factory.mktemp("log"))
