@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,22 +22,28 @@ from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.options import BuildOptions
 from tests.support.checkpoints import make_checkpoint, make_tokenizer
 
-KILLED_BUILD = """
-import os, signal, sys
+# Each build is a process of its own, forked by one that has imported all: importing takes longer than a build.
+KILLED_BUILDS = """
+import json, os, signal, sys
 from pathlib import Path
 from deepseek_triton.builders.fp8.texts import calibration_text
 from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.options import BuildOptions
 
-checkpoint, repository, texts, stage, step = sys.argv[1:]
+checkpoint, repository, texts, deaths = sys.argv[1:]
 calibration_text.DATA, calibration_text.GENERATED_TOKENS = Path(texts), 8
 
-def report(what, done, total):
-    if what == stage and (done > int(step) if what == "weights" else done == int(step)):
-        os.kill(os.getpid(), signal.SIGKILL)
-
 options = BuildOptions(Path(checkpoint), "m", Path(repository), target="cuda", precision="fp8", max_seq_len=48)
-build(options, report)
+for stage, step in json.loads(deaths):
+    def report(what, done, total):
+        if what == stage and (done > step if what == "weights" else done == step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if (child := os.fork()) == 0:
+        build(options, report)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == -signal.SIGKILL, (stage, step, status)
 """
 TEXT = "A killed build goes on where it was. " * 6
 
@@ -165,9 +171,10 @@ def test_a_build_that_is_killed_in_every_phase_makes_the_same_bytes(
     checkpoint: Path, texts: Path, tmp_path: Path
 ) -> None:
     killed = tmp_path / "killed" / "models"
-    for what, step in (("generate", 2), ("calibrate", 1), ("quantize", 0), ("quantize", 2), ("weights", 50000)):
-        words = [sys.executable, "-c", KILLED_BUILD, *map(str, (checkpoint, killed, texts, what, step))]
-        assert subprocess.run(words, timeout=200, capture_output=True).returncode == -signal.SIGKILL
+    deaths = (("generate", 2), ("calibrate", 1), ("quantize", 0), ("quantize", 2), ("weights", 50000))
+    words = [sys.executable, "-c", KILLED_BUILDS, *map(str, (checkpoint, killed, texts)), json.dumps(deaths)]
+    done = subprocess.run(words, timeout=200, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     for repository in (killed, tmp_path / "whole" / "models"):
         build(options(checkpoint, repository))
     assert digest(killed) == digest(tmp_path / "whole" / "models")
