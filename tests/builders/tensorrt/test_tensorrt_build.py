@@ -208,11 +208,11 @@ def test_one_layer_at_full_size_builds_in_fp8(name: str, spec: Any, tmp_path: Pa
     assert weights < report.plan_bytes < 1.2 * weights, "one byte a weight"
 
 
-# TensorRT's time grows with the square of the layers: all thirty are built once.
+# TensorRT takes 2 s for six layers and 20 s for thirty: all thirty are built once.
 @pytest.mark.parametrize(
     ("precision", "compute_capability", "num_layers"), [("fp16", "8.9", 10), ("fp8", "12.0", 30)], ids=["fp16", "fp8"]
 )
-def test_the_whole_smollm2_builds(precision: str, compute_capability: str, num_layers: int, tmp_path: Path) -> None:
+def test_smollm2_builds(precision: str, compute_capability: str, num_layers: int, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(smollm2_path())
     assert checkpoint.spec.num_layers == 30
     spec = dataclasses.replace(checkpoint.spec, num_layers=num_layers)

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 wait = functools.partial(until, limit_s=60, every_s=0.1)  # the gateway's metrics are asked, while it is under load
 NUM_CLIENTS = 6
 LONG = 60  # tokens: a fraction of a second
-PAUSE_S = 0.2  # of a client between its requests: enough for load, and a server starts beside it without delay
+PAUSE_S = 0.4  # of a client between its requests: enough for load, and a server starts beside it without delay
 
 
 @pytest.fixture(scope="module")
