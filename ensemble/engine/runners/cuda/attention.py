@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import attention, rows
@@ -18,6 +20,7 @@ LOG2_E = 1.0 / math.log(2.0)
 DECODE_BLOCK = 64  # cached positions that decode attention reads at a time
 PAGE = DECODE_BLOCK  # positions of a block of the cache: what a kernel reads at a time lies in one
 PREFILL_TILE = 128  # queries in one program of prefill attention
+PREFILL_BLOCK = 64  # cached positions that it reads at a time
 
 
 @dataclass(frozen=True)
@@ -170,13 +173,27 @@ class Attention:
     def prefill(self, q: torch.Tensor, cache: Caches, tiles: torch.Tensor, out: torch.Tensor) -> None:
         """Attend with the queries `q` that `rope` gave, into `out` [tokens, q_size]; tiles: of `PackedPrompts`."""
         shape = self.shape
+        block_d = max(16, triton.next_power_of_2(shape.head_dim))
+        has_boxes = self._has_boxes(cache)
+        boxes: list[Any] = list(cache.stored)
+        if has_boxes:
+            size = [PREFILL_BLOCK, shape.head_dim]
+            boxes = [TensorDescriptor.from_tensor(tensor.view(-1, shape.head_dim), size) for tensor in boxes]
+        # Four warps leave room for a second program, which computes while the first one exponentiates.
+        options = (
+            {**_forms(cache), "num_warps": 4, "num_stages": 2} if has_boxes else {**_reading(cache), "num_warps": 8}
+        )
         self._launch(
             attention.prefill_attention, (shape.num_heads, len(tiles)),
-            q, *self._of(cache), tiles, out, cache.extent, shape.head_dim**-0.5 * LOG2_E,
-            HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, D=shape.head_dim,
-            BLOCK_D=max(16, triton.next_power_of_2(shape.head_dim)), BM=PREFILL_TILE, BN=64, **_reading(cache),
-            PRECISION=self._launch.precision, num_warps=8,
+            q, *self._of(cache), *boxes, tiles, out, cache.extent, shape.head_dim**-0.5 * LOG2_E,
+            HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, D=shape.head_dim, BLOCK_D=block_d, BM=PREFILL_TILE,
+            BN=PREFILL_BLOCK, TMA=has_boxes, **options, PRECISION=self._launch.precision,
         )  # fmt: skip
+
+    def _has_boxes(self, cache: Caches) -> bool:
+        """Whether prefill reads blocks of the cache as boxes, by Hopper's copy engine."""
+        has_rows = cache.page == PREFILL_BLOCK and cache.key_scales is None
+        return self._launch.has_tma and has_rows and self.shape.head_dim in (64, 128)
 
     def _of(self, cache: Caches) -> tuple[torch.Tensor, ...]:
         """The cache's tensors as the kernels take them."""

@@ -29,9 +29,9 @@ class LatentTile:
     num_stages: int = 5
 
 
-# Measured on an H200: of 16 heads the long block is faster up to 32 rows, the short one at 256.
+# Measured on an H200: of 16 heads the short block is faster from 32 rows on, with two programs on each multiprocessor.
 FEW_ROWS, MANY_ROWS, MANY_HEADS = LatentTile(16, block=64), LatentTile(16), LatentTile(32, num_warps=8)
-MAX_FEW_ROWS = 64
+MAX_FEW_ROWS = 16
 LINE_BYTES = 128
 
 
@@ -124,7 +124,7 @@ class LatentKernels:
         columns = min(ABSORBED_COLUMNS, self._blocks["rank"])
         tiles = triton.cdiv(self._rank, columns) if absorb else 1
         launch(
-            mla.latent_rows, (triton.cdiv(count, bm), heads * tiles + 1),
+            mla.latent_rows, (triton.cdiv(count, bm), heads * tiles + bm // mla.ENTRY_ROWS.value),
             query.tensor, launch.or_nothing(projected.query_bias), compressed.tensor,
             launch.or_nothing(projected.compressed_bias), kv_norm, kv_b, self._cos, self._sin,
             positions if slots is None else slots, positions, launch.or_nothing(cache.table), cache.keys,
@@ -154,8 +154,8 @@ class LatentKernels:
         tile = self.tile or self._tile(count)
         group = min(tile.heads, max(16, triton.next_power_of_2(heads)))
         groups = triton.cdiv(heads, group)
-        # Half as many programs as for other attention: each has a large tile, and each split is read again.
-        splits = self._plan.num_splits(2 * count, groups, launch.processors)
+        # Few rows have half as many programs as in other attention: their splits would be shorter than a tile.
+        splits = self._plan.num_splits(count * (2 if count <= MAX_FEW_ROWS else 1), groups, launch.processors)
         partial = launch.empty(count, splits, heads, self._rank)
         partial_max, partial_sum = (launch.empty(count, splits, heads) for _ in range(2))
         launch(

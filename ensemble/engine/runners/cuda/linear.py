@@ -21,6 +21,7 @@ from deepseek_triton.ensemble.engine.runners.cuda.weights import WeightLoader
 
 # Of a matrix that is asked into L2 before its kernel may begin: larger ones push out each other's rows.
 MAX_PREFETCHED_BYTES = 12 * 2**20
+MAX_PREFETCHING_ROWS = 16  # of a program
 
 
 @dataclass(frozen=True)
@@ -139,12 +140,12 @@ class LinearOps:
         """silu(gate) * up of the product [gate, up]; is_fp8: as E4M3 codes."""
         launch, count, width = self.launch, parts.tensor.shape[1], parts.tensor.shape[2] // 2
         out, scale = self._rows(count, width, is_fp8)
-        block = min(4096, triton.next_power_of_2(width))
+        main = triton.next_power_of_2(width + 1) // 2
         launch(
             rows.silu_rows, (count,),
             parts.tensor, launch.or_nothing(bias), out, launch.or_nothing(scale), parts.stride,
-            I=width, BLOCK=block, NUM_PARTS=parts.count, HAS_BIAS=bias is not None, FP8=is_fp8,
-            num_warps=max(1, min(16, block // 256)),
+            I=width, MAIN=main, REST=triton.next_power_of_2(max(1, width - main)), NUM_PARTS=parts.count,
+            HAS_BIAS=bias is not None, FP8=is_fp8, num_warps=max(1, min(16, main // 256)),
         )  # fmt: skip
         return Rows(out, scale)
 
@@ -163,7 +164,9 @@ class LinearOps:
             count,
             N=n, K=k, BM=bm, BN=tile.bn, BK=BLOCK_COLUMNS if linear.num_blocks else row, BLOCKS=linear.num_blocks,
             NUM_PARTS=tile.num_parts, FP8=linear.is_fp8,
-            PREFETCH=self.launch.prefetches and bm == 16 and linear.weight.nbytes <= MAX_PREFETCHED_BYTES,
+            PREFETCH=(
+                self.launch.prefetches and bm <= MAX_PREFETCHING_ROWS and linear.weight.nbytes <= MAX_PREFETCHED_BYTES
+            ),
             LINE=min(tile.row_bytes, 128) // linear.weight.element_size(), PRECISION=self.launch.precision,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip

@@ -6,6 +6,7 @@ INVARIANT plan has one order for every batch size.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 MAX_SMALL_M_ROWS = 64  # more rows use cuBLAS
@@ -52,6 +53,7 @@ class ExpertTile:
     """Tiles of the grouped_gemm kernel: `bn` rows of gate and of up, `down_bn` of down, `row_bytes` of each at a time.
 
     fast_sums: sum E4M3 products in the tensor cores' own precision throughout, as cuBLAS does for many rows.
+    most_tokens: of an expert on average; for more, the plan's next tile is faster.
     """
 
     bn: int
@@ -60,6 +62,13 @@ class ExpertTile:
     num_warps: int
     num_stages: int
     fast_sums: bool = False
+    most_tokens: float = math.inf
+
+    def fitting(self, tokens: int, shared_bytes: int) -> ExpertTile:
+        """The same with as many stages as a block's shared memory holds, where a tile has so many tokens."""
+        rows = tokens + max(2 * self.bn, self.down_bn)
+        stages = 1 + max(1, (shared_bytes - OTHER_SHARED_BYTES) // (rows * self.row_bytes))
+        return replace(self, num_stages=min(self.num_stages, stages))
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,8 @@ class KernelPlan:
 
     def expert_rows(self, tokens: float) -> int:
         """Tokens of an expert's tile, where an expert gets so many on average."""
-        return next((rows for rows in sorted(self.experts) if tokens <= rows / 2), max(self.experts))
+        fitting = (rows for rows in sorted(self.experts) if tokens <= self.experts[rows].most_tokens)
+        return next(fitting, max(self.experts))
 
     def use_library(self, rows: int) -> bool:
         """Whether `rows` are multiplied by cuBLAS."""
@@ -100,10 +110,11 @@ class KernelPlan:
 
 
 MAX_SPLITS = 32
+# Measured on an H200, V2-Lite's 64 experts and 2 shared ones.
 EXPERTS: dict[int, ExpertTile] = {
-    16: ExpertTile(bn=64, down_bn=64, row_bytes=128, num_warps=4, num_stages=5),
-    32: ExpertTile(bn=64, down_bn=64, row_bytes=128, num_warps=4, num_stages=5),
-    64: ExpertTile(bn=64, down_bn=128, row_bytes=128, num_warps=4, num_stages=4),
+    16: ExpertTile(bn=64, down_bn=64, row_bytes=128, num_warps=4, num_stages=5, most_tokens=8),
+    32: ExpertTile(bn=128, down_bn=128, row_bytes=128, num_warps=8, num_stages=3, most_tokens=32),
+    64: ExpertTile(bn=128, down_bn=128, row_bytes=128, num_warps=8, num_stages=4, most_tokens=64),
     128: ExpertTile(bn=128, down_bn=256, row_bytes=128, num_warps=8, num_stages=4, fast_sums=True),
 }
 INVARIANT_EXPERTS = {rows: tile for rows, tile in EXPERTS.items() if rows <= MAX_SMALL_M_ROWS}  # one order of sums

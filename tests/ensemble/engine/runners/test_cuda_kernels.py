@@ -350,15 +350,18 @@ def test_every_position_is_in_one_split_and_long_texts_have_many(positions: list
         assert len(set(spans)) == 1 and (spans[0] < max(even, max(positions) / 32) + 2 * 64 or len(positions) < 5)
 
 
-@pytest.mark.parametrize("form", CACHES)
-def test_prefill_attention_over_several_slots_chunks(form: str) -> None:
-    shape = SHAPE
-    d, filled = decoder(), FilledCaches.of(form, SHAPE, 4)
+@pytest.mark.parametrize(
+    ("form", "head_dim", "has_tma"), [*((form, 24, False) for form in CACHES), ("pages", 64, True)]
+)
+def test_prefill_attention_over_several_slots_chunks(form: str, head_dim: int, has_tma: bool) -> None:
+    shape = replace(SHAPE, head_dim=head_dim)
+    d, filled = decoder(shape=shape), FilledCaches.of(form, shape, 4)
+    d.launch.has_tma = has_tma and (d.launch.has_tma or not HAS_GPU)  # the interpreter can do it
     lengths = {2: (0, 130), 0: (70, 140), 3: (299, 1), 1: (5, 3)}  # slot → start and tokens
     before, cache = filled.copy(), filled.caches.layer(0)
     chunks = [PromptChunk(slot, np.zeros(count, np.int64), start) for slot, (start, count) in lengths.items()]
     prompts = Prompts.of(pack(chunks, tile=128, num_tokens=288, num_tiles=9), DEVICE)
-    qkv = random(1, 288, 240, seed=4)
+    qkv = random(1, 288, (shape.num_heads + 2 * shape.num_kv_heads) * head_dim, seed=4)
     q = torch.zeros(288, shape.q_size, dtype=DTYPE, device=DEVICE)
     out = torch.full_like(q, torch.nan)
     layer = d.weights.layers[0].attention

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deepseek_triton.ensemble.engine.runners.cuda.plan import FAST, Gemv
+from deepseek_triton.ensemble.engine.runners.cuda.plan import EXPERTS, FAST, INVARIANT, OTHER_SHARED_BYTES, Gemv
 
 H100, ADA = 232448, 101376  # bytes that a block may have
 
@@ -34,3 +34,27 @@ def test_fewer_rows_travel_where_they_would_not_fit(
 def test_what_is_not_in_flight_needs_no_room() -> None:
     tile = Gemv(bn=4, num_warps=4)
     assert tile.fitting(2**20, ADA) is tile
+
+
+@pytest.mark.parametrize("tokens", EXPERTS)
+def test_an_experts_tiles_fit_a_smaller_gpu(tokens: int) -> None:
+    tile = EXPERTS[tokens]
+    assert tile.fitting(tokens, H100) == tile
+    fitting = tile.fitting(tokens, ADA)
+    rows = tokens + max(2 * tile.bn, tile.down_bn)
+    assert 2 <= fitting.num_stages <= tile.num_stages
+    assert (fitting.num_stages - 1) * rows * tile.row_bytes + OTHER_SHARED_BYTES <= ADA
+
+
+def test_more_tokens_of_an_expert_have_a_larger_tile() -> None:
+    assert [FAST.expert_rows(tokens) for tokens in (1, 8, 8.1, 32, 33, 64, 65, 5000)] == [
+        16,
+        16,
+        32,
+        32,
+        64,
+        64,
+        128,
+        128,
+    ]
+    assert INVARIANT.expert_rows(5000) == 64

@@ -19,6 +19,7 @@ from deepseek_triton.ensemble.engine.runners.cuda.kernels.common import (
     cache_row,
     cache_scale,
     publish,
+    running_softmax,
     sum_of_parts,
     wait,
 )
@@ -328,6 +329,8 @@ def prefill_attention(
     table,
     key_scales,
     value_scales,
+    key_boxes,  # with TMA: descriptors of the keys and values as rows of D elements, in boxes of BN of them
+    value_boxes,
     tiles,  # [num_tiles, 4] int32: slot, position of the first query, its row in q, how many queries; 0 of these: none
     out,  # [M, HEADS, D]
     extent,
@@ -340,6 +343,7 @@ def prefill_attention(
     BN: tl.constexpr,
     PAGE: tl.constexpr,  # see cache_row; a multiple of BN
     KV_INT8: tl.constexpr,
+    TMA: tl.constexpr,  # blocks that all queries see are read by Hopper's copy engine; for pages of BN, D == BLOCK_D
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -364,11 +368,18 @@ def prefill_attention(
         end = start + count
         whole = (start + 1) // BN * BN  # every query sees all positions before this one
         for first in range(0, whole, BN):
-            rows = cache_row(table, slot, kv_head, first, True, extent, KV_HEADS, PAGE) + n
-            best, total, acc = _attend(
-                queries, keys, values, key_scales, value_scales, rows, first + n, d, start + m, end, best, total, acc,
-                scale, D, False, KV_INT8, PRECISION,
-            )  # fmt: skip
+            row_of_block = cache_row(table, slot, kv_head, first, True, extent, KV_HEADS, PAGE)
+            if TMA:
+                at = row_of_block.to(tl.int32)
+                score = tl.dot(queries, key_boxes.load([at, 0]).T, input_precision=PRECISION)
+                p, best, total, shrink = running_softmax(score, best, total, scale)
+                value = value_boxes.load([at, 0])
+                acc = tl.dot(p.to(queries.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
+            else:
+                best, total, acc = _attend(
+                    queries, keys, values, key_scales, value_scales, row_of_block + n, first + n, d, start + m, end,
+                    best, total, acc, scale, D, False, KV_INT8, PRECISION,
+                )  # fmt: skip
         for first in range(whole, end, BN):
             rows = cache_row(table, slot, kv_head, first, True, extent, KV_HEADS, PAGE) + n
             best, total, acc = _attend(
@@ -393,18 +404,15 @@ def _attend(
         key_mask = key_mask & inside[None, :]
         value_mask = value_mask & inside[:, None]
     k = tl.load(keys + offsets[None, :] + d[:, None], mask=key_mask, other=0.0)
-    score = tl.dot(queries, k.to(queries.dtype), input_precision=PRECISION) * scale
+    score = tl.dot(queries, k.to(queries.dtype), input_precision=PRECISION)
     k_scale, v_scale = _scales(key_scales, value_scales, rows, inside, KV_INT8)
     if KV_INT8:
         score *= k_scale[None, :]
     if MASKED:
         score = tl.where(cached[None, :] <= positions[:, None], score, -float("inf"))
-    new_best = tl.maximum(best, tl.max(score, axis=1))
-    shrink = tl.exp2(best - new_best)
-    p = tl.exp2(score - new_best[:, None])
-    total = total * shrink + tl.sum(p, axis=1)
+    p, best, total, shrink = running_softmax(score, best, total, scale)
     v = tl.load(values + offsets[:, None] + d[None, :], mask=value_mask, other=0.0)
     if KV_INT8:
         p *= v_scale[None, :]
     acc = tl.dot(p.to(queries.dtype), v.to(queries.dtype), acc * shrink[:, None], input_precision=PRECISION)
-    return new_best, total, acc
+    return best, total, acc

@@ -102,3 +102,13 @@ def sum_of_parts(parts, offsets, mask, stride, NUM_PARTS: tl.constexpr):
     for part in tl.static_range(1, NUM_PARTS):
         total += tl.load(parts + part * stride + offsets, mask=mask, other=0.0).to(tl.float32)
     return total
+
+
+@triton.jit
+def running_softmax(score, best, total, scale):
+    """One block's shares of the running softmax, before its best and total so far; how much earlier shares shrink."""
+    new_best = tl.maximum(best, tl.max(score, axis=1))
+    shrink = tl.exp2((best - new_best) * scale)
+    # Unscaled scores: so that multiplication and subtraction are one instruction.
+    p = tl.exp2(score * scale - (new_best * scale)[:, None])
+    return p, new_best, total * shrink + tl.sum(p, axis=1), shrink

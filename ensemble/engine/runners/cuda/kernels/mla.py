@@ -16,13 +16,14 @@ from deepseek_triton.ensemble.engine.runners.cuda.kernels.common import (
     begin,
     cache_row,
     prefetch,
+    running_softmax,
     sum_of_parts,
     to_codes,
     token_scale,
     wait,
 )
 
-ENTRY_ROWS = tl.constexpr(16)  # rows whose entries a program writes at once
+ENTRY_ROWS = tl.constexpr(4)  # rows whose entries a program writes
 
 
 @triton.jit
@@ -148,35 +149,51 @@ def latent_rows(
             tl.store(to_rotary, low.to(queries.dtype.element_ty), mask=there & (r < HALF))
             tl.store(to_rotary + HALF, high.to(queries.dtype.element_ty), mask=there & (r < HALF))
     else:
-        d = tl.arange(0, BLOCK_RANK)[None, :]
-        for start in range(0, BM, ENTRY_ROWS):
-            m = (tl.program_id(0) * BM + start + tl.arange(0, ENTRY_ROWS)).to(tl.int64)[:, None]
-            position = tl.load(positions + m, mask=m < count, other=-1)
-            there = position >= 0
-            slot = m
-            if not IS_DECODE:
-                slot = tl.load(slots + m, mask=there, other=0)
-            to_entry = entries + cache_row(table, slot, 0, position, there, extent, 1, PAGE) * ENTRY
-            c, s = _angles(cos, sin, position, r, HALF)
-            weight = tl.load(norm + d, mask=d < RANK, other=0.0).to(tl.float32)
-            wait(PDL)  # all loads so far are of what no kernel of the step writes
-            mask = there & (d < RANK)
-            first = m * KV_ROW + KV_COLUMN
-            x = sum_of_parts(kv, first + d, mask, kv_stride, KV_PARTS)
-            if HAS_KV_BIAS:
-                x += tl.load(kv_bias + KV_COLUMN + d, mask=d < RANK, other=0.0)
-            low, high = _rotated(
-                kv, kv_bias, c, s, first + RANK, KV_COLUMN + RANK, there, r, kv_stride, HALF, KV_PARTS, HAS_KV_BIAS
-            )
-            x *= tl.rsqrt(tl.sum(x * x, axis=1) / RANK + eps)[:, None] * weight
-            tl.store(to_entry + d, x.to(entries.dtype.element_ty), mask=mask)
-            tl.store(to_entry + RANK + r, low.to(entries.dtype.element_ty), mask=there & (r < HALF))
-            tl.store(to_entry + RANK + HALF + r, high.to(entries.dtype.element_ty), mask=there & (r < HALF))
-            if PACK:
-                to_packed = packed + m * ENTRY
-                tl.store(to_packed + d, x.to(packed.dtype.element_ty), mask=mask)
-                tl.store(to_packed + RANK + r, low.to(packed.dtype.element_ty), mask=there & (r < HALF))
-                tl.store(to_packed + RANK + HALF + r, high.to(packed.dtype.element_ty), mask=there & (r < HALF))
+        first_row = tl.program_id(0) * BM + (job - HEADS * TILES) * ENTRY_ROWS
+        _write_entries(
+            kv, kv_bias, norm, cos, sin, slots, positions, table, entries, packed, kv_stride, extent, eps, count,
+            first_row, r, ROPE, RANK, BLOCK_RANK, KV_ROW, KV_COLUMN, KV_PARTS, HAS_KV_BIAS, PAGE, IS_DECODE, PACK, PDL,
+        )  # fmt: skip
+
+
+@triton.jit
+def _write_entries(
+    kv, kv_bias, norm, cos, sin, slots, positions, table, entries, packed, kv_stride, extent, eps, count, first_row, r,
+    ROPE: tl.constexpr, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr, KV_ROW: tl.constexpr, KV_COLUMN: tl.constexpr,
+    KV_PARTS: tl.constexpr, HAS_KV_BIAS: tl.constexpr, PAGE: tl.constexpr, IS_DECODE: tl.constexpr,
+    PACK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Norm and rotate the entries of ENTRY_ROWS rows, and write them to the cache; see latent_rows."""
+    HALF: tl.constexpr = ROPE // 2
+    ENTRY: tl.constexpr = RANK + ROPE
+    d = tl.arange(0, BLOCK_RANK)[None, :]
+    m = (first_row + tl.arange(0, ENTRY_ROWS)).to(tl.int64)[:, None]
+    position = tl.load(positions + m, mask=m < count, other=-1)
+    there = position >= 0
+    slot = m
+    if not IS_DECODE:
+        slot = tl.load(slots + m, mask=there, other=0)
+    to_entry = entries + cache_row(table, slot, 0, position, there, extent, 1, PAGE) * ENTRY
+    c, s = _angles(cos, sin, position, r, HALF)
+    weight = tl.load(norm + d, mask=d < RANK, other=0.0).to(tl.float32)
+    wait(PDL)  # all loads so far are of what no kernel of the step writes
+    mask = there & (d < RANK)
+    first = m * KV_ROW + KV_COLUMN
+    x = sum_of_parts(kv, first + d, mask, kv_stride, KV_PARTS)
+    if HAS_KV_BIAS:
+        x += tl.load(kv_bias + KV_COLUMN + d, mask=d < RANK, other=0.0)
+    low, high = _rotated(
+        kv, kv_bias, c, s, first + RANK, KV_COLUMN + RANK, there, r, kv_stride, HALF, KV_PARTS, HAS_KV_BIAS
+    )
+    x *= tl.rsqrt(tl.sum(x * x, axis=1) / RANK + eps)[:, None] * weight
+    tl.store(to_entry + d, x.to(entries.dtype.element_ty), mask=mask)
+    tl.store(to_entry + RANK + r, low.to(entries.dtype.element_ty), mask=there & (r < HALF))
+    tl.store(to_entry + RANK + HALF + r, high.to(entries.dtype.element_ty), mask=there & (r < HALF))
+    if PACK:
+        to_packed = packed + m * ENTRY
+        tl.store(to_packed + d, x.to(packed.dtype.element_ty), mask=mask)
+        tl.store(to_packed + RANK + r, low.to(packed.dtype.element_ty), mask=there & (r < HALF))
+        tl.store(to_packed + RANK + HALF + r, high.to(packed.dtype.element_ty), mask=there & (r < HALF))
 
 
 @triton.jit
@@ -385,14 +402,10 @@ def prefill_latents(
             latent = tl.load(entries + rows + d[None, :], mask=inside & (d < RANK)[None, :], other=0.0)
             rotary = tl.load(entries + rows + RANK + r[None, :], mask=inside & (r < ROPE)[None, :], other=0.0)
             score = tl.dot(q_latent, tl.trans(latent), input_precision=PRECISION)
-            score = tl.dot(q_rotary, tl.trans(rotary), score, input_precision=PRECISION) * scale
+            score = tl.dot(q_rotary, tl.trans(rotary), score, input_precision=PRECISION)
             score = tl.where((first + n)[None, :] <= (start + m)[:, None], score, -float("inf"))
-            new_best = tl.maximum(best, tl.max(score, axis=1))
-            shrink = tl.exp2(best - new_best)
-            p = tl.exp2(score - new_best[:, None])
-            total = total * shrink + tl.sum(p, axis=1)
+            p, best, total, shrink = running_softmax(score, best, total, scale)
             acc = tl.dot(p.to(latent.dtype), latent, acc * shrink[:, None], input_precision=PRECISION)
-            best = new_best
         acc /= total[:, None]
         to = out + ((row + m)[:, None] * HEADS + head) * RANK + d[None, :]
         tl.store(to, acc.to(out.dtype.element_ty), mask=there & (d < RANK)[None, :])
@@ -470,13 +483,10 @@ def _attend_heads(
     k_plain = tl.load(at + d[None, :], mask=plain_mask, other=0.0)
     k_rotary = tl.load(packed + rows[:, None] * (RANK + ROPE) + RANK + r[None, :], mask=rotary_mask, other=0.0)
     score = tl.dot(q_plain, tl.trans(k_plain), input_precision=PRECISION)
-    score = tl.dot(q_rotary, tl.trans(k_rotary), score, input_precision=PRECISION) * scale
+    score = tl.dot(q_rotary, tl.trans(k_rotary), score, input_precision=PRECISION)
     if MASKED:
         score = tl.where(keys[None, :] <= positions[:, None], score, -float("inf"))
-    new_best = tl.maximum(best, tl.max(score, axis=1))
-    shrink = tl.exp2(best - new_best)
-    p = tl.exp2(score - new_best[:, None])
-    total = total * shrink + tl.sum(p, axis=1)
+    p, best, total, shrink = running_softmax(score, best, total, scale)
     value = tl.load(at + NOPE + v[None, :], mask=value_mask, other=0.0)
     acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
-    return new_best, total, acc
+    return best, total, acc

@@ -285,8 +285,7 @@ def order_by_expert(
     E: tl.constexpr,
     BM: tl.constexpr,  # most pairs of a tile
     COMPACT: tl.constexpr,  # the tiles are without gaps; for few pairs
-    BINS: tl.constexpr,
-    ROWS: tl.constexpr,
+    BINS: tl.constexpr,  # > E, a power of two
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -296,12 +295,11 @@ def order_by_expert(
     lane = tl.arange(0, BLOCK)
     wait(PDL)
     if COMPACT:
-        row, bin = tl.arange(0, ROWS), tl.arange(0, BINS)
-        many = tl.zeros([ROWS, BINS], tl.int32)
-        for first in range(0, N, ROWS):
-            of_pair = tl.load(chosen + first + row, mask=first + row < N, other=E)
-            many += (of_pair[:, None] == bin[None, :]).to(tl.int32)
-        counts = tl.where(bin < E, tl.sum(many, axis=0), 0)
+        bin = tl.arange(0, BINS)
+        counts = tl.zeros([BINS], tl.int32)
+        for first in range(0, N, BLOCK):
+            counts += tl.histogram(tl.load(chosen + first + lane, mask=first + lane < N, other=E), BINS)
+        counts = tl.where(bin < E, counts, 0)
         start = tl.sum(tl.where(bin < expert, counts, 0))
         count = tl.sum(tl.where(bin == expert, counts, 0))
         needed = (counts + BM - 1) // BM

@@ -148,32 +148,30 @@ def silu_rows(
     out_scale,  # [M] float32
     part_stride,
     I: tl.constexpr,
-    BLOCK: tl.constexpr,
+    MAIN: tl.constexpr,  # columns, a power of two, at most I
+    REST: tl.constexpr,  # >= I - MAIN, likewise
     NUM_PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out = silu(gate) * up. FP8 reads a row twice: once for its scale, once, from L2, to quantise it."""
+    """out = silu(gate) * up; a program keeps its row in registers until it knows the scale of its codes."""
     begin(PDL)
     wait(PDL)
     m = tl.program_id(0).to(tl.int64)
-    scale = 1.0
+    column, behind = tl.arange(0, MAIN), MAIN + tl.arange(0, REST)
+    y = _silu(parts, bias, m, column, part_stride, I, NUM_PARTS, HAS_BIAS)
+    rest = _silu(parts, bias, m, behind, part_stride, I, NUM_PARTS, HAS_BIAS)
+    to = out + m * I
     if FP8:
-        largest = tl.zeros([BLOCK], tl.float32)
-        for first in range(0, I, BLOCK):
-            column = first + tl.arange(0, BLOCK)
-            y = _silu(parts, bias, m, column, part_stride, I, NUM_PARTS, HAS_BIAS)
-            largest = tl.maximum(largest, tl.where(column < I, tl.abs(y), 0.0))
-        scale = token_scale(tl.max(largest))
+        largest = tl.maximum(tl.max(tl.abs(y)), tl.max(tl.where(behind < I, tl.abs(rest), 0.0)))
+        scale = token_scale(largest)
         tl.store(out_scale + m, scale)
-    for first in range(0, I, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        y = _silu(parts, bias, m, column, part_stride, I, NUM_PARTS, HAS_BIAS)
-        if FP8:
-            tl.store(out + m * I + column, to_codes(y, scale), mask=column < I)
-        else:
-            tl.store(out + m * I + column, y.to(out.dtype.element_ty), mask=column < I)
+        tl.store(to + column, to_codes(y, scale))
+        tl.store(to + behind, to_codes(rest, scale), mask=behind < I)
+    else:
+        tl.store(to + column, y.to(out.dtype.element_ty))
+        tl.store(to + behind, rest.to(out.dtype.element_ty), mask=behind < I)
 
 
 @triton.jit

@@ -129,7 +129,8 @@ class MoeForward:
             [experts of a token, rows, out], parts of the sum; of a row without a token they are undefined.
         """
         launch, order = self._ops.launch, routing.order
-        tile, (rows, count) = self._ops.plan.experts[order.block], routing.chosen.shape
+        tile = self._ops.plan.experts[order.block].fitting(order.block, launch.shared_bytes)
+        rows, count = routing.chosen.shape
         _, width, k = linear.weight.shape
         is_gated = linear.name == "experts_gate_up"
         width, bn = (width // 2, tile.bn) if is_gated else (width, tile.down_bn)

@@ -173,8 +173,8 @@ class Router:
         pairs = chosen.numel()
         self._launch(
             routing.order_by_expert, (experts,), chosen, order.order, order.tiles, pairs, len(order.tiles),
-            E=experts, BM=order.block, COMPACT=pairs <= COMPACT_PAIRS, BINS=triton.next_power_of_2(experts),
-            ROWS=16, BLOCK=min(MAX_PAIRS, max(MIN_PAIRS, triton.next_power_of_2(pairs))),
+            E=experts, BM=order.block, COMPACT=pairs <= COMPACT_PAIRS, BINS=triton.next_power_of_2(experts + 1),
+            BLOCK=min(MAX_PAIRS, max(MIN_PAIRS, triton.next_power_of_2(pairs))),
             num_warps=8 if pairs > COMPACT_PAIRS else 4,
         )  # fmt: skip
 

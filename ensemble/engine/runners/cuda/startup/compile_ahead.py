@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ MAX_THREADS = 16
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that was recorded. arguments: numbers, and for a tensor its dtype."""
+    """A launch that was recorded. arguments: numbers, descriptors, and for a tensor its dtype."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -48,11 +49,15 @@ class Launch:
     @property
     def key(self) -> tuple[Any, ...]:
         """What Triton compiles different code for."""
-        kinds = [
-            (type(value), value == 1, value % ALIGNMENT == 0) if isinstance(value, int) else (type(value), str(value))
-            for value in self.arguments
-        ]
-        return id(self.kernel), tuple(kinds), self.constants
+        return id(self.kernel), tuple(map(_kind, self.arguments)), self.constants
+
+
+def _kind(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, int):
+        return int, value == 1, value % ALIGNMENT == 0
+    if isinstance(value, TensorDescriptor):
+        return TensorDescriptor, value.base.dtype, *value.block_shape
+    return type(value), str(value)
 
 
 def compile_ahead(launches: Iterable[Launch]) -> int:
