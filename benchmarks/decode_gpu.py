@@ -56,6 +56,18 @@ V2_LITE = DecoderShape(
         scores="softmax", choice="greedy",
     ),
 )  # fmt: skip
+V3 = DecoderShape(
+    vocab_size=129280, hidden_size=7168, intermediate_size=18432, num_layers=61, num_heads=128, num_kv_heads=128,
+    head_dim=192, rms_norm_eps=1e-6, max_seq_len=4096,
+    latent=LatentOptions(
+        q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+        softmax_factor=(0.1 * math.log(40) + 1) ** 2,
+    ),
+    experts=ExpertOptions(
+        num_experts=256, num_experts_per_tok=8, intermediate_size=2048, num_shared_experts=1, first_dense_layers=3,
+        scores="sigmoid", choice="group_top2", num_groups=8, topk_group=4, is_normalised=True, scale=2.5,
+    ),
+)  # fmt: skip
 SHAPES = {"r1-distill-qwen-7b": SHAPE, "v2-lite": V2_LITE, "v2-lite-dense": replace(V2_LITE, experts=None)}
 GREEDY = DeviceSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, step=0)
 # vLLM 0.24.0 on one H100, quantization="fp8", measured on the same shape beforehand: for the plot where it isn't here.
@@ -170,7 +182,7 @@ def time_between_tokens(runner: AnyRunner) -> float:
 def time_to_first_token(runner: AnyRunner, num_tokens: int) -> float:
     """Seconds from a prompt's ids to its first token's id, both on the host."""
     ids = np.random.default_rng(0).integers(0, runner.vocab_size, num_tokens)
-    return _median(lambda: runner.prefill(0, ids, 0).argmax(), 7)
+    return _median(lambda: prefill(runner, [PromptChunk(0, ids, 0)]), 7)
 
 
 def tokens_per_second(runner: AnyRunner, num_requests: int) -> float:
@@ -182,8 +194,8 @@ def _generate(runner: AnyRunner, num_tokens: int) -> float:
     """Seconds for one request of `num_tokens`; each step starts before the token of the last one is back."""
     ids = np.random.default_rng(0).integers(0, runner.vocab_size, PROMPT)
     began = time.perf_counter()
-    token = runner.prefill(0, ids, 0).argmax()
-    _decode(runner, np.array([token]), PROMPT, num_tokens - 1)
+    tokens = prefill(runner, [PromptChunk(0, ids, 0)])
+    decode(runner, tokens, PROMPT, num_tokens - 1)
     return time.perf_counter() - began
 
 
@@ -191,16 +203,26 @@ def _serve(runner: AnyRunner, num_requests: int) -> float:
     prompts = np.random.default_rng(0).integers(0, runner.vocab_size, (num_requests, PROMPT))
     at_once = max(1, 8192 // PROMPT)
     began = time.perf_counter()
-    tokens = np.zeros(num_requests, np.int64)
-    for first in range(0, num_requests, at_once):
-        slots = range(first, min(first + at_once, num_requests))
-        logits = runner.prefill_many([PromptChunk(slot, prompts[slot], 0) for slot in slots])
-        tokens[slots.start : slots.stop] = logits.argmax(axis=1)
-    _decode(runner, tokens, PROMPT, ANSWER - 1)
+    tokens = prefill(runner, *(
+        [PromptChunk(slot, prompts[slot], 0) for slot in range(first, min(first + at_once, num_requests))]
+        for first in range(0, num_requests, at_once)
+    ))  # fmt: skip
+    decode(runner, tokens, PROMPT, ANSWER - 1)
     return time.perf_counter() - began
 
 
-def _decode(runner: AnyRunner, tokens: np.ndarray[Any, np.dtype[np.int64]], position: int, num_steps: int) -> None:
+def prefill(runner: AnyRunner, *batches: list[PromptChunk]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The first tokens of prompts in these batches, with two batches in flight."""
+    tokens: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+    for number, chunks in enumerate(batches):
+        runner.start_prefill(chunks, [GREEDY] * len(chunks), [])
+        if number:
+            tokens.append(runner.finish_prefill().tokens.copy())
+    tokens.append(runner.finish_prefill().tokens.copy())
+    return np.concatenate(tokens)
+
+
+def decode(runner: AnyRunner, tokens: np.ndarray[Any, np.dtype[np.int64]], position: int, num_steps: int) -> None:
     """Decode `num_steps` tokens for each of slots 0 … len(tokens) − 1, with two steps in flight."""
     samplings = [GREEDY] * len(tokens)
     ids, positions = tokens, np.full(len(tokens), position)

@@ -1,9 +1,10 @@
 """Measure Triton's overhead over the cuda runner: the same requests on the runner alone and through the ensemble.
 
-DeepSeek-R1-Distill-Qwen-7B's shape with random weights, as in decode_gpu.py; text goes in and out by the tokenizer of
-the repository that is given, whose engine is replaced.
-    python -m benchmarks.serving_gpu REPOSITORY NAME
-REPOSITORY holds a built model NAME (`deepseek-triton build`); writes benchmarks/results/serving-gpu.json.
+DeepSeek-R1-Distill-Qwen-7B's shape (--shape: another of decode_gpu.py) with random weights; text goes in and out by the
+tokenizer of the repository that is given, whose engine is replaced.
+    python -m benchmarks.serving_gpu REPOSITORY NAME [--shape v2-lite]
+REPOSITORY holds a built model NAME (`deepseek-triton build`); writes benchmarks/results/serving-gpu.json, of another
+shape beside it.
 """
 
 from __future__ import annotations
@@ -44,8 +45,12 @@ SETTINGS = {
     "max_prefill_stall": DEFAULTS["max_prefill_stall"],
     "kv_cache": DEFAULTS["kv_cache"],
 }
+DEFAULT_SHAPE = "r1-distill-qwen-7b"
+SHAPE_VARIABLE = "BENCHMARK_SHAPE"  # in the engine's environment: the name of its shape
 MODEL = """\
-from benchmarks.decode_gpu import SHAPE
+import os
+
+from benchmarks.decode_gpu import SHAPE, SHAPES
 from deepseek_triton.ensemble.engine.runners.cuda.pages import CacheForm
 from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
 from deepseek_triton.ensemble.engine.runners.cuda.weights import RandomWeights
@@ -54,9 +59,10 @@ from deepseek_triton.ensemble.models import engine
 
 
 def load(directory, settings):
-    source = RandomWeights(SHAPE, is_fp8=True, has_qkv_bias=True)
+    shape = SHAPES[os.environ["BENCHMARK_SHAPE"]]
+    source = RandomWeights(shape, is_fp8=True, has_qkv_bias=shape == SHAPE)
     runner = CudaRunner(
-        source, SHAPE,
+        source, shape,
         max_num_seqs=settings.max_num_seqs, max_num_batched_tokens=settings.max_num_batched_tokens,
         cache_form=CacheForm(settings.kv_cache),
     )  # fmt: skip
@@ -71,10 +77,13 @@ TritonPythonModel = engine.TritonPythonModel
 ALONE = """
 import json, sys
 from benchmarks import decode_gpu as gpu
-runner = gpu.CudaRunner(gpu.RandomWeights(gpu.SHAPE, is_fp8=True, has_qkv_bias=True), gpu.SHAPE, max_num_seqs={slots},
-                        max_num_batched_tokens={chunk}, cache_form=gpu.CacheForm({kv_cache!r}))
+shape = gpu.SHAPES[{shape!r}]
+source = gpu.RandomWeights(shape, is_fp8=True, has_qkv_bias=shape == gpu.SHAPE)
+runner = gpu.CudaRunner(source, shape, max_num_seqs={slots}, max_num_batched_tokens={chunk},
+                        cache_form=gpu.CacheForm({kv_cache!r}))
 gpu.give_blocks(runner)
-print(json.dumps({{"time_between_tokens_ms": gpu.time_between_tokens(runner) * 1e3,
+print(json.dumps({{"gpu": gpu.torch.cuda.get_device_name(),
+                  "time_between_tokens_ms": gpu.time_between_tokens(runner) * 1e3,
                   "tokens_per_s": {{n: gpu.tokens_per_second(runner, n) for n in {streams}}}}}))
 """
 
@@ -150,11 +159,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("repository", type=Path)
     parser.add_argument("name")
+    parser.add_argument("--shape", default=DEFAULT_SHAPE, help="a shape of decode_gpu.py (default: %(default)s)")
     arguments = parser.parse_args(argv)
+    os.environ[SHAPE_VARIABLE] = arguments.shape
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     program = ALONE.format(
-        slots=max(STREAMS), streams=STREAMS, chunk=DEFAULTS["max_num_batched_tokens"], kv_cache=DEFAULTS["kv_cache"]
-    )
+        shape=arguments.shape, slots=max(STREAMS), streams=STREAMS, chunk=DEFAULTS["max_num_batched_tokens"],
+        kv_cache=DEFAULTS["kv_cache"],
+    )  # fmt: skip
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, timeout=240)
     alone = json.loads(done.stdout.splitlines()[-1])
     print("alone:", alone, flush=True)
@@ -170,10 +182,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
     ratios = {"time between tokens": served["time_between_tokens_ms"] / alone["time_between_tokens_ms"]}
     ratios |= {f"tokens/s, {n} streams": served["tokens_per_s"][n] / alone["tokens_per_s"][str(n)] for n in STREAMS}
-    result = {"machine": describe(), "settings": SETTINGS, "targets": TARGETS, "runner": alone, "triton": served}
+    machine = describe() | {"gpu": alone.pop("gpu")}
+    result = {"machine": machine, "settings": SETTINGS, "targets": TARGETS, "runner": alone, "triton": served}
     result["triton / runner"] = {name: round(value, 3) for name, value in ratios.items()}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "serving-gpu.json").write_text(json.dumps(result, indent=2) + "\n")
+    file = "serving-gpu.json" if arguments.shape == DEFAULT_SHAPE else f"serving-gpu-{arguments.shape}.json"
+    (RESULTS / file).write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result["triton / runner"], indent=1))
     is_met = ratios["time between tokens"] <= 1.05 and all(ratios[f"tokens/s, {n} streams"] >= 0.9 for n in STREAMS)
     return 0 if is_met else 1

@@ -22,7 +22,7 @@ ONE_OF_EXPERTS_S = 44e-6  # the same of a layer with experts on one GPU, whose k
 LAUNCH_S = 170e-6  # of a layer of a prompt at least: its kernels one after the other, however few tokens it has
 PEER_ROWS = 64  # that GPUs of a machine add up in each other's memory at most; NCCL does it with more
 # Of an all-reduce of few bytes
-REDUCE_S = {"one kernel": 1e-6, "nvlink": 9e-6, "nccl": 33e-6, "pcie": 30e-6, "network": 40e-6}
+REDUCE_S = {"one kernel": 1e-6, "nvlink": 9e-6, "nccl": 36e-6, "pcie": 30e-6, "network": 40e-6}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Reached:
 
 
 DENSE = Reached(0.54, 0.54, 31e-6, 31e-6, adds_reading=False)
-EXPERTS = Reached(0.22, 0.38, 53e-6, 60e-6, adds_reading=True)
+EXPERTS = Reached(0.22, 0.365, 44e-6, 47e-6, adds_reading=True)
 
 
 def formulas(has_experts: bool) -> tuple[str, ...]:

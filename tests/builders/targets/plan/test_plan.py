@@ -48,7 +48,7 @@ def measured() -> Iterator[Any]:
         for engine, values in recorded(file)["engines"].items():
             if not engine.startswith("cuda"):
                 continue
-            place = {"gpu": PLANNED_GPUS[gpu], "num_gpus": 2 if engine.endswith("2 GPUs") else 1}
+            place = {"gpu": PLANNED_GPUS[gpu], "num_gpus": 2 if "2 GPUs" in engine else 1}
             alone = {**place, "users": 1, "prompt_tokens": 128}
             figures = [("one_user_step_s", alone, values["time_between_tokens_ms"] / 1e3)]
             figures += [("one_user_floor_s", alone, values["floor_ms"] / 1e3)]

@@ -87,6 +87,7 @@ def test_a_built_decoders_logits_are_the_onnx_graphs(option: str, tmp_path: Path
 
 @pytest.mark.slow
 def test_an_fp8_build_computes_as_the_fp8_graph(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", minversion="1.32", reason="earlier ones refuse FP8 between float32 operators")
     checkpoint = make_tokenizer(make_checkpoint(tmp_path / "checkpoint", "v3", "bfloat16"))
     build(
         BuildOptions(
