@@ -29,6 +29,7 @@ from deepseek_triton.clients.errors import (
 from deepseek_triton.clients.line_input import read_everything
 from deepseek_triton.clients.options import add_option, add_request_arguments, make_request
 from deepseek_triton.clients.server.diagnosis import Task, diagnose
+from deepseek_triton.interrupts import interrupts_end
 
 URL_VARIABLE = "DEEPSEEK_TRITON_URL"
 MODEL_VARIABLE = "DEEPSEEK_TRITON_MODEL"
@@ -111,7 +112,8 @@ def run_generate(args: argparse.Namespace) -> int:
             print_answer(client, request, answer_style(args), [])
         return 0
 
-    return with_client(args, run)
+    with interrupts_end():
+        return with_client(args, run)
 
 
 def with_client(args: argparse.Namespace, run: Callable[[BaseClient], int], task: Task = "generate") -> int:

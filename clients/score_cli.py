@@ -15,6 +15,7 @@ from deepseek_triton.clients.line_input import read_lines
 from deepseek_triton.clients.printable import shown
 from deepseek_triton.clients.printing import json_line
 from deepseek_triton.clients.score import Score, ScoreRequest
+from deepseek_triton.interrupts import interrupts_end
 
 
 def add_score_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +47,8 @@ def run_score(args: argparse.Namespace) -> int:
             print(shown(_describe(score, as_json=args.json, is_brief=True), sys.stdout), flush=True)
         return 0
 
-    return with_client(args, run, "score")
+    with interrupts_end():
+        return with_client(args, run, "score")
 
 
 def _describe(score: Score, *, as_json: bool, is_brief: bool) -> str:

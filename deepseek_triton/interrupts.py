@@ -1,20 +1,26 @@
-"""Ctrl-C that isn't lost.
+"""Ctrl-C that isn't lost, and that ends a command.
 
 Python raises KeyboardInterrupt wherever the main thread is. In a finalizer, or in the callback of a weak reference or
-of C code, it is printed ("Exception ignored in …"), and the program goes on as if nobody had pressed Ctrl-C.
+of C code, it is printed ("Exception ignored in …"), and the program goes on as if nobody had pressed Ctrl-C. Between
+taking a lock and the block that releases it (gRPC has such places), it leaves the lock taken, and whoever wants it next
+waits for ever.
 """
 
 from __future__ import annotations
 
 import _thread
 import contextlib
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 AGAIN_S = 0.05  # by then the finalizer or callback has ended; if not, the next interrupt is sent again too
+END_S = 10.0  # longer than it takes to cancel a call and close a connection
+INTERRUPTED = 128 + signal.SIGINT  # exit status
 
 
 @contextlib.contextmanager
@@ -42,3 +48,33 @@ def interrupts_arrive() -> Iterator[None]:
     finally:
         sys.unraisablehook = before
         is_over.set()
+
+
+@contextlib.contextmanager
+def interrupts_end(within_s: float = END_S) -> Iterator[None]:
+    """End the process where the block still runs so long after a Ctrl-C.
+
+    For commands that leave nothing half-done on this machine: no clean-up runs then. Where SIGINT has a handler that
+    isn't Python's own, it stays.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    is_over = threading.Event()
+
+    def end() -> None:
+        if not is_over.wait(within_s):
+            os.write(2, b"error: interrupted, but a call doesn't end; this process ends without it\n")
+            os._exit(INTERRUPTED)
+
+    def strike(number: int, frame: FrameType | None) -> None:
+        _thread.start_new_thread(end, ())  # as above
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, strike)
+    try:
+        yield
+    finally:
+        is_over.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)

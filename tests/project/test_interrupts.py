@@ -96,6 +96,61 @@ def test_a_command_ends(name: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+# A lock that nobody releases: as Ctrl-C leaves one between taking it and the block that would.
+LOCK = """
+import signal, threading, time
+from deepseek_triton.interrupts import interrupts_end
+signal.signal(signal.SIGINT, signal.default_int_handler)
+lock = threading.RLock()
+other = threading.Thread(target=lock.acquire)
+"""
+
+
+def ended(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", LOCK + code], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+    )  # fmt: skip
+
+
+def test_a_command_ends_though_a_lock_is_never_released() -> None:
+    done = ended("""
+with interrupts_end(0.2):
+    other.start()
+    other.join()
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        lock.acquire()
+""")
+    assert done.returncode == 130
+    assert done.stderr.splitlines() == ["error: interrupted, but a call doesn't end; this process ends without it"]
+
+
+def test_a_command_that_ends_in_time_goes_on() -> None:
+    done = ended("""
+for _ in range(2):
+    try:
+        with interrupts_end(0.2):
+            signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        print("interrupted")
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+time.sleep(0.5)
+print("alive")
+""")
+    assert (done.returncode, done.stdout.split()) == (0, ["interrupted", "interrupted", "alive"]), done.stderr
+
+
+def test_another_handler_of_ctrl_c_stays() -> None:
+    done = ended("""
+signal.signal(signal.SIGINT, lambda *_: print("its own"))
+with interrupts_end(0.1):
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(0.4)
+""")
+    assert (done.returncode, done.stdout) == (0, "its own\n"), done.stderr
+
+
 def test_what_else_is_ignored_is_told_as_before() -> None:
     code = """
 from deepseek_triton.interrupts import interrupts_arrive
