@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.engine.runners.base import Ids, Logits, RunnerError
 from deepseek_triton.ensemble.engine.runners.onnx_scoring import OnnxScoringRunner
+from deepseek_triton.ensemble.engine.runners.onnx_session import open_session, without_denormals
 from deepseek_triton.ensemble.engine.runners.warm_up import warm_up
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from deepseek_triton.ensemble.scoring.rows import GRAPH_FILE
@@ -43,17 +44,7 @@ class OnnxRunner:
     """
 
     def __init__(self, path: Path, *, max_num_seqs: int, num_threads: int = 0) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = num_threads or len(os.sched_getaffinity(0))
-        options.inter_op_num_threads = 1
-        # Threads that spin between operators gain a tenth on an idle machine and lose half on a busy one; the server,
-        # its tokenizer and often its clients share these cores.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        try:
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime raises its own classes, RuntimeError among them
-            raise RunnerError(f"{path} can't be loaded by ONNX Runtime {ort.__version__}: {error}") from error
+        self._session = open_session(path, num_threads)
         inputs = {value.name: value for value in self._session.get_inputs()}
         caches = [name for name in inputs if name.startswith("past_")]
         _, kv_heads, self.max_seq_len, head_dim = inputs[caches[0]].shape
@@ -76,7 +67,7 @@ class OnnxRunner:
         log.info(
             "KV cache: %d slots x %d tokens x %d bytes = %d MiB; weights: %d MiB; %d threads",
             max_num_seqs, self.max_seq_len, self.cache_bytes // (max_num_seqs * self.max_seq_len),
-            self.cache_bytes // MIB, weight_bytes // MIB, options.intra_op_num_threads,
+            self.cache_bytes // MIB, weight_bytes // MIB, self._session.get_session_options().intra_op_num_threads,
         )  # fmt: skip
         self._logits = np.empty((max_num_seqs, self.vocab_size), np.float32)
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
@@ -113,7 +104,8 @@ class OnnxRunner:
         binding.bind_cpu_input("start", np.ascontiguousarray(start, np.int64))
         binding.bind_cpu_input("num_tokens", np.ascontiguousarray(num_tokens, np.int64))
         # What a long prompt took beside the caches goes back at its end; a step of a few rows keeps its own.
-        self._session.run_with_iobinding(binding, self._shrinking if ids.size > MAX_KEPT_ROWS else None)
+        with without_denormals():
+            self._session.run_with_iobinding(binding, self._shrinking if ids.size > MAX_KEPT_ROWS else None)
         return self._logits[:n]
 
     def _binding(self, first_slot: int, n: int) -> ort.IOBinding:

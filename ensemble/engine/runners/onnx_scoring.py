@@ -6,16 +6,14 @@ of all rows, concatenated. The tokens that a template puts at the beginning of a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
-from deepseek_triton.ensemble.engine.runners.base import RunnerError
+from deepseek_triton.ensemble.engine.runners.onnx_session import open_session, without_denormals
 from deepseek_triton.ensemble.engine.runners.scoring import RowScores
 from deepseek_triton.ensemble.protocol.contract import HIDDEN_STATE, TOKEN_LOG_PROBS
 from deepseek_triton.ensemble.scoring.rows import OWN, PREFIX, ScoreRow, batch_tensors, group_rows, make_row
@@ -35,16 +33,7 @@ class OnnxScoringRunner:
     def __init__(
         self, path: Path, settings: ScoringSettings, *, vocab_size: int, max_seq_len: int, prefix: Sequence[int] = ()
     ) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = settings.num_threads or len(os.sched_getaffinity(0))
-        options.inter_op_num_threads = 1
-        # As in OnnxRunner: spinning threads take the processor from the server and its tokenizer.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        try:
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime raises its own classes, RuntimeError among them
-            raise RunnerError(f"{path} can't be loaded by ONNX Runtime {ort.__version__}: {error}") from error
+        self._session = open_session(path, settings.num_threads)
         self.vocab_size, self.max_seq_len = vocab_size, max_seq_len
         self._max_pass_tokens = settings.max_pass_tokens
         self._prefix = np.array(prefix, np.int32)
@@ -69,7 +58,8 @@ class OnnxScoringRunner:
     def _pass(self, rows: Sequence[ScoreRow], prefix: Mapping[str, NDArray[Any]]) -> list[RowScores]:
         """Rows without a target have no log probabilities; where none has one, the graph leaves out the head."""
         feeds = {**batch_tensors(rows), **prefix}
-        log_probs, hidden = self._session.run([TOKEN_LOG_PROBS.name, HIDDEN_STATE.name], feeds)
+        with without_denormals():
+            log_probs, hidden = self._session.run([TOKEN_LOG_PROBS.name, HIDDEN_STATE.name], feeds)
         ends = np.cumsum([len(row.target_ids) for row in rows])[:-1]
         return [RowScores(own, state) for own, state in zip(np.split(log_probs, ends), hidden, strict=True)]
 
@@ -94,5 +84,6 @@ class OnnxScoringRunner:
             for kind in PREFIX
             if PREFIX[kind] in name
         }
-        values = self._session.run(list(own.values()), {**batch_tensors([row]), **self._empty})
+        with without_denormals():
+            values = self._session.run(list(own.values()), {**batch_tensors([row]), **self._empty})
         return dict(zip(own, values, strict=True))
