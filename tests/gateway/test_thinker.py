@@ -214,5 +214,5 @@ def test_a_client_that_leaves_frees_its_slot_within_a_second(
                     next(pieces)
         else:
             with pytest.raises(httpx.ReadTimeout):
-                client.post(f"{url}/v1/{path}", json=body)
+                pytest.fail(client.post(f"{url}/v1/{path}", json=body).text)
     wait_until(thinker, LEFT_S, model=THINKER, requests_cancelled_total=cancelled + 1, slots_used=0)

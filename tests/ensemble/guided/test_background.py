@@ -48,6 +48,7 @@ class Held:
         self.niceness: list[int] = []
         self.taken: list[int] = []
         self._seconds, self._inner = seconds, choice("yes")
+        self._inner_is_free = threading.Lock()  # the copies have one
 
     def copy(self) -> Held:
         return self
@@ -68,7 +69,8 @@ class Held:
             self.is_held = True
             self.began.release()
             assert self.release.wait(WAIT_S)
-        return self._inner.mask()
+        with self._inner_is_free:
+            return self._inner.mask()
 
 
 def held(threads: MaskThreads, guide: Held) -> Any:
