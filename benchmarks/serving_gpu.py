@@ -46,7 +46,6 @@ SETTINGS = {
     "kv_cache": DEFAULTS["kv_cache"],
 }
 DEFAULT_SHAPE = "r1-distill-qwen-7b"
-SHAPE_VARIABLE = "BENCHMARK_SHAPE"  # in the engine's environment: the name of its shape
 MODEL = """\
 import os
 
@@ -161,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("name")
     parser.add_argument("--shape", default=DEFAULT_SHAPE, help="a shape of decode_gpu.py (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    os.environ[SHAPE_VARIABLE] = arguments.shape
+    os.environ["BENCHMARK_SHAPE"] = arguments.shape  # of MODEL
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     program = ALONE.format(
         shape=arguments.shape, slots=max(STREAMS), streams=STREAMS, chunk=DEFAULTS["max_num_batched_tokens"],

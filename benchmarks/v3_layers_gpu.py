@@ -34,7 +34,7 @@ from deepseek_triton.ensemble.engine.runners.cuda.weights import RandomWeights
 FILE = Path(__file__).parent / "results" / "v3-layers-gpu.json"
 FEW, MANY = 4, 8  # layers, of which the first three have no experts
 ROWS = (1, 8, 32, 64, 128, 256)
-PROMPT, ANSWER = 1024, 2048  # tokens of the published figure's requests
+PROMPT, ANSWER = 1024, 2048  # tokens of a request: the published figure's, rounded up
 PUBLISHED = {"tokens_per_s": 11489, "requests": 1024, "what": "R1, TensorRT-LLM, 8 x H200, 1,000 + 2,000 tokens"}
 STEPS = 24
 
@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int | str:
     elif not torch.cuda.is_available():
         return "error: this needs an NVIDIA GPU"
     else:
-        found = {"machine": describe() | {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}}
-        found[name_of(arguments.gpus)] = measure(arguments.gpus)
+        machine = describe() | {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+        found = {name_of(arguments.gpus): {**measure(arguments.gpus), "machine": machine}}
     print(json.dumps(found, indent=1))
     arguments.output.write_text(json.dumps(known | found, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -61,10 +61,13 @@ def interrupts_end(within_s: float = END_S) -> Iterator[None]:
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    is_over = threading.Event()
+    over = _thread.allocate_lock()  # whose methods are one call each: an interrupt can't leave it half-done
+    over.acquire()
 
     def end() -> None:
-        if not is_over.wait(within_s):
+        if over.acquire(timeout=within_s):
+            over.release()  # for the next thread that waits
+        else:
             os.write(2, b"error: interrupted, but a call doesn't end; this process ends without it\n")
             os._exit(INTERRUPTED)
 
@@ -76,5 +79,5 @@ def interrupts_end(within_s: float = END_S) -> Iterator[None]:
     try:
         yield
     finally:
-        is_over.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        over.release()

@@ -1,8 +1,8 @@
 """How long a step takes: the formulas of a plan, and the constants that measurements gave them.
 
 The constants were fitted to two shapes in FP8: DENSE to DeepSeek-R1-Distill-Qwen-7B on one and two H100s
-(benchmarks/results/decode-gpu.json), EXPERTS to DeepSeek-V2-Lite on one H200 (decode-gpu-v2-lite.json). Another GPU or
-shape is an extrapolation: the ratio of published rates.
+(benchmarks/results/decode-gpu.json), EXPERTS to DeepSeek-V2-Lite on one and two H200s (decode-gpu-v2-lite.json).
+Another GPU or shape is an extrapolation: the ratio of published rates.
 """
 
 from __future__ import annotations

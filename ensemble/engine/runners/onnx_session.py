@@ -2,7 +2,7 @@
 
 Where one position gets nearly all of the attention, the others' shares are numbers below 1e-38. A processor
 multiplies such denormals many times more slowly: attention over 512 tokens took eight times as long with some weights.
-They are set to zero, which no sum in float32 can tell.
+They are set to zero, which doesn't change a sum with the large share in it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from deepseek_triton.ensemble.decoder.mla import INNER_NORM_EPS, LatentAttention
 from deepseek_triton.ensemble.engine.runners.cuda.attention import LOG2_E, PREFILL_TILE, Caches
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import mla
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
-from deepseek_triton.ensemble.engine.runners.cuda.linear import Parts, Rows
+from deepseek_triton.ensemble.engine.runners.cuda.linear import MAX_PREFETCHING_ROWS, Parts, Rows
 from deepseek_triton.ensemble.engine.runners.cuda.plan import KernelPlan
 
 ABSORBED_COLUMNS = 64  # of the latent, that one program makes of a query
@@ -29,7 +29,8 @@ class LatentTile:
     num_stages: int = 5
 
 
-# Measured on an H200: of 16 heads the short block is faster from 32 rows on, with two programs on each multiprocessor.
+# Measured on an H200 with 16 heads: at 32 rows and more the short block is faster, with two programs on each
+# multiprocessor.
 FEW_ROWS, MANY_ROWS, MANY_HEADS = LatentTile(16, block=64), LatentTile(16), LatentTile(32, num_warps=8)
 MAX_FEW_ROWS = 16
 LINE_BYTES = 128
@@ -154,7 +155,7 @@ class LatentKernels:
         tile = self.tile or self._tile(count)
         group = min(tile.heads, max(16, triton.next_power_of_2(heads)))
         groups = triton.cdiv(heads, group)
-        # Few rows have half as many programs as in other attention: their splits would be shorter than a tile.
+        # Few rows have half as many programs as in other attention: with more, each would read less than one block.
         splits = self._plan.num_splits(count * (2 if count <= MAX_FEW_ROWS else 1), groups, launch.processors)
         partial = launch.empty(count, splits, heads, self._rank)
         partial_max, partial_sum = (launch.empty(count, splits, heads) for _ in range(2))
@@ -183,7 +184,7 @@ class LatentKernels:
     def _prefetching(self, rows: int) -> dict[str, int | bool]:
         """The kernels' constants: few rows leave time to fetch before waiting."""
         is_even = self._blocks["rank"] >= self._line
-        return {"PREFETCH": self.launch.prefetches and rows <= 16 and is_even, "LINE": self._line}
+        return {"PREFETCH": self.launch.prefetches and rows <= MAX_PREFETCHING_ROWS and is_even, "LINE": self._line}
 
     def _values(
         self,

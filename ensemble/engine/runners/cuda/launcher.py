@@ -34,7 +34,7 @@ class Launcher:
             self.shared_bytes = shared_bytes(device)
         # Hopper's copy engine, for what isn't a check.
         self.has_tma = (
-            device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
+            device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] == 9
         )
         self.prefetches = pdl  # only before a wait is there time for it
         self._options: dict[str, Any] = {"launch_pdl": True} if pdl else {}

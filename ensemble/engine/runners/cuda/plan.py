@@ -1,7 +1,7 @@
 """The kernel and tile size for each matrix and number of rows, fixed when the model is loaded.
 
-The figures were measured on an H100 (benchmarks/decode_gpu_notes.md). A plan changes only the order of sums; the
-INVARIANT plan has one order for every batch size.
+The figures were measured on an H100, those of experts on an H200 (benchmarks/decode_gpu_notes.md). A plan changes only
+the order of sums; the INVARIANT plan has one order for every batch size.
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ class ExpertTile:
     most_tokens: float = math.inf
 
     def fitting(self, tokens: int, shared_bytes: int) -> ExpertTile:
-        """The same with as many stages as a block's shared memory holds, where a tile has so many tokens."""
+        """The same with as many stages as a block's shared memory holds, where a tile has so many tokens.
+
+        One stage has no buffer of its own; on Hopper it may have one, and the plan's own stages fit there all the same.
+        """
         rows = tokens + max(2 * self.bn, self.down_bn)
         stages = 1 + max(1, (shared_bytes - OTHER_SHARED_BYTES) // (rows * self.row_bytes))
         return replace(self, num_stages=min(self.num_stages, stages))

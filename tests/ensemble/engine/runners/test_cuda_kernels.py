@@ -351,7 +351,12 @@ def test_every_position_is_in_one_split_and_long_texts_have_many(positions: list
 
 
 @pytest.mark.parametrize(
-    ("form", "head_dim", "has_tma"), [*((form, 24, False) for form in CACHES), ("pages", 64, True)]
+    ("form", "head_dim", "has_tma"),
+    [
+        *((form, 24, False) for form in CACHES),
+        ("pages", 64, True),
+        pytest.param("pages", 128, True, marks=pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU")),
+    ],
 )
 def test_prefill_attention_over_several_slots_chunks(form: str, head_dim: int, has_tma: bool) -> None:
     shape = replace(SHAPE, head_dim=head_dim)

@@ -149,7 +149,7 @@ def silu_rows(
     part_stride,
     I: tl.constexpr,
     MAIN: tl.constexpr,  # columns, a power of two, at most I
-    REST: tl.constexpr,  # >= I - MAIN, likewise
+    REST: tl.constexpr,  # a power of two, at least I - MAIN
     NUM_PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FP8: tl.constexpr,
@@ -164,7 +164,7 @@ def silu_rows(
     rest = _silu(parts, bias, m, behind, part_stride, I, NUM_PARTS, HAS_BIAS)
     to = out + m * I
     if FP8:
-        largest = tl.maximum(tl.max(tl.abs(y)), tl.max(tl.where(behind < I, tl.abs(rest), 0.0)))
+        largest = tl.maximum(tl.max(tl.abs(y)), tl.max(tl.abs(rest)))
         scale = token_scale(largest)
         tl.store(out_scale + m, scale)
         tl.store(to + column, to_codes(y, scale))

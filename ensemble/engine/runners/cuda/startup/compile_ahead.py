@@ -54,7 +54,7 @@ class Launch:
 
 def _kind(value: Any) -> tuple[Any, ...]:
     if isinstance(value, int):
-        return int, value == 1, value % ALIGNMENT == 0
+        return type(value), value == 1, value % ALIGNMENT == 0
     if isinstance(value, TensorDescriptor):
         return TensorDescriptor, value.base.dtype, *value.block_shape
     return type(value), str(value)
