@@ -152,14 +152,14 @@ class StepPipeline:
         """
         if not self._steps or (self._is_step_begun and len(self._steps) < self._runner.steps_in_flight):
             return
-        for call in self._steps[0]:
+        for number, call in enumerate(self._steps[0]):
             waited_at = self._clock()
             try:
                 decoded = self._runner.finish_decode() if call.kind == "decode" else self._runner.finish_prefill()
                 now = self._clock()
                 outcomes = self._outcomes(call, decoded)
             except Exception as error:  # the later steps in flight depend on this call
-                self.discard()
+                self._discard(number)
                 yield Failure(call, error)
                 return
             for part in call.parts:
@@ -191,7 +191,12 @@ class StepPipeline:
 
     def discard(self) -> None:
         """Drop all steps in flight; each sequence keeps the state after its last finished call."""
-        for part in (part for step in self._steps for call in step for part in call.parts):
+        self._discard(0)
+
+    def _discard(self, num_finished: int) -> None:
+        """See discard; the first calls of the earliest step are finished, and may wait for a mask."""
+        calls = [call for step in self._steps for call in step][num_finished:]
+        for part in (part for call in calls for part in call.parts):
             part.sequence.num_in_flight = part.sequence.num_awaited = 0
             self._undecided.pop(part.sequence, None)
         self._steps.clear()

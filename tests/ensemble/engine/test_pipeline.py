@@ -154,6 +154,16 @@ def test_whatever_happens_the_tokens_are_those_of_one_step_at_a_time(
     assert engine.num_free_slots == max_num_seqs
 
 
+@pytest.mark.parametrize("runner", [PipelinedFakeRunner, ThreeInFlight])
+def test_a_prefill_that_fails_takes_no_logits_from_a_sequence_that_waits_for_its_mask(
+    runner: type[PipelinedFakeRunner],
+) -> None:
+    script = [Wanted((4,), "guided", 2), 2, Wanted((4,), "greedy", 1), ("finish", "prefill", "memory")]
+    sinks = run_script(make(runner), script)
+    assert [sink.error for _, sink in sinks] == [None, "prefill failed: no memory"]
+    check_tokens(sinks, script)
+
+
 class Watching(PipelinedFakeRunner):
     """Notes, whenever a decode is waited for, how many further calls keep the runner busy meanwhile."""
 
