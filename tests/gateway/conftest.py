@@ -24,7 +24,7 @@ TEMPLATE = (
     "{% endfor %}\n{% endfor %}assistant: "
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% else %}<think>{% endif %}"
 )
-MAX_SEQ_LEN = 2048
+MAX_SEQ_LEN = 8192  # so long that a whole answer takes seconds
 
 
 def write_thinker(directory: Path) -> Path:

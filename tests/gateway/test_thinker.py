@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
-from tests.gateway.conftest import THINKER
+from tests.gateway.conftest import MAX_SEQ_LEN, THINKER
 from tests.gateway.test_openai_chat import TIME, WEATHER
 from tests.support.gateway import gateway
 from tests.support.lazy import lazy
@@ -28,7 +28,9 @@ pytestmark = [pytest.mark.server, pytest.mark.xdist_group("gateway thinker")]
 
 HI: Any = [{"role": "user", "content": "Hello"}]
 # Of `/v1/messages`: an answer that ends late.
-LONG: Any = {"output_config": {"format": {"type": "json_schema", "schema": {"type": "string", "minLength": 1900}}}}
+LONG: Any = {
+    "output_config": {"format": {"type": "json_schema", "schema": {"type": "string", "minLength": MAX_SEQ_LEN - 148}}}
+}
 LEFT_S = 1.0 + PUBLISH_S  # a second, and the interval in which the server publishes its slots
 
 
@@ -176,7 +178,9 @@ def test_anthropics_client_thinks_calls_and_counts(url: str) -> None:
 
 @pytest.mark.timed
 def test_a_cancelled_background_response_frees_its_slot(client: openai.OpenAI, thinker: TritonServer) -> None:
-    begun = client.responses.create(model=THINKER, input="Hello", background=True, extra_body={"min_tokens": 1900})
+    begun = client.responses.create(
+        model=THINKER, input="Hello", background=True, extra_body={"min_tokens": MAX_SEQ_LEN - 148}
+    )
     wait_until(thinker, 20, model=THINKER, slots_used=1)
     assert client.responses.cancel(begun.id).status == "cancelled"
     wait_until(thinker, LEFT_S, model=THINKER, slots_used=0)
@@ -184,7 +188,7 @@ def test_a_cancelled_background_response_frees_its_slot(client: openai.OpenAI, t
 
 def test_what_the_server_refuses_is_the_clients_fault(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="prompt"):
-        create(client, messages=[{"role": "user", "content": "x" * 5000}])
+        create(client, messages=[{"role": "user", "content": "x" * (MAX_SEQ_LEN + 100)}])
     form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
     with pytest.raises(openai.BadRequestError):
         create(client, response_format=form)
@@ -200,12 +204,12 @@ def test_a_client_that_leaves_frees_its_slot_within_a_second(
     cancelled = metrics(thinker, THINKER)["requests_cancelled_total"]
     asked: dict[str, dict[str, Any]] = {
         "chat/completions": {"messages": HI},
-        "completions": {"prompt": "Hello", "max_tokens": 1950},
+        "completions": {"prompt": "Hello", "max_tokens": MAX_SEQ_LEN - 98},
         "responses": {"input": "Hello"},
     }
-    body = {"model": THINKER, "stream": is_streamed, "min_tokens": 1900, **asked.get(path, {})}
+    body = {"model": THINKER, "stream": is_streamed, "min_tokens": MAX_SEQ_LEN - 148, **asked.get(path, {})}
     if path == "messages":  # which knows no min_tokens: the schema keeps the answer long
-        body = {"model": THINKER, "stream": is_streamed, "messages": HI, "max_tokens": 1950, **LONG}
+        body = {"model": THINKER, "stream": is_streamed, "messages": HI, "max_tokens": MAX_SEQ_LEN - 98, **LONG}
     with httpx.Client(timeout=httpx.Timeout(60, read=None if is_streamed else 0.5)) as client:
         if is_streamed:
             with client.stream("POST", f"{url}/v1/{path}", json=body) as response:
