@@ -124,18 +124,9 @@ def measure(
 ) -> dict[str, Any]:
     """Every figure of one runner, for `batches` and `PROMPTS`; all GPUs together read the floor's bytes."""
     rate = read_rate()
-    source = RandomWeights(shape, is_fp8=True, has_qkv_bias=shape == SHAPE)
+    source = random_weights(shape)
     began = time.perf_counter()
-    options: dict[str, Any] = {
-        "max_num_seqs": max(batches),
-        "max_num_batched_tokens": 8192,
-        "is_invariant": is_invariant,
-        "cache_form": CacheForm(kv_cache),
-    }
-    runner: AnyRunner = (
-        CudaRunner(source, shape, **options) if gpus == 1 else ParallelRunner(source, shape, size=gpus, **options)
-    )
-    give_blocks(runner)
+    runner = open_runner(source, shape, gpus, max_num_seqs=max(batches), kv_cache=kv_cache, is_invariant=is_invariant)
     result: dict[str, Any] = {
         "load_s": round(time.perf_counter() - began, 1),
         "read_gb_per_s": round(rate / 1e9),
@@ -148,6 +139,38 @@ def measure(
     runner.close()
     print(json.dumps(result, indent=1))
     return result
+
+
+def random_weights(shape: DecoderShape) -> RandomWeights:
+    """In FP8, with a scale for each row."""
+    return RandomWeights(shape, is_fp8=True, has_qkv_bias=shape == SHAPE)
+
+
+def open_runner(
+    source: RandomWeights,
+    shape: DecoderShape,
+    gpus: int,
+    *,
+    max_num_seqs: int,
+    kv_cache: KvCache,
+    is_invariant: bool = False,
+    expert_size: int = 1,
+    max_num_batched_tokens: int = 8192,
+) -> AnyRunner:
+    """A runner on so many GPUs, whose slots have their blocks; expert_size: as ParallelRunner's."""
+    options: dict[str, Any] = {
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "is_invariant": is_invariant,
+        "cache_form": CacheForm(kv_cache),
+    }
+    runner: AnyRunner = (
+        CudaRunner(source, shape, **options)
+        if gpus == 1
+        else ParallelRunner(source, shape, size=gpus, expert_size=expert_size, **options)
+    )
+    give_blocks(runner)
+    return runner
 
 
 def step_bytes(shape: DecoderShape, source: RandomWeights) -> float:
@@ -212,7 +235,7 @@ def _serve(runner: AnyRunner, num_requests: int) -> float:
 
 
 def prefill(runner: AnyRunner, *batches: list[PromptChunk]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The first tokens of prompts in these batches, with two batches in flight."""
+    """The first tokens [prompts] of the prompts in these batches, with two batches in flight."""
     tokens: list[np.ndarray[Any, np.dtype[np.int64]]] = []
     for number, chunks in enumerate(batches):
         runner.start_prefill(chunks, [GREEDY] * len(chunks), [])

@@ -49,19 +49,17 @@ DEFAULT_SHAPE = "r1-distill-qwen-7b"
 MODEL = """\
 import os
 
-from benchmarks.decode_gpu import SHAPE, SHAPES
+from benchmarks.decode_gpu import SHAPES, random_weights
 from deepseek_triton.ensemble.engine.runners.cuda.pages import CacheForm
 from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
-from deepseek_triton.ensemble.engine.runners.cuda.weights import RandomWeights
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.models import engine
 
 
 def load(directory, settings):
     shape = SHAPES[os.environ["BENCHMARK_SHAPE"]]
-    source = RandomWeights(shape, is_fp8=True, has_qkv_bias=shape == SHAPE)
     runner = CudaRunner(
-        source, shape,
+        random_weights(shape), shape,
         max_num_seqs=settings.max_num_seqs, max_num_batched_tokens=settings.max_num_batched_tokens,
         cache_form=CacheForm(settings.kv_cache),
     )  # fmt: skip
@@ -77,10 +75,8 @@ ALONE = """
 import json, sys
 from benchmarks import decode_gpu as gpu
 shape = gpu.SHAPES[{shape!r}]
-source = gpu.RandomWeights(shape, is_fp8=True, has_qkv_bias=shape == gpu.SHAPE)
-runner = gpu.CudaRunner(source, shape, max_num_seqs={slots}, max_num_batched_tokens={chunk},
-                        cache_form=gpu.CacheForm({kv_cache!r}))
-gpu.give_blocks(runner)
+runner = gpu.open_runner(gpu.random_weights(shape), shape, 1, max_num_seqs={slots}, max_num_batched_tokens={chunk},
+                         kv_cache={kv_cache!r})
 print(json.dumps({{"gpu": gpu.torch.cuda.get_device_name(),
                   "time_between_tokens_ms": gpu.time_between_tokens(runner) * 1e3,
                   "tokens_per_s": {{n: gpu.tokens_per_second(runner, n) for n in {streams}}}}}))
@@ -160,6 +156,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("name")
     parser.add_argument("--shape", default=DEFAULT_SHAPE, help="a shape of decode_gpu.py (default: %(default)s)")
     arguments = parser.parse_args(argv)
+    from benchmarks.decode_gpu import SHAPES  # which needs torch: --help doesn't
+
+    if arguments.shape not in SHAPES:
+        parser.error(f"--shape is {arguments.shape!r}, known are: {', '.join(SHAPES)}")
     os.environ["BENCHMARK_SHAPE"] = arguments.shape  # of MODEL
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     program = ALONE.format(

@@ -23,13 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.decode_gpu import V3, AnyRunner, decode, give_blocks, prefill
+from benchmarks.decode_gpu import V3, AnyRunner, decode, open_runner, prefill, random_weights
 from benchmarks.machine import describe
 from deepseek_triton.ensemble.engine.runners.base import PromptChunk
-from deepseek_triton.ensemble.engine.runners.cuda.pages import CacheForm
-from deepseek_triton.ensemble.engine.runners.cuda.parallel import ParallelRunner
-from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
-from deepseek_triton.ensemble.engine.runners.cuda.weights import RandomWeights
 
 FILE = Path(__file__).parent / "results" / "v3-layers-gpu.json"
 FEW, MANY = 4, 8  # layers, of which the first three have no experts
@@ -47,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int | str:
     parser.add_argument("--output", type=Path, default=FILE, help="default: %(default)s")
     arguments = parser.parse_args(argv)
     known = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
-    if arguments.estimate:
+    if arguments.estimate is not None:
+        if arguments.estimate < 1:
+            parser.error(f"--estimate takes a number of GPUs, from 1 on, not {arguments.estimate}")
         missing = [name for name in map(name_of, (1, 2)) if name not in known]
         if missing:
             return f"error: {arguments.output} has no figures of {' and '.join(missing)}"
@@ -81,16 +79,8 @@ def measure(gpus: int) -> dict[str, Any]:
 def times(layers: int, gpus: int) -> dict[int | str, float]:
     """Milliseconds of a step by its rows, and of a prefill of 8,192 tokens, of a model with so many layers."""
     shape = replace(V3, num_layers=layers)
-    source = RandomWeights(shape, is_fp8=True, has_qkv_bias=False)
-    options: dict[str, Any] = {
-        "max_num_seqs": max(ROWS), "max_num_batched_tokens": 8192, "cache_form": CacheForm("pages"),
-    }  # fmt: skip
-    runner: AnyRunner = (
-        CudaRunner(source, shape, **options)
-        if gpus == 1
-        else ParallelRunner(source, shape, size=gpus, expert_size=gpus, **options)
-    )
-    give_blocks(runner)
+    source = random_weights(shape)
+    runner = open_runner(source, shape, gpus, max_num_seqs=max(ROWS), kv_cache="pages", expert_size=gpus)
     found: dict[int | str, float] = {}
     random = np.random.default_rng(0)
     for rows in ROWS:

@@ -19,8 +19,8 @@ from types import FrameType
 from typing import Any
 
 AGAIN_S = 0.05  # by then the finalizer or callback has ended; if not, the next interrupt is sent again too
-END_S = 10.0  # longer than it takes to cancel a call and close a connection
-INTERRUPTED = 128 + signal.SIGINT  # exit status
+END_S = 10.0  # seconds, longer than it takes to cancel a call and close a connection
+INTERRUPTED = 128 + int(signal.SIGINT)  # the exit status of a command, 130
 
 
 @contextlib.contextmanager
@@ -52,7 +52,7 @@ def interrupts_arrive() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interrupts_end(within_s: float = END_S) -> Iterator[None]:
-    """End the process where the block still runs so long after a Ctrl-C.
+    """End the process, with status INTERRUPTED, where the block still runs so many seconds after a Ctrl-C.
 
     For commands that leave nothing half-done on this machine: no clean-up runs then. Where SIGINT has a handler that
     isn't Python's own, it stays.

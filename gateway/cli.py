@@ -16,7 +16,7 @@ from deepseek_triton.extras import explain_missing
 from deepseek_triton.gateway.collection import command as data_command
 from deepseek_triton.gateway.protection.keys import command as keys_command
 from deepseek_triton.gateway.settings import SETTINGS, GatewaySettings, SettingRow
-from deepseek_triton.interrupts import interrupts_arrive
+from deepseek_triton.interrupts import INTERRUPTED, interrupts_arrive
 
 PROGRAM = "deepseek-gateway"
 APP = "deepseek_triton.gateway.app:create_from_environment"
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments))
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         is_told = isinstance(error, OSError | ValueError)
         message = str(error) if is_told else explain_missing(error)

@@ -159,7 +159,7 @@ class StepPipeline:
                 now = self._clock()
                 outcomes = self._outcomes(call, decoded)
             except Exception as error:  # the later steps in flight depend on this call
-                self._discard(number)
+                self.discard(number)
                 yield Failure(call, error)
                 return
             for part in call.parts:
@@ -189,12 +189,11 @@ class StepPipeline:
                 outcomes.append((sequence, outcome))
         return outcomes
 
-    def discard(self) -> None:
-        """Drop all steps in flight; each sequence keeps the state after its last finished call."""
-        self._discard(0)
+    def discard(self, num_finished: int = 0) -> None:
+        """Drop all steps in flight; each sequence keeps the state after its last finished call.
 
-    def _discard(self, num_finished: int) -> None:
-        """See discard; the first calls of the earliest step are finished, and may wait for a mask."""
+        num_finished: calls of the earliest step that are finished; their sequences may still wait for a mask.
+        """
         calls = [call for step in self._steps for call in step][num_finished:]
         for part in (part for call in calls for part in call.parts):
             part.sequence.num_in_flight = part.sequence.num_awaited = 0

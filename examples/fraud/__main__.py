@@ -29,7 +29,7 @@ from deepseek_triton.examples.fraud.model import LABELS, FraudModel
 from deepseek_triton.examples.fraud.serving.contracts import DRIFT, EXPLANATION, NAME
 from deepseek_triton.examples.fraud.serving.repository import TEMPLATE, TEXT_MODEL, build_text_model, write_fraud_models
 from deepseek_triton.examples.fraud.training import features_of, hidden_states, train, truth_of
-from deepseek_triton.interrupts import interrupts_arrive
+from deepseek_triton.interrupts import INTERRUPTED, interrupts_arrive
 
 SEED = 20261128
 OURS = "gradient boosting, fields and language model (served)"
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ from deepseek_triton.examples.lifecycle.commands import StepError, run
 from deepseek_triton.examples.lifecycle.facts import FACTS, write_data
 from deepseek_triton.examples.lifecycle.load import RequestFailedError
 from deepseek_triton.examples.lifecycle.serving import STAGE_S, LoopServing
-from deepseek_triton.interrupts import interrupts_arrive
+from deepseek_triton.interrupts import INTERRUPTED, interrupts_arrive
 
 NAME = "town"
 FOLDER = Path("build/lifecycle")
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}; the same command goes on from here", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -58,10 +58,15 @@ class OnnxScoringRunner:
     def _pass(self, rows: Sequence[ScoreRow], prefix: Mapping[str, NDArray[Any]]) -> list[RowScores]:
         """Rows without a target have no log probabilities; where none has one, the graph leaves out the head."""
         feeds = {**batch_tensors(rows), **prefix}
-        with without_denormals():
-            log_probs, hidden = self._session.run([TOKEN_LOG_PROBS.name, HIDDEN_STATE.name], feeds)
+        log_probs, hidden = self._run([TOKEN_LOG_PROBS.name, HIDDEN_STATE.name], feeds)
         ends = np.cumsum([len(row.target_ids) for row in rows])[:-1]
         return [RowScores(own, state) for own, state in zip(np.split(log_probs, ends), hidden, strict=True)]
+
+    def _run(self, names: list[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """The graph's outputs of these names."""
+        with without_denormals():
+            values: list[NDArray[Any]] = self._session.run(names, feeds)
+        return values
 
     def _warm_up(self) -> None:
         """Score one row, so that the first request isn't slower than the next."""
@@ -84,6 +89,5 @@ class OnnxScoringRunner:
             for kind in PREFIX
             if PREFIX[kind] in name
         }
-        with without_denormals():
-            values = self._session.run(list(own.values()), {**batch_tensors([row]), **self._empty})
+        values = self._run(list(own.values()), {**batch_tensors([row]), **self._empty})
         return dict(zip(own, values, strict=True))

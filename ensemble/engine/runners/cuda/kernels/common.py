@@ -106,9 +106,13 @@ def sum_of_parts(parts, offsets, mask, stride, NUM_PARTS: tl.constexpr):
 
 @triton.jit
 def running_softmax(score, best, total, scale):
-    """One block's shares of the running softmax, before its best and total so far; how much earlier shares shrink."""
+    """Take one block of scores [M, N] into a running softmax, whose largest score and sum are best and total [M].
+
+    Scores are unscaled, so that scaling and subtracting the largest are one instruction. scale: positive, times
+    log2(e). Returns the block's shares [M, N], not yet divided by the sum; best and total; and what earlier shares
+    shrink by [M].
+    """
     new_best = tl.maximum(best, tl.max(score, axis=1))
     shrink = tl.exp2((best - new_best) * scale)
-    # Unscaled scores: so that multiplication and subtraction are one instruction.
     p = tl.exp2(score * scale - (new_best * scale)[:, None])
     return p, new_best, total * shrink + tl.sum(p, axis=1), shrink
