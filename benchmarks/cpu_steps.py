@@ -90,7 +90,7 @@ def options() -> ort.SessionOptions:
 
 def filled_runner(graph: Path) -> Any:
     """A runner of one slot, which is full of random numbers."""
-    from deepseek_triton.ensemble.engine.runners.onnx import OnnxRunner
+    from deepseek_triton.ensemble.engine.runners.onnx.runner import OnnxRunner
 
     runner = OnnxRunner(graph, max_num_seqs=1, num_threads=1)
     for cache in runner._caches.values():

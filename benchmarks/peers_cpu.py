@@ -104,7 +104,7 @@ def measure(checkpoint: Path, built: Path, peer: Path, threads: int) -> dict[str
 
 def own(directory: Path, threads: int) -> None:
     """Answer the tasks on standard input: the other side's form."""
-    from deepseek_triton.ensemble.engine.runners.onnx import OnnxRunner
+    from deepseek_triton.ensemble.engine.runners.onnx.runner import OnnxRunner
 
     before = _rss_mb()
     runner = OnnxRunner(directory / "model.onnx", max_num_seqs=STREAMS, num_threads=threads)

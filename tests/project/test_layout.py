@@ -192,7 +192,7 @@ def test_imports_point_one_way(arrow: Arrow) -> None:
         ("clients.http", "def f():\n    import deepseek_triton.builders", "clients know of the rest only the contract"),
         (
             "builders.checkpoint.spec",
-            "import deepseek_triton.ensemble.engine.runners.onnx as o",
+            "import deepseek_triton.ensemble.engine.runners.onnx.runner as o",
             "builders don't know the runners",
         ),
         (

@@ -19,7 +19,7 @@ from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.builders.repository.sequence_len import choose_max_seq_len
 from deepseek_triton.clients import GenerateRequest, GrpcClient
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
-from deepseek_triton.ensemble.engine.runners.onnx import OnnxRunner
+from deepseek_triton.ensemble.engine.runners.onnx.runner import OnnxRunner
 from deepseek_triton.ensemble.server import installation
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
 from deepseek_triton.extras import explain_missing

@@ -19,7 +19,7 @@ from deepseek_triton.builders.graph.blocks.linear import BlockLinear
 from deepseek_triton.builders.graph.blocks.rounding import BLOCK_SIZE, rounded
 from deepseek_triton.builders.graph.decoder import build_graph
 from deepseek_triton.builders.targets.artefacts.block_weights import BlockWeights
-from deepseek_triton.ensemble.engine.runners.onnx import OnnxRunner
+from deepseek_triton.ensemble.engine.runners.onnx.runner import OnnxRunner
 from tests.support.checkpoints import make_checkpoint
 from tests.support.gguf_files import k_quant_blocks, write_gguf
 

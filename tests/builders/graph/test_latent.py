@@ -23,7 +23,7 @@ from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.builders.scoring.options import Batching, ScoringOptions
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.engine.runners.load import load_scoring_runner
-from deepseek_triton.ensemble.engine.runners.onnx import OnnxRunner
+from deepseek_triton.ensemble.engine.runners.onnx.runner import OnnxRunner
 from deepseek_triton.ensemble.scoring.rows import make_row
 from deepseek_triton.ensemble.scoring.settings import ScoringSettings
 from tests.builders.graph.test_parity import assert_agrees, graph_runner, greedy, prompt

@@ -25,7 +25,7 @@ from deepseek_triton.builders.fp8.weight_quantizer import WeightQuantizer
 from deepseek_triton.builders.graph.decoder import build_graph
 from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.options import BuildOptions
-from deepseek_triton.ensemble.engine.runners.onnx import OnnxRunner
+from deepseek_triton.ensemble.engine.runners.onnx.runner import OnnxRunner
 from tests.builders.graph.test_parity import prompt
 from tests.support.checkpoints import load_reference, make_checkpoint, make_tokenizer
 

@@ -11,7 +11,7 @@ import pytest
 from deepseek_triton.builders.checkpoint.reader import open_checkpoint
 from deepseek_triton.builders.graph.decoder import build_graph
 from deepseek_triton.builders.targets.artefacts.block_weights import BlockWeights
-from deepseek_triton.ensemble.engine.runners.onnx import OnnxRunner
+from deepseek_triton.ensemble.engine.runners.onnx.runner import OnnxRunner
 from tests.builders.graph.test_parity import assert_agrees, graph_runner, prompt
 from tests.support.checkpoints import load_reference, make_checkpoint
 from tests.support.latent_gguf import write_latent_gguf

@@ -13,7 +13,7 @@ import pytest
 from deepseek_triton.builders.checkpoint.reader import Checkpoint, open_checkpoint
 from deepseek_triton.builders.graph.decoder import build_graph
 from deepseek_triton.ensemble.engine.runners.base import RunnerError
-from deepseek_triton.ensemble.engine.runners.onnx import OnnxRunner
+from deepseek_triton.ensemble.engine.runners.onnx.runner import OnnxRunner
 from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 from tests.support.checkpoints import OPTIONS, load_reference, make_checkpoint, smollm2_path
 

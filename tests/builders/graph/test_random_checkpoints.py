@@ -17,7 +17,7 @@ import pytest
 from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
-from deepseek_triton.ensemble.engine.runners.onnx import OnnxRunner
+from deepseek_triton.ensemble.engine.runners.onnx.runner import OnnxRunner
 from tests.support.checkpoints import load_reference, make_tokenizer
 from tests.support.random_checkpoints import Drawn, draw, draw_latent, write
 

@@ -24,7 +24,7 @@ from deepseek_triton.builders.scoring.options import TIMER_LATE_US, Batching, Sc
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.engine.runners.base import RunnerError
 from deepseek_triton.ensemble.engine.runners.load import load_scoring_runner
-from deepseek_triton.ensemble.engine.runners.onnx_scoring import OnnxScoringRunner
+from deepseek_triton.ensemble.engine.runners.onnx.scoring import OnnxScoringRunner
 from deepseek_triton.ensemble.protocol import contract
 from deepseek_triton.ensemble.protocol.pipelines import score_pipeline
 from deepseek_triton.ensemble.scoring.profile import ScoringProfile

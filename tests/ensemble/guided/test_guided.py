@@ -753,7 +753,7 @@ PERSON = {
 def test_a_small_model_answers_by_the_schema(tmp_path: Path) -> None:
     from deepseek_triton.builders.checkpoint.reader import open_checkpoint
     from deepseek_triton.builders.graph.decoder import build_graph
-    from deepseek_triton.ensemble.engine.runners.onnx import OnnxRunner
+    from deepseek_triton.ensemble.engine.runners.onnx.runner import OnnxRunner
     from tests.support.checkpoints import smollm2_path
 
     the = model("smollm2")

@@ -28,7 +28,7 @@ from deepseek_triton.ensemble.engine.runners.base import PromptChunk
 from deepseek_triton.ensemble.engine.runners.cuda.pages import CacheForm
 from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
 from deepseek_triton.ensemble.engine.runners.cuda.weights import StoredWeights
-from deepseek_triton.ensemble.engine.runners.onnx import OnnxRunner
+from deepseek_triton.ensemble.engine.runners.onnx.runner import OnnxRunner
 from tests.builders.graph.test_parity import graph_runner, prompt
 from tests.support.checkpoints import make_checkpoint, make_tokenizer
 

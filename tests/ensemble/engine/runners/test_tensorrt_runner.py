@@ -14,7 +14,7 @@ import pytest
 
 from deepseek_triton.ensemble.artefacts.tensorrt_api import PlanInfo, TensorRTError
 from deepseek_triton.ensemble.engine.runners.base import DeviceSampling, Runner, RunnerError, SamplingRunner
-from deepseek_triton.ensemble.engine.runners.onnx import OnnxRunner
+from deepseek_triton.ensemble.engine.runners.onnx.runner import OnnxRunner
 from deepseek_triton.ensemble.engine.runners.tensorrt import TensorRTRunner, captured_size
 from tests.support.fake_tensorrt import FakeContext, FakeCudaRuntime, FakeEngine, FakeRuntime, FakeTensorRT
 from tests.support.tensorrt_graphs import small_spec, write_graph

@@ -10,8 +10,8 @@ import pytest
 
 from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.options import BuildOptions
-from deepseek_triton.ensemble.engine.runners import onnx
 from deepseek_triton.ensemble.engine.runners.load import load_runner
+from deepseek_triton.ensemble.engine.runners.onnx import runner as onnx
 from deepseek_triton.ensemble.engine.runners.warm_up import NUM_TOKENS, warm_up
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from tests.support.tuning import tiny_checkpoint

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek_triton.ensemble.engine.runners.onnx_session import open_session, without_denormals
+from deepseek_triton.ensemble.engine.runners.onnx.session import open_session, without_denormals
 from deepseek_triton.ensemble.engine.runners.scoring import RowScores
 from deepseek_triton.ensemble.protocol.contract import HIDDEN_STATE, TOKEN_LOG_PROBS
 from deepseek_triton.ensemble.scoring.rows import OWN, PREFIX, ScoreRow, batch_tensors, group_rows, make_row

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.engine.runners.base import Ids, Logits, RunnerError
-from deepseek_triton.ensemble.engine.runners.onnx_scoring import OnnxScoringRunner
-from deepseek_triton.ensemble.engine.runners.onnx_session import open_session, without_denormals
+from deepseek_triton.ensemble.engine.runners.onnx.scoring import OnnxScoringRunner
+from deepseek_triton.ensemble.engine.runners.onnx.session import open_session, without_denormals
 from deepseek_triton.ensemble.engine.runners.warm_up import warm_up
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 from deepseek_triton.ensemble.scoring.rows import GRAPH_FILE

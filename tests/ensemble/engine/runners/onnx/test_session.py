@@ -12,9 +12,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from deepseek_triton.ensemble.engine.runners import onnx_session
 from deepseek_triton.ensemble.engine.runners.base import RunnerError
-from deepseek_triton.ensemble.engine.runners.onnx_session import open_session, without_denormals
+from deepseek_triton.ensemble.engine.runners.onnx import session as onnx_session
+from deepseek_triton.ensemble.engine.runners.onnx.session import open_session, without_denormals
 
 ROWS = 1 << 16  # so many that all threads of a session get some
 needs_glibc = pytest.mark.skipif(onnx_session._LIBM is None, reason="needs glibc on x86-64")
@@ -62,7 +62,7 @@ def test_a_process_keeps_its_denormals_after_its_first_session(tmp_path: Path) -
     write_product(tmp_path / "model.onnx")
     code = (
         "import sys; from pathlib import Path; import numpy as np\n"
-        "from deepseek_triton.ensemble.engine.runners.onnx_session import open_session\n"
+        "from deepseek_triton.ensemble.engine.runners.onnx.session import open_session\n"
         "open_session(Path(sys.argv[1]), 2)\n"
         "print((np.full(8, 1e-40, np.float32) * np.float32(0.5)).view(np.uint32).any())"
     )
