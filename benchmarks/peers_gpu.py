@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.decode_gpu import ANSWER, BATCHES, FILE, PROMPT, PROMPTS, SHAPE, SHAPES, file_of, write
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
+from deepseek_triton.ensemble.engine.runners.cuda.weights import CODES_STD
 
 # What is timed: answer `prompts` [n, prompt_len] with `num_tokens` each.
 Answer = Callable[[np.ndarray[Any, np.dtype[np.int64]], int], None]
@@ -112,19 +113,50 @@ def measure(answer: Answer, batches: Sequence[int], vocab_size: int) -> dict[str
 
 
 def open_vllm(directory: Path) -> Answer:
-    """vLLM's offline engine, FP8, dummy weights."""
+    """vLLM's offline engine, FP8, dummy weights, those of experts as `spread_experts` makes them."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(
         model=str(directory), skip_tokenizer_init=True, load_format="dummy", quantization="fp8", max_model_len=4096,
         gpu_memory_utilization=0.85, max_num_seqs=max(BATCHES), enable_prefix_caching=False,
     )  # fmt: skip
+    engine.apply_model(spread_experts)
 
     def answer(prompts: np.ndarray[Any, np.dtype[np.int64]], num_tokens: int) -> None:
         params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
         engine.generate([{"prompt_token_ids": ids.tolist()} for ids in prompts], params, use_tqdm=False)
 
     return answer
+
+
+def spread_experts(model: torch.nn.Module) -> None:
+    """Give vLLM's mixture of experts weights like ours; a dense model is left as it is.
+
+    vLLM's dummy weights are below 0.001: a layer adds nearly nothing, so equal tokens get equal experts and equal next
+    tokens, whatever was before them. Fewer experts are read then than real texts need.
+    """
+    modules = list(model.modules())
+    if not any(hasattr(module, "w13_weight") for module in modules):
+        return
+    for module in modules:
+        for name in ("weight", "w13_weight", "w2_weight"):
+            weight = getattr(module, name, None)
+            if not isinstance(weight, torch.Tensor):
+                continue
+            if weight.dim() == 1:  # a norm
+                weight.data.fill_(1.0)
+                continue
+            # A linear layer's FP8 weights are transposed.
+            columns = getattr(module, "input_size", weight.shape[-1])
+            is_fp8 = weight.dtype == torch.float8_e4m3fn
+            for part in weight.data if weight.dim() == 3 else [weight.data]:
+                noise = torch.randn(part.shape, device=part.device) * (CODES_STD if is_fp8 else columns**-0.5)
+                part.copy_(noise.clamp_(-448, 448))
+            if is_fp8:
+                getattr(module, f"{name}_scale").data.fill_(columns**-0.5 / CODES_STD)
+        for name in ("W_UK_T", "W_UV"):  # of latent attention
+            if isinstance(matrix := getattr(module, name, None), torch.Tensor):
+                matrix.copy_(torch.randn(matrix.shape, device=matrix.device) * 512**-0.5)
 
 
 def open_transformers(directory: Path) -> Answer:

@@ -8,13 +8,18 @@ from typing import Any
 
 import torch
 import triton
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import attention, rows
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
 from deepseek_triton.ensemble.engine.runners.cuda.linear import Parts
 from deepseek_triton.ensemble.engine.runners.cuda.plan import MAX_SPLITS, KernelPlan
+
+HAS_GLUON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)  # as `hopper_attention` is written for
+if HAS_GLUON:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from deepseek_triton.ensemble.engine.runners.cuda.kernels import hopper_attention
 
 LOG2_E = 1.0 / math.log(2.0)
 DECODE_BLOCK = 64  # cached positions that decode attention reads at a time
@@ -172,33 +177,37 @@ class Attention:
 
     def prefill(self, q: torch.Tensor, cache: Caches, tiles: torch.Tensor, out: torch.Tensor) -> None:
         """Attend with the queries `q` that `rope` gave, into `out` [tokens, q_size]; tiles: of `PackedPrompts`."""
-        shape = self.shape
-        block_d = max(16, triton.next_power_of_2(shape.head_dim))
-        has_boxes = self._has_boxes(cache)
-        boxes: list[Any] = list(cache.stored)
-        if has_boxes:
-            size = [PREFILL_BLOCK, shape.head_dim]
-            boxes = [TensorDescriptor.from_tensor(tensor.view(-1, shape.head_dim), size) for tensor in boxes]
-        # Four warps leave room for a second program, which computes while the first one exponentiates.
-        options = (
-            {**_forms(cache), "num_warps": 4, "num_stages": 2} if has_boxes else {**_reading(cache), "num_warps": 8}
-        )
+        shape, grid, scale = self.shape, (self.shape.num_heads, len(tiles)), self.shape.head_dim**-0.5 * LOG2_E
+        if self._is_hoppers(cache):
+            rows = (tensor.view(-1, shape.head_dim) for tensor in cache.stored)
+            self._launch(
+                hopper_attention.prefill_attention, grid,
+                *map(boxes, (q, *rows)), cache.table, tiles, out, cache.extent, scale,
+                HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, D=shape.head_dim,
+                num_warps=hopper_attention.NUM_WARPS,
+            )  # fmt: skip
+            return
         self._launch(
-            attention.prefill_attention, (shape.num_heads, len(tiles)),
-            q, *self._of(cache), *boxes, tiles, out, cache.extent, shape.head_dim**-0.5 * LOG2_E,
-            HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, D=shape.head_dim, BLOCK_D=block_d, BM=PREFILL_TILE,
-            BN=PREFILL_BLOCK, TMA=has_boxes, **options, PRECISION=self._launch.precision,
+            attention.prefill_attention, grid, q, *self._of(cache), tiles, out, cache.extent, scale,
+            HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, D=shape.head_dim,
+            BLOCK_D=max(16, triton.next_power_of_2(shape.head_dim)), BM=PREFILL_TILE, BN=PREFILL_BLOCK,
+            **_reading(cache), PRECISION=self._launch.precision, num_warps=8,
         )  # fmt: skip
 
-    def _has_boxes(self, cache: Caches) -> bool:
-        """Whether prefill reads blocks of the cache as boxes, by Hopper's copy engine."""
-        has_rows = cache.page == PREFILL_BLOCK and cache.key_scales is None
-        return self._launch.has_tma and has_rows and self.shape.head_dim in (64, 128)
+    def _is_hoppers(self, cache: Caches) -> bool:
+        """Whether Hopper's own kernel can prefill this cache."""
+        is_known = cache.page == PAGE and cache.key_scales is None and self.shape.head_dim in (64, 128)
+        return HAS_GLUON and self._launch.is_hopper and is_known
 
     def _of(self, cache: Caches) -> tuple[torch.Tensor, ...]:
         """The cache's tensors as the kernels take them."""
         absent = map(self._launch.or_nothing, (cache.table, cache.key_scales, cache.value_scales))
         return cache.keys, cache.values, *absent
+
+
+def boxes(rows: torch.Tensor) -> Any:
+    """The descriptor of a matrix from which `hopper_attention` copies."""
+    return TensorDescriptor.from_tensor(rows, hopper_attention.BOX_SHAPE, hopper_attention.BOX_LAYOUT)
 
 
 def _forms(cache: Caches) -> dict[str, int | bool]:

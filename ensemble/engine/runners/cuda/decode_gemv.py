@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 
 from deepseek_triton.ensemble.engine.runners.cuda.group import Group
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import gemv
-from deepseek_triton.ensemble.engine.runners.cuda.kernels.experts import add_experts
+from deepseek_triton.ensemble.engine.runners.cuda.kernels.experts import activate_experts, add_experts
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
-from deepseek_triton.ensemble.engine.runners.cuda.linear import DeviceLinear
+from deepseek_triton.ensemble.engine.runners.cuda.linear import DeviceLinear, Rows
 from deepseek_triton.ensemble.engine.runners.cuda.plan import KernelPlan
+
+if TYPE_CHECKING:
+    from deepseek_triton.ensemble.engine.runners.cuda.parts.router import RowRouting
 
 
 class DecodeGemv:
@@ -82,17 +86,29 @@ class DecodeGemv:
         if self._group is not None:
             self._group.add(hidden)
 
-    def add_experts(
-        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, down: DeviceLinear, hidden: torch.Tensor
-    ) -> None:
-        """hidden += each chosen expert's x [experts of a token, in] @ its matrix of `down`.T, weighted."""
+    def activate_experts(self, x: Rows, routing: RowRouting, gate_up: DeviceLinear) -> torch.Tensor:
+        """silu(gate) * up of the row `x` for each of its experts: [experts of a token, out]; raises `routing.amax`."""
+        (experts, n, k), count, or_nothing = gate_up.weight.shape, len(routing.chosen), self.launch.or_nothing
+        n, tile = n // 2, self.plan.gemv[gate_up.name]
+        out = self.launch.empty(count, n, dtype=self.launch.dtype)
+        self.launch(
+            activate_experts, (triton.cdiv(n, tile.bn), count),
+            x.values, or_nothing(x.scale), gate_up.weight, or_nothing(gate_up.scale), routing.chosen, out,
+            routing.amax, k, E=experts, OUT=n, K=k, BN=tile.bn, BK=triton.next_power_of_2(k), FP8=gate_up.is_fp8,
+            num_warps=tile.num_warps,
+        )  # fmt: skip
+        return out
+
+    def add_experts(self, x: torch.Tensor, routing: RowRouting, down: DeviceLinear, hidden: torch.Tensor) -> None:
+        """hidden += each expert's row of `x` [experts of a token, in] @ its matrix of `down`.T, weighted."""
         (count, k), (experts, n, _) = x.shape, down.weight.shape
-        tile = self.plan.gemv[down.name]
+        block = max(16, triton.next_power_of_2(k))
+        tile = self.plan.gemv[down.name].fitting(block * down.weight.element_size(), self.launch.shared_bytes)
         self.launch(
             add_experts, (triton.cdiv(n, tile.bn),),
-            x, down.weight, self.launch.or_nothing(down.scale), chosen, weights, hidden, k,
-            E=experts, N=n, K=k, COUNT=count, BN=tile.bn, BK=max(16, triton.next_power_of_2(k)), STAGES=tile.stages,
-            FP8=down.is_fp8, num_warps=tile.num_warps,
+            x, routing.amax, down.weight, self.launch.or_nothing(down.scale), routing.chosen, routing.weights, hidden,
+            k, E=experts, N=n, K=k, COUNT=count, BN=tile.bn, BK=block, STAGES=tile.stages, FP8=down.is_fp8,
+            num_warps=tile.num_warps,
         )  # fmt: skip
 
     def _programs(self, per_processor: int, n: int, bn: int) -> int:

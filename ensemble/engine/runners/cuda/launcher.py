@@ -32,8 +32,8 @@ class Launcher:
         if device.type == "cuda":
             self.processors = torch.cuda.get_device_properties(device).multi_processor_count
             self.shared_bytes = shared_bytes(device)
-        # Hopper's copy engine, for what isn't a check.
-        self.has_tma = (
+        # Hopper's own kernels are for what isn't a check.
+        self.is_hopper = (
             device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] == 9
         )
         self.prefetches = pdl  # only before a wait is there time for it

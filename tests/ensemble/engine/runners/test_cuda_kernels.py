@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -37,6 +38,8 @@ SHAPE = DecoderShape(
     vocab_size=300, hidden_size=80, intermediate_size=112, num_layers=1, num_heads=6, num_kv_heads=2, head_dim=24,
     rms_norm_eps=1e-5, max_seq_len=300, qk_norm=True,
 )  # fmt: skip
+IS_HOPPER = HAS_GPU and torch.cuda.get_device_capability()[0] == 9
+NEEDS_HOPPER = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")]
 TOLERANCE = 2e-2 if torch.bfloat16 == DTYPE else 1e-5
 
 
@@ -351,17 +354,17 @@ def test_every_position_is_in_one_split_and_long_texts_have_many(positions: list
 
 
 @pytest.mark.parametrize(
-    ("form", "head_dim", "has_tma"),
+    ("form", "head_dim", "is_hopper"),
     [
         *((form, 24, False) for form in CACHES),
-        ("pages", 64, True),
-        pytest.param("pages", 128, True, marks=pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU")),
+        ("pages", 64, False),
+        *(pytest.param("pages", size, True, marks=NEEDS_HOPPER) for size in (64, 128)),
     ],
 )
-def test_prefill_attention_over_several_slots_chunks(form: str, head_dim: int, has_tma: bool) -> None:
+def test_prefill_attention_over_several_slots_chunks(form: str, head_dim: int, is_hopper: bool) -> None:
     shape = replace(SHAPE, head_dim=head_dim)
     d, filled = decoder(shape=shape), FilledCaches.of(form, shape, 4)
-    d.launch.has_tma = has_tma and (d.launch.has_tma or not HAS_GPU)  # the interpreter can do it
+    d.launch.is_hopper = is_hopper
     lengths = {2: (0, 130), 0: (70, 140), 3: (299, 1), 1: (5, 3)}  # slot → start and tokens
     before, cache = filled.copy(), filled.caches.layer(0)
     chunks = [PromptChunk(slot, np.zeros(count, np.int64), start) for slot, (start, count) in lengths.items()]
@@ -386,6 +389,56 @@ def test_prefill_attention_over_several_slots_chunks(form: str, head_dim: int, h
         assert error(filled.of_slot(slot)[0], keys) < tolerance(form)
         assert error(filled.of_slot(slot)[1], values) < tolerance(form)
         row += count
+
+
+def prefilled(
+    d: Decoder, cache: Caches, cuts: Sequence[int], qkv: torch.Tensor, *, is_poisoned: bool = False
+) -> torch.Tensor:
+    """Attention of slot 1's prompt [cuts[-1], q_size], whose chunks end at `cuts`.
+
+    is_poisoned: NaN lies behind each chunk.
+    """
+    layer, outputs, start = d.weights.layers[0].attention, [], 0
+    for end in cuts:
+        if is_poisoned:
+            for data in cache.stored:
+                if cache.table is None:
+                    data[1, :, end:] = torch.nan
+                else:
+                    pages = cache.table[1].long()
+                    data[pages[end // PAGE], :, end % PAGE :] = torch.nan
+                    data[pages[end // PAGE + 1 :]] = torch.nan
+        prompts = Prompts.of(pack([PromptChunk(1, np.zeros(end - start, np.int64), start)], tile=128), DEVICE)
+        q = torch.zeros(end - start, d.shape.q_size, dtype=DTYPE, device=DEVICE)
+        out = torch.full_like(q, torch.nan)
+        parts = Parts(qkv[:, start:end].contiguous())
+        d.attention.rope(parts, layer.qkv.bias, layer.qk_norms, prompts.slots, prompts.positions, q, cache)
+        d.attention.prefill(q, cache, prompts.tiles, out)
+        outputs.append(out)
+        start = end
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize(
+    ("form", "head_dim", "is_hopper"),
+    [
+        ("slots", 24, False),
+        ("pages", 24, False),
+        *(pytest.param("pages", size, True, marks=NEEDS_HOPPER) for size in (64, 128)),
+    ],
+)
+def test_prefill_gives_the_same_bits_however_it_is_cut_and_whatever_lies_behind(
+    form: str, head_dim: int, is_hopper: bool
+) -> None:
+    shape = replace(SHAPE, head_dim=head_dim)
+    d = decoder(shape=shape)
+    d.launch.is_hopper = is_hopper
+    qkv = random(1, 290, (shape.num_heads + 2 * shape.num_kv_heads) * head_dim, seed=4)
+    whole = prefilled(d, FilledCaches.of(form, shape, 4).caches.layer(0), [290], qkv)
+    assert whole.isfinite().all()
+    for cuts in ([1, 64, 200, 290], [127, 129, 290]):
+        cache = FilledCaches.of(form, shape, 4).caches.layer(0)
+        assert torch.equal(prefilled(d, cache, cuts, qkv, is_poisoned=True), whole), cuts
 
 
 def test_pages_give_the_bits_that_slots_give() -> None:

@@ -329,8 +329,6 @@ def prefill_attention(
     table,
     key_scales,
     value_scales,
-    key_boxes,  # with TMA: descriptors of the keys and values as rows of D elements, in boxes of BN of them
-    value_boxes,
     tiles,  # [num_tiles, 4] int32: slot, position of the first query, its row in q, how many queries; 0 of these: none
     out,  # [M, HEADS, D]
     extent,
@@ -343,7 +341,6 @@ def prefill_attention(
     BN: tl.constexpr,
     PAGE: tl.constexpr,  # see cache_row; a multiple of BN
     KV_INT8: tl.constexpr,
-    TMA: tl.constexpr,  # blocks that all queries see are read by Hopper's copy engine; for pages of BN, D == BLOCK_D
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -368,18 +365,11 @@ def prefill_attention(
         end = start + count
         whole = (start + 1) // BN * BN  # every query sees all positions before this one
         for first in range(0, whole, BN):
-            row_of_block = cache_row(table, slot, kv_head, first, True, extent, KV_HEADS, PAGE)
-            if TMA:
-                at = row_of_block.to(tl.int32)
-                score = tl.dot(queries, key_boxes.load([at, 0]).T, input_precision=PRECISION)
-                p, best, total, shrink = running_softmax(score, best, total, scale)
-                value = value_boxes.load([at, 0])
-                acc = tl.dot(p.to(queries.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
-            else:
-                best, total, acc = _attend(
-                    queries, keys, values, key_scales, value_scales, row_of_block + n, first + n, d, start + m, end,
-                    best, total, acc, scale, D, False, KV_INT8, PRECISION,
-                )  # fmt: skip
+            rows = cache_row(table, slot, kv_head, first, True, extent, KV_HEADS, PAGE) + n
+            best, total, acc = _attend(
+                queries, keys, values, key_scales, value_scales, rows, first + n, d, start + m, end, best, total, acc,
+                scale, D, False, KV_INT8, PRECISION,
+            )  # fmt: skip
         for first in range(whole, end, BN):
             rows = cache_row(table, slot, kv_head, first, True, extent, KV_HEADS, PAGE) + n
             best, total, acc = _attend(

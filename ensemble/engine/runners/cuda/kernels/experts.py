@@ -105,8 +105,50 @@ def grouped_gemm(
 
 
 @triton.jit
+def activate_experts(
+    x,  # [K], one token's; codes, or the network's dtype
+    x_scale,  # [1] float32
+    weight,  # [E, 2 OUT, K]: gate, then up
+    weight_scale,  # [E, 2 OUT] float32
+    chosen,  # [COUNT] int32; E: none
+    out,  # [COUNT, OUT], the network's dtype
+    amax,  # [COUNT] float32, raised to the largest magnitude of each expert's row
+    columns,  # K, of which the compiler knows nothing: see gemv.py
+    E: tl.constexpr,
+    OUT: tl.constexpr,
+    K: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,  # >= K
+    FP8: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out = silu(gate) * up of x for each chosen expert, BN rows of one of them a program."""
+    begin(PDL)
+    pair = tl.program_id(1)
+    n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    wait(PDL)
+    expert = tl.load(chosen + pair).to(tl.int64)
+    if expert < E:
+        inside = n < OUT
+        row = expert * (2 * OUT) + n
+        at, mask = weight + row[:, None] * K + k[None, :], inside[:, None] & (k < K)[None, :]
+        gate_weight, up_weight = tl.load(at, mask=mask, other=0.0), tl.load(at + OUT * K, mask=mask, other=0.0)
+        value = tl.load(x + k, mask=k < columns, other=0.0).to(tl.float32)[None, :]
+        gate = tl.sum(gate_weight.to(tl.float32) * value, axis=1)
+        up = tl.sum(up_weight.to(tl.float32) * value, axis=1)
+        if FP8:
+            scale = tl.load(x_scale)
+            gate *= tl.load(weight_scale + row, mask=inside, other=0.0) * scale
+            up *= tl.load(weight_scale + OUT + row, mask=inside, other=0.0) * scale
+        y = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
+        tl.store(out + pair * OUT + n, y, mask=inside)
+        tl.atomic_max(amax + pair, tl.max(tl.where(inside, tl.abs(y.to(tl.float32)), 0.0)))
+
+
+@triton.jit
 def add_experts(
     x,  # [COUNT, K], one token's, of each of its experts; the network's dtype
+    amax,  # [COUNT] float32: max |x| of each
     weight,  # [E, N, K]
     weight_scale,  # [E, N] float32
     chosen,  # [COUNT] int32; E: none
@@ -136,7 +178,7 @@ def add_experts(
         value = tl.load(x + pair * K + k, mask=k < columns, other=0.0).to(tl.float32)
         factor = tl.load(pair_weights + pair) + tl.zeros([BN], tl.float32)
         if FP8:
-            scale = token_scale(tl.max(tl.abs(value)))
+            scale = token_scale(tl.load(amax + pair))
             value = to_codes(value, scale).to(tl.float32)
             factor *= tl.load(weight_scale + rows) * scale
         # Each thread sums its own elements; the sum over threads is taken once, after the loop.

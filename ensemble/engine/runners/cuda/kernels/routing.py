@@ -215,12 +215,11 @@ def norm_router(
     logits,  # [E] float32, scratch
     finished,  # [1] int32, 0 before and after
     zero,  # [1] float32, set to 0
+    amax,  # [TOP_K + ALWAYS] float32, likewise
     bias,  # from here on see choose_experts
     positions,
     chosen,
     weights,
-    order,
-    tiles,
     eps,
     scale,
     first,
@@ -242,7 +241,6 @@ def norm_router(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
-    ALONE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The norm of one row and its experts in one kernel: the program that finishes last chooses."""
@@ -263,15 +261,18 @@ def norm_router(
             tl.store(codes + k, to_codes(x, own_scale), mask=k < K)
             tl.store(codes_scale, own_scale)
         tl.store(zero, 0.0)
+        pair = tl.arange(0, BLOCK_K)
+        tl.store(amax + pair, tl.zeros([BLOCK_K], tl.float32), mask=pair < TOP_K + ALWAYS)
     tl.debug_barrier()  # all threads' stores come before the one thread's atomic
     if tl.atomic_add(finished, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         tl.store(finished, 0)
         expert, is_expert = _lanes(E, GROUPS, BLOCK_GROUPS, BLOCK_SIZE)
         logit = tl.load(logits + expert, mask=is_expert, other=0.0, cache_modifier=".cg")
         row = tl.program_id(0).to(tl.int64) * 0
+        # The kernels of a single row need no tiles.
         _choose(
-            logit, row, bias, positions, chosen, weights, order, tiles, scale, first, E, OWN, TOP_K, ALWAYS, GROUPS,
-            TOPK_GROUP, SIGMOID, CHOICE, NORMALISED, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_K, HAS_POSITIONS, ALONE,
+            logit, row, bias, positions, chosen, weights, chosen, chosen, scale, first, E, OWN, TOP_K, ALWAYS, GROUPS,
+            TOPK_GROUP, SIGMOID, CHOICE, NORMALISED, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_K, HAS_POSITIONS, False,
         )  # fmt: skip
 
 

@@ -159,7 +159,6 @@ class MoeGemv:
 
     def __init__(self, gemv: DecodeGemv, tools: Tools, part: MixtureOfExperts, step: DecodeStep) -> None:
         self._gemv, self._eps = gemv, tools.shape.rms_norm_eps
-        self._forward = MoeForward(tools.ops, part.options, step.positions, part.experts)
         self._router = Router(gemv.launch, gemv.plan, part.options, step.positions, part.experts)
 
     def __call__(self, hidden: torch.Tensor, weights: MoeWeights) -> None:
@@ -169,8 +168,8 @@ class MoeGemv:
             eps=self._eps, is_fp8=weights.gate_up.is_fp8, num_always=weights.num_always,
         )  # fmt: skip
         x = normed if weights.gate_up.is_fp8 else Rows(plain, None)
-        activated = self._forward.multiply(x, weights.gate_up, routing)
-        self._gemv.add_experts(activated, routing.chosen, routing.weights, weights.down, hidden)
+        activated = self._gemv.activate_experts(x, routing, weights.gate_up)
+        self._gemv.add_experts(activated, routing, weights.down, hidden)
 
 
 def _stacked(stack: DeviceLinear, weights: torch.Tensor, scales: torch.Tensor | None) -> DeviceLinear:

@@ -62,6 +62,19 @@ class Routing:
     order: ExpertOrder
 
 
+@dataclass(frozen=True)
+class RowRouting:
+    """Which experts a single row gets: as in `Routing`, without the dimension of rows.
+
+    amax: [experts of a token] float32 zeros, which the experts' first product raises to the largest magnitude of each
+    one's row.
+    """
+
+    chosen: torch.Tensor
+    weights: torch.Tensor
+    amax: torch.Tensor
+
+
 class Router:
     """Routes the tokens of a step.
 
@@ -90,7 +103,7 @@ class Router:
             routing.choose_experts, (count,),
             logits, launch.or_nothing(weights.bias), launch.or_nothing(self._positions),
             found.chosen, found.weights, found.order.order, found.order.tiles, logits.stride(0), self._options.scale,
-            self._own.start, NUM_PARTS=len(logits), **self._constants(count, num_always), num_warps=1,
+            self._own.start, NUM_PARTS=len(logits), ALONE=count == 1, **self._constants(num_always), num_warps=1,
         )  # fmt: skip
         if count > 1:
             self._sort(found.chosen, found.num_experts, found.order)
@@ -106,7 +119,7 @@ class Router:
         eps: float,
         is_fp8: bool,
         num_always: int,
-    ) -> tuple[Rows, torch.Tensor, Routing]:
+    ) -> tuple[Rows, torch.Tensor, RowRouting]:
         """Norm the only row of `hidden` [1, hidden_size] and route it, in one kernel; attention_amax = 0.
 
         Returns:
@@ -114,17 +127,18 @@ class Router:
         """
         launch, tile = self._launch, self._plan.gemv["router"]
         experts, k = weights.weight.shape
-        plain, logits, found = launch.empty(1, k, dtype=launch.dtype), launch.empty(experts), self._empty(1, num_always)
+        plain, logits = launch.empty(1, k, dtype=launch.dtype), launch.empty(experts)
+        count = self._options.num_experts_per_tok + num_always
+        found = RowRouting(launch.empty(count, dtype=torch.int32), launch.empty(count), launch.empty(count))
         codes = launch.empty(1, k, dtype=torch.float8_e4m3fn) if is_fp8 else plain
         scale = launch.empty(1) if is_fp8 else None
         block = triton.next_power_of_2(k)
         launch(
             routing.norm_router, (triton.cdiv(experts, tile.bn),),
             hidden, norm, weights.weight, codes, launch.or_nothing(scale), plain, logits, gemv.finished,
-            gemv.attention_amax, launch.or_nothing(weights.bias), launch.or_nothing(self._positions),
-            found.chosen, found.weights, found.order.order, found.order.tiles, eps, self._options.scale,
-            self._own.start, k,
-            K=k, BK=block, BE=tile.bn, FP8=is_fp8, **self._constants(1, num_always),
+            gemv.attention_amax, found.amax, launch.or_nothing(weights.bias), launch.or_nothing(self._positions),
+            found.chosen, found.weights, eps, self._options.scale, self._own.start, k,
+            K=k, BK=block, BE=tile.bn, FP8=is_fp8, **self._constants(num_always),
             num_warps=max(tile.num_warps, block // 1024),
         )  # fmt: skip
         return Rows(codes, scale), plain, found
@@ -136,7 +150,7 @@ class Router:
         order = self._empty_order(chosen.numel(), own, self._expert_rows(chosen.numel(), num_always))
         return Routing(chosen, weights, own, order)
 
-    def _constants(self, count: int, num_always: int) -> dict[str, Any]:
+    def _constants(self, num_always: int) -> dict[str, Any]:
         """What the kernels that choose know when they are compiled."""
         options = self._options
         experts, top_k = options.num_experts, options.num_experts_per_tok
@@ -147,7 +161,6 @@ class Router:
             "NORMALISED": options.is_normalised, "BLOCK_GROUPS": triton.next_power_of_2(groups),
             "BLOCK_SIZE": triton.next_power_of_2(experts // groups),
             "BLOCK_K": triton.next_power_of_2(top_k + num_always), "HAS_POSITIONS": self._positions is not None,
-            "ALONE": count == 1,
         }  # fmt: skip
 
     def order(self, chosen: torch.Tensor) -> ExpertOrder:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import triton
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +54,8 @@ class Launch:
 def _kind(value: Any) -> tuple[Any, ...]:
     if isinstance(value, int):
         return type(value), value == 1, value % ALIGNMENT == 0
-    if isinstance(value, TensorDescriptor):
-        return TensorDescriptor, value.base.dtype, *value.block_shape
+    if hasattr(value, "block_shape"):  # a descriptor, Triton's or Gluon's
+        return type(value), value.base.dtype, *value.block_shape
     return type(value), str(value)
 
 
