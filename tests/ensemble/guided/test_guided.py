@@ -750,15 +750,11 @@ PERSON = {
 
 
 @pytest.mark.slow
-def test_a_small_model_answers_by_the_schema(tmp_path: Path) -> None:
-    from deepseek_triton.builders.checkpoint.reader import open_checkpoint
-    from deepseek_triton.builders.graph.decoder import build_graph
+def test_a_small_model_answers_by_the_schema(smollm2_repository: Path) -> None:
     from deepseek_triton.ensemble.engine.runners.onnx import OnnxRunner
-    from tests.support.checkpoints import smollm2_path
 
     the = model("smollm2")
-    source = open_checkpoint(smollm2_path())
-    runner = OnnxRunner(build_graph(source.spec, source.read, tmp_path, max_seq_len=192), max_num_seqs=1)
+    runner = OnnxRunner(smollm2_repository / "smollm2-engine" / "1" / "model.onnx", max_num_seqs=1)
     compiler = GuideCompiler(smollm2_directory(), runner.vocab_size, the.end_ids)
     question = [{"role": "user", "content": "What is the capital of France? Name two sights. Answer in JSON."}]
     ids = the.tokenizer.encode_messages(json.dumps(question)).astype(np.int64)
