@@ -205,7 +205,7 @@ def test_priorities_and_limits_are_checked(client: GrpcClient) -> None:
 
 def test_a_waiting_request_expires_in_the_queue(server: TritonServer, client: GrpcClient) -> None:
     def fill(n: int) -> str:
-        return client.generate(GenerateRequest(prompt=f"{n} 2 3 4 5 6 7", max_tokens=40)).finish_reason
+        return client.generate(GenerateRequest(prompt=f"{n} 2 3 4 5 6 7", max_tokens=24)).finish_reason
 
     with ThreadPoolExecutor(8) as pool:
         busy = [pool.submit(fill, n) for n in range(8)]

@@ -123,11 +123,11 @@ def test_several_prompts_in_one_request(tiny_server: TritonServer, is_streamed: 
         stream(tiny_server.grpc_url, text_input=both, max_tokens=np.array([[6], [0]], np.int32))
 
 
-def test_token_counts_that_were_asked_for_add_up(tiny_server: TritonServer) -> None:
+def test_token_counts_that_were_asked_for_add_up(server: TritonServer) -> None:
     frontend = {"text_input": CAPITAL, "max_tokens": 6, "stream": True}  # Triton's OpenAI frontend's
-    added = stream(tiny_server.grpc_url, **frontend, return_num_input_tokens=True, return_num_output_tokens=True)
+    added = stream(server.grpc_url, **frontend, return_num_input_tokens=True, return_num_output_tokens=True)
     assert [int(answer["num_output_tokens"].item()) for answer in added] == [1] * 6
-    unasked = stream(tiny_server.grpc_url, **frontend)
+    unasked = stream(server.grpc_url, **frontend)
     assert sum(int(answer["num_output_tokens"].sum()) for answer in unasked) == 6
 
 
