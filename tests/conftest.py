@@ -172,6 +172,17 @@ def _failed_tests_end_their_processes() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _builds_share_renderers() -> Iterator[None]:
+    """A build ends the processes that render chat templates, and the next would start one: a fifth of a second each.
+
+    That none is left behind is shown with the build as it is (tests/builders/repository/test_repository.py).
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepseek_triton.builders.repository.build.end_workers", lambda: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2_repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A model repository built from SmolLM2's real weights."""
