@@ -36,6 +36,7 @@ SHARED = {
     "smollm2_repository": "server", "server": "server", "tiny_server": "tiny_server",
     "smollm2_reference": "smollm2_reference",
 }  # fmt: skip
+LONG = ("tests/loadtest/test_run.py",)  # a group without a server that takes as long: one load after the other
 ENDED_WITH_GROUP = ("server", "tiny_server", "smollm2_reference")
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -122,7 +123,7 @@ def rank(item: pytest.Item) -> int:
     """Long groups first, so that no worker is left alone with one at the end: those of shared servers, then others."""
     marks = {mark.name for mark in item.iter_markers()}
     group = group_of(item)
-    return 0 if group in SHARED.values() else 1 if "server" in marks else 2 if "slow" in marks else 3
+    return 0 if group in SHARED.values() else 1 if "server" in marks or group in LONG else 2 if "slow" in marks else 3
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
