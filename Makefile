@@ -9,7 +9,7 @@ OPTIONS ?=
 DIST ?= dist
 # Of the tests: the tests of one group (tests/conftest.py) run on one worker, in their order.
 # One thread of BLAS and OpenMP for each: workers with two threads each would spin for two cores.
-# The whole suite waits a lot, for servers and loads: three workers keep two cores busy.
+# The whole suite waits a lot, for servers and loads: four workers keep two cores busy, three two thirds of them.
 # Bytecode is kept: to rewrite the asserts of all tests anew takes each worker eight seconds.
 PYTEST := PYTHONDONTWRITEBYTECODE= OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PARALLEL := --dist loadgroup --no-loadscope-reorder
@@ -43,7 +43,7 @@ example-image: $(VENV)/installed-image  ## examples/image_report: an image in, a
 # A busy machine can make a test beside others fail that is right: a few that failed run once more, alone. Exit status 1 says
 # that there are no more than a few, and no error outside of a test (tests/conftest.py).
 test: $(VENV)/installed-test  ## the whole suite
-	$(PYTEST) $(PARALLEL) -n 3 -m 'not timed' --cache-clear || { [ $$? = 1 ] && $(AGAIN) -m 'not timed'; }
+	$(PYTEST) $(PARALLEL) -n 4 -m 'not timed' --cache-clear || { [ $$? = 1 ] && $(AGAIN) -m 'not timed'; }
 	$(PYTEST) -m timed --cache-clear $(TIMED) || { [ $$? = 1 ] && $(AGAIN) -m timed $(TIMED); }
 
 test-fast: $(VENV)/installed-test  ## what needs no server and doesn't take long

@@ -17,6 +17,7 @@ from deepseek_triton.gateway.collection import command as data_command
 from deepseek_triton.gateway.protection.keys import command as keys_command
 from deepseek_triton.gateway.settings import SETTINGS, GatewaySettings, SettingRow
 from deepseek_triton.interrupts import INTERRUPTED, interrupts_arrive
+from deepseek_triton.quick_imports import quick_imports
 
 PROGRAM = "deepseek-gateway"
 APP = "deepseek_triton.gateway.app:create_from_environment"
@@ -92,9 +93,10 @@ def read_settings(arguments: argparse.Namespace) -> GatewaySettings:
 
 def _serve(arguments: argparse.Namespace) -> int:
     settings = read_settings(arguments)
-    from deepseek_triton.gateway import app  # noqa: F401  # a package that is missing is told here, in one line
-    from deepseek_triton.gateway.observe.tracing import make_tracer
-    from deepseek_triton.gateway.protection.server import check_exposure
+    with quick_imports():
+        from deepseek_triton.gateway import app  # noqa: F401  # a package that is missing is told here, in one line
+        from deepseek_triton.gateway.observe.tracing import make_tracer
+        from deepseek_triton.gateway.protection.server import check_exposure
 
     check_exposure(settings)
     make_tracer(settings.trace_endpoint).close()
@@ -131,8 +133,9 @@ def _work(arguments: argparse.Namespace) -> int:
     settings = read_settings(arguments)
     if not settings.redis_url or not settings.job_concurrency:
         raise ValueError("a worker needs --redis-url, and a --job-concurrency of at least 1")
-    from deepseek_triton.gateway.app import create_app
-    from deepseek_triton.gateway.observe.logs import set_up
+    with quick_imports():
+        from deepseek_triton.gateway.app import create_app
+        from deepseek_triton.gateway.observe.logs import set_up
 
     set_up(settings.log_level, is_json=settings.log_json)
 

@@ -20,7 +20,7 @@ import hypothesis
 import pytest
 
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
-from tests.support.checkpoints import smollm2_path, write_tiny
+from tests.support.checkpoints import load_reference, smollm2_path, write_tiny
 
 NAME = "smollm2"
 MAX_SEQ_LEN = 512
@@ -32,14 +32,20 @@ TINY_SMOLLM2: dict[str, Any] = {
 }  # fmt: skip
 
 # Fixtures that are dear → the group of the tests that use them: one worker makes each. The first that fits counts.
-SHARED = {"smollm2_repository": "server", "server": "server", "tiny_server": "tiny_server"}
-SERVERS = ("server", "tiny_server")
+SHARED = {
+    "smollm2_repository": "server", "server": "server", "tiny_server": "tiny_server",
+    "smollm2_reference": "smollm2_reference",
+}  # fmt: skip
+LONG = ("tests/loadtest/test_run.py",)  # a group without a server that takes as long: one load after the other
+ENDED_WITH_GROUP = ("server", "tiny_server", "smollm2_reference")
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("suite")
 # `make test` runs so many failed tests at most once more, alone; NOT_AGAIN is the exit status if it must not.
 MOST_RUN_AGAIN, NOT_AGAIN = 3, 10
 MAX_ID_LEN = 64  # characters of a parameter in a test's name
+# Python's own (700, 10, 10) looks at young objects thirty times as often: a tenth of the processor time of many tests.
+GC_THRESHOLDS = (20_000, 10, 10)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,10 +60,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("xdist_group") is not None:
             continue
-        used = getattr(item, "fixturenames", ())
-        shared = next((group for fixture, group in SHARED.items() if fixture in used), None)
+        shared = next((group for fixture, group in SHARED.items() if uses_shared(item, fixture)), None)
         item.add_marker(pytest.mark.xdist_group(shared or item.nodeid.partition("::")[0]))
     items.sort(key=rank)
+
+
+def uses_shared(item: pytest.Item, fixture: str) -> bool:
+    """Whether the test uses this file's fixture, not one of the same name that its own file has."""
+    if fixture not in getattr(item, "fixturenames", ()):
+        return False
+    definitions = item._fixtureinfo.name2fixturedefs.get(fixture, ())  # type: ignore[attr-defined]
+    return bool(definitions) and definitions[-1].func.__module__ == __name__
 
 
 failed: list[str] = []  # this run's tests
@@ -95,10 +108,13 @@ def group_of(item: pytest.Item) -> str:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """End a shared server with its group's last test: an idle one, and what watches it, take processor time too."""
+    """End a shared server with its group's last test: an idle one, and what watches it, take processor time too.
+
+    And a model of half a gigabyte takes memory.
+    """
     is_worker = hasattr(item.config, "workerinput")  # elsewhere the groups are mixed
     if is_worker and nextitem is not None and group_of(nextitem) != (group := group_of(item)):
-        for fixture in (name for name, own in SHARED.items() if own == group and name in SERVERS):
+        for fixture in (name for name, own in SHARED.items() if own == group and name in ENDED_WITH_GROUP):
             for definition in item.session._fixturemanager.getfixturedefs(fixture, item) or ():
                 definition.finish(item._request)  # type: ignore[attr-defined]
 
@@ -107,7 +123,7 @@ def rank(item: pytest.Item) -> int:
     """Long groups first, so that no worker is left alone with one at the end: those of shared servers, then others."""
     marks = {mark.name for mark in item.iter_markers()}
     group = group_of(item)
-    return 0 if group in SHARED.values() else 1 if "server" in marks else 2 if "slow" in marks else 3
+    return 0 if group in SHARED.values() else 1 if "server" in marks or group in LONG else 2 if "slow" in marks else 3
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
@@ -123,6 +139,7 @@ def pytest_collection() -> Generator[None, Any, Any]:
     gc.disable()
     collected = yield
     gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     gc.enable()
     return collected
 
@@ -156,6 +173,17 @@ def _failed_tests_end_their_processes() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _builds_share_renderers() -> Iterator[None]:
+    """A build ends the processes that render chat templates, and the next would start one: a fifth of a second each.
+
+    That none is left behind is shown with the build as it is (tests/builders/repository/test_repository.py).
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepseek_triton.builders.repository.build.end_workers", lambda: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2_repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A model repository built from SmolLM2's real weights."""
@@ -166,6 +194,13 @@ def smollm2_repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
     build(BuildOptions(smollm2_path(), NAME, repository, max_seq_len=MAX_SEQ_LEN, settings=SETTINGS, infer=True))
     yield repository
     shutil.rmtree(repository)  # half a gigabyte, of which pytest would keep three
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference() -> Any:
+    """SmolLM2's real weights in transformers, whose reading of the GGUF takes seconds."""
+    path = smollm2_path()
+    return load_reference(path.parent, path.name)
 
 
 @pytest.fixture(scope="session")

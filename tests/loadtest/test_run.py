@@ -426,19 +426,25 @@ def test_a_server_is_started_loaded_and_stopped(tiny_server: TritonServer, tmp_p
     assert result.errors == {} and done.stderr.startswith("starting tritonserver on "), done.stderr
 
 
-@pytest.mark.server
-def test_the_smoke_profile_on_the_real_server(server: TritonServer, tmp_path: Path) -> None:
+def smoke_without_levels() -> str:
+    """Nearly as many requests as the profile has, sooner."""
+    smoke = (ROOT / "loadtest" / "profiles" / "smoke.toml").read_text().split("[levels]")[0]
+    return smoke.replace("seconds = 20", "seconds = 10").replace("= 1.0", "= 1.6")
+
+
+def options_for(server: TritonServer, output: Path) -> list[str]:
     ports = {"http": server.http_port, "grpc": server.grpc_port, "metrics": server.metrics_port}
     options = [each for name, port in ports.items() for each in (f"--{name}-port", str(port))]
-    options = ["--host", "127.0.0.1", "--model", NAME, "--shared-machine", *options, "--output", str(tmp_path)]
-    smoke = (ROOT / "loadtest" / "profiles" / "smoke.toml").read_text().split("[levels]")[0]
-    # Nearly as many requests, sooner.
-    smoke = smoke.replace("seconds = 20", "seconds = 10").replace("= 1.0", "= 1.6")
+    return ["--host", "127.0.0.1", "--model", NAME, "--shared-machine", *options, "--output", str(output)]
+
+
+@pytest.mark.server
+def test_the_smoke_profile_on_the_real_server(server: TritonServer, tmp_path: Path) -> None:
     patient = tmp_path / "patient.toml"
-    patient.write_text(f"{smoke}[levels]\np99_latency_s = 60\nmax_error_ratio = 0\n")
+    patient.write_text(f"{smoke_without_levels()}[levels]\np99_latency_s = 60\nmax_error_ratio = 0\n")
     wait_until(server, 60, slots_used=0)  # other tests' requests have ended
     before = reading(server)
-    done = run(str(patient), *options, timeout_s=180)
+    done = run(str(patient), *options_for(server, tmp_path), timeout_s=180)
     result = load(tmp_path / "result.json")
     assert done.returncode == status_of(result), done.stdout + done.stderr
     assert missed_but_for_time(result) == []
@@ -470,10 +476,13 @@ def test_the_smoke_profile_on_the_real_server(server: TritonServer, tmp_path: Pa
     report = (tmp_path / "report.html").read_text()
     assert "<svg" in report and "Client and engine" in report
 
-    # The same load with a level that nothing keeps.
-    strict = tmp_path / "strict.toml"
-    strict.write_text(f"{smoke}[levels]\np99_latency_s = 0.001\n".replace("seconds = 10", "seconds = 4"))
-    done = run(str(strict), *options)
+
+@pytest.mark.server
+def test_a_level_that_nothing_keeps_is_missed_on_a_real_server(tiny_server: TritonServer, tmp_path: Path) -> None:
+    """The same load, shorter."""
+    strict, smoke = tmp_path / "strict.toml", smoke_without_levels().replace("seconds = 10", "seconds = 4")
+    strict.write_text(f"{smoke}[levels]\np99_latency_s = 0.001\n")
+    done = run(str(strict), *options_for(tiny_server, tmp_path))
     result = load(tmp_path / "result.json")
     assert [level.name for level in result.missed] == ["latency, 99th percentile"]
     assert done.returncode == status_of(result) != Status.OK, done.stdout

@@ -181,17 +181,17 @@ def test_an_ambiguous_grammar_ends_with_an_error_of_its_own(tiny_client: GrpcCli
     assert beside > 2
 
 
-def test_a_chat_turn_finds_what_the_turn_before_left(server: TritonServer, client: GrpcClient) -> None:
+def test_a_chat_turn_finds_what_the_turn_before_left(tiny_server: TritonServer, tiny_client: GrpcClient) -> None:
     system = Message("system", "You are a patient teacher of geography who answers in one short sentence. " * 2)
     first = [system, Message("user", "Where is Lyon?")]
-    answer = client.generate(GenerateRequest(messages=first, max_tokens=20))
+    answer = tiny_client.generate(GenerateRequest(messages=first, max_tokens=20))
     second = [*first, Message("assistant", answer.text), Message("user", "And Nice?")]
-    wait_until(server, 60, slots_used=0)
-    before = metrics(server)["prefix_hit_tokens_total"]
-    text = client.generate(GenerateRequest(messages=second, max_tokens=20)).text
-    until(lambda: metrics(server)["prefix_hit_tokens_total"] - before >= answer.num_input_tokens - 1)
+    wait_until(tiny_server, 60, slots_used=0)
+    before = metrics(tiny_server)["prefix_hit_tokens_total"]
+    text = tiny_client.generate(GenerateRequest(messages=second, max_tokens=20)).text
+    until(lambda: metrics(tiny_server)["prefix_hit_tokens_total"] - before >= answer.num_input_tokens - 1)
     # The same prompt after another one: nothing else can be reused, and the answer is the same.
-    assert client.generate(GenerateRequest(messages=second, max_tokens=20)).text == text
+    assert tiny_client.generate(GenerateRequest(messages=second, max_tokens=20)).text == text
 
 
 def test_priorities_and_limits_are_checked(client: GrpcClient) -> None:
@@ -205,7 +205,7 @@ def test_priorities_and_limits_are_checked(client: GrpcClient) -> None:
 
 def test_a_waiting_request_expires_in_the_queue(server: TritonServer, client: GrpcClient) -> None:
     def fill(n: int) -> str:
-        return client.generate(GenerateRequest(prompt=f"{n} 2 3 4 5 6 7", max_tokens=40)).finish_reason
+        return client.generate(GenerateRequest(prompt=f"{n} 2 3 4 5 6 7", max_tokens=24)).finish_reason
 
     with ThreadPoolExecutor(8) as pool:
         busy = [pool.submit(fill, n) for n in range(8)]

@@ -13,8 +13,7 @@ from tests.conftest import NAME
 
 IDS = np.random.default_rng(0).integers(1000, 40000, 131)
 
-# One build for all that need only the repository.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -38,10 +38,11 @@ from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
 from deepseek_triton.ensemble.text.tokenizer import Tokenizer
 from tests.conftest import end_at_once, serve
-from tests.support.checkpoints import load_reference, make_tokenizer, smollm2_path, write_tiny
+from tests.support.checkpoints import make_tokenizer, smollm2_path, write_tiny
 from tests.support.gateway import gateway
 
-pytestmark = pytest.mark.server
+# One test compares with transformers: all are in the group of those that share SmolLM2 there.
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("smollm2_reference")]
 
 NAME = "moods"
 LABELS = ("positive", "negative")
@@ -113,10 +114,8 @@ def test_it_is_told_from_other_models(
     assert f"is a part of {NAME}" in capsys.readouterr().err
 
 
-def test_log_probabilities_are_transformers(client: GrpcClient, repository: Path) -> None:
-    torch = pytest.importorskip("torch")
-    path = smollm2_path()
-    model = load_reference(path.parent, path.name)
+def test_log_probabilities_are_transformers(client: GrpcClient, repository: Path, smollm2_reference: Any) -> None:
+    torch, model = pytest.importorskip("torch"), smollm2_reference
     tokenizer = Tokenizer.from_directory(repository / f"{NAME}-tokenizer" / "1")
     labels = ("rather good", "unbelievably bad", "good")
     score = one(client, GOOD, labels)
@@ -285,7 +284,6 @@ def test_a_calibration_is_fitted_on_the_server_and_served_by_the_next(client: Gr
     assert other.probabilities == pytest.approx(raw.probabilities, abs=1e-3)
 
 
-@pytest.mark.xdist_group("server")  # as the others here: the repository is built once
 def test_tune_finds_a_batch_size_on_a_server_of_its_own(
     repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

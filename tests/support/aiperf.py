@@ -14,6 +14,7 @@ PACKAGE = "aiperf==0.13.0"
 RUN_LIMIT_S = 200.0
 NUM_REQUESTS = 4
 # A service that measures what no test reads is a process of seconds.
+PROMPTS = "".join(json.dumps({"text": f"Tell me of {number} boats."}) + "\n" for number in range(NUM_REQUESTS))
 FEW_SERVICES = ("--no-gpu-telemetry", "--no-server-metrics", "--workers-max=1", "--record-processor-service-count=1")
 
 
@@ -24,9 +25,12 @@ def measure(program: Path, directory: Path, *words: str, **options: object) -> d
     """
     tokenizer = shutil.copytree(smollm2_directory(), directory / "tokenizer")
     (tokenizer / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    prompts = directory / "prompts.jsonl"  # to make some up, aiperf tokenizes a book
+    prompts.write_text(PROMPTS, encoding="utf-8")
     values = {
-        "concurrency": 2, "request_count": NUM_REQUESTS, "ui": "none", "synthetic_input_tokens_mean": 20,
-        "tokenizer": tokenizer, "output_artifact_dir": directory / "out", **options,
+        "concurrency": 2, "request_count": NUM_REQUESTS, "ui": "none", "input_file": prompts,
+        "custom_dataset_type": "single_turn", "tokenizer": tokenizer, "output_artifact_dir": directory / "out",
+        **options,
     }  # fmt: skip
     named = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command = [str(program), "profile", *FEW_SERVICES, *words, *named]

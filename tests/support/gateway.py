@@ -9,8 +9,8 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import openai
 import uvicorn
 
 from deepseek_triton.clients import Chunk, Embedding, GenerateRequest, Generation, Score, ScoreRequest, ServedModel
@@ -19,6 +19,12 @@ from deepseek_triton.gateway.backend.base import Backend, UnknownModelError, Ups
 from deepseek_triton.gateway.backend.routing.member import Server
 from deepseek_triton.gateway.protection.server import uvicorn_options
 from deepseek_triton.gateway.settings import GatewaySettings
+from tests.support.lazy import lazy
+
+if TYPE_CHECKING:
+    import openai
+else:
+    openai = lazy("openai")  # which a gateway in a process of its own doesn't need
 
 MODEL = "fake"
 HELLO = (Chunk("Hel", "", 5, 1), Chunk("lo", "", 5, 2), Chunk("", "stop", 5, 3))

@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import uvicorn
+from deepseek_triton.quick_imports import quick_imports
 
-from deepseek_triton.clients import Chunk
-from deepseek_triton.gateway.app import create_app
-from deepseek_triton.gateway.protection.server import uvicorn_options
-from deepseek_triton.gateway.settings import GatewaySettings
-from tests.support.gateway import FakeBackend
+with quick_imports():
+    import uvicorn
+
+    from deepseek_triton.clients import Chunk
+    from deepseek_triton.gateway.app import create_app
+    from deepseek_triton.gateway.protection.server import uvicorn_options
+    from deepseek_triton.gateway.settings import GatewaySettings
+    from tests.support.gateway import FakeBackend
 
 ROOT = Path(__file__).parents[2]
 

@@ -113,13 +113,11 @@ def test_half_precision_and_sharded_checkpoints(dtype: str, shard: str, build: B
 
 
 @pytest.mark.slow
-def test_smollm2_from_gguf(tmp_path: Path) -> None:
-    path = smollm2_path()
-    reference = load_reference(path.parent, gguf=path.name)
-    source = open_checkpoint(path)  # once: to parse the file takes seconds
+def test_smollm2_from_gguf(smollm2_reference: Any, tmp_path: Path) -> None:
+    source = open_checkpoint(smollm2_path())  # once: to parse the file takes seconds
     source.write_tokenizer(tmp_path)
     ids = Tokenizer.from_directory(tmp_path).encode("Once upon a time, in a small village by the sea, there lived")
-    assert_agrees(graph_runner(source, tmp_path, max_num_seqs=1), reference, ids.astype(np.int64))
+    assert_agrees(graph_runner(source, tmp_path, max_num_seqs=1), smollm2_reference, ids.astype(np.int64))
 
 
 def test_prefill_in_chunks_equals_prefill_at_once(build: Build) -> None:

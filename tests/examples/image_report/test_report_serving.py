@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -29,10 +32,20 @@ from tests.support.gateway import gateway
 from tests.support.serving import metrics, wait_until
 
 pytestmark = pytest.mark.server
+NUM_BESIDE = 7  # all eight slots generate: a report takes a second, alone a quarter
 
 
 def client(server: TritonServer) -> ReportClient:
     return ReportClient(server.grpc_url, NAME)
+
+
+@contextlib.contextmanager
+def others_beside(server: TritonServer) -> Iterator[None]:
+    """Others ask for reports, and get them: one whose client leaves is not done before the engine finds that out."""
+    with client(server) as asked, ThreadPoolExecutor(NUM_BESIDE) as pool:
+        reports = [pool.submit(asked.report, tile_png(seed)) for seed in range(NUM_BESIDE)]
+        yield
+        assert all(report.result().notice == NOTICE for report in reports)
 
 
 @pytest.mark.timed  # a busy machine sends fewer and longer pieces
@@ -85,9 +98,10 @@ def test_a_bad_image_is_the_clients_error(report_server: TritonServer, image: by
 def test_a_client_that_leaves_frees_the_engine(report_server: TritonServer) -> None:
     cancelled = metrics(report_server)["requests_cancelled_total"]
     with client(report_server) as asked:
-        stream = asked.stream(tile_png())
-        next(stream)
-        stream.close()
+        with others_beside(report_server):
+            stream = asked.stream(tile_png())
+            next(stream)
+            stream.close()
         wait_until(report_server, 60, slots_used=0, requests_cancelled_total=cancelled + 1)
         assert asked.report(tile_png()).findings
 
@@ -132,7 +146,10 @@ def test_the_gateway_streams_a_report_and_frees_the_engine(report_server: Triton
         assert httpx.get(f"{url}/report").status_code == 200
         wait_until(report_server, 60, slots_used=0)
         cancelled = metrics(report_server)["requests_cancelled_total"]
-        with httpx.stream("POST", f"{url}/v1/reports", json=body, timeout=60) as answer:
+        with (
+            others_beside(report_server),
+            httpx.stream("POST", f"{url}/v1/reports", json=body, timeout=60) as answer,
+        ):
             next(answer.iter_raw())  # and leaves
         wait_until(report_server, 60, slots_used=0, requests_cancelled_total=cancelled + 1)
         bad = httpx.post(f"{url}/v1/reports", json={**body, "image": "AAAA"}, timeout=60)

@@ -96,31 +96,31 @@ def test_what_the_end_to_end_client_reads(server: TritonServer, is_streamed: boo
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
-def test_each_sequence_has_a_response_of_its_own(server: TritonServer, is_streamed: bool) -> None:
-    answers = stream(server.grpc_url, **E2E, stream=is_streamed, num_return_sequences=2)
+def test_each_sequence_has_a_response_of_its_own(tiny_server: TritonServer, is_streamed: bool) -> None:
+    answers = stream(tiny_server.grpc_url, **E2E, stream=is_streamed, num_return_sequences=2)
     assert all(len(answer["text_output"]) == 1 for answer in answers)
     assert {int(answer["sequence_index"][0][0]) for answer in answers} == {0, 1}
     assert is_streamed or len(answers) == 2
 
 
-def test_http_takes_all_sequences_in_one_response(server: TritonServer) -> None:
-    answer = generate(server, text_input=CAPITAL, max_tokens=4, temperature=1.0, num_return_sequences=2)
+def test_http_takes_all_sequences_in_one_response(tiny_server: TritonServer) -> None:
+    answer = generate(tiny_server, text_input=CAPITAL, max_tokens=4, temperature=1.0, num_return_sequences=2)
     assert answer.status_code == 200 and len(answer.json()["text_output"]) == 2
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
-def test_several_prompts_in_one_request(server: TritonServer, is_streamed: bool) -> None:
+def test_several_prompts_in_one_request(tiny_server: TritonServer, is_streamed: bool) -> None:
     both = np.array([[CAPITAL], [SUM]], np.object_)
     sent = {"max_tokens": np.array([[6], [3]], np.int32), "stream": np.array([[is_streamed]] * 2)}
     texts, counts = ["", ""], [0, 0]
-    for answer in stream(server.grpc_url, text_input=both, **sent):
+    for answer in stream(tiny_server.grpc_url, text_input=both, **sent):
         index = int(answer["batch_index"][0][0])
         texts[index] += answer["text_output"][0].decode()
         counts[index] += int(answer["num_output_tokens"][0][0])
-    alone = [generate(server, text_input=prompt, max_tokens=n).json() for prompt, n in ((CAPITAL, 6), (SUM, 3))]
+    alone = [generate(tiny_server, text_input=prompt, max_tokens=n).json() for prompt, n in ((CAPITAL, 6), (SUM, 3))]
     assert texts == [answer["text_output"] for answer in alone] and counts == [6, 3]
     with pytest.raises(Exception, match="max_tokens is 0"):
-        stream(server.grpc_url, text_input=both, max_tokens=np.array([[6], [0]], np.int32))
+        stream(tiny_server.grpc_url, text_input=both, max_tokens=np.array([[6], [0]], np.int32))
 
 
 def test_token_counts_that_were_asked_for_add_up(server: TritonServer) -> None:
@@ -131,18 +131,18 @@ def test_token_counts_that_were_asked_for_add_up(server: TritonServer) -> None:
     assert sum(int(answer["num_output_tokens"].sum()) for answer in unasked) == 6
 
 
-def test_token_counts_of_several_sequences_and_prompts_add_up(server: TritonServer) -> None:
+def test_token_counts_of_several_sequences_and_prompts_add_up(tiny_server: TritonServer) -> None:
     both = np.array([[CAPITAL], [SUM]], np.object_)
     sent: dict[str, Any] = {"stream": True, "max_tokens": 5, "end_id": -1}
-    sequences = stream(server.grpc_url, text_input=CAPITAL, num_return_sequences=2, temperature=1.0, **sent)
-    prompts = stream(server.grpc_url, text_input=both, **{k: np.repeat(array(v), 2, 0) for k, v in sent.items()})
+    sequences = stream(tiny_server.grpc_url, text_input=CAPITAL, num_return_sequences=2, temperature=1.0, **sent)
+    prompts = stream(tiny_server.grpc_url, text_input=both, **{k: np.repeat(array(v), 2, 0) for k, v in sent.items()})
     for answers in (sequences, prompts):
         assert sum(int(answer["num_output_tokens"].sum()) for answer in answers) == 10
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_our_own_clients_read_the_count_so_far(server: TritonServer, protocol: ProtocolName) -> None:
-    url = server.http_url if protocol == "http" else server.grpc_url
+def test_our_own_clients_read_the_count_so_far(tiny_server: TritonServer, protocol: ProtocolName) -> None:
+    url = tiny_server.http_url if protocol == "http" else tiny_server.grpc_url
     with connect(protocol, NAME, url) as client:
         chunks = list(client.stream(GenerateRequest(prompt=CAPITAL, max_tokens=6)))
     assert chunks[-1].num_output_tokens == 6 and len(chunks) > 1
@@ -152,27 +152,27 @@ REFUSED = {"beam_width": 2, "length_penalty": 0.5, "return_context_logits": True
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_isnt_here_is_refused_by_name_over_both_protocols(server: TritonServer, name: str) -> None:
-    answer = generate(server, text_input=CAPITAL, max_tokens=2, **{name: REFUSED[name]})
+def test_what_isnt_here_is_refused_by_name_over_both_protocols(tiny_server: TritonServer, name: str) -> None:
+    answer = generate(tiny_server, text_input=CAPITAL, max_tokens=2, **{name: REFUSED[name]})
     assert answer.status_code == 400 and f"{name} is " in answer.json()["error"]
     value: Any = np.array([[1]], np.uint64) if name == "lora_task_id" else REFUSED[name]
     with pytest.raises(Exception, match=name):
-        stream(server.grpc_url, text_input=CAPITAL, max_tokens=2, **{name: value})
+        stream(tiny_server.grpc_url, text_input=CAPITAL, max_tokens=2, **{name: value})
 
 
 @pytest.mark.parametrize("name", ["prompt_embedding_table", "lora_weights", "lora_config"])
-def test_tensors_in_several_dimensions_are_refused_by_name(server: TritonServer, name: str) -> None:
+def test_tensors_in_several_dimensions_are_refused_by_name(tiny_server: TritonServer, name: str) -> None:
     table = np.zeros([1, 2, 3], np.float32)
     with pytest.raises(InferenceServerException, match=name):
-        stream(server.grpc_url, **E2E, **{name: table})
-    response = generate(server, **E2E, **{name: table.tolist()})
+        stream(tiny_server.grpc_url, **E2E, **{name: table})
+    response = generate(tiny_server, **E2E, **{name: table.tolist()})
     assert response.status_code == 400 and name in response.text
 
 
-def test_an_output_of_speculative_decoding_is_refused_by_name(server: TritonServer) -> None:
+def test_an_output_of_speculative_decoding_is_refused_by_name(tiny_server: TritonServer) -> None:
     """What v0.19.0's client asks for with --return-perf-metrics."""
     received: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
+    with tritonclient.grpc.InferenceServerClient(tiny_server.grpc_url) as client:
         client.start_stream(callback=lambda result, error: received.put(error))
         wanted = [tritonclient.grpc.InferRequestedOutput(name) for name in ("text_output", "acceptance_rate")]
         client.async_stream_infer(NAME, inputs(tritonclient.grpc, **E2E), outputs=wanted)
@@ -190,24 +190,24 @@ def test_older_names_and_nvidias_zeros_over_http(server: TritonServer) -> None:
     )
 
 
-def test_vllms_sampling_parameters_over_http(server: TritonServer) -> None:
+def test_vllms_sampling_parameters_over_http(tiny_server: TritonServer) -> None:
     parameters = json.dumps({"temperature": "0", "max_tokens": 4})
-    answer = generate(server, text_input=CAPITAL, sampling_parameters=parameters).json()
-    assert answer["text_output"] == generate(server, text_input=CAPITAL, max_tokens=4).json()["text_output"]
-    refused = generate(server, text_input=CAPITAL, sampling_parameters='{"use_beam_search": true}')
+    answer = generate(tiny_server, text_input=CAPITAL, sampling_parameters=parameters).json()
+    assert answer["text_output"] == generate(tiny_server, text_input=CAPITAL, max_tokens=4).json()["text_output"]
+    refused = generate(tiny_server, text_input=CAPITAL, sampling_parameters='{"use_beam_search": true}')
     assert refused.status_code == 400 and "use_beam_search" in refused.json()["error"]
 
 
 @pytest.fixture
-def old_port(server: TritonServer) -> Iterator[str]:
-    with OldClientPort(f"{server.host}:0", server.grpc_url) as port:
+def old_port(tiny_server: TritonServer) -> Iterator[str]:
+    with OldClientPort(f"{tiny_server.host}:0", tiny_server.grpc_url) as port:
         yield port.address
 
 
 def test_uint32_and_a_missing_batch_dimension_through_the_port_for_old_clients(
-    server: TritonServer, old_port: str
+    tiny_server: TritonServer, old_port: str
 ) -> None:
-    expected = generate(server, text_input=CAPITAL, max_tokens=4).json()["text_output"].encode()
+    expected = generate(tiny_server, text_input=CAPITAL, max_tokens=4).json()["text_output"].encode()
     langchains: dict[str, Any] = {"text_input": CAPITAL, "max_tokens": np.array([[4]], np.uint32)}
     assert stream(old_port, **langchains, beam_width=np.array([[1]], np.uint32))[0]["text_output"].tolist() == [
         expected
@@ -216,7 +216,7 @@ def test_uint32_and_a_missing_batch_dimension_through_the_port_for_old_clients(
     vllms["sampling_parameters"] = np.array(['{"max_tokens": 4, "temperature": 0}'], np.object_)
     assert stream(old_port, **vllms)[0]["text_output"].tolist() == [expected]
     with pytest.raises(Exception, match="UINT32"):
-        stream(server.grpc_url, **langchains)
+        stream(tiny_server.grpc_url, **langchains)
 
 
 @pytest.mark.parametrize("module", [tritonclient.grpc, tritonclient.http], ids=["grpc", "http"])
