@@ -13,7 +13,7 @@ import torch
 
 from deepseek_triton.ensemble.decoder.mla import LatentAttention
 from deepseek_triton.ensemble.decoder.options import LatentOptions
-from deepseek_triton.ensemble.engine.runners.cuda.attention import PAGE, Caches
+from deepseek_triton.ensemble.engine.runners.cuda.caches import PAGE, Caches
 from deepseek_triton.ensemble.engine.runners.cuda.latent import LatentKernels, LatentTile, Projected
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
 from deepseek_triton.ensemble.engine.runners.cuda.linear import Parts

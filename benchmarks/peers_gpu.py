@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 import time
@@ -114,6 +115,7 @@ def measure(answer: Answer, batches: Sequence[int], vocab_size: int) -> dict[str
 
 def open_vllm(directory: Path) -> Answer:
     """vLLM's offline engine, FP8, dummy weights, those of experts as `spread_experts` makes them."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the weights are changed in this process
     from vllm import LLM, SamplingParams
 
     engine = LLM(

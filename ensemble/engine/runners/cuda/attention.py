@@ -10,67 +10,28 @@ import torch
 import triton
 
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
+from deepseek_triton.ensemble.engine.runners.cuda.caches import PAGE, Caches
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import attention, rows
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
 from deepseek_triton.ensemble.engine.runners.cuda.linear import Parts
 from deepseek_triton.ensemble.engine.runners.cuda.plan import MAX_SPLITS, KernelPlan
 
-HAS_GLUON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)  # as `hopper_attention` is written for
+
+def has_gluon(version: str) -> bool:
+    """Whether this version of Triton has the Gluon of `hopper_attention`: versions differ."""
+    return (3, 6) <= tuple(map(int, version.split(".")[:2])) < (3, 9)
+
+
+HAS_GLUON = has_gluon(triton.__version__)
 if HAS_GLUON:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from deepseek_triton.ensemble.engine.runners.cuda.kernels import hopper_attention
 
 LOG2_E = 1.0 / math.log(2.0)
-DECODE_BLOCK = 64  # cached positions that decode attention reads at a time
-PAGE = DECODE_BLOCK  # positions of a block of the cache: what a kernel reads at a time lies in one
-PREFILL_TILE = 128  # queries in one program of prefill attention
+DECODE_BLOCK = PAGE  # cached positions that decode attention reads at a time: they lie in one block
+PREFILL_TILE = 128  # queries in one program of prefill attention; `hopper_attention` has no other
 PREFILL_BLOCK = 64  # cached positions that it reads at a time
-
-
-@dataclass(frozen=True)
-class Caches:
-    """Keys and values of every layer, each [layers, slots, kv_heads, max_seq_len, head_dim], or in blocks.
-
-    table: [slots, most blocks of a slot] int32; keys and values are then [layers, blocks, kv_heads, PAGE, head_dim].
-    key_scales and value_scales: [layers, blocks, kv_heads, PAGE] bfloat16, of keys and values in INT8. Of latent
-    attention, keys and values are one tensor: one head of latents, each with its rotated key.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    table: torch.Tensor | None = None
-    key_scales: torch.Tensor | None = None
-    value_scales: torch.Tensor | None = None
-
-    @property
-    def extent(self) -> int:
-        """Positions of a slot, or entries of its table."""
-        return self.keys.shape[-2] if self.table is None else self.table.shape[1]
-
-    @property
-    def page(self) -> int:
-        """Positions of a block; 0: slots are whole."""
-        return 0 if self.table is None else self.keys.shape[-2]
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Those that there are."""
-        tensors = (*self.stored, self.table, self.key_scales, self.value_scales)
-        return tuple(tensor for tensor in tensors if tensor is not None)
-
-    @property
-    def stored(self) -> tuple[torch.Tensor, ...]:
-        """Keys and values, each tensor once."""
-        return (self.keys,) if self.values is self.keys else (self.keys, self.values)
-
-    def layer(self, index: int) -> Caches:
-        """One layer's, each without the first dimension."""
-        keys = self.keys[index]
-        values = keys if self.values is self.keys else self.values[index]
-        if self.key_scales is None or self.value_scales is None:
-            return Caches(keys, values, self.table)
-        return Caches(keys, values, self.table, self.key_scales[index], self.value_scales[index])
 
 
 @dataclass(frozen=True)
@@ -178,11 +139,11 @@ class Attention:
     def prefill(self, q: torch.Tensor, cache: Caches, tiles: torch.Tensor, out: torch.Tensor) -> None:
         """Attend with the queries `q` that `rope` gave, into `out` [tokens, q_size]; tiles: of `PackedPrompts`."""
         shape, grid, scale = self.shape, (self.shape.num_heads, len(tiles)), self.shape.head_dim**-0.5 * LOG2_E
-        if self._is_hoppers(cache):
+        if self._uses_hopper_kernel(cache):
             rows = (tensor.view(-1, shape.head_dim) for tensor in cache.stored)
             self._launch(
                 hopper_attention.prefill_attention, grid,
-                *map(boxes, (q, *rows)), cache.table, tiles, out, cache.extent, scale,
+                *map(tensor_descriptor, (q, *rows)), cache.table, tiles, out, cache.extent, scale,
                 HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, D=shape.head_dim,
                 num_warps=hopper_attention.NUM_WARPS,
             )  # fmt: skip
@@ -194,8 +155,8 @@ class Attention:
             **_reading(cache), PRECISION=self._launch.precision, num_warps=8,
         )  # fmt: skip
 
-    def _is_hoppers(self, cache: Caches) -> bool:
-        """Whether Hopper's own kernel can prefill this cache."""
+    def _uses_hopper_kernel(self, cache: Caches) -> bool:
+        """Whether `hopper_attention` can prefill this cache here."""
         is_known = cache.page == PAGE and cache.key_scales is None and self.shape.head_dim in (64, 128)
         return HAS_GLUON and self._launch.is_hopper and is_known
 
@@ -205,8 +166,8 @@ class Attention:
         return cache.keys, cache.values, *absent
 
 
-def boxes(rows: torch.Tensor) -> Any:
-    """The descriptor of a matrix from which `hopper_attention` copies."""
+def tensor_descriptor(rows: torch.Tensor) -> Any:
+    """The descriptor of a matrix, from which `hopper_attention` copies parts of BOX_SHAPE."""
     return TensorDescriptor.from_tensor(rows, hopper_attention.BOX_SHAPE, hopper_attention.BOX_LAYOUT)
 
 

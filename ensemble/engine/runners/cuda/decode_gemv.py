@@ -103,7 +103,9 @@ class DecodeGemv:
         """hidden += each expert's row of `x` [experts of a token, in] @ its matrix of `down`.T, weighted."""
         (count, k), (experts, n, _) = x.shape, down.weight.shape
         block = max(16, triton.next_power_of_2(k))
-        tile = self.plan.gemv[down.name].fitting(block * down.weight.element_size(), self.launch.shared_bytes)
+        tile = self.plan.gemv[down.name]
+        free = self.launch.shared_bytes - tile.stages * block * x.element_size()  # x waits there too
+        tile = tile.fitting(block * down.weight.element_size(), free)
         self.launch(
             add_experts, (triton.cdiv(n, tile.bn),),
             x, routing.amax, down.weight, self.launch.or_nothing(down.scale), routing.chosen, routing.weights, hidden,

@@ -13,8 +13,9 @@ import triton
 
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 from deepseek_triton.ensemble.decoder.part import Part
-from deepseek_triton.ensemble.engine.runners.cuda.attention import Attention, Caches
+from deepseek_triton.ensemble.engine.runners.cuda.attention import Attention
 from deepseek_triton.ensemble.engine.runners.cuda.buffers import Prompts
+from deepseek_triton.ensemble.engine.runners.cuda.caches import Caches
 from deepseek_triton.ensemble.engine.runners.cuda.decode_gemv import DecodeGemv
 from deepseek_triton.ensemble.engine.runners.cuda.driver import KernelError
 from deepseek_triton.ensemble.engine.runners.cuda.group import Group

@@ -8,7 +8,8 @@ import torch
 import triton
 
 from deepseek_triton.ensemble.decoder.mla import INNER_NORM_EPS, LatentAttention
-from deepseek_triton.ensemble.engine.runners.cuda.attention import LOG2_E, PREFILL_TILE, Caches
+from deepseek_triton.ensemble.engine.runners.cuda.attention import LOG2_E, PREFILL_TILE
+from deepseek_triton.ensemble.engine.runners.cuda.caches import Caches
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import mla
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
 from deepseek_triton.ensemble.engine.runners.cuda.linear import MAX_PREFETCHING_ROWS, Parts, Rows

@@ -39,26 +39,28 @@ class Launcher:
         self.prefetches = pdl  # only before a wait is there time for it
         self._options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
         self._pdl = pdl
-        self._recorded: list[Launch] | None = None
+        self._recorded: dict[tuple[Any, ...], Launch] | None = None
         self._nothing = torch.zeros(1, dtype=torch.float32, device=device)
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Launch `kernel` with the options that all kernels have."""
         if self._recorded is not None:
             launched = Launch.of(kernel, grid, arguments, {"PDL": self._pdl, **constants, **self._options})
-            self._recorded += [] if launched is None else [launched]
+            if launched is not None:  # one of each kind: a launch keeps the tensors of its descriptors
+                self._recorded.setdefault(launched.key, launched)
             return
         launch: Callable[..., None] = kernel[grid]
         launch(*arguments, PDL=self._pdl, **constants, **self._options)
 
     @contextmanager
     def recording(self) -> Iterator[list[Launch]]:
-        """Collect what would be launched; nothing is."""
+        """Collect what would be launched, in the end one launch of each kind; nothing is launched."""
         launches: list[Launch] = []
-        self._recorded = launches
+        self._recorded = {}
         try:
             yield launches
         finally:
+            launches += self._recorded.values()
             self._recorded = None
 
     def empty(self, *size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from deepseek_triton.ensemble.engine.runners.base import Decoded, DeviceSampling, Ids, Logits, PromptChunk
-from deepseek_triton.ensemble.engine.runners.cuda.attention import PAGE
 from deepseek_triton.ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT
+from deepseek_triton.ensemble.engine.runners.cuda.caches import PAGE
 
 
 class PackingRunner(ABC):

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
-from deepseek_triton.ensemble.engine.runners.cuda.attention import PAGE, Caches
 from deepseek_triton.ensemble.engine.runners.cuda.buffers import staged
+from deepseek_triton.ensemble.engine.runners.cuda.caches import PAGE, Caches
 from deepseek_triton.ensemble.protocol.settings import KvCache
 
 SCALE_BYTES = 2  # of one head of one token in INT8

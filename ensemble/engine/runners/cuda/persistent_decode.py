@@ -15,7 +15,7 @@ import torch
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 from deepseek_triton.ensemble.decoder.dense_mlp import DenseMlp
 from deepseek_triton.ensemble.decoder.gqa import GroupedQueryAttention
-from deepseek_triton.ensemble.engine.runners.cuda.attention import Caches
+from deepseek_triton.ensemble.engine.runners.cuda.caches import Caches
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import shared_bytes
 from deepseek_triton.ensemble.engine.runners.cuda.layers import DecoderWeights, Layer
 from deepseek_triton.ensemble.engine.runners.cuda.nvrtc import Kernel

@@ -30,7 +30,6 @@ from deepseek_triton.ensemble.engine.runners.base import (
     PromptChunk,
     RunnerError,
 )
-from deepseek_triton.ensemble.engine.runners.cuda.attention import PAGE
 from deepseek_triton.ensemble.engine.runners.cuda.buffers import (
     STEPS_IN_FLIGHT,
     PendingStep,
@@ -38,6 +37,7 @@ from deepseek_triton.ensemble.engine.runners.cuda.buffers import (
     StepInputs,
     StepSlot,
 )
+from deepseek_triton.ensemble.engine.runners.cuda.caches import PAGE
 from deepseek_triton.ensemble.engine.runners.cuda.decoder import Decoder
 from deepseek_triton.ensemble.engine.runners.cuda.device import (
     PDL_CAPABILITY,
@@ -369,6 +369,7 @@ class CudaRunner(PackingRunner):
                     for run in runs:
                         run()
                 compile_ahead(launches)
+                launches.clear()  # the memory is the graphs'
             times.ended("Triton's kernels")
             captured = capturer.capture(runs)
             of_prompts, of_batches = captured[: len(sizes)], captured[len(sizes) :]

@@ -17,7 +17,6 @@ from pathlib import Path
 import onnxruntime as ort
 
 from deepseek_triton.ensemble.engine.runners.base import RunnerError
-from deepseek_triton.ensemble.engine.runners.onnx.huge_pages import huge_pages
 
 # glibc's fenv_t on x86-64: seven words of the x87 unit, then MXCSR, whose bits 6 and 15 read and write denormals as 0.
 FENV_WORDS, MXCSR, NO_DENORMALS = 8, 7, 0x8040
@@ -38,7 +37,7 @@ def open_session(path: Path, num_threads: int) -> ort.InferenceSession:
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     options.log_severity_level = 3
     try:
-        with huge_pages(), without_denormals():  # the first session of a process would leave this thread without them
+        with without_denormals():  # the first session of a process would leave this thread without them
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises its own classes, RuntimeError among them
         raise RunnerError(f"{path} can't be loaded by ONNX Runtime {ort.__version__}: {error}") from error

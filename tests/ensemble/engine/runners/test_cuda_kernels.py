@@ -20,8 +20,8 @@ from tests.support.cuda_device import DEVICE, DTYPE, HAS_GPU  # isort: skip  # b
 from benchmarks.cuda_reference import rms_norm, rotate, round_rows
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 from deepseek_triton.ensemble.engine.runners.base import DeviceSampling, PromptChunk
-from deepseek_triton.ensemble.engine.runners.cuda.attention import PAGE, Caches
 from deepseek_triton.ensemble.engine.runners.cuda.buffers import Prompts
+from deepseek_triton.ensemble.engine.runners.cuda.caches import PAGE, Caches
 from deepseek_triton.ensemble.engine.runners.cuda.decoder import Decoder
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import sampling
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher

@@ -404,6 +404,30 @@ def test_a_row_is_the_same_in_every_batch(is_fp8: bool) -> None:
         assert torch.equal(run(hidden[:rows], weights, options, INVARIANT)[:1], alone)
 
 
+@pytest.mark.parametrize("is_fp8", [True, False])
+@pytest.mark.parametrize("options", [GREEDY, replace(GREEDY, num_shared_experts=0)])
+def test_one_rows_experts_are_activated_and_their_largest_magnitudes_known(
+    options: ExpertOptions, is_fp8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, hidden = moe_weights(options, is_fp8=is_fp8), random(1, HIDDEN, seed=9)
+    weights = weights.stacked() if options.num_shared_experts else weights
+    linear_ops = ops()
+    gemv = DecodeGemv(linear_ops.launch, FAST, EPS)
+    empty = linear_ops.launch.empty
+    # Memory that nobody has written holds anything.
+    monkeypatch.setattr(linear_ops.launch, "empty", lambda *size, **kind: empty(*size, **kind).fill_(77))
+    router = Router(linear_ops.launch, FAST, options, None)
+    normed, plain, routing = router.normed(
+        hidden, weights.norm, weights.router, gemv, eps=EPS, is_fp8=is_fp8, num_always=weights.num_always
+    )
+    activated = gemv.activate_experts(normed if is_fp8 else Rows(plain, None), routing, weights.gate_up)
+    assert torch.equal(routing.amax, activated.float().abs().amax(1))
+    normed_exact = rms_norm(hidden.double(), weights.norm.double(), EPS)
+    x = round_rows(normed_exact) if is_fp8 else normed_exact.to(DTYPE).double()
+    gate, up = (matrix(weights.gate_up)[routing.chosen.long()] @ x[0]).chunk(2, dim=-1)
+    assert error(activated, torch.nn.functional.silu(gate) * up) < TOLERANCE
+
+
 @pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU")
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "is_fp8"), list(itertools.product([1, 64], [True, False])))

@@ -14,7 +14,7 @@ from tests.support.cuda_device import DEVICE, HAS_GPU  # isort: skip  # before t
 
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
-from deepseek_triton.ensemble.engine.runners.cuda.attention import Caches
+from deepseek_triton.ensemble.engine.runners.cuda.caches import Caches
 from deepseek_triton.ensemble.engine.runners.cuda.device import on_stream
 from deepseek_triton.ensemble.engine.runners.cuda.layers import DecoderWeights
 from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import PeerBuffers

@@ -3,7 +3,7 @@
 One warp copies blocks of the cache to shared memory. Two warpgroups attend to them, each with half of a tile's queries;
 while a warpgroup exponentiates one block's scores, the tensor cores sum its block before. This is FlashAttention 3's
 method (Shah et al. 2024, arXiv:2407.08608). The kernel is written in Gluon, Triton's language in which the author
-chooses layouts, barriers and copies; it needs Triton 3.6, and Triton's interpreter can't run it.
+chooses layouts, barriers and copies; it is written for Triton 3.6 to 3.8, and Triton's interpreter can't run it.
 
 Blocks lie at multiples of BLOCK whatever the chunk is, so a query's result doesn't depend on how its prompt is cut.
 """
@@ -111,7 +111,7 @@ def _copy(
 
 @gluon.jit
 def _copy_box(boxes, buffer, row, column, ready, part: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr):
-    """Copy D columns of BOX rows to a buffer [ROWS, D], to its rows from part BOX on."""
+    """Copy D columns of BOX rows to rows part · BOX, part · BOX + 1, … of a buffer [ROWS, D]."""
     # The buffer holds all rows of its first BOX columns, then all of the next.
     parts = buffer._reinterpret(boxes.dtype, [D // BOX * (ROWS // BOX), BOX, BOX], boxes.layout)
     for i in gl.static_range(D // BOX):
@@ -160,7 +160,11 @@ def _attend(group: gl.constexpr, shared, start, row, count, head, out, scale, HE
 
 @gluon.jit
 def _step(query, shared, position, scale, block, share, best, total, acc, MASKED: gl.constexpr):
-    """Score a block while the one before it is summed; share, best and total are this block's then, acc isn't yet."""
+    """Score a block while the tensor cores sum the block before it.
+
+    Takes `share`, the shares of the block before, and `acc`, the sum without it. Returns the shares of this block, best
+    and total with it, and the sum of all blocks before it.
+    """
     _, keys, values, loaded, free = shared
     stage, before = block % STAGES, (block - 1) % STAGES
     mbarrier.wait(loaded.index(stage), block // STAGES & 1)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from deepseek_triton.ensemble.engine.runners.cuda.attention import Attention, Caches
+from deepseek_triton.ensemble.engine.runners.cuda.attention import Attention
 from deepseek_triton.ensemble.engine.runners.cuda.buffers import Prompts
+from deepseek_triton.ensemble.engine.runners.cuda.caches import Caches
 from deepseek_triton.ensemble.engine.runners.cuda.decode_gemv import DecodeGemv
 from deepseek_triton.ensemble.engine.runners.cuda.linear import DeviceLinear, LinearOps, Parts
 from deepseek_triton.ensemble.engine.runners.cuda.parts.part import CudaPart, DecodeStep, Tools

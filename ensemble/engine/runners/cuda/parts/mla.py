@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from deepseek_triton.ensemble.decoder.mla import INNER_NORM_EPS, LatentAttention
-from deepseek_triton.ensemble.engine.runners.cuda.attention import Caches
 from deepseek_triton.ensemble.engine.runners.cuda.buffers import Prompts
+from deepseek_triton.ensemble.engine.runners.cuda.caches import Caches
 from deepseek_triton.ensemble.engine.runners.cuda.decode_gemv import DecodeGemv
 from deepseek_triton.ensemble.engine.runners.cuda.latent import LatentKernels, Projected
 from deepseek_triton.ensemble.engine.runners.cuda.linear import DeviceLinear, Parts

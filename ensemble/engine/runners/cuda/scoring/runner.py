@@ -18,8 +18,8 @@ import torch
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 from deepseek_triton.ensemble.artefacts.cuda_memory import step_bytes
 from deepseek_triton.ensemble.engine.runners.base import PromptChunk, RunnerError
-from deepseek_triton.ensemble.engine.runners.cuda.attention import PAGE
 from deepseek_triton.ensemble.engine.runners.cuda.buffers import Prompts
+from deepseek_triton.ensemble.engine.runners.cuda.caches import PAGE
 from deepseek_triton.ensemble.engine.runners.cuda.decoder import Decoder
 from deepseek_triton.ensemble.engine.runners.cuda.device import (
     PDL_CAPABILITY,
