@@ -284,6 +284,7 @@ def test_a_calibration_is_fitted_on_the_server_and_served_by_the_next(client: Gr
     assert other.probabilities == pytest.approx(raw.probabilities, abs=1e-3)
 
 
+@pytest.mark.timed  # a busy machine answers nothing within a measurement's second
 def test_tune_finds_a_batch_size_on_a_server_of_its_own(
     repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
