@@ -20,6 +20,7 @@ import hypothesis
 import pytest
 
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
+from deepseek_triton.quick_imports import quick_imports
 from tests.support.checkpoints import load_reference, smollm2_path, write_tiny
 
 NAME = "smollm2"
@@ -136,11 +137,9 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, Any, Any]:
     """What is collected lives to the end: the garbage collector needn't look at it again and again."""
-    gc.disable()
-    collected = yield
-    gc.freeze()
+    with quick_imports():
+        collected = yield
     gc.set_threshold(*GC_THRESHOLDS)
-    gc.enable()
     return collected
 
 

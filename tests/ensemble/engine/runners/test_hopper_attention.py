@@ -26,6 +26,7 @@ from deepseek_triton.ensemble.engine.runners.cuda.attention import PREFILL_TILE
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import hopper_attention
 
 assert PREFILL_TILE == 2 * hopper_attention.GROUP.value
+assert hopper_attention.BLOCK.value == 2 * hopper_attention.PAGE.value == 2 * hopper_attention.BOX.value
 kernel, head_dim = hopper_attention.prefill_attention, int(sys.argv[1])
 boxes = f"tensordesc<bf16{hopper_attention.BOX_SHAPE},{hopper_attention.BOX_LAYOUT!r}>".replace(", 64]", ",64]")
 types = {name: boxes for name in kernel.arg_names if name.endswith("_boxes")}

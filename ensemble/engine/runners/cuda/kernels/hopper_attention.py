@@ -22,10 +22,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from deepseek_triton.ensemble.engine.runners.cuda.caches import PAGE as CACHE_PAGE
+
 NUM_WARPS = 4  # of the first warpgroup; the kernel adds another one and the copying warp
-BOX_SHAPE, BOX_LAYOUT = [64, 64], gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 BOX = gl.constexpr(64)  # rows and columns of a copy
-PAGE = gl.constexpr(64)  # positions of a block of the cache
+BOX_SHAPE = [BOX.value, BOX.value]
+BOX_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+PAGE = gl.constexpr(CACHE_PAGE)  # a copy brings one; two are a BLOCK
 GROUP = gl.constexpr(64)  # queries of a warpgroup
 BLOCK = gl.constexpr(128)  # cached positions that are attended to at a time
 STAGES = gl.constexpr(2)  # blocks of keys, and of values, in shared memory
