@@ -22,6 +22,13 @@ ENV PACKAGES=/opt/deepseek-triton
 RUN python3 -c "import os, site; open(site.getsitepackages()[0] + '/deepseek-triton.pth', 'w').write(f'import sys; sys.path.insert(0, {os.environ[\"PACKAGES\"]!r})\n')"
 WORKDIR /src
 
+# The compiled operators of target onnx: what builds and serves has no compiler.
+FROM triton AS kernels
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+COPY ensemble/engine/runners/onnx/kernels .
+RUN gcc -std=gnu11 -O2 -shared -fPIC blocks.c operators.c -o _blocks.abi3.so
+
 # checkpoint → a repository below /data
 FROM triton AS builder
 COPY pyproject.toml README.md LICENSE ./
@@ -31,6 +38,7 @@ COPY clients clients
 COPY builders builders
 # `serve` too: the graph is made for the ONNX Runtime that will run it.
 RUN python3 -m pip install --no-cache-dir --target="$PACKAGES" '.[build,serve]'
+COPY --from=kernels /src/_blocks.abi3.so $PACKAGES/deepseek_triton/ensemble/engine/runners/onnx/kernels/
 RUN rm -r /src
 ENV PATH=/opt/deepseek-triton/bin:$PATH
 USER 1000:1000
@@ -65,6 +73,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY deepseek_triton deepseek_triton
 COPY ensemble ensemble
 RUN python3 -m pip install --no-cache-dir --target="$PACKAGES" ".[$RUNNERS]"
+COPY --from=kernels /src/_blocks.abi3.so $PACKAGES/deepseek_triton/ensemble/engine/runners/onnx/kernels/
 # Triton imports packages; their commands are of no use here.
 RUN rm -r /src /opt/deepseek-triton/bin
 USER 1000:1000

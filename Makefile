@@ -79,7 +79,7 @@ $(VENV)/bin/python:
 	python=$$(sh scripts/find_python.sh) && echo "using $$python" && "$$python" -m venv $(VENV)
 
 # The demo's tritonserver comes from a wheel whose stubs can't read numpy 2; none of its own dependencies is needed.
-$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+$(VENV)/installed: pyproject.toml $(wildcard ensemble/engine/runners/onnx/kernels/*.[ch]) | $(VENV)/bin/python
 	@echo "installing what the demo needs"
 	$(BIN)/python -m pip install -e '.[build,client,serve]' 'numpy<2'
 	$(BIN)/python -m pip install $(RUNTIME)

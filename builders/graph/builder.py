@@ -43,6 +43,7 @@ class GraphBuilder:
         self._data = (directory / self._data_name).open("wb")
         self._progress = progress
         self._nodes: list[onnx.NodeProto] = []
+        self._functions: list[onnx.FunctionProto] = []
         self._initializers: list[TensorProto] = []
         self._names: set[str] = set()
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -71,6 +72,11 @@ class GraphBuilder:
     def nodes(self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], name: str, **attributes: Any) -> None:
         """Add a node with the outputs named."""
         self._nodes.append(helper.make_node(op_type, list(inputs), list(outputs), name=name, **attributes))
+
+    def function(self, function: onnx.FunctionProto) -> None:
+        """Define an operator by others, once; a runtime that has a kernel for it takes that instead."""
+        if all((known.domain, known.name) != (function.domain, function.name) for known in self._functions):
+            self._functions.append(function)
 
     def branch(self, condition: str, few: Body, many: Body, name: str) -> str:
         """Add an If node: `few` adds the nodes that run where the BOOL scalar `condition` is true, `many` the others.
@@ -181,6 +187,8 @@ class GraphBuilder:
         nodes = self._needed_nodes()
         used = {name for node in nodes for name in names_read(node)}
         initializers = [tensor for tensor in self._initializers if tensor.name in used]
+        domains = {node.domain for node in nodes}
+        domains |= {opset.domain for function in self._functions for opset in function.opset_import}
         graph = helper.make_graph(nodes, self._name, self._inputs, self._outputs, initializers, doc_string=doc)
         model = helper.make_model(
             graph,
@@ -190,11 +198,15 @@ class GraphBuilder:
             ir_version=IR_VERSIONS[self.opset],
             opset_imports=[
                 helper.make_opsetid("", self.opset),
-                *(helper.make_opsetid(domain, 1) for domain in sorted({node.domain for node in nodes} - {""})),
+                *(helper.make_opsetid(domain, 1) for domain in sorted(domains - {""})),
             ],
         )
         onnx.save(model, self._path)
         onnx.checker.check_model(str(self._path), full_check=True)
+        if self._functions:  # without them their nodes are of a domain that isn't ONNX's: nothing is inferred of those
+            model.functions.extend(self._functions)
+            onnx.save(model, self._path)
+            onnx.checker.check_model(str(self._path))
         return self._path
 
     def _needed_nodes(self) -> list[onnx.NodeProto]:

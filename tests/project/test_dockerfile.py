@@ -113,6 +113,8 @@ def context_files(source: str) -> list[Path]:
         ("tests/conftest.py", True),
         ("model_repository/r1-engine/1/model.onnx.data", True),
         (".venv/bin/python", True),
+        ("ensemble/engine/runners/onnx/kernels/_blocks.abi3.so", True),
+        ("ensemble/engine/runners/onnx/kernels/blocks.c", False),
     ],
 )
 def test_the_engine_is_sent_only_what_is_copied(path: str, ignored: bool) -> None:
@@ -124,7 +126,7 @@ def test_both_stages_stand_on_a_triton_without_known_holes() -> None:
     match = re.fullmatch(r"TRITON_TAG=(\d\d)\.(\d\d)-py3", tag)
     assert match is not None, tag
     assert (int(match[1]), int(match[2])) >= OLDEST_TAG
-    assert [stage.name for stage in STAGES.values()] == ["triton", *ROLES], "serve is last: it is the default"
+    assert list(STAGES) == ["triton", "kernels", *ROLES], "serve is last: it is the default"
     assert STAGES["gateway"].base == "python:3.12-slim"
     assert STAGES["triton"].base == "nvcr.io/nvidia/tritonserver:${TRITON_TAG}"
     assert all(STAGES[role].base == "triton" for role in ("builder", "serve"))
@@ -138,9 +140,12 @@ def test_a_stage_runs_as_an_ordinary_user(role: str) -> None:
     assert not {"RUN", "COPY"} & set(names[names.index("USER") :]), "what runs must not be able to change itself"
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", [*ROLES, "kernels"])
 def test_every_source_of_a_copy_exists(role: str) -> None:
     for value in STAGES[role].all("COPY"):
+        if value.startswith("--from="):
+            assert value.split()[0].removeprefix("--from=") in STAGES
+            continue
         assert not value.startswith(("-", "[")), f"COPY {value}: not understood here"
         for source in value.split()[:-1]:
             assert (ROOT / source).exists(), source
@@ -149,7 +154,8 @@ def test_every_source_of_a_copy_exists(role: str) -> None:
 
 def test_serve_gets_only_what_the_models_import() -> None:
     copied = {source for value in STAGES["serve"].all("COPY") for source in value.split()[:-1]}
-    assert copied == {"pyproject.toml", "README.md", "LICENSE", "deepseek_triton", "ensemble"}
+    kernels = {"--from=kernels", "/src/_blocks.abi3.so"}
+    assert copied == {"pyproject.toml", "README.md", "LICENSE", "deepseek_triton", "ensemble", *kernels}
 
 
 def test_serve_says_where_it_listens_and_where_the_models_are() -> None:
@@ -187,6 +193,10 @@ def make_image(stage: Stage, root: Path, **arguments: str) -> Image:
             directory.mkdir(parents=True, exist_ok=True)
         elif name == "COPY":
             *sources, target = value.split()
+            if sources[0].startswith("--from="):
+                made = compiled(STAGES[sources[0].removeprefix("--from=")], root / "compiler")
+                shutil.copy(made / Path(sources[1]).name, target.replace("$PACKAGES", environment["PACKAGES"]))
+                continue
             for source in sources:
                 for file in context_files(source):
                     copy = directory / target / (file.relative_to(source) if (ROOT / source).is_dir() else file)
@@ -199,6 +209,15 @@ def make_image(stage: Stage, root: Path, **arguments: str) -> Image:
             done = subprocess.run(["sh", "-ec", value], cwd=directory, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, f"{value}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     return Image(root, environment)
+
+
+def compiled(stage: Stage, directory: Path) -> Path:
+    """The directory in which a stage has compiled what it copied."""
+    (source,) = (value.split()[0] for value in stage.all("COPY"))
+    shutil.copytree(ROOT / source, directory, ignore=shutil.ignore_patterns("*.so"))
+    (command,) = (value for value in stage.all("RUN") if value.startswith("gcc"))
+    subprocess.run(["sh", "-ec", command], cwd=directory, check=True)
+    return directory
 
 
 @pytest.fixture(scope="module")

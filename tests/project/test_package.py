@@ -98,7 +98,19 @@ def product_files() -> set[str]:
 def test_the_wheel_has_every_file_of_the_package_and_no_other(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert names == product_files()
+    compiled = {name for name in names if name.endswith(".so")}
+    assert names - compiled == product_files()
+    assert {Path(name).name for name in compiled} == ({"_blocks.abi3.so"} if shutil.which("cc") else set())
+
+
+def test_without_a_compiler_the_package_is_installed_all_the_same(dist: Path, tmp_path: Path) -> None:
+    (source,) = dist.glob("*.tar.gz")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
+    done = subprocess.run(command, env={**os.environ, "CC": "false"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert {name for name in archive.namelist() if ".dist-info/" not in name} == product_files()
 
 
 def test_the_sdist_has_real_folders(dist: Path) -> None:

@@ -64,7 +64,8 @@ class Blocking:
     def end(self) -> None:
         """End the loop and check that the client has left no task on it."""
         self.close()
-        left = self._run(_other_tasks())
+        # What gRPC cancelled ends a moment after `close`, which doesn't wait for it.
+        left = self._run(_lasting_tasks())
         self._run(self._loop.shutdown_asyncgens())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -119,6 +120,12 @@ async def _next(chunks: AsyncGenerator[Chunk, None]) -> Chunk:
 
 async def _other_tasks() -> set[asyncio.Task[Any]]:
     return asyncio.all_tasks() - {asyncio.current_task()}
+
+
+async def _lasting_tasks() -> set[asyncio.Task[Any]]:
+    """Tasks that don't end of themselves within a few seconds."""
+    tasks = await _other_tasks()
+    return (await asyncio.wait(tasks, timeout=5))[1] if tasks else tasks
 
 
 async def _wait(tasks: set[asyncio.Task[Any]]) -> None:

@@ -1,25 +1,32 @@
-"""The nodes of layers in blocks of integers: ONNX Runtime's MatMulNBits, and a product of its own for the minima."""
+"""The nodes of layers in blocks of integers.
+
+A product is one node of a domain of our own, which the graph defines by ONNX Runtime's MatMulNBits and a product of its
+own for the minima. `ensemble/engine/runners/onnx/kernels` has a kernel for it, and the definition is for where that can't
+run.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto
+import onnx
+from onnx import TensorProto, helper
 
 from deepseek_triton.builders.graph.blocks.linear import BlockLinear
 from deepseek_triton.builders.graph.builder import MICROSOFT, GraphBuilder
 
+DOMAIN = "deepseek_triton"
+SIZES = ["K", "N", "bits", "block_size"]
 ACTIVATIONS = 4  # MatMulNBits' accuracy_level: activations are rounded to eight bits in each block
 FLOAT, UINT8, INT64 = np.dtype(np.float32), np.dtype(np.uint8), np.dtype(np.int64)
 
 
 class BlockNodes:
-    """Adds layers in blocks of integers to one float32 graph; layers that share an input share its block sums."""
+    """Adds layers in blocks of integers to one float32 graph."""
 
     def __init__(self, graph: GraphBuilder) -> None:
         self.g = graph
-        self._sums: dict[tuple[str, int], str] = {}
 
     def store(self, module: str, linear: BlockLinear) -> None:
         """Write the layer's codes, scales and minima, unless they are there."""
@@ -33,20 +40,19 @@ class BlockNodes:
     def matmul(self, value: str, module: str, linear: BlockLinear, name: str, *, has_rows: bool = True) -> str:
         """value [..., in] times the module's weight → `name` [..., out], without the bias.
 
-        has_rows: value is [batch, seq_len, in], whose blocks need no look at its shape.
+        has_rows: value is [batch, seq_len, in], not [batch, in].
         """
         g = self.g
         self.store(module, linear)
         n, k = linear.shape
-        product = name if linear.minimum is None else f"{name}.centred"
-        g.node(
-            "MatMulNBits", [value, f"{module}.codes", f"{module}.scale"], product, domain=MICROSOFT,
-            K=k, N=n, bits=linear.bits, block_size=linear.block_size, accuracy_level=ACTIVATIONS,
-        )  # fmt: skip
+        operands = [value, f"{module}.codes", f"{module}.scale"]
+        sizes: dict[str, Any] = {"K": k, "N": n, "bits": linear.bits, "block_size": linear.block_size}
         if linear.minimum is None:
-            return name
-        minima = g.node("MatMul", [self._block_sums(value, linear, has_rows), f"{module}.minimum"], f"{name}.minima")
-        return g.node("Add", [product, minima], name)
+            g.function(_product(g.opset))
+            return g.node("BlockMatMul", operands, name, domain=DOMAIN, **sizes)
+        g.function(_shifted_product(g.opset))
+        sizes["block_shape"] = [*([0, 0] if has_rows else [0]), -1, linear.block_size]
+        return g.node("ShiftedBlockMatMul", [*operands, f"{module}.minimum"], name, domain=DOMAIN, **sizes)
 
     def rows(self, ids: str, module: str, linear: BlockLinear, name: str) -> str:
         """The weight's rows `ids` [...] → `name` [..., in]."""
@@ -73,22 +79,47 @@ class BlockNodes:
             values = g.node("Add", [values, g.node("Unsqueeze", [minimum, last], f"{name}.offsets")], f"{name}.shifted")
         return g.node("Reshape", [values, self._constant("join_blocks", [0, 0, -1], INT64)], name)
 
-    def _block_sums(self, value: str, linear: BlockLinear, has_rows: bool) -> str:
-        """value [..., in] → the sum of each block: [..., blocks]."""
-        key = (value, linear.block_size)
-        if key not in self._sums:
-            g, name = self.g, f"{value}.blocks_of_{linear.block_size}"
-            if has_rows:
-                shape = self._constant(f"rows_of_{linear.block_size}", [0, 0, -1, linear.block_size], INT64)
-            else:
-                leading = g.node("Shape", [value], f"{name}.leading", start=0, end=-1)
-                block = self._constant(f"block_of_{linear.block_size}", [-1, linear.block_size], INT64)
-                shape = g.node("Concat", [leading, block], f"{name}.shape", axis=0)
-            blocks = g.node("Reshape", [value, shape], name)
-            last = self._constant("last_axis", [-1], INT64)
-            self._sums[key] = g.node("ReduceSum", [blocks, last], f"{name}.sums", keepdims=0)
-        return self._sums[key]
-
     def _constant(self, name: str, value: Any, dtype: np.dtype[Any]) -> str:
         name = f"blocks.{name}"
         return name if self.g.has(name) else self.g.constant(name, np.asarray(value, dtype))
+
+
+def _product(opset: int) -> onnx.FunctionProto:
+    """x [..., K], codes [N, blocks, bytes], scale [N, blocks] → [..., N]."""
+    return _function("BlockMatMul", ["x", "codes", "scale"], [_matmul("y")], SIZES, opset)
+
+
+def _shifted_product(opset: int) -> onnx.FunctionProto:
+    """As `_product`, plus block sums of x times minimum [blocks, N]; block_shape: x's, with the blocks as an axis."""
+    shape = helper.make_node("Constant", [], ["shape"])
+    shape.attribute.append(_passed_on("value_ints", "block_shape", onnx.AttributeProto.INTS))
+    nodes = [
+        _matmul("centred"),
+        shape,
+        helper.make_node("Reshape", ["x", "shape"], ["blocks"]),
+        helper.make_node("Constant", [], ["last"], value_ints=[-1]),
+        helper.make_node("ReduceSum", ["blocks", "last"], ["sums"], keepdims=0),
+        helper.make_node("MatMul", ["sums", "minimum"], ["minima"]),
+        helper.make_node("Add", ["centred", "minima"], ["y"]),
+    ]
+    return _function("ShiftedBlockMatMul", ["x", "codes", "scale", "minimum"], nodes, [*SIZES, "block_shape"], opset)
+
+
+def _matmul(output: str) -> onnx.NodeProto:
+    node = helper.make_node(
+        "MatMulNBits", ["x", "codes", "scale"], [output], domain=MICROSOFT, accuracy_level=ACTIVATIONS
+    )
+    node.attribute.extend(_passed_on(name, name, onnx.AttributeProto.INT) for name in SIZES)
+    return node
+
+
+def _passed_on(name: str, source: str, kind: onnx.AttributeProto.AttributeType) -> onnx.AttributeProto:
+    """An attribute of a node that is the function's own attribute `source`."""
+    return onnx.AttributeProto(name=name, ref_attr_name=source, type=kind)
+
+
+def _function(
+    name: str, inputs: list[str], nodes: list[onnx.NodeProto], attributes: list[str], opset: int
+) -> onnx.FunctionProto:
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(MICROSOFT, 1)]
+    return helper.make_function(DOMAIN, name, inputs, ["y"], nodes, imports, attributes)

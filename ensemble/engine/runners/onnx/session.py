@@ -17,6 +17,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from deepseek_triton.ensemble.engine.runners.base import RunnerError
+from deepseek_triton.ensemble.engine.runners.onnx import operators
 
 # glibc's fenv_t on x86-64: seven words of the x87 unit, then MXCSR, whose bits 6 and 15 read and write denormals as 0.
 FENV_WORDS, MXCSR, NO_DENORMALS = 8, 7, 0x8040
@@ -36,6 +37,8 @@ def open_session(path: Path, num_threads: int) -> ort.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     options.log_severity_level = 3
+    if (compiled := operators.library()) is not None:
+        options.register_custom_ops_library(str(compiled))
     try:
         with without_denormals():  # the first session of a process would leave this thread without them
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

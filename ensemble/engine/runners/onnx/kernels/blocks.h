@@ -1,0 +1,47 @@
+/* Products with weights in blocks of integers, on x86-64 with AVX-512 VNNI.
+
+   A weight [n, k] is cut along k into blocks of 16 or 32 codes. Of a block, weight = (code - 2^(bits - 1)) * scale, plus
+   the block's minimum where there is one. x is rounded to eight bits in blocks of the same length, each with a scale of
+   its own, amax / 127. An output is the sum over blocks, in order, of
+
+       (sum of code * x) * (scale * scale of x) + (sum of x as it was) * minimum
+
+   where the first sum is exact, in 32 bits. So an output has the same bits whatever rows share its product.
+
+   A panel is 16 outputs: its blocks lie one behind the other, each with its codes, scales and minima, so that a product
+   reads one stream. Of a block's codes, 64 bytes hold 4 neighbours in k of each output; of 4 bits, the low halves are the
+   4 before those of the high halves. */
+#ifndef BLOCKS_H
+#define BLOCKS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { PANEL = 16, TILE = 16, MAX_BLOCK = 32 };
+
+typedef struct {
+    size_t n, k;
+    int bits, block; /* 4 or 8; codes in a block: 16 or 32 */
+    int half_scales; /* scales are float16 here: each was one */
+    int has_minima;
+    size_t panels, blocks, record; /* of n, rounded up; of k; bytes of one block of a panel */
+    uint8_t *data;
+    size_t bytes;
+} Weights;
+
+/* Whether this processor can run what is here. */
+int blocks_supported(void);
+
+/* codes [n, k / block, block * bits / 8] of MatMulNBits, scales [n, k / block], minima [k / block, n] or NULL → panels.
+   Returns 0 if there's no memory. */
+int weights_pack(Weights *w, const uint8_t *codes, const float *scales, const float *minima);
+void weights_free(Weights *w);
+
+/* x [rows, k], rounded: tiles of 16 rows, the last may have fewer. */
+size_t rows_bytes(const Weights *w, size_t rows);
+void rows_pack(const Weights *w, const float *x, size_t rows, size_t tile, uint8_t *packed);
+
+/* Outputs of panels first … last - 1 for all rows: out [rows, n]. */
+void multiply(const Weights *w, const uint8_t *packed, size_t rows, size_t first, size_t last, float *out);
+
+#endif

@@ -1,0 +1,161 @@
+"""The compiled products with weights in blocks: against NumPy, against their definition in the graph, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from deepseek_triton.builders.graph.blocks.linear import BlockLinear
+from deepseek_triton.builders.graph.blocks.nodes import BlockNodes
+from deepseek_triton.builders.graph.builder import GraphBuilder
+from deepseek_triton.ensemble.engine.runners.base import RunnerError
+from deepseek_triton.ensemble.engine.runners.onnx import operators
+from deepseek_triton.ensemble.engine.runners.onnx.session import open_session
+
+OPSET = 23
+IN, OUT = 160, 75  # whole blocks of 16 and of 32; whole panels and a part of one
+KINDS = [(bits, block, has_minima, halves) for bits in (4, 8) for block in (16, 32) for has_minima in (False, True)
+         for halves in (False, True)]  # fmt: skip
+Float32 = NDArray[np.float32]
+
+needs_kernels = pytest.mark.skipif(operators.library() is None, reason="no C compiler, or no AVX-512 VNNI")
+
+
+def layer(bits: int, block: int, has_minima: bool, halves: bool, shape: tuple[int, int] = (OUT, IN)) -> BlockLinear:
+    random = np.random.default_rng(bits + block)
+    rows, blocks = shape[0], shape[1] // block
+    codes = random.integers(0, 256, (rows, blocks, block * bits // 8), np.uint8)
+    scale, minimum = random.normal(size=(2, rows, blocks)).astype(np.float32)
+    scale = scale.astype(np.float16).astype(np.float32) if halves else scale
+    return BlockLinear(bits, codes, scale, minimum if has_minima else None)
+
+
+def session(linear: BlockLinear, directory: Path, *, num_threads: int = 1) -> ort.InferenceSession:
+    with GraphBuilder(directory, "product", opset=OPSET) as graph:
+        graph.input("x", TensorProto.FLOAT, ["rows", linear.shape[1]])
+        BlockNodes(graph).matmul("x", "linear", linear, "y", has_rows=False)
+        graph.output("y", TensorProto.FLOAT, ["rows", linear.shape[0]])
+        path = graph.finish(producer="test", version="0", doc="")
+    return open_session(path, num_threads)
+
+
+def inputs(rows: int, width: int = IN) -> Float32:
+    values = np.random.default_rng(rows).normal(size=(rows, width)).astype(np.float32)
+    values[:, :32] *= 40  # blocks differ in size
+    values[::3, 32:64] = 0
+    return values
+
+
+def run(own: ort.InferenceSession, x: Float32) -> Float32:
+    y: Float32 = own.run(None, {"x": x})[0]
+    return y
+
+
+def expected(linear: BlockLinear, x: Float32) -> NDArray[np.float64]:
+    """The outputs, with x rounded to eight bits in each block; minima take it as it is."""
+    blocks = x.reshape(len(x), -1, linear.block_size)
+    scale = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+    rounded = np.rint(blocks * inverse).astype(np.float64) * scale
+    centred = linear.unpacked().astype(np.float64) - (1 << (linear.bits - 1))
+    y: NDArray[np.float64] = rounded.reshape(x.shape) @ (centred * linear.scale[..., None]).reshape(linear.shape).T
+    return y if linear.minimum is None else y + blocks.astype(np.float64).sum(-1) @ linear.minimum.T.astype(np.float64)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("bits", "block", "has_minima", "halves"), KINDS)
+def test_a_product_is_exact_but_for_the_rounding_of_x(
+    bits: int, block: int, has_minima: bool, halves: bool, tmp_path: Path
+) -> None:
+    linear, x = layer(bits, block, has_minima, halves), inputs(37)
+    right = expected(linear, x)
+    np.testing.assert_allclose(run(session(linear, tmp_path), x), right, rtol=0, atol=2e-6 * np.abs(right).max())
+
+
+@needs_kernels
+@pytest.mark.parametrize(("bits", "block", "has_minima", "halves"), KINDS)
+def test_the_graphs_definition_gives_the_same(
+    bits: int, block: int, has_minima: bool, halves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear, x = layer(bits, block, has_minima, halves), inputs(19)
+    own = run(session(linear, tmp_path), x)
+    monkeypatch.setattr(operators, "library", lambda: None)
+    np.testing.assert_allclose(run(session(linear, tmp_path), x), own, rtol=0, atol=1e-4 * np.abs(own).max())
+
+
+@needs_kernels
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_row_has_the_same_bits_whatever_rows_share_its_product(bits: int, num_threads: int, tmp_path: Path) -> None:
+    # 4,096 wide: so many rows don't fit into a core's cache together, and many chunks of outputs go to threads.
+    own = session(layer(bits, 32, True, False, (600, 4096)), tmp_path, num_threads=num_threads)
+    x = inputs(300, 4096)
+    whole = run(own, x)
+    for count in range(1, 18):
+        np.testing.assert_array_equal(run(own, x[count : 2 * count]), whole[count : 2 * count])
+
+
+@needs_kernels
+def test_no_rows_are_no_outputs(tmp_path: Path) -> None:
+    assert run(session(layer(4, 32, True, True), tmp_path), inputs(0)).shape == (0, OUT)
+
+
+@needs_kernels
+def test_weights_in_a_file_are_held_once(tmp_path: Path) -> None:
+    linear = layer(4, 32, False, True, (8192, 4096))
+    before = resident_bytes()
+    own = session(linear, tmp_path)
+    run(own, inputs(1, 4096))
+    panels = 8192 * 4096 * (0.5 + 2 / 32)
+    assert panels < resident_bytes() - before < 1.35 * panels  # the file's codes and scales alone are 1.11 of it
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"block_size": 64}, "blocks have 16 or 32 codes"),
+        ({"bits": 2}, "of 4 or 8 bits"),
+        ({"K": 100}, "K is a multiple"),
+        ({"K": 320}, "shapes"),
+        ({"N": 90}, "shapes"),
+        ({"N": -75}, "blocks have"),
+    ],
+)
+def test_a_graph_that_does_not_fit_is_refused(attributes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    sizes = {"K": IN, "N": OUT, "bits": 4, "block_size": 32, **attributes}
+    with pytest.raises(RunnerError, match=message):
+        open_session(product(tmp_path, sizes), 1)
+
+
+@needs_kernels
+def test_an_input_of_another_width_is_refused(tmp_path: Path) -> None:
+    own = open_session(product(tmp_path, {"K": IN, "N": OUT, "bits": 4, "block_size": 32}), 1)
+    with pytest.raises(Exception, match="last axis isn't K"):
+        own.run(None, {"x": inputs(2, 64)})
+
+
+def product(directory: Path, sizes: dict[str, Any]) -> Path:
+    """One node whose weights are those of `layer(4, 32, …)`, whatever `sizes` say."""
+    linear = layer(4, 32, False, True)
+    graph = helper.make_graph(
+        [helper.make_node("BlockMatMul", ["x", "codes", "scale"], ["y"], domain="deepseek_triton", **sizes)],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", "width"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", "outputs"])],
+        [onnx.numpy_helper.from_array(linear.codes, "codes"), onnx.numpy_helper.from_array(linear.scale, "scale")],
+    )
+    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid("deepseek_triton", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=11), directory / "model.onnx")
+    return directory / "model.onnx"
