@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from benchmarks.k_quants import OTHERWISE, write_k_quants
@@ -30,6 +29,7 @@ from deepseek_triton.builders.fp8.quality.evaluate import text_windows
 from deepseek_triton.builders.fp8.texts.calibration_text import load_tokenizer, read_text
 from deepseek_triton.builders.graph.decoder import build_graph
 from deepseek_triton.builders.targets.artefacts.block_weights import BLOCK_PRECISIONS, STORED, BlockWeights
+from deepseek_triton.ensemble.engine.runners.onnx.session import open_session
 
 RESULTS = Path(__file__).parent / "results"
 WINDOW = 512
@@ -100,7 +100,7 @@ def measure(path: Path, precision: str, windows: Sequence[NDArray[Any]], *, dequ
             checkpoint.spec, read, Path(directory),
             max_seq_len=WINDOW, quantized=quantized, logits="all", fuses=True,
         )  # fmt: skip
-        session = ort.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+        session = open_session(graph, 0)
     caches = {
         value.name: np.zeros((1, *value.shape[1:]), np.float32)
         for value in session.get_inputs()

@@ -1,8 +1,7 @@
 """The nodes of layers in blocks of integers.
 
 A product is one node of a domain of our own, which the graph defines by ONNX Runtime's MatMulNBits and a product of its
-own for the minima. `ensemble/engine/runners/onnx/kernels` has a kernel for it, and the definition is for where that can't
-run.
+own for the minima. Where it can run, the kernel in `ensemble/engine/runners/onnx/kernels` takes the definition's place.
 """
 
 from __future__ import annotations
