@@ -7,6 +7,7 @@ import functools
 import logging
 from pathlib import Path
 
+AVX512 = 2  # kernels/blocks.h
 LIBRARY = Path(__file__).parent / "kernels" / "_blocks.abi3.so"
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ def library() -> Path | None:
     if not LIBRARY.exists():
         log.info("products in blocks are ONNX Runtime's own: there was no C compiler when this was installed")
         return None
-    if not ctypes.CDLL(str(LIBRARY)).blocks_supported():
-        log.info("products in blocks are ONNX Runtime's own: this processor has no AVX-512 with VNNI")
+    if not ctypes.CDLL(str(LIBRARY)).blocks_instructions(AVX512):
+        log.info("products in blocks are ONNX Runtime's own: this processor has no AVX2")
         return None
     return LIBRARY

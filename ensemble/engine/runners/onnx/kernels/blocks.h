@@ -1,4 +1,4 @@
-/* Products with weights in blocks of integers, on x86-64 with AVX-512 VNNI.
+/* Products with weights in blocks of integers, on x86-64 with AVX2 or, faster, with AVX-512 and VNNI.
 
    A weight [n, k] is cut along k into blocks of 16 or 32 codes. Of a block, weight = (code - 2^(bits - 1)) * scale, plus
    the block's minimum where there is one. x is rounded to eight bits in blocks of the same length, each with a scale of
@@ -6,7 +6,8 @@
 
        (sum of code * x) * (scale * scale of x) + (sum of x as it was) * minimum
 
-   where the first sum is exact, in 32 bits. So an output has the same bits whatever rows share its product.
+   where the first sum is exact, in 32 bits. So an output has the same bits whatever rows share its product, and whatever
+   instructions compute it.
 
    A panel is 16 outputs: its blocks lie one behind the other, each with its codes, scales and minima, so that a product
    reads one stream. Of a block's codes, 64 bytes hold 4 neighbours in k of each output; of 4 bits, the low halves are the
@@ -18,6 +19,8 @@
 #include <stdint.h>
 
 enum { PANEL = 16, TILE = 16, MAX_BLOCK = 32 };
+/* How far ahead of a product its weights are asked for: pages of 4 KB end what the processor itself foresees. */
+enum { AHEAD = 2048 };
 
 typedef struct {
     size_t n, k;
@@ -29,19 +32,34 @@ typedef struct {
     size_t bytes;
 } Weights;
 
-/* Whether this processor can run what is here. */
-int blocks_supported(void);
+/* Of x's row in a tile, each block takes its codes and, behind those of all rows, three numbers of 4 bytes: the scale,
+   -2^(bits - 1) times the sum of codes, with which a sum of products starts, and the sum of x as it was. */
+enum { ROW_NUMBERS = 12 };
 
-/* codes [n, k / block, block * bits / 8] of MatMulNBits, scales [n, k / block], minima [k / block, n] or NULL → panels.
+/* What one set of instructions does. */
+typedef struct {
+    /* Round `count` rows of x to one tile. */
+    void (*pack)(const Weights *w, const float *x, size_t count, uint8_t *tile);
+    /* One panel times one tile of `count` rows, into the first `columns` of 16 outputs of each row. */
+    void (*multiply)(const Weights *w, const uint8_t *panel, const uint8_t *tile, size_t count, float *out, size_t columns);
+} Instructions;
+extern const Instructions WITH_AVX512, WITH_AVX2;
+
+enum { NOTHING, AVX2, AVX512 };
+/* The best that this processor has of those up to `limit`; products take it from now on. */
+int blocks_instructions(int limit);
+extern const Instructions *instructions; /* NULL before */
+
+/* codes [n, k / block, block * bits / 8] of MatMulNBits, scales [n, k / block], minima [k / block, n] or NULL -> panels.
    Returns 0 if there's no memory. */
 int weights_pack(Weights *w, const uint8_t *codes, const float *scales, const float *minima);
 void weights_free(Weights *w);
 
-/* x [rows, k], rounded: tiles of 16 rows, the last may have fewer. */
+/* Bytes of x [rows, k], rounded: tiles of 16 rows, the last may have fewer. */
 size_t rows_bytes(const Weights *w, size_t rows);
 void rows_pack(const Weights *w, const float *x, size_t rows, size_t tile, uint8_t *packed);
 
-/* Outputs of panels first … last - 1 for all rows: out [rows, n]. */
+/* Outputs of panels first ... last - 1 for all rows: out [rows, n]. */
 void multiply(const Weights *w, const uint8_t *packed, size_t rows, size_t first, size_t last, float *out);
 
 #endif

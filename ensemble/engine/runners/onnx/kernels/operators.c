@@ -185,6 +185,7 @@ static const Operator OPERATORS[] = {OPERATOR("BlockMatMul", 3), OPERATOR("Shift
 OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
     OrtApi api = base->get_api(API_VERSION);
     OrtCustomOpDomain *domain;
+    if (!instructions && !blocks_instructions(AVX512)) return CreateStatus(api)(ORT_FAIL, "this processor has no AVX2");
     OrtStatus *status = CreateCustomOpDomain(api)("deepseek_triton", &domain);
     for (size_t i = 0; !status && i < sizeof OPERATORS / sizeof *OPERATORS; i++)
         status = CustomOpDomain_Add(api)(domain, &OPERATORS[i].op);

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ own.run(None, {"x": np.ones((1, 8192), np.float32)})
 print(resident() - before)
 """
 
-needs_kernels = pytest.mark.skipif(operators.library() is None, reason="no C compiler, or no AVX-512 VNNI")
+needs_kernels = pytest.mark.skipif(operators.library() is None, reason="no C compiler, or no AVX2")
 
 
 def layer(bits: int, block: int, has_minima: bool, halves: bool, shape: tuple[int, int] = (OUT, IN)) -> BlockLinear:
@@ -84,6 +86,14 @@ def expected(linear: BlockLinear, x: Float32) -> NDArray[np.float64]:
     return y if linear.minimum is None else y + blocks.astype(np.float64).sum(-1) @ linear.minimum.T.astype(np.float64)
 
 
+@pytest.fixture
+def instructions() -> Iterator[Callable[[int], int]]:
+    """Chooses what computes from now on; the test's end, the best again."""
+    choose: Callable[[int], int] = ctypes.CDLL(str(operators.LIBRARY)).blocks_instructions
+    yield choose
+    choose(operators.AVX512)
+
+
 @needs_kernels
 @pytest.mark.parametrize(("bits", "block", "has_minima", "halves"), KINDS)
 def test_a_product_is_exact_but_for_the_rounding_of_x(
@@ -103,6 +113,35 @@ def test_the_graphs_definition_gives_the_same(
     own = run(session(linear, tmp_path), x)
     monkeypatch.setattr(operators, "library", lambda: None)
     np.testing.assert_allclose(run(session(linear, tmp_path), x), own, rtol=0, atol=1e-4 * np.abs(own).max())
+
+
+@needs_kernels
+@pytest.mark.parametrize(("bits", "block", "has_minima", "halves"), KINDS)
+def test_all_instructions_give_the_same_bits(
+    bits: int, block: int, has_minima: bool, halves: bool, tmp_path: Path, instructions: Callable[[int], int]
+) -> None:
+    if instructions(operators.AVX512) != operators.AVX512:
+        pytest.skip("this processor has no AVX-512 with VNNI")
+    own, x = session(layer(bits, block, has_minima, halves), tmp_path), inputs(37)
+    whole = run(own, x)
+    assert instructions(operators.AVX512 - 1) == operators.AVX512 - 1
+    for count in (37, 1, 2, 3, 5):
+        np.testing.assert_array_equal(run(own, x[:count]), whole[:count])
+
+
+@needs_kernels
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("level", [operators.AVX512, operators.AVX512 - 1])
+def test_a_row_with_numbers_that_are_not_finite_gives_none(
+    number: float, level: int, tmp_path: Path, instructions: Callable[[int], int]
+) -> None:
+    own, x = session(layer(4, 32, False, True), tmp_path), inputs(5)
+    right = run(own, x)
+    instructions(level)
+    x[2, 70] = number
+    y = run(own, x)
+    assert not np.isfinite(y[2]).any()
+    np.testing.assert_array_equal(np.delete(y, 2, 0), np.delete(right, 2, 0))
 
 
 @needs_kernels
