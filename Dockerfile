@@ -27,7 +27,7 @@ FROM triton AS kernels
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY ensemble/engine/runners/onnx/kernels .
-RUN gcc -std=gnu11 -O2 -shared -fPIC ./*.c -o _blocks.abi3.so
+RUN gcc -std=gnu11 -O2 -shared -fPIC ./*.c -o _blocks.abi3.so -lm
 
 # checkpoint → a repository below /data
 FROM triton AS builder

@@ -17,24 +17,23 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from deepseek_triton.builders.errors import CheckpointError
+from deepseek_triton.builders.graph.node_list import NodeList
 
 ALIGNMENT = 4096  # bytes; a page, so that a runtime can map each tensor
 BLOCK_BYTES = 64 * 2**20  # converted and written at a time
-MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 IR_VERSIONS = {23: 11, 24: 12}  # opset → the ONNX IR version it came with
 
 Progress = Callable[[int], None]
-Body = Callable[[], str]
-LoopBody = Callable[[str, str], str]
 
 
-class GraphBuilder:
+class GraphBuilder(NodeList):
     """Collects nodes, inputs and outputs; owns the external data file until `finish`."""
 
     def __init__(
         self, directory: Path, name: str, *, opset: int, file: str = "", progress: Progress | None = None
     ) -> None:
         """name: of the graph and of `name.onnx.data`; file: of the graph's file, if it isn't `name.onnx`."""
+        super().__init__()
         self.opset, self._name = opset, name
         self._path = directory / (file or f"{name}.onnx")
         self._data_name = f"{name}.onnx.data"
@@ -42,7 +41,6 @@ class GraphBuilder:
         (directory / self._data_name).unlink(missing_ok=True)
         self._data = (directory / self._data_name).open("wb")
         self._progress = progress
-        self._nodes: list[onnx.NodeProto] = []
         self._functions: list[onnx.FunctionProto] = []
         self._initializers: list[TensorProto] = []
         self._names: set[str] = set()
@@ -64,58 +62,10 @@ class GraphBuilder:
         """Declare that the value called `name` leaves the graph."""
         self._outputs.append(helper.make_tensor_value_info(name, dtype, shape, doc_string=doc))
 
-    def node(self, op_type: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
-        """Add a node with one output, called like the node."""
-        self.nodes(op_type, inputs, [name], name, **attributes)
-        return name
-
-    def nodes(self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], name: str, **attributes: Any) -> None:
-        """Add a node with the outputs named."""
-        self._nodes.append(helper.make_node(op_type, list(inputs), list(outputs), name=name, **attributes))
-
     def function(self, function: onnx.FunctionProto) -> None:
         """Define an operator by others, once; a runtime that has a kernel for it takes that instead."""
         if all((known.domain, known.name) != (function.domain, function.name) for known in self._functions):
             self._functions.append(function)
-
-    def branch(self, condition: str, few: Body, many: Body, name: str) -> str:
-        """Add an If node: `few` adds the nodes that run where the BOOL scalar `condition` is true, `many` the others.
-
-        Each gives the name of its value; both see what stands before the node. The node's value is called `name`.
-        """
-        graphs = {
-            attribute: self._subgraph(f"{name}.{attribute}", (), lambda body=body: [body()])  # type: ignore[misc]
-            for attribute, body in (("then_branch", few), ("else_branch", many))
-        }
-        return self.node("If", [condition], name, **graphs)
-
-    def loop(self, count: str, start: str, dtype: int, shape: Sequence[int | str], body: LoopBody, name: str) -> str:
-        """Add a Loop node of `count` steps over one value, at first `start`; its last value is called `name`.
-
-        body: adds the nodes of a step, from the names of the step's number (INT64 scalar) and of the value, and gives
-        the name of the new value. dtype, shape: of the value.
-        """
-        step, going, value = f"{name}.step", f"{name}.is_going", f"{name}.value"
-        inputs = (
-            helper.make_tensor_value_info(step, TensorProto.INT64, []),
-            helper.make_tensor_value_info(going, TensorProto.BOOL, []),
-            helper.make_tensor_value_info(value, dtype, shape),
-        )
-
-        def add() -> list[str]:
-            new = body(step, value)
-            return [self.node("Identity", [going], f"{name}.goes_on"), new]
-
-        graph = self._subgraph(f"{name}.body", inputs, add)
-        return self.node("Loop", [count, "", start], name, body=graph)
-
-    def _subgraph(
-        self, name: str, inputs: Sequence[onnx.ValueInfoProto], add: Callable[[], list[str]]
-    ) -> onnx.GraphProto:
-        outer, self._nodes = self._nodes, []
-        outputs = [onnx.ValueInfoProto(name=output) for output in add()]
-        nodes, self._nodes = self._nodes, outer
-        return helper.make_graph(nodes, name, inputs, outputs)
 
     def has(self, name: str) -> bool:
         """Is there a constant or weight called `name`?"""

@@ -11,8 +11,9 @@ from onnx import helper
 
 from deepseek_triton.builders.graph.blocks.linear import BlockLinear
 from deepseek_triton.builders.graph.blocks.nodes import BlockNodes
-from deepseek_triton.builders.graph.builder import MICROSOFT, GraphBuilder
+from deepseek_triton.builders.graph.builder import GraphBuilder
 from deepseek_triton.builders.graph.float8 import Float8Linear, Float8Nodes
+from deepseek_triton.builders.graph.node_list import MICROSOFT
 from deepseek_triton.builders.graph.rope import rope_tables
 from deepseek_triton.ensemble.decoder.part import Linear
 from deepseek_triton.ensemble.decoder.spec import ModelSpec
@@ -52,7 +53,7 @@ class DecoderNodes:
         self.float8 = Float8Nodes(graph, dtype, simulate=simulate)
         self.blocks = BlockNodes(graph)
         self.onnx_dtype = helper.np_dtype_to_tensor_dtype(dtype)
-        self._ints: dict[tuple[int, ...], str] = {}
+        self.int = graph.int
 
     def rope_tables(self) -> None:
         """`rope.cos` and `rope.sin`, [max_seq_len, rotary_dim / 2]."""
@@ -148,11 +149,3 @@ class DecoderNodes:
     def weight(self, name: str, *, transpose: bool = False) -> str:
         """A weight by its Hugging Face name."""
         return self.g.weight(name, self.read(name), self.dtype, transpose=transpose)
-
-    def int(self, value: int | list[int]) -> str:
-        """A shared INT64 constant, a scalar or [n]."""
-        array = np.asarray(value, dtype=np.int64)
-        key = (array.ndim, *array.reshape(-1).tolist())
-        if key not in self._ints:
-            self._ints[key] = self.g.constant("int_" + "_".join(map(str, key)).replace("-", "m"), array)
-        return self._ints[key]

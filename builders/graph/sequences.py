@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from deepseek_triton.builders.graph.builder import Body
+from deepseek_triton.builders.graph.node_list import Body
 from deepseek_triton.ensemble.decoder.gqa import GroupedQueryAttention
 from deepseek_triton.ensemble.decoder.part import CacheTensor
 

@@ -52,13 +52,13 @@ class GGUFTensor:
 
     @property
     def kind(self) -> str:
-        """GGUF's name of the type of a whole 2-D tensor; empty for others."""
-        is_whole = self.index is None and self.values is None and len(self.stored.shape) == 2
-        return str(self.stored.tensor_type.name) if is_whole else ""
+        """GGUF's name of the type of a matrix; empty for other tensors, and for one that lies in two halves."""
+        is_matrix = self.values is None and len(self.shape) == 2
+        return str(self.stored.tensor_type.name) if is_matrix else ""
 
     def data(self, *, is_swapped: bool) -> Array:
         """The bytes of each row, in this machine's order."""
-        return _data(self.stored, is_swapped=is_swapped)
+        return _data(self.stored, self.index, self.rows, is_swapped=is_swapped)
 
     def read(self, name: str, *, is_swapped: bool) -> Array:
         """The numbers, as float32 where they are quantised.
@@ -124,20 +124,22 @@ def _shape(tensor: Any) -> tuple[int, ...]:
     return tuple(int(n) for n in reversed(tensor.shape))
 
 
-def _data(tensor: Any, *, is_swapped: bool) -> Array:
-    return np.asarray(in_native_order(tensor) if is_swapped else tensor.data)
+def _data(tensor: Any, index: int | None = None, rows: slice | None = None, *, is_swapped: bool) -> Array:
+    """The bytes of a tensor, of one of a stack's, or of some of its rows, which are quantised one by one."""
+    data = np.asarray(in_native_order(tensor) if is_swapped else tensor.data)
+    if index is not None:
+        count, num_rows = _shape(tensor)[:2]
+        data = data.reshape(count, num_rows, -1)[index]
+    return data if rows is None else data[rows]
 
 
 def _dequantized(tensor: Any, index: int | None = None, rows: slice | None = None, *, is_swapped: bool) -> Array:
     import gguf
 
-    data = _data(tensor, is_swapped=is_swapped)
+    data = _data(tensor, index, rows, is_swapped=is_swapped)
     shape = _shape(tensor)
-    if index is not None:
-        data, shape = data.reshape(shape[0], -1)[index], shape[1:]
-        data = data.reshape(shape[0], -1)  # rows are quantised one by one
-    if rows is not None:
-        data, shape = data[rows], (rows.stop - rows.start, *shape[1:])
+    shape = shape if index is None else shape[1:]
+    shape = shape if rows is None else (rows.stop - rows.start, *shape[1:])
     with np.errstate(all="ignore"):  # whether weights are finite is checked where they are written
         array: Array = gguf.quants.dequantize(data, tensor.tensor_type)
     return array.reshape(shape)

@@ -57,6 +57,14 @@ class BlockLinear:
             _joined([layer.bias for layer in layers], [scale[:, 0] for scale in scales]),
         )
 
+    def in_bytes(self, block_size: int) -> BlockLinear:
+        """The same weights with codes of eight bits in blocks of `block_size`, of which its own are multiples."""
+        codes = self.unpacked() + np.uint8(128 - (1 << (self.bits - 1)))
+        pieces = self.block_size // block_size
+        scale = np.repeat(self.scale, pieces, axis=1)
+        minimum = None if self.minimum is None else np.repeat(self.minimum, pieces, axis=1)
+        return BlockLinear(8, codes.reshape(*scale.shape, block_size), scale, minimum, self.bias)
+
     @property
     def shape(self) -> tuple[int, int]:
         """[out, in]."""

@@ -9,15 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
+from deepseek_triton.builders.graph.blocks import functions
+from deepseek_triton.builders.graph.blocks.functions import DOMAIN
 from deepseek_triton.builders.graph.blocks.linear import BlockLinear
-from deepseek_triton.builders.graph.builder import MICROSOFT, GraphBuilder
+from deepseek_triton.builders.graph.builder import GraphBuilder
 
-DOMAIN = "deepseek_triton"
-SIZES = ["K", "N", "bits", "block_size"]
-ACTIVATIONS = 4  # MatMulNBits' accuracy_level: activations are rounded to eight bits in each block
 FLOAT, UINT8, INT64 = np.dtype(np.float32), np.dtype(np.uint8), np.dtype(np.int64)
 
 
@@ -47,9 +45,9 @@ class BlockNodes:
         operands = [value, f"{module}.codes", f"{module}.scale"]
         sizes: dict[str, Any] = {"K": k, "N": n, "bits": linear.bits, "block_size": linear.block_size}
         if linear.minimum is None:
-            g.function(_product(g.opset))
+            g.function(functions.product(g.opset))
             return g.node("BlockMatMul", operands, name, domain=DOMAIN, **sizes)
-        g.function(_shifted_product(g.opset))
+        g.function(functions.shifted_product(g.opset))
         sizes["block_shape"] = [*([0, 0] if has_rows else [0]), -1, linear.block_size]
         return g.node("ShiftedBlockMatMul", [*operands, f"{module}.minimum"], name, domain=DOMAIN, **sizes)
 
@@ -81,44 +79,3 @@ class BlockNodes:
     def _constant(self, name: str, value: Any, dtype: np.dtype[Any]) -> str:
         name = f"blocks.{name}"
         return name if self.g.has(name) else self.g.constant(name, np.asarray(value, dtype))
-
-
-def _product(opset: int) -> onnx.FunctionProto:
-    """x [..., K], codes [N, blocks, bytes], scale [N, blocks] → [..., N]."""
-    return _function("BlockMatMul", ["x", "codes", "scale"], [_matmul("y")], SIZES, opset)
-
-
-def _shifted_product(opset: int) -> onnx.FunctionProto:
-    """As `_product`, plus block sums of x times minimum [blocks, N]; block_shape: x's, with the blocks as an axis."""
-    shape = helper.make_node("Constant", [], ["shape"])
-    shape.attribute.append(_passed_on("value_ints", "block_shape", onnx.AttributeProto.INTS))
-    nodes = [
-        _matmul("centred"),
-        shape,
-        helper.make_node("Reshape", ["x", "shape"], ["blocks"]),
-        helper.make_node("Constant", [], ["last"], value_ints=[-1]),
-        helper.make_node("ReduceSum", ["blocks", "last"], ["sums"], keepdims=0),
-        helper.make_node("MatMul", ["sums", "minimum"], ["minima"]),
-        helper.make_node("Add", ["centred", "minima"], ["y"]),
-    ]
-    return _function("ShiftedBlockMatMul", ["x", "codes", "scale", "minimum"], nodes, [*SIZES, "block_shape"], opset)
-
-
-def _matmul(output: str) -> onnx.NodeProto:
-    node = helper.make_node(
-        "MatMulNBits", ["x", "codes", "scale"], [output], domain=MICROSOFT, accuracy_level=ACTIVATIONS
-    )
-    node.attribute.extend(_passed_on(name, name, onnx.AttributeProto.INT) for name in SIZES)
-    return node
-
-
-def _passed_on(name: str, source: str, kind: onnx.AttributeProto.AttributeType) -> onnx.AttributeProto:
-    """An attribute of a node that is the function's own attribute `source`."""
-    return onnx.AttributeProto(name=name, ref_attr_name=source, type=kind)
-
-
-def _function(
-    name: str, inputs: list[str], nodes: list[onnx.NodeProto], attributes: list[str], opset: int
-) -> onnx.FunctionProto:
-    imports = [helper.make_opsetid("", opset), helper.make_opsetid(MICROSOFT, 1)]
-    return helper.make_function(DOMAIN, name, inputs, ["y"], nodes, imports, attributes)

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from onnx import TensorProto
 
-from deepseek_triton.builders.graph.builder import Body
+from deepseek_triton.builders.graph.node_list import Body
 from deepseek_triton.builders.graph.nodes import DecoderNodes
 from deepseek_triton.builders.graph.sequences import Heads
 from deepseek_triton.ensemble.decoder.gqa import GroupedQueryAttention

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from onnx import TensorProto
 
-from deepseek_triton.builders.graph.builder import MICROSOFT
 from deepseek_triton.builders.graph.forms.cached import CachedSequences
+from deepseek_triton.builders.graph.node_list import MICROSOFT
 from deepseek_triton.ensemble.decoder.gqa import GroupedQueryAttention
 from deepseek_triton.ensemble.decoder.part import Part
 

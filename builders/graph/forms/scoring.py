@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from onnx import TensorProto
 
-from deepseek_triton.builders.graph.builder import Body
 from deepseek_triton.builders.graph.forms.score_nodes import ScoreNodes
 from deepseek_triton.builders.graph.forms.shared_prefix import SharedPrefix
+from deepseek_triton.builders.graph.node_list import Body
 from deepseek_triton.builders.graph.nodes import DecoderNodes
 from deepseek_triton.builders.graph.sequences import Heads
 from deepseek_triton.ensemble.decoder.gqa import GroupedQueryAttention

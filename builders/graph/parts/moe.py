@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from deepseek_triton.builders.graph.blocks.experts import BlockExperts, joined
+from deepseek_triton.builders.graph.blocks.linear import BlockLinear
+from deepseek_triton.builders.graph.expert_loop import add_expert_loop
 from deepseek_triton.builders.graph.float8 import Float8Linear
 from deepseek_triton.builders.graph.nodes import DecoderNodes
 from deepseek_triton.builders.graph.sequences import Sequences
@@ -24,7 +28,7 @@ from deepseek_triton.ensemble.decoder.moe import (
 from deepseek_triton.ensemble.decoder.part import Linear
 from deepseek_triton.ensemble.decoder.spec import layer_prefix
 
-FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
+FLOAT, BOOL = TensorProto.FLOAT, TensorProto.BOOL
 TINY = 1e-20  # added to a sum that divides
 
 
@@ -100,10 +104,17 @@ def _add_chosen(
     g, ints, own, options = nodes.g, nodes.int, f"{prefix}mlp.experts", part.options
     hidden, inner = part.hidden_size, options.intermediate_size
     names = [expert_modules(expert) for expert in range(options.num_experts)]
+    first = nodes.quantized(prefix + names[0][0])
+    if isinstance(first, BlockLinear):
+        return _add_blocks(nodes, prefix, own, (tokens, weights, chosen), names, first)
+    begun = iter([first])
 
     def matrices(flags: list[bool], *places: int) -> Iterator[NDArray[np.generic]]:
         for expert in names:
-            layers = [nodes.quantized(f"{prefix}{expert[place]}") for place in places]
+            layers = [
+                next(begun) if expert[place] == names[0][0] else nodes.quantized(f"{prefix}{expert[place]}")
+                for place in places
+            ]
             float8 = [layer for layer in layers if isinstance(layer, Float8Linear)]
             flags.append(len(float8) == len(places))
             for number, place in enumerate(places):
@@ -132,33 +143,44 @@ def _add_chosen(
     out_flags: list[bool] = []
     inputs = g.stack(f"{own}.gate_up", matrices(in_flags, 0, 1), (options.num_experts, 2, hidden, inner), nodes.dtype)
     outputs = g.stack(f"{own}.down", matrices(out_flags, 2), (options.num_experts, inner, hidden), nodes.dtype)
-    used = g.node("Reshape", [chosen, ints([-1])], f"{own}.all_chosen")
-    g.nodes("Unique", [used], [f"{own}.used"], f"{own}.unique", sorted=1)
-    count = g.node("Size", [f"{own}.used"], f"{own}.num_used")
     # The sum is float32 in any precision, as in transformers; ONNX Runtime adds up no float16 there.
     start = g.node("Mul", [wide, _float(nodes, "zero", 0.0)], f"{own}.start")
 
-    def step(number: str, total: str) -> str:
-        expert = g.node("Gather", [f"{own}.used", number], f"{own}.expert", axis=0)
-        places = g.node("NonZero", [g.node("Equal", [chosen, expert], f"{own}.is_chosen")], f"{own}.places")
-        places = g.node("Transpose", [places], f"{own}.pairs", perm=[1, 0])  # [m, 2]: token, place
-        rows = g.node("Gather", [places, ints(0)], f"{own}.rows", axis=1)
-        values = g.node("Gather", [tokens, rows], f"{own}.inputs", axis=0)
+    def inner_of(values: str, expert: str) -> str:
         both = g.node("Gather", [inputs, expert], f"{own}.own_gate_up", axis=0)  # [2, hidden, inner]
         values, token_scale = rounded(values, in_flags, "input", expert)
         both = unscaled(g.node("MatMul", [values, both], f"{own}.products"), token_scale)  # [2, m, inner]
         gate, up = (g.node("Gather", [both, ints(i)], f"{own}.product{i}", axis=0) for i in (0, 1))
-        inner_values = g.node("Mul", [nodes.swish(gate, f"{own}.act"), up], f"{own}.product")
-        down = g.node("Gather", [outputs, expert], f"{own}.own_down", axis=0)
-        inner_values, token_scale = rounded(inner_values, out_flags, "inner", expert)
-        values = unscaled(g.node("MatMul", [inner_values, down], f"{own}.outputs"), token_scale)
-        scale = g.node("Unsqueeze", [g.node("GatherND", [weights, places], f"{own}.scale"), ints([1])], f"{own}.scale1")
-        values = g.node("Mul", [g.node("Cast", [values], f"{own}.wide", to=FLOAT), scale], f"{own}.scaled")
-        index = g.node("Unsqueeze", [rows, ints([1])], f"{own}.row_index")
-        return g.node("ScatterND", [total, index, values], f"{own}.sum", reduction="add")
+        return g.node("Mul", [nodes.swish(gate, f"{own}.act"), up], f"{own}.product")
 
-    total = g.loop(count, start, FLOAT, ["tokens", hidden], step, own)
+    def output_of(values: str, expert: str) -> str:
+        down = g.node("Gather", [outputs, expert], f"{own}.own_down", axis=0)
+        values, token_scale = rounded(values, out_flags, "inner", expert)
+        values = unscaled(g.node("MatMul", [values, down], f"{own}.outputs"), token_scale)
+        return g.node("Cast", [values], f"{own}.wide", to=FLOAT)
+
+    total = add_expert_loop(g, own, (tokens, weights, chosen), start, ["tokens", hidden], inner_of, output_of)
     return g.node("Cast", [total], f"{own}.total", to=nodes.onnx_dtype)
+
+
+def _add_blocks(
+    nodes: DecoderNodes,
+    prefix: str,
+    own: str,
+    values: tuple[str, str, str],
+    names: Sequence[tuple[str, str, str]],
+    first: BlockLinear,
+) -> str:
+    """As `_add_chosen` with all experts in blocks; first: the first one's gate."""
+
+    def matrix(module: str) -> BlockLinear:
+        linear = nodes.quantized(prefix + module)
+        assert isinstance(linear, BlockLinear), module
+        return linear
+
+    gates = chain([first], (matrix(gate) for gate, _, _ in names[1:]))
+    inputs = (joined(gate, matrix(up)) for gate, (_, up, _) in zip(gates, names, strict=True))
+    return BlockExperts(nodes.g, own, len(names)).add(values, inputs, (matrix(down) for _, _, down in names))
 
 
 def _add_shared(nodes: DecoderNodes, part: MixtureOfExperts, prefix: str, normed: str) -> str:

@@ -38,25 +38,29 @@ class BlockWeights:
     def __init__(self, checkpoint: Checkpoint, precision: str) -> None:
         self._checkpoint, self._precision = checkpoint, precision
         spec = checkpoint.spec
-        self._modules = {
-            layer_prefix(layer) + module.module: module.has_bias
+        linears = {
+            layer_prefix(layer) + module.module: module
             for layer in range(spec.num_layers)
             for part in spec.parts(layer)
             for module in part.modules
             if isinstance(module, Linear)
-        } | {EMBEDDING: False, HEAD: False}
-        self._stacked = {  # whose graph gathers one expert of a stack of floats
-            layer_prefix(layer) + module
+        }
+        self._modules = {name: linear.has_bias for name, linear in linears.items()} | {EMBEDDING: False, HEAD: False}
+        stored = checkpoint.blocks if precision == STORED else None
+        experts = [
+            {layer_prefix(layer) + module for stack in part.stacked.values() for modules in stack for module in modules}
             for layer in range(spec.num_layers)
             for part in spec.parts(layer)
-            for stack in part.stacked.values()
-            for modules in stack
-            for module in modules
-        }
+        ]
+
+        def has_blocks(module: str) -> bool:
+            return linears[module].in_features % BLOCK_SIZE == 0 if stored is None else module in stored.modules
+
+        # Of a layer all experts are in blocks or none: one node computes them.
+        self._float = {module for layer in experts if not all(map(has_blocks, layer)) for module in layer}
         self.census: Counter[str] = Counter()
         self._embedding: list[BlockLinear | None] = []  # asked for twice where the head is tied to it
         self._read: dict[str, NDArray[Any]] = {}
-        stored = checkpoint.blocks if precision == STORED else None
         self._stored = stored
         if precision == STORED and (stored is None or not stored.modules & self._modules.keys()):
             raise BuildError(
@@ -76,8 +80,8 @@ class BlockWeights:
     def quantized(self, module: str) -> BlockLinear | None:
         """A linear layer, the embedding or the head in blocks, or None where it stays float.
 
-        It stays float where the file doesn't store it in blocks, its rows are no multiple of a block, or it is one
-        expert's of many.
+        It stays float where the file doesn't store it in blocks, or its rows are no multiple of a block: that of one
+        expert, and all of its layer do.
 
         Raises:
             CheckpointError: it holds numbers that are not finite.
@@ -87,7 +91,7 @@ class BlockWeights:
             return self._embedding[0]
         if module not in self._modules:
             return None
-        if module in self._stacked:
+        if module in self._float:
             self.census["float32"] += 1
             return None
         linear = self._linear(module)

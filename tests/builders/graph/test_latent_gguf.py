@@ -12,6 +12,7 @@ from deepseek_triton.builders.checkpoint.reader import open_checkpoint
 from deepseek_triton.builders.graph.decoder import build_graph
 from deepseek_triton.builders.targets.artefacts.block_weights import BlockWeights
 from deepseek_triton.ensemble.engine.runners.onnx.runner import OnnxRunner
+from tests.builders.graph.test_blocks import assert_computes_its_weights
 from tests.builders.graph.test_parity import assert_agrees, graph_runner, prompt
 from tests.support.checkpoints import load_reference, make_checkpoint
 from tests.support.latent_gguf import write_latent_gguf
@@ -74,7 +75,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["stored", "int8", "int4"])
 def test_matrices_in_blocks_beside_latents_and_experts(precision: str, tmp_path: Path) -> None:
-    """A GGUF's blocks are taken over where a matrix is one of a token's own; experts and kv_b are multiplied out."""
+    """A GGUF's blocks are taken over, of experts too; kv_b is multiplied out."""
     checkpoint, path = gguf_of(tmp_path, "v3", "Q8_0", **WHOLE_BLOCKS)
     source = open_checkpoint(path)
     weights = BlockWeights(source, precision)
@@ -88,5 +89,22 @@ def test_matrices_in_blocks_beside_latents_and_experts(precision: str, tmp_path:
     cosine = found @ expected / np.linalg.norm(found) / np.linalg.norm(expected)
     assert cosine > (0.5 if precision == "int4" else 0.99)  # the tokens are rounded to eight bits too
     # Each layer's q_a, q_b, kv_a and o; the dense and the shared MLPs; embedding and head. Then two layers' experts.
-    kind = {"stored": {"Q8_0": 23}, "int8": {"int8": 23}, "int4": {"int4": 21, "int8": 2}}[precision]
-    assert weights.census == {**kind, "float32": 2 * 8 * 3}
+    many = 23 + 2 * 8 * 3
+    assert weights.census == {
+        "stored": {"Q8_0": many}, "int8": {"int8": many}, "int4": {"int4": many - 2, "int8": 2},
+    }[precision]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+@pytest.mark.parametrize("option", ["v2", "v3"])
+def test_experts_in_blocks_compute_what_they_stand_for(option: str, precision: str, tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "hf", option, **WHOLE_BLOCKS)
+    assert "float32" not in assert_computes_its_weights(path, precision, tmp_path).census
+
+
+@pytest.mark.slow
+def test_one_matrix_that_has_no_blocks_keeps_its_layers_experts_float(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "hf", "v3", **{**WHOLE_BLOCKS, "moe_intermediate_size": 48})
+    census = assert_computes_its_weights(path, "int8", tmp_path).census
+    assert census["float32"] == 2 * 8 * 3 + 2  # the shared experts' down, 48 wide too

@@ -59,27 +59,35 @@ static int allocate(Weights *w, size_t bytes) {
     return 1;
 }
 
-F16C int weights_pack(Weights *w, const uint8_t *codes, const float *scales, const float *minima) {
-    w->panels = (w->n + PANEL - 1) / PANEL;
-    w->blocks = w->k / w->block;
-    w->half_scales = are_halves(scales, w->n * w->blocks);
-    w->has_minima = minima != NULL;
-    size_t code_bytes = (size_t)PANEL * w->block * w->bits / 8, scale_bytes = PANEL * (w->half_scales ? 2 : 4);
-    w->record = code_bytes + scale_bytes + (minima ? PANEL * 4 : 0);
-    if (!allocate(w, w->panels * w->blocks * w->record)) return 0;
-    size_t own = w->block * w->bits / 8; /* bytes of a block of one output */
+/* One matrix into its panels. */
+F16C static void pack_matrix(const Weights *w, const uint8_t *codes, const float *scales, const float *minima, uint8_t *to) {
+    size_t code_bytes = (size_t)PANEL * w->block * w->bits / 8, own = code_bytes / PANEL, width = w->half_scales ? 2 : 4;
     for (size_t row = 0; row < w->n; row++) {
         size_t column = row % PANEL;
         for (size_t block = 0; block < w->blocks; block++) {
-            uint8_t *record = w->data + (row / PANEL * w->blocks + block) * w->record;
+            uint8_t *record = to + (row / PANEL * w->blocks + block) * w->record, *numbers = record + code_bytes;
             pack_codes(w, codes + (row * w->blocks + block) * own, record + 4 * column);
             float scale = scales[row * w->blocks + block];
             uint16_t half = _cvtss_sh(scale, 0);
-            memcpy(record + code_bytes + scale_bytes / PANEL * column, w->half_scales ? (void *)&half : (void *)&scale,
-                   scale_bytes / PANEL);
-            if (minima) memcpy(record + code_bytes + scale_bytes + 4 * column, &minima[block * w->n + row], 4);
+            memcpy(numbers + width * column, w->half_scales ? (void *)&half : (void *)&scale, width);
+            if (minima) memcpy(numbers + width * PANEL + 4 * column, &minima[block * w->n + row], 4);
         }
     }
+}
+
+static size_t matrix_bytes(const Weights *w) { return w->panels * w->blocks * w->record; }
+
+int weights_pack(Weights *w, const uint8_t *codes, const float *scales, const float *minima) {
+    w->panels = (w->n + PANEL - 1) / PANEL;
+    w->blocks = w->k / w->block;
+    size_t numbers = w->n * w->blocks;
+    w->half_scales = are_halves(scales, w->count * numbers);
+    w->has_minima = minima != NULL;
+    w->record = PANEL * (w->block * w->bits / 8 + (w->half_scales ? 2 : 4) + (minima ? 4 : 0));
+    if (!allocate(w, w->count * matrix_bytes(w))) return 0;
+    for (size_t i = 0; i < w->count; i++)
+        pack_matrix(w, codes + i * w->n * w->k * w->bits / 8, scales + i * numbers, minima ? minima + i * numbers : NULL,
+                    w->data + i * matrix_bytes(w));
     return 1;
 }
 
@@ -94,7 +102,8 @@ void rows_pack(const Weights *w, const float *x, size_t rows, size_t tile, uint8
     instructions->pack(w, x + first * w->k, count, packed + rows_bytes(w, first));
 }
 
-void multiply(const Weights *w, const uint8_t *packed, size_t rows, size_t first, size_t last, float *out) {
+void multiply(const Weights *w, size_t matrix, const uint8_t *packed, size_t rows, size_t first, size_t last, float *out) {
+    const uint8_t *panels = w->data + matrix * matrix_bytes(w);
     size_t tiles = ROWS_IN_CACHE / rows_bytes(w, TILE);
     size_t together = TILE * (tiles ? tiles : 1);
     for (size_t start = 0; start < rows; start += together) {
@@ -102,7 +111,7 @@ void multiply(const Weights *w, const uint8_t *packed, size_t rows, size_t first
         for (size_t panel = first; panel < last; panel++) {
             size_t column = panel * PANEL, columns = w->n - column < PANEL ? w->n - column : PANEL;
             for (size_t row = start; row < end; row += TILE)
-                instructions->multiply(w, w->data + panel * w->blocks * w->record, packed + rows_bytes(w, row),
+                instructions->multiply(w, panels + panel * w->blocks * w->record, packed + rows_bytes(w, row),
                                        end - row < TILE ? end - row : TILE, out + row * w->n + column, columns);
         }
     }

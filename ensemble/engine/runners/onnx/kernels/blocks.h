@@ -23,8 +23,8 @@ enum { PANEL = 16, TILE = 16, MAX_BLOCK = 32 };
 enum { AHEAD = 2048 };
 
 typedef struct {
-    size_t n, k;
-    int bits, block; /* 4 or 8; codes in a block: 16 or 32 */
+    size_t count, n, k; /* matrices in the stack, each [n, k] */
+    int bits, block;    /* 4 or 8; codes in a block: 16 or 32 */
     int half_scales; /* scales are float16 here: each was one */
     int has_minima;
     size_t panels, blocks, record; /* of n, rounded up; of k; bytes of one block of a panel */
@@ -50,8 +50,8 @@ enum { NOTHING, AVX2, AVX512 };
 int blocks_instructions(int limit);
 extern const Instructions *instructions; /* NULL before */
 
-/* codes [n, k / block, block * bits / 8] of MatMulNBits, scales [n, k / block], minima [k / block, n] or NULL -> panels.
-   Returns 0 if there's no memory. */
+/* Of each matrix: codes [n, k / block, block * bits / 8] of MatMulNBits, scales [n, k / block], minima [k / block, n] or
+   NULL -> panels. Returns 0 if there's no memory. */
 int weights_pack(Weights *w, const uint8_t *codes, const float *scales, const float *minima);
 void weights_free(Weights *w);
 
@@ -59,7 +59,7 @@ void weights_free(Weights *w);
 size_t rows_bytes(const Weights *w, size_t rows);
 void rows_pack(const Weights *w, const float *x, size_t rows, size_t tile, uint8_t *packed);
 
-/* Outputs of panels first ... last - 1 for all rows: out [rows, n]. */
-void multiply(const Weights *w, const uint8_t *packed, size_t rows, size_t first, size_t last, float *out);
+/* Outputs of panels first ... last - 1 of a matrix for all rows: out [rows, n]. */
+void multiply(const Weights *w, size_t matrix, const uint8_t *packed, size_t rows, size_t first, size_t last, float *out);
 
 #endif

@@ -9,7 +9,8 @@
 
 enum { API_VERSION = 17 /* since ONNX Runtime 1.17, for ParallelFor */ };
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };
-enum { TENSOR_FLOAT = 1, TENSOR_UINT8 = 2 };
+enum { ARENA_ALLOCATOR = 1, DEFAULT_MEMORY = 0 };
+enum { TENSOR_FLOAT = 1, TENSOR_UINT8 = 2, TENSOR_INT64 = 7 };
 
 typedef struct OrtStatus OrtStatus; /* NULL: success */
 typedef struct OrtValue OrtValue;
@@ -18,6 +19,8 @@ typedef struct OrtKernelContext OrtKernelContext;
 typedef struct OrtSessionOptions OrtSessionOptions;
 typedef struct OrtCustomOpDomain OrtCustomOpDomain;
 typedef struct OrtShapeInferContext OrtShapeInferContext;
+typedef struct OrtMemoryInfo OrtMemoryInfo;
+typedef struct OrtAllocator OrtAllocator;
 typedef struct OrtTensorTypeAndShapeInfo OrtTensorTypeAndShapeInfo;
 
 typedef void (*OrtFunction)(void);
@@ -37,13 +40,20 @@ typedef struct {
 #define GetDimensions(api) ((OrtStatus * (*)(const OrtTensorTypeAndShapeInfo *, int64_t *, size_t))(api)[62])
 #define GetTensorShapeElementCount(api) ((OrtStatus * (*)(const OrtTensorTypeAndShapeInfo *, size_t *))(api)[64])
 #define GetTensorTypeAndShape(api) ((OrtStatus * (*)(const OrtValue *, OrtTensorTypeAndShapeInfo **))(api)[65])
+#define CreateCpuMemoryInfo(api) ((OrtStatus * (*)(int, int, OrtMemoryInfo **))(api)[69])
+#define AllocatorAlloc(api) ((OrtStatus * (*)(OrtAllocator *, size_t, void **))(api)[75])
+#define AllocatorFree(api) ((OrtStatus * (*)(OrtAllocator *, void *))(api)[76])
 #define KernelInfoGetAttribute_int64(api) ((OrtStatus * (*)(const OrtKernelInfo *, const char *, int64_t *))(api)[86])
 #define KernelContext_GetInput(api) ((OrtStatus * (*)(const OrtKernelContext *, size_t, const OrtValue **))(api)[90])
 #define KernelContext_GetOutput(api)                                                                                   \
     ((OrtStatus * (*)(OrtKernelContext *, size_t, const int64_t *, size_t, OrtValue **))(api)[91])
+#define ReleaseMemoryInfo(api) ((void (*)(OrtMemoryInfo *))(api)[94])
 #define ReleaseTensorTypeAndShapeInfo(api) ((void (*)(OrtTensorTypeAndShapeInfo *))(api)[99])
+#define ReleaseAllocator(api) ((void (*)(OrtAllocator *))(api)[132])
 #define KernelInfoGetConstantInput_tensor(api)                                                                         \
     ((OrtStatus * (*)(const OrtKernelInfo *, size_t, int *, const OrtValue **))(api)[249])
+#define KernelContext_GetAllocator(api)                                                                                \
+    ((OrtStatus * (*)(const OrtKernelContext *, const OrtMemoryInfo *, OrtAllocator **))(api)[253])
 #define KernelContext_ParallelFor(api)                                                                                 \
     ((OrtStatus * (*)(const OrtKernelContext *, void (*)(void *, size_t), size_t, size_t, void *))(api)[274])
 

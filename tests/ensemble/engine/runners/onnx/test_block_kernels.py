@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from deepseek_triton.builders.graph.blocks.linear import BlockLinear
@@ -22,18 +20,16 @@ from deepseek_triton.builders.graph.builder import GraphBuilder
 from deepseek_triton.ensemble.engine.runners.base import RunnerError
 from deepseek_triton.ensemble.engine.runners.onnx import operators
 from deepseek_triton.ensemble.engine.runners.onnx.session import open_session
+from tests.support.block_layers import IN, KINDS, OUT, Float32, expected, inputs, layer, needs_kernels
 
 OPSET = 23
-IN, OUT = 160, 75  # whole blocks of 16 and of 32; whole panels and a part of one
-KINDS = [(bits, block, has_minima, halves) for bits in (4, 8) for block in (16, 32) for has_minima in (False, True)
-         for halves in (False, True)]  # fmt: skip
-Float32 = NDArray[np.float32]
 # In a process of its own: how many resident bytes a session and a run of it add.
 GROWTH = """
 import sys
 from pathlib import Path
 import numpy as np
 from deepseek_triton.ensemble.engine.runners.onnx.session import open_session
+from tests.support.block_layers import IN, KINDS, OUT, Float32, expected, inputs, layer, needs_kernels
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 before = resident()
@@ -41,17 +37,6 @@ own = open_session(Path(sys.argv[1]), 1)
 own.run(None, {"x": np.ones((1, 8192), np.float32)})
 print(resident() - before)
 """
-
-needs_kernels = pytest.mark.skipif(operators.library() is None, reason="no C compiler, or no AVX2")
-
-
-def layer(bits: int, block: int, has_minima: bool, halves: bool, shape: tuple[int, int] = (OUT, IN)) -> BlockLinear:
-    random = np.random.default_rng(bits + block)
-    rows, blocks = shape[0], shape[1] // block
-    codes = random.integers(0, 256, (rows, blocks, block * bits // 8), np.uint8)
-    scale, minimum = random.normal(size=(2, rows, blocks)).astype(np.float32)
-    scale = scale.astype(np.float16).astype(np.float32) if halves else scale
-    return BlockLinear(bits, codes, scale, minimum if has_minima else None)
 
 
 def session(linear: BlockLinear, directory: Path, *, num_threads: int = 1) -> ort.InferenceSession:
@@ -63,35 +48,9 @@ def session(linear: BlockLinear, directory: Path, *, num_threads: int = 1) -> or
     return open_session(path, num_threads)
 
 
-def inputs(rows: int, width: int = IN) -> Float32:
-    values = np.random.default_rng(rows).normal(size=(rows, width)).astype(np.float32)
-    values[:, :32] *= 40  # blocks differ in size
-    values[::3, 32:64] = 0
-    return values
-
-
 def run(own: ort.InferenceSession, x: Float32) -> Float32:
     y: Float32 = own.run(None, {"x": x})[0]
     return y
-
-
-def expected(linear: BlockLinear, x: Float32) -> NDArray[np.float64]:
-    """The outputs, with x rounded to eight bits in each block; minima take it as it is."""
-    blocks = x.reshape(len(x), -1, linear.block_size)
-    scale = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
-    rounded = np.rint(blocks * inverse).astype(np.float64) * scale
-    centred = linear.unpacked().astype(np.float64) - (1 << (linear.bits - 1))
-    y: NDArray[np.float64] = rounded.reshape(x.shape) @ (centred * linear.scale[..., None]).reshape(linear.shape).T
-    return y if linear.minimum is None else y + blocks.astype(np.float64).sum(-1) @ linear.minimum.T.astype(np.float64)
-
-
-@pytest.fixture
-def instructions() -> Iterator[Callable[[int], int]]:
-    """Chooses what computes from now on; the test's end, the best again."""
-    choose: Callable[[int], int] = ctypes.CDLL(str(operators.LIBRARY)).blocks_instructions
-    yield choose
-    choose(operators.AVX512)
 
 
 @needs_kernels
@@ -178,9 +137,9 @@ def test_weights_in_a_file_are_held_once(tmp_path: Path) -> None:
         ({"block_size": 64}, "blocks have 16 or 32 codes"),
         ({"bits": 2}, "of 4 or 8 bits"),
         ({"K": 100}, "K is a multiple"),
-        ({"K": 320}, "shapes"),
-        ({"N": 90}, "shapes"),
-        ({"N": -75}, "blocks have"),
+        ({"K": 320}, "shapes of codes"),
+        ({"N": 90}, "shapes of codes"),
+        ({"N": -75}, "sizes of blocks are positive"),
     ],
 )
 def test_a_graph_that_does_not_fit_is_refused(attributes: dict[str, Any], message: str, tmp_path: Path) -> None:

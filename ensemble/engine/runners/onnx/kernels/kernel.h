@@ -1,0 +1,43 @@
+/* What the operators share: a graph's constants and tensors by ONNX Runtime's interface. */
+#ifndef KERNEL_H
+#define KERNEL_H
+
+#include "blocks.h"
+#include "onnx_runtime.h"
+
+enum { MAX_RANK = 8 };
+
+typedef struct {
+    OrtCustomOp op;
+    const char *name;
+    size_t num_inputs;
+} Operator;
+
+typedef struct {
+    void *data;
+    int64_t dims[MAX_RANK];
+    size_t rank, count; /* count: of elements */
+} Tensor;
+
+/* The value of a whole attribute. */
+OrtStatus *attribute(OrtApi api, const OrtKernelInfo *info, const char *name, size_t *value);
+/* Input number `input` of a computation. */
+OrtStatus *input_tensor(OrtApi api, const OrtKernelContext *context, size_t input, Tensor *tensor);
+/* Output 0, whose shape is in `tensor`. */
+OrtStatus *output_tensor(OrtApi api, OrtKernelContext *context, Tensor *tensor);
+/* `bytes` of the session's own memory, for one computation. */
+typedef struct {
+    OrtAllocator *allocator;
+    uint8_t *data;
+} Scratch;
+OrtStatus *take_scratch(OrtApi api, const OrtKernelContext *context, size_t bytes, Scratch *scratch);
+void give_back(OrtApi api, Scratch *scratch);
+/* A stack of matrices from three constant inputs, the first of them `first`: codes, scales and, unless there are none,
+   minima. count, n, k, bits and block of `w` are given. */
+OrtStatus *constant_weights(OrtApi api, const OrtKernelInfo *info, size_t first, int has_minima, Weights *w);
+/* How many panels a thread takes at a time. */
+size_t panels_together(const Weights *w);
+
+extern const Operator PRODUCT_OPERATORS[2], EXPERTS_OPERATOR;
+
+#endif
