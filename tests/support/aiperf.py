@@ -25,12 +25,13 @@ def measure(program: Path, directory: Path, *words: str, **options: object) -> d
     """
     tokenizer = shutil.copytree(smollm2_directory(), directory / "tokenizer")
     (tokenizer / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    prompts = directory / "prompts.jsonl"  # to make some up, aiperf tokenizes a book
+    # It prepares to make prompts up, though it is given some: from "random" it can without tokenizing a book first.
+    prompts = directory / "prompts.jsonl"
     prompts.write_text(PROMPTS, encoding="utf-8")
     values = {
         "concurrency": 2, "request_count": NUM_REQUESTS, "ui": "none", "input_file": prompts,
-        "custom_dataset_type": "single_turn", "tokenizer": tokenizer, "output_artifact_dir": directory / "out",
-        **options,
+        "custom_dataset_type": "single_turn", "prompt_corpus": "random", "tokenizer": tokenizer,
+        "output_artifact_dir": directory / "out", **options,
     }  # fmt: skip
     named = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command = [str(program), "profile", *FEW_SERVICES, *words, *named]
