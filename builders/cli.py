@@ -16,6 +16,7 @@ from deepseek_triton.clients.nearest import did_you_mean
 from deepseek_triton.clients.printable import printable
 from deepseek_triton.command_parser import CommandParser, PrintVersion
 from deepseek_triton.interrupts import INTERRUPTED, interrupts_arrive
+from deepseek_triton.quick_imports import collect_rarely
 
 
 @interrupts_arrive()
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0: done; 1: an error, told in one line on stderr; 2 (by SystemExit): wrong usage, a call without a command
         among it; 130: interrupted.
     """
+    if argv is None:  # a process of its own
+        collect_rarely()
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         if arguments.verbose:

@@ -1,10 +1,20 @@
-"""Import many modules without the garbage collector, which finds nothing there: what they make lives to the end."""
+"""A program's start and end without the garbage collector, which finds nothing there: what imports make lives on."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 from collections.abc import Iterator
+
+# Python's own (700, 10, 10) looks at young objects thirty times as often, most of all while modules are imported.
+THRESHOLDS = (20_000, 10, 10)
+
+
+def collect_rarely() -> None:
+    """Let the collector of a command's process look less often, and at nothing when the process ends."""
+    gc.set_threshold(*THRESHOLDS)
+    atexit.register(gc.freeze)
 
 
 @contextlib.contextmanager

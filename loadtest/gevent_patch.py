@@ -19,8 +19,11 @@ monkey.patch_all()
 import gevent  # noqa: E402
 from grpc.experimental import gevent as grpc_gevent  # noqa: E402
 
+from deepseek_triton.quick_imports import collect_rarely  # noqa: E402
+
 MAX_THREADS = 128
 
+collect_rarely()
 grpc_gevent.init_gevent()
 gevent.get_hub().threadpool.maxsize = MAX_THREADS
 # Ctrl-C reaches the main greenlet, which tells it; the hub would print a traceback of its own besides.

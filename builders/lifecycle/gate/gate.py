@@ -23,6 +23,7 @@ from deepseek_triton.builders.lifecycle.learning.options import DEVICES, LearnOp
 from deepseek_triton.builders.lifecycle.provenance import provenance_of
 from deepseek_triton.builders.repository.models.built import BuiltModel
 from deepseek_triton.ensemble.text.chat import end_workers
+from deepseek_triton.quick_imports import quick_imports
 
 SPEED_ROUNDS = 5  # of which each subject's best counts
 Measured = tuple[list[GateFigures], tuple[float, float]]  # of candidate and base; tokens a second of each
@@ -125,6 +126,10 @@ def _of_checkpoints(
     say: Callable[[str], None],
 ) -> Measured:
     """The candidate's and the base's figures and speeds, computed by transformers."""
+    with quick_imports():
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+
     from deepseek_triton.builders.lifecycle.recovery.models import choose_device
 
     device = choose_device(options.device)

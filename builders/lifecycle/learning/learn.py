@@ -20,6 +20,7 @@ from deepseek_triton.builders.lifecycle.output import check_new, new_directory
 from deepseek_triton.builders.lifecycle.provenance import Provenance, provenance_of
 from deepseek_triton.builders.lifecycle.recovery.state import TrainingState, training_state
 from deepseek_triton.ensemble.text.chat import end_workers
+from deepseek_triton.quick_imports import quick_imports
 
 CALIBRATION = "calibration.txt"
 CALIBRATION_CHARS = 120_000  # more than a calibration reads
@@ -140,7 +141,9 @@ def _train(
     report: Report,
     say: Callable[[str], None],
 ) -> Learnt:
-    import torch
+    with quick_imports():
+        import peft  # noqa: F401  # and transformers
+        import torch
 
     from deepseek_triton.builders.lifecycle.learning.loss import mean_loss
     from deepseek_triton.builders.lifecycle.learning.train import Batches, train

@@ -15,6 +15,7 @@ from deepseek_triton.builders.lifecycle.provenance import Provenance, provenance
 from deepseek_triton.builders.lifecycle.recovery.options import RecoverOptions
 from deepseek_triton.builders.lifecycle.recovery.state import TrainingState, training_state
 from deepseek_triton.builders.lifecycle.recovery.windows import Windows, text_windows
+from deepseek_triton.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from deepseek_triton.builders.lifecycle.recovery.train import Judgement
@@ -71,7 +72,9 @@ def _train(
     report: Report,
     say: Callable[[str], None],
 ) -> Recovered:
-    import torch
+    with quick_imports():
+        import peft  # noqa: F401  # and transformers
+        import torch
 
     from deepseek_triton.builders.lifecycle.recovery.models import choose_device, load_model, save_model, with_lora
     from deepseek_triton.builders.lifecycle.recovery.train import Trainer
