@@ -251,10 +251,20 @@ def long_repository(tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
+# The command with shorter waits before it starts the server again: they grow, since no server here lives for long.
+SERVE = """
+import sys
+from deepseek_triton.ensemble.server import backoff
+backoff.FIRST_S = 0.1
+from deepseek_triton.builders.cli import main
+sys.exit(main())
+"""
+
+
 @pytest.mark.timed
 def test_a_dead_or_frozen_process_is_an_error_at_once_and_soon_there_is_another(long_repository: Path) -> None:
     """`serve` starts the server again that its watchdog ended."""
-    command = [sys.executable, "-u", "-m", "deepseek_triton.builders.cli", "serve", str(long_repository)]
+    command = [sys.executable, "-u", "-c", SERVE, "serve", str(long_repository)]
     ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
     with subprocess.Popen([*command, *ports], stdout=subprocess.PIPE, text=True) as process:
         try:

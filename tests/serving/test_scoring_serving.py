@@ -172,16 +172,23 @@ def test_ragged_requests_are_batched_and_answered_as_if_alone(server: TritonServ
 
 
 @pytest.fixture
-def tiny_scorer(tmp_path: Path) -> Iterator[TritonServer]:
-    """A server of a tiny random model with the same options: it scores nonsense, but waits as long."""
+def tiny_scoring(tmp_path: Path) -> Path:
+    """A tiny random model with the same options: it scores nonsense, but waits as long."""
     if find_spec("pytriton") is None:
         pytest.skip("no tritonserver: pip install --no-deps nvidia-pytriton==0.7.0")
     models = tmp_path / "models"
+    length = 2 * MAX_SEQ_LEN  # its tokens are bytes
     checkpoint = make_tokenizer(
-        write_tiny(tmp_path / "tiny", vocab_size=320, eos_token_id=319, max_position_embeddings=MAX_SEQ_LEN)
+        write_tiny(tmp_path / "tiny", vocab_size=320, eos_token_id=319, max_position_embeddings=length)
     )
-    build(BuildOptions(checkpoint, NAME, models, task="score", max_seq_len=MAX_SEQ_LEN, scoring=SCORING))
-    yield from serve(models, tmp_path)
+    build(BuildOptions(checkpoint, NAME, models, task="score", max_seq_len=length, scoring=SCORING))
+    return models
+
+
+@pytest.fixture
+def tiny_scorer(tiny_scoring: Path, tmp_path: Path) -> Iterator[TritonServer]:
+    """A server of it."""
+    yield from serve(tiny_scoring, tmp_path)
 
 
 @pytest.mark.timed
@@ -284,12 +291,12 @@ def test_a_calibration_is_fitted_on_the_server_and_served_by_the_next(client: Gr
     assert other.probabilities == pytest.approx(raw.probabilities, abs=1e-3)
 
 
-@pytest.mark.timed  # a busy machine answers nothing within a measurement's second
 def test_tune_finds_a_batch_size_on_a_server_of_its_own(
-    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_scoring: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy = tmp_path / "models"
-    shutil.copytree(repository, copy, symlinks=True, copy_function=link)
+    """A tiny model's: on a busy machine a large one answers nothing within a measurement's second."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_scoring, copy, symlinks=True, copy_function=link)
     path = copy / f"{NAME}-engine" / "config.pbtxt"
     text = path.read_text()
     path.unlink()
@@ -305,7 +312,7 @@ def test_tune_finds_a_batch_size_on_a_server_of_its_own(
     results = [entry["result"] for entry in map(json.loads, lines[1:]) if "result" in entry]
     assert results and all(result["latencies_ms"] and not result["failure"] for result in results)
     assert read_configs(copy, NAME)[f"{NAME}-engine"].max_batch_size >= 1
-    assert read_configs(repository, NAME)[f"{NAME}-engine"].max_batch_size == 8, "the original is another repository"
+    assert read_configs(tiny_scoring, NAME)[f"{NAME}-engine"].max_batch_size == 8, "the original is another repository"
 
 
 def link(source: str, target: str) -> None:
