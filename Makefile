@@ -68,9 +68,10 @@ release-check: $(VENV)/installed-test  ## may this be released: smoke, steady an
 example-fraud: $(VENV)/installed-fit  ## examples/fraud: train, serve, decide, explain, compare; OPTIONS are its own
 	$(BIN)/python -m deepseek_triton.examples.fraud $(OPTIONS)
 
+# What builds is installed twice, by uv where it is: half the time.
 dist: | $(VENV)/bin/python  ## the sdist, and the wheel that is built from it
 	$(BIN)/python -m pip install -q 'build>=1.2'
-	$(BIN)/python -m build --outdir $(DIST)
+	$(BIN)/python -m build $(if $(wildcard $(BIN)/uv),--installer uv) --outdir $(DIST)
 
 clean:
 	rm -rf $(VENV) .python build dist *.egg-info
