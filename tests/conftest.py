@@ -20,7 +20,7 @@ import hypothesis
 import pytest
 
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
-from deepseek_triton.quick_imports import quick_imports
+from deepseek_triton.quick_imports import THRESHOLDS, quick_imports
 from tests.support.checkpoints import load_reference, smollm2_path, write_tiny
 
 NAME = "smollm2"
@@ -45,8 +45,6 @@ hypothesis.settings.load_profile("suite")
 # `make test` runs so many failed tests at most once more, alone; NOT_AGAIN is the exit status if it must not.
 MOST_RUN_AGAIN, NOT_AGAIN = 3, 10
 MAX_ID_LEN = 64  # characters of a parameter in a test's name
-# Python's own (700, 10, 10) looks at young objects thirty times as often: a tenth of the processor time of many tests.
-GC_THRESHOLDS = (20_000, 10, 10)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -139,7 +137,7 @@ def pytest_collection() -> Generator[None, Any, Any]:
     """What is collected lives to the end: the garbage collector needn't look at it again and again."""
     with quick_imports():
         collected = yield
-    gc.set_threshold(*GC_THRESHOLDS)
+    gc.set_threshold(*THRESHOLDS)  # a tenth of the processor time of many tests
     return collected
 
 
