@@ -27,7 +27,9 @@ FROM triton AS kernels
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY ensemble/engine/runners/onnx/kernels .
-RUN gcc -std=gnu11 -O2 -shared -fPIC ./*.c -o _blocks.abi3.so -lm
+# On other processors than x86-64 the folder stays empty: ONNX Runtime computes there.
+RUN mkdir /compiled && if [ "$(uname -m)" = x86_64 ]; then \
+    gcc -std=gnu11 -O2 -fvisibility=hidden -shared -fPIC ./*.c -o /compiled/_blocks.abi3.so -lm; fi
 
 # checkpoint → a repository below /data
 FROM triton AS builder
@@ -38,7 +40,7 @@ COPY clients clients
 COPY builders builders
 # `serve` too: the graph is made for the ONNX Runtime that will run it.
 RUN python3 -m pip install --no-cache-dir --target="$PACKAGES" '.[build,serve]'
-COPY --from=kernels /src/_blocks.abi3.so $PACKAGES/deepseek_triton/ensemble/engine/runners/onnx/kernels/
+COPY --from=kernels /compiled/ $PACKAGES/deepseek_triton/ensemble/engine/runners/onnx/kernels/
 RUN rm -r /src
 ENV PATH=/opt/deepseek-triton/bin:$PATH
 USER 1000:1000
@@ -73,7 +75,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY deepseek_triton deepseek_triton
 COPY ensemble ensemble
 RUN python3 -m pip install --no-cache-dir --target="$PACKAGES" ".[$RUNNERS]"
-COPY --from=kernels /src/_blocks.abi3.so $PACKAGES/deepseek_triton/ensemble/engine/runners/onnx/kernels/
+COPY --from=kernels /compiled/ $PACKAGES/deepseek_triton/ensemble/engine/runners/onnx/kernels/
 # Triton imports packages; their commands are of no use here.
 RUN rm -r /src /opt/deepseek-triton/bin
 USER 1000:1000

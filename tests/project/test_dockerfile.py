@@ -154,7 +154,7 @@ def test_every_source_of_a_copy_exists(role: str) -> None:
 
 def test_serve_gets_only_what_the_models_import() -> None:
     copied = {source for value in STAGES["serve"].all("COPY") for source in value.split()[:-1]}
-    kernels = {"--from=kernels", "/src/_blocks.abi3.so"}
+    kernels = {"--from=kernels", "/compiled/"}
     assert copied == {"pyproject.toml", "README.md", "LICENSE", "deepseek_triton", "ensemble", *kernels}
 
 
@@ -195,7 +195,7 @@ def make_image(stage: Stage, root: Path, **arguments: str) -> Image:
             *sources, target = value.split()
             if sources[0].startswith("--from="):
                 made = compiled(STAGES[sources[0].removeprefix("--from=")], root / "compiler")
-                shutil.copy(made / Path(sources[1]).name, target.replace("$PACKAGES", environment["PACKAGES"]))
+                shutil.copytree(made, target.replace("$PACKAGES", environment["PACKAGES"]), dirs_exist_ok=True)
                 continue
             for source in sources:
                 for file in context_files(source):
@@ -212,12 +212,14 @@ def make_image(stage: Stage, root: Path, **arguments: str) -> Image:
 
 
 def compiled(stage: Stage, directory: Path) -> Path:
-    """The directory in which a stage has compiled what it copied."""
+    """The directory into which a stage has compiled what it copied."""
     (source,) = (value.split()[0] for value in stage.all("COPY"))
-    shutil.copytree(ROOT / source, directory, ignore=shutil.ignore_patterns("*.so"))
-    (command,) = (value for value in stage.all("RUN") if value.startswith("gcc"))
-    subprocess.run(["sh", "-ec", command], cwd=directory, check=True)
-    return directory
+    shutil.copytree(ROOT / source, directory / "source", ignore=shutil.ignore_patterns("*.so"))
+    (command,) = (value for value in stage.all("RUN") if "gcc -std" in value)
+    command = command.replace("/compiled", str(directory / "compiled"))
+    subprocess.run(["sh", "-ec", command], cwd=directory / "source", check=True)
+    assert [path.name for path in (directory / "compiled").iterdir()] == ["_blocks.abi3.so"]
+    return directory / "compiled"
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ class BlockExperts:
         """The weighted sum of each token's experts: [n, hidden].
 
         values: tokens [n, hidden], weights [n, k] float32, chosen [n, k] INT64. inputs: each expert's gate and up,
-        joined; outputs: each one's down; both are read once, one in memory at a time.
+        joined; outputs: each one's down; both are read once, and the codes of one are in memory at a time.
 
         Raises:
             CheckpointError: experts of one layer are stored in different forms.

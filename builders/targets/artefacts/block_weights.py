@@ -80,8 +80,8 @@ class BlockWeights:
     def quantized(self, module: str) -> BlockLinear | None:
         """A linear layer, the embedding or the head in blocks, or None where it stays float.
 
-        It stays float where the file doesn't store it in blocks, or its rows are no multiple of a block: that of one
-        expert, and all of its layer do.
+        It stays float where the file doesn't store it in blocks, or its rows are no multiple of a block. If one expert
+        does, all experts of its layer do.
 
         Raises:
             CheckpointError: it holds numbers that are not finite.

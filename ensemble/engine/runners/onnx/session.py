@@ -37,9 +37,9 @@ def open_session(path: Path, num_threads: int) -> ort.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     options.log_severity_level = 3
-    if (compiled := operators.library()) is not None:
-        options.register_custom_ops_library(str(compiled))
     try:
+        if (compiled := operators.library()) is not None:
+            options.register_custom_ops_library(str(compiled))
         with without_denormals():  # the first session of a process would leave this thread without them
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises its own classes, RuntimeError among them

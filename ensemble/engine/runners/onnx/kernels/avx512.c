@@ -8,6 +8,7 @@
 #define INLINE TARGET static inline __attribute__((always_inline))
 
 TARGET static void pack(const Weights *w, const float *x, size_t count, uint8_t *tile) {
+    const __m512i lowest = _mm512_set1_epi32(-128); /* of what isn't a number */
     int middle = 1 << (w->bits - 1), halves = w->block / 16;
     for (size_t row = 0; row < count; row++) {
         uint8_t *record = tile;
@@ -19,7 +20,7 @@ TARGET static void pack(const Weights *w, const float *x, size_t count, uint8_t 
             __m512 inverse = _mm512_set1_ps(scale > 0 ? 1 / scale : 0);
             __m512i whole = _mm512_setzero_si512();
             for (int half = 0; half < halves; half++) {
-                __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v[half], inverse));
+                __m512i q = _mm512_max_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(v[half], inverse)), lowest);
                 whole = _mm512_add_epi32(whole, q);
                 _mm_storeu_si128((__m128i *)(record + row * w->block + 16 * half), _mm512_cvtsepi32_epi8(q));
             }

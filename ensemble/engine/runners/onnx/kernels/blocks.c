@@ -12,9 +12,12 @@
 
 const Instructions *instructions;
 
+int blocks_version(void) { return BLOCKS_VERSION; }
+
 int blocks_instructions(int limit) {
     __builtin_cpu_init();
-    int has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    /* Every processor with AVX2 converts float16 too, which not every compiler can ask for. */
+    int has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     int has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                      __builtin_cpu_supports("avx512vnni");

@@ -18,6 +18,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* All else is the library's own: nothing in the process can take its place. */
+#define EXPORTED __attribute__((visibility("default")))
+
+/* Of operators and of what their sessions are told; operators.py knows it. */
+enum { BLOCKS_VERSION = 1 };
+EXPORTED int blocks_version(void);
+
 enum { PANEL = 16, TILE = 16, MAX_BLOCK = 32 };
 /* How far ahead of a product its weights are asked for: pages of 4 KB end what the processor itself foresees. */
 enum { AHEAD = 2048 };
@@ -47,7 +54,7 @@ extern const Instructions WITH_AVX512, WITH_AVX2;
 
 enum { NOTHING, AVX2, AVX512 };
 /* The best that this processor has of those up to `limit`; products take it from now on. */
-int blocks_instructions(int limit);
+EXPORTED int blocks_instructions(int limit);
 extern const Instructions *instructions; /* NULL before */
 
 /* Of each matrix: codes [n, k / block, block * bits / 8] of MatMulNBits, scales [n, k / block], minima [k / block, n] or

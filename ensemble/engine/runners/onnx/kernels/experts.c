@@ -3,7 +3,7 @@
 
    A token's sum over the gated MLPs that it has chosen, in the order of their numbers: weight * down(silu(gate) * up).
    in_*: gate and up one behind the other, out_*: down; each a stack of num_experts matrices as BlockMatMul's. A stack's
-   minima are [num_experts, blocks, outputs], or anything smaller where there are none. */
+   minima are [num_experts, blocks, outputs], or [num_experts, blocks, 1] zeros where there are none. */
 #include "kernel.h"
 #include "operator.h"
 
@@ -127,9 +127,8 @@ static int group_pairs(Job *job, const int64_t *chosen, size_t num_experts, size
 }
 
 static OrtStatus *phase(OrtApi api, OrtKernelContext *context, void (*work)(void *, size_t), size_t total, Job *job) {
-    if (total > 1) return KernelContext_ParallelFor(api)(context, work, total, 0, job);
-    work(job, 0);
-    return NULL;
+    if (total == 1) work(job, 0);
+    return total > 1 ? KernelContext_ParallelFor(api)(context, work, total, 0, job) : NULL;
 }
 
 static OrtStatus *run(OrtApi api, OrtKernelContext *context, Job *job) {
@@ -183,36 +182,23 @@ static OrtStatus *compute(void *kernel_, OrtKernelContext *context) {
     return status;
 }
 
-static OrtStatus *is_shifted(OrtApi api, const OrtKernelInfo *info, size_t input, const Weights *w, int *has_minima) {
-    int is_constant = 0;
-    const OrtValue *value = NULL;
-    OrtTensorTypeAndShapeInfo *shape;
-    size_t count = 0;
-    OrtStatus *status = KernelInfoGetConstantInput_tensor(api)(info, input, &is_constant, &value);
-    if (status || !value) return status;
-    if ((status = GetTensorTypeAndShape(api)(value, &shape))) return status;
-    status = GetTensorShapeElementCount(api)(shape, &count);
-    ReleaseTensorTypeAndShapeInfo(api)(shape);
-    *has_minima = count == w->count * w->n * (w->k / w->block);
-    return status;
-}
-
 static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo *info, void **result) {
     (void)op;
+    Weights in, out;
+    Sizes in_sizes, out_sizes;
+    size_t count;
     const char *names[] = {"num_experts", "hidden_size", "gate_up_size", "intermediate_size",
                            "in_bits", "in_block_size", "out_bits", "out_block_size"};
-    size_t sizes[8];
+    size_t *values[] = {&count, &in_sizes.k, &in_sizes.n, &out_sizes.k,
+                        &in_sizes.bits, &in_sizes.block, &out_sizes.bits, &out_sizes.block};
     OrtStatus *status;
     for (int i = 0; i < 8; i++)
-        if ((status = attribute(api, info, names[i], &sizes[i]))) return status;
-    if (sizes[2] != 2 * sizes[3]) return CreateStatus(api)(ORT_INVALID_ARGUMENT, "gate and up are as wide as down's input");
-    Weights in = {.count = sizes[0], .n = sizes[2], .k = sizes[1], .bits = sizes[4], .block = sizes[5]};
-    Weights out = {.count = sizes[0], .n = sizes[1], .k = sizes[3], .bits = sizes[6], .block = sizes[7]};
-    int in_minima = 0, out_minima = 0;
-    if ((status = is_shifted(api, info, 5, &in, &in_minima)) || (status = is_shifted(api, info, 8, &out, &out_minima)) ||
-        (status = constant_weights(api, info, 3, in_minima, &in)))
-        return status;
-    if ((status = constant_weights(api, info, 6, out_minima, &out))) return weights_free(&in), status;
+        if ((status = attribute(api, info, names[i], values[i]))) return status;
+    out_sizes.n = in_sizes.k;
+    if (in_sizes.n % 2 || in_sizes.n / 2 != out_sizes.k)
+        return CreateStatus(api)(ORT_INVALID_ARGUMENT, "gate and up must be as wide as down's input");
+    if ((status = constant_weights(api, info, 3, 5, 1, count, &in_sizes, &in))) return status;
+    if ((status = constant_weights(api, info, 6, 8, 1, count, &out_sizes, &out))) return weights_free(&in), status;
     Kernel *kernel = malloc(sizeof *kernel);
     if (!kernel) return weights_free(&in), weights_free(&out), CreateStatus(api)(ORT_FAIL, "no memory for a kernel");
     *kernel = (Kernel){.api = api, .in = in, .out = out};

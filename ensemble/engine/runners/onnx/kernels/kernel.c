@@ -1,8 +1,9 @@
 #define _GNU_SOURCE
 #include "kernel.h"
 
-#include <stdio.h>
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 enum { CHUNKS = 16, CHUNK_BYTES = 32 << 10 };
 
@@ -60,48 +61,74 @@ void give_back(OrtApi api, Scratch *scratch) {
     ReleaseAllocator(api)(scratch->allocator);
 }
 
-/* Gives the pages of a file's mapping back: what was read of it stays in the system's cache. Other memory is left. */
+/* Gives the pages of a file's mapping back that nobody has written to: what was read stays in the system's cache. */
 static void forget(const Tensor *tensor, size_t bytes) {
-    FILE *maps = fopen("/proc/self/maps", "r");
-    if (!maps) return;
     size_t start = (size_t)tensor->data, page = 4096, first = (start + page - 1) & ~(page - 1);
-    size_t end = (start + bytes) & ~(page - 1);
-    char line[512];
-    while (fgets(line, sizeof line, maps)) {
-        unsigned long low, high, inode;
-        if (sscanf(line, "%lx-%lx %*s %*s %*s %lu", &low, &high, &inode) != 3 || high <= first || low >= end) continue;
-        if (inode && low <= first && end <= high && first < end) madvise((void *)first, end - first, MADV_DONTNEED);
-        break;
+    size_t end = (start + bytes) & ~(page - 1), entries[512];
+    int pages = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    if (pages < 0) return;
+    while (first < end) {
+        size_t count = (end - first) / page < 512 ? (end - first) / page : 512, of_a_file = 0;
+        ssize_t got = pread(pages, entries, count * sizeof *entries, first / page * sizeof *entries);
+        if (got != (ssize_t)(count * sizeof *entries)) break;
+        /* Bit 61: a page of a file, not a copy of it; bit 63: it is there. */
+        for (size_t i = 0; i < count; i++) of_a_file += !(entries[i] >> 63) || entries[i] >> 61 & 1;
+        if (of_a_file == count) madvise((void *)first, count * page, MADV_DONTNEED);
+        first += count * page;
     }
-    fclose(maps);
+    close(pages);
 }
 
-/* Input number `input`, of `count` elements */
-static OrtStatus *constant(OrtApi api, const OrtKernelInfo *info, size_t input, size_t count, Tensor *tensor) {
+static OrtStatus *not_fitting(OrtApi api) {
+    return CreateStatus(api)(ORT_INVALID_ARGUMENT, "shapes of codes, scale and minimum don't fit the sizes");
+}
+
+static OrtStatus *constant(OrtApi api, const OrtKernelInfo *info, size_t input, Tensor *tensor) {
     int is_constant = 0;
     const OrtValue *value = NULL;
     OrtStatus *status = KernelInfoGetConstantInput_tensor(api)(info, input, &is_constant, &value);
     if (status) return status;
     if (!is_constant || !value) return CreateStatus(api)(ORT_INVALID_ARGUMENT, "weights in blocks must be constants");
-    if ((status = describe(api, value, tensor))) return status;
-    if (tensor->count == count) return NULL;
-    return CreateStatus(api)(ORT_INVALID_ARGUMENT, "shapes of codes, scale and minimum don't fit the sizes");
+    return describe(api, value, tensor);
 }
 
-OrtStatus *constant_weights(OrtApi api, const OrtKernelInfo *info, size_t first, int has_minima, Weights *w) {
-    if ((w->bits != 4 && w->bits != 8) || (w->block != 16 && w->block != 32) || w->k % w->block)
+/* Whether the shape is [count, a, b, c], without count unless is_stack, without c if that is 0. */
+static int has_shape(const Tensor *tensor, int is_stack, size_t count, size_t a, size_t b, size_t c) {
+    const size_t wanted[] = {count, a, b, c};
+    size_t first = !is_stack, rank = (c ? 4 : 3) - first;
+    if (tensor->rank != rank) return 0;
+    for (size_t i = 0; i < rank; i++)
+        if ((size_t)tensor->dims[i] != wanted[first + i]) return 0;
+    return 1;
+}
+
+OrtStatus *constant_weights(OrtApi api, const OrtKernelInfo *info, size_t first, size_t last, int is_stack, size_t count,
+                            const Sizes *sizes, Weights *w) {
+    size_t n = sizes->n, k = sizes->k, bits = sizes->bits, block = sizes->block;
+    if ((bits != 4 && bits != 8) || (block != 16 && block != 32) || k % block)
         return CreateStatus(api)(ORT_INVALID_ARGUMENT, "blocks have 16 or 32 codes of 4 or 8 bits, and K is a multiple");
+    size_t blocks = k / block, code_bytes = block * bits / 8;
     Tensor codes, scales, minima = {.data = NULL};
-    size_t numbers = w->count * w->n * (w->k / w->block), bytes = w->count * w->n * w->k * w->bits / 8;
-    OrtStatus *status = constant(api, info, first, bytes, &codes);
-    if (!status) status = constant(api, info, first + 1, numbers, &scales);
-    if (!status && has_minima) status = constant(api, info, first + 2, numbers, &minima);
+    OrtStatus *status = constant(api, info, first, &codes);
+    if (!status) status = constant(api, info, first + 1, &scales);
+    if (!status && last > first + 1) status = constant(api, info, last, &minima);
     if (status) return status;
+    /* The shapes are those of tensors that are there: no size below is too large to count. */
+    if (!has_shape(&codes, is_stack, count, n, blocks, code_bytes) || !has_shape(&scales, is_stack, count, n, blocks, 0))
+        return not_fitting(api);
+    if (minima.data && is_stack && has_shape(&minima, 1, count, blocks, 1, 0) && n > 1) {
+        for (size_t i = 0; i < minima.count; i++)
+            if (((const float *)minima.data)[i] != 0) return not_fitting(api);
+        minima.data = NULL;
+    } else if (minima.data && !has_shape(&minima, is_stack, count, blocks, n, 0)) {
+        return not_fitting(api);
+    }
+    *w = (Weights){.count = count, .n = n, .k = k, .bits = bits, .block = block};
     if (!weights_pack(w, codes.data, scales.data, minima.data))
         return CreateStatus(api)(ORT_FAIL, "no memory for weights in blocks");
-    forget(&codes, bytes);
-    forget(&scales, numbers * sizeof(float));
-    if (has_minima) forget(&minima, numbers * sizeof(float));
+    forget(&codes, codes.count);
+    forget(&scales, scales.count * sizeof(float));
+    if (minima.data) forget(&minima, minima.count * sizeof(float));
     return NULL;
 }
 

@@ -32,9 +32,15 @@ typedef struct {
 } Scratch;
 OrtStatus *take_scratch(OrtApi api, const OrtKernelContext *context, size_t bytes, Scratch *scratch);
 void give_back(OrtApi api, Scratch *scratch);
-/* A stack of matrices from three constant inputs, the first of them `first`: codes, scales and, unless there are none,
-   minima. count, n, k, bits and block of `w` are given. */
-OrtStatus *constant_weights(OrtApi api, const OrtKernelInfo *info, size_t first, int has_minima, Weights *w);
+/* The sizes of a matrix: n, k, bits and codes in a block. */
+typedef struct {
+    size_t n, k, bits, block;
+} Sizes;
+
+/* `count` matrices from constant inputs, the first of them `first`: codes, scales and, up to input `last`, minima. They have
+   an axis for `count` if is_stack, and minima may be [count, blocks, 1] zeros then: there are none. */
+OrtStatus *constant_weights(OrtApi api, const OrtKernelInfo *info, size_t first, size_t last, int is_stack, size_t count,
+                            const Sizes *sizes, Weights *w);
 /* How many panels a thread takes at a time. */
 size_t panels_together(const Weights *w);
 

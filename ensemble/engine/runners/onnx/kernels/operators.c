@@ -3,13 +3,21 @@
    operators too (builders/graph/blocks/functions.py), for sessions without this. */
 #include "kernel.h"
 
-OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
+#include <pthread.h>
+
+EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
     OrtApi api = base->get_api(API_VERSION);
     const Operator *operators[] = {&PRODUCT_OPERATORS[0], &PRODUCT_OPERATORS[1], &EXPERTS_OPERATOR};
-    OrtCustomOpDomain *domain;
+    static OrtCustomOpDomain *domain; /* of all sessions: it is ONNX Runtime's until the process ends */
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    OrtStatus *status = NULL;
     if (!instructions && !blocks_instructions(AVX512)) return CreateStatus(api)(ORT_FAIL, "this processor has no AVX2");
-    OrtStatus *status = CreateCustomOpDomain(api)("deepseek_triton", &domain);
-    for (size_t i = 0; !status && i < sizeof operators / sizeof *operators; i++)
-        status = CustomOpDomain_Add(api)(domain, &operators[i]->op);
+    pthread_mutex_lock(&lock);
+    if (!domain) {
+        status = CreateCustomOpDomain(api)("deepseek_triton", &domain);
+        for (size_t i = 0; !status && i < sizeof operators / sizeof *operators; i++)
+            status = CustomOpDomain_Add(api)(domain, &operators[i]->op);
+    }
+    pthread_mutex_unlock(&lock);
     return status ? status : AddCustomOpDomain(api)(options, domain);
 }

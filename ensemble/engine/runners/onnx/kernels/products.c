@@ -17,14 +17,13 @@ typedef struct {
 } Job;
 
 static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo *info, void **out) {
-    Weights w = {.count = 1};
-    size_t bits, block;
+    Weights w;
+    Sizes sizes;
     OrtStatus *status;
-    if ((status = attribute(api, info, "K", &w.k)) || (status = attribute(api, info, "N", &w.n)) ||
-        (status = attribute(api, info, "bits", &bits)) || (status = attribute(api, info, "block_size", &block)))
+    if ((status = attribute(api, info, "K", &sizes.k)) || (status = attribute(api, info, "N", &sizes.n)) ||
+        (status = attribute(api, info, "bits", &sizes.bits)) || (status = attribute(api, info, "block_size", &sizes.block)))
         return status;
-    w.bits = bits, w.block = block;
-    if ((status = constant_weights(api, info, 1, ((const Operator *)op)->num_inputs > 3, &w))) return status;
+    if ((status = constant_weights(api, info, 1, num_inputs(op) - 1, 0, 1, &sizes, &w))) return status;
     Kernel *kernel = malloc(sizeof *kernel);
     if (!kernel) return weights_free(&w), CreateStatus(api)(ORT_FAIL, "no memory for a kernel");
     *kernel = (Kernel){api, w};

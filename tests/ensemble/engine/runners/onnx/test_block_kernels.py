@@ -140,6 +140,8 @@ def test_weights_in_a_file_are_held_once(tmp_path: Path) -> None:
         ({"K": 320}, "shapes of codes"),
         ({"N": 90}, "shapes of codes"),
         ({"N": -75}, "sizes of blocks are positive"),
+        ({"N": 2**60 + OUT}, "shapes of codes"),
+        ({"block_size": 2**32 + 32}, "blocks have 16 or 32 codes"),
     ],
 )
 def test_a_graph_that_does_not_fit_is_refused(attributes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -168,3 +170,62 @@ def product(directory: Path, sizes: dict[str, Any]) -> Path:
     imports = [helper.make_opsetid("", OPSET), helper.make_opsetid("deepseek_triton", 1)]
     onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=11), directory / "model.onnx")
     return directory / "model.onnx"
+
+
+@needs_kernels
+def test_a_scale_whose_axes_are_swapped_is_refused(tmp_path: Path) -> None:
+    path = product(tmp_path, {"K": IN, "N": OUT, "bits": 4, "block_size": 32})
+    model = onnx.load(path)
+    scale = onnx.numpy_helper.to_array(model.graph.initializer[1])
+    model.graph.initializer[1].CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(scale.T), "scale"))
+    onnx.save(model, path)
+    with pytest.raises(RunnerError, match="shapes of codes, scale and minimum don't fit"):
+        open_session(path, 1)
+
+
+@needs_kernels
+def test_weights_that_are_no_files_stay(tmp_path: Path) -> None:
+    """Given by the caller, in memory that is a changed copy of a file's."""
+    own, linear = session(layer(4, 32, False, True, (256, 4096)), tmp_path), layer(4, 32, False, True, (256, 4096), 1)
+    (tmp_path / "codes").write_bytes(np.zeros_like(linear.codes).tobytes())
+    copy = np.memmap(tmp_path / "codes", np.uint8, "c", shape=linear.codes.shape)
+    copy[:] = linear.codes
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(operators.LIBRARY))
+    value = ort.OrtValue.ortvalue_from_numpy(copy)  # which must outlive the session
+    options.add_initializer("linear.codes", value)
+    other = ort.InferenceSession(str(tmp_path / "product.onnx"), options)
+    assert not np.array_equal(run(own, inputs(1, 4096)), run(other, inputs(1, 4096)))
+    np.testing.assert_array_equal(copy, linear.codes)
+
+
+@needs_kernels
+def test_the_library_shows_the_process_no_names_but_its_own() -> None:
+    shown = subprocess.run(
+        ["nm", "-D", "--defined-only", operators.LIBRARY], capture_output=True, text=True, check=True
+    )
+    names = {line.split()[-1] for line in shown.stdout.splitlines()} - {"_init", "_fini"}
+    assert names == {"RegisterCustomOps", "blocks_instructions", "blocks_version"}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "weren't compiled"), (b"no library", "can't be loaded"), (b"\x7fELF" + bytes(60), "can't be loaded")],
+)
+def test_without_a_sound_library_onnx_runtime_computes(
+    content: bytes | None,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if content is not None:
+        (tmp_path / "broken.so").write_bytes(content)
+    monkeypatch.setattr(operators, "LIBRARY", tmp_path / "broken.so")
+    operators.library.cache_clear()
+    try:
+        own = session(layer(4, 32, True, True), tmp_path)
+        assert run(own, inputs(3)).shape == (3, OUT)
+    finally:
+        operators.library.cache_clear()
+    assert reason in caplog.text

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
@@ -16,11 +19,12 @@ from deepseek_triton.builders.errors import CheckpointError
 from deepseek_triton.builders.graph.blocks.experts import BlockExperts, joined
 from deepseek_triton.builders.graph.blocks.linear import BlockLinear
 from deepseek_triton.builders.graph.builder import GraphBuilder
+from deepseek_triton.ensemble.engine.runners.base import RunnerError
 from deepseek_triton.ensemble.engine.runners.onnx import operators
 from deepseek_triton.ensemble.engine.runners.onnx.session import open_session
 from tests.support.block_layers import Float32, expected, inputs, layer, needs_kernels
 
-OPSET = 24
+OPSET = 23
 HIDDEN, INNER, EXPERTS, CHOSEN = 96, 64, 7, 3
 # Of gate and up, and of down: bits, block size, whether there are minima, whether scales are float16.
 KINDS = [
@@ -44,8 +48,8 @@ def session(
 ) -> ort.InferenceSession:
     with GraphBuilder(directory, "experts", opset=OPSET) as graph:
         graph.input("tokens", TensorProto.FLOAT, ["n", HIDDEN])
-        graph.input("weights", TensorProto.FLOAT, ["n", CHOSEN])
-        graph.input("chosen", TensorProto.INT64, ["n", CHOSEN])
+        graph.input("weights", TensorProto.FLOAT, ["n", "k"])
+        graph.input("chosen", TensorProto.INT64, ["n", "k"])
         y = BlockExperts(graph, "y", EXPERTS).add(("tokens", "weights", "chosen"), iter(first), iter(last))
         graph.output(y, TensorProto.FLOAT, ["n", HIDDEN])
         path = graph.finish(producer="test", version="0", doc="")
@@ -129,6 +133,51 @@ def test_an_expert_that_is_not_there_is_an_error(expert: int, tmp_path: Path) ->
     feeds["chosen"][3, 1] = expert
     with pytest.raises(Exception, match="an expert that isn't there"):
         run(session(*stacks(KINDS[0]), tmp_path), feeds)
+
+
+@needs_kernels
+def test_tokens_that_choose_nobody_get_zeros(tmp_path: Path) -> None:
+    own = session(*stacks(KINDS[0]), tmp_path)
+    feeds = values(4)
+    run(own, feeds)
+    nobody = {**feeds, "weights": np.zeros((4, 0), np.float32), "chosen": np.zeros((4, 0), np.int64)}
+    np.testing.assert_array_equal(run(own, nobody), np.zeros((4, HIDDEN), np.float32))
+
+
+@needs_kernels
+def test_threads_share_a_session(tmp_path: Path) -> None:
+    own = session(*stacks(KINDS[1]), tmp_path, num_threads=2)
+    feeds = [values(n) for n in (1, 7, 40)]
+    alone = [run(own, each) for each in feeds]
+    with ThreadPoolExecutor(4) as pool:
+        for number, y in enumerate(pool.map(partial(run, own), feeds * 20)):
+            np.testing.assert_array_equal(y, alone[number % 3])
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("in_block_size", 2**32, "blocks have 16 or 32 codes"),
+        ("out_bits", 5, "of 4 or 8 bits"),
+        ("num_experts", EXPERTS + 1, "shapes of codes"),
+        ("gate_up_size", 2 * INNER + 2, "as wide as down's input"),
+        ("in_minimum", 1, "shapes of codes"),
+    ],
+)
+def test_experts_that_do_not_fit_are_refused(attribute: str, value: int, message: str, tmp_path: Path) -> None:
+    session(*stacks(KINDS[0]), tmp_path)
+    path = tmp_path / "experts.onnx"
+    model = onnx.load(path)
+    for own in model.graph.node[0].attribute:
+        if own.name == attribute:
+            own.i = value
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith(attribute.replace("_", ".")):
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.full(tensor.dims, value, np.float32), tensor.name))
+    onnx.save(model, path)
+    with pytest.raises(RunnerError, match=message):
+        open_session(path, 1)
 
 
 def test_gate_and_up_of_different_kinds_become_bytes() -> None:
