@@ -146,12 +146,16 @@ def test_the_gateway_streams_a_report_and_frees_the_engine(report_server: Triton
         assert httpx.get(f"{url}/report").status_code == 200
         wait_until(report_server, 60, slots_used=0)
         cancelled = metrics(report_server)["requests_cancelled_total"]
-        with (
-            others_beside(report_server),
-            httpx.stream("POST", f"{url}/v1/reports", json=body, timeout=60) as answer,
-        ):
-            next(answer.iter_raw())  # and leaves
-        wait_until(report_server, 60, slots_used=0, requests_cancelled_total=cancelled + 1)
+        for _ in range(3):  # on a busy machine a report may be done before the gateway knows that its client has gone
+            with (
+                others_beside(report_server),
+                httpx.stream("POST", f"{url}/v1/reports", json=body, timeout=60) as answer,
+            ):
+                next(answer.iter_raw())  # and leaves
+            wait_until(report_server, 60, slots_used=0)
+            if metrics(report_server)["requests_cancelled_total"] > cancelled:
+                break
+        assert metrics(report_server)["requests_cancelled_total"] == cancelled + 1
         bad = httpx.post(f"{url}/v1/reports", json={**body, "image": "AAAA"}, timeout=60)
         assert (bad.status_code, bad.json()["error"]["message"]) == (400, "the image is neither a JPEG nor a PNG")
 
