@@ -17,6 +17,7 @@ from onnx import TensorProto
 from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.builders.graph.builder import GraphBuilder, Progress
 from deepseek_triton.builders.graph.forms.cached import CachedSequences, Logits
+from deepseek_triton.builders.graph.forms.filled import FilledSequences
 from deepseek_triton.builders.graph.forms.fused import FusedSequences, can_fuse
 from deepseek_triton.builders.graph.forms.scoring import ScoringRows
 from deepseek_triton.builders.graph.nodes import DecoderNodes, Quantized, Read
@@ -111,12 +112,10 @@ def build_layer(
 
 
 def _cached(nodes: DecoderNodes, logits: Logits) -> CachedSequences:
+    if not nodes.fuses:
+        return CachedSequences(nodes, logits)
     attentions = (nodes.spec.parts(layer)[0] for layer in range(nodes.spec.num_layers))
-    return (
-        FusedSequences(nodes, logits)
-        if nodes.fuses and all(map(can_fuse, attentions))
-        else CachedSequences(nodes, logits)
-    )
+    return FusedSequences(nodes, logits) if all(map(can_fuse, attentions)) else FilledSequences(nodes, logits)
 
 
 def _add_decoder(nodes: DecoderNodes, sequences: Sequences) -> None:

@@ -17,8 +17,7 @@ from deepseek_triton.ensemble.decoder.architectures import PARTS
 from deepseek_triton.ensemble.protocol.settings import EngineSettings
 
 CACHE_SHARE = 8  # default caches take at most an eighth of the host's memory
-# Where attention isn't one node (latent attention, heads that are no multiple of 16), ONNX Runtime computes it over a
-# slot's whole length, filled or not: at 8,192 a step of SmolLM2 took 1.5 times as long as at 2,048.
+# A default: longer texts take minutes on a few cores, and who has them says so.
 MAX_TOKENS = 8192
 
 

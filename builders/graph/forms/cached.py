@@ -51,7 +51,7 @@ class CachedSequences:
         return "input_ids"
 
     def positions(self, tokens: str) -> None:
-        """`position_ids` [batch, seq_len], and what may be attended: `mask` [batch, 1, seq_len, max_seq_len].
+        """`position_ids` [batch, seq_len], and what may be attended: `mask` [batch, 1, seq_len, kv_len].
 
         tokens: a value whose first two dimensions are batch and seq_len.
         """
@@ -62,11 +62,14 @@ class CachedSequences:
         start = g.node("Unsqueeze", ["start", self._nodes.int([1])], "start_column")
         g.node("Add", [start, offsets], "position_ids")
         queries = g.node("Unsqueeze", ["position_ids", self._nodes.int([1, 3])], "query_positions")
-        keys = g.constant("key_positions", np.arange(self._nodes.max_seq_len, dtype=np.int64))
-        g.node("LessOrEqual", [keys, queries], "mask")
+        g.node("LessOrEqual", [self.key_positions(), queries], "mask")
         self._nodes.rope_tables()
         if g.opset < 24:
             self._scatter_indices()
+
+    def key_positions(self) -> str:
+        """The positions of the cache that attention sees: [max_seq_len]."""
+        return self._nodes.g.constant("key_positions", np.arange(self._nodes.max_seq_len, dtype=np.int64))
 
     def rows(self, heads: str) -> str:
         return heads

@@ -79,6 +79,22 @@ def test_a_few_positions_read_the_latents_and_many_make_keys() -> None:
 
 
 @pytest.mark.slow
+def test_what_is_filled_gives_the_bits_of_the_whole_cache(tmp_path: Path) -> None:
+    """On a CPU attention sees steps of 128 positions; 300 isn't a multiple of them."""
+    path = make_checkpoint(tmp_path / "hf", "v2")
+    seen, whole = (graph_runner(path, tmp_path, max_seq_len=300, fuses=fuses) for fuses in (True, False))
+    for length in (1, 127, 128, 129, 250, 299):
+        ids = prompt(length)
+        np.testing.assert_array_equal(seen.prefill(0, ids, 0), whole.prefill(0, ids, 0))
+    lengths = np.array([250, 40, 128])
+    for runner in (seen, whole):
+        for slot, length in enumerate(lengths):
+            runner.prefill(slot, prompt(length), 0)
+    step = np.array([3, 5, 7]), lengths
+    np.testing.assert_array_equal(seen.decode(*step), whole.decode(*step))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["v2", "v3"])
 def test_padding_takes_no_part_in_a_batch(option: str, tmp_path: Path) -> None:
     runner = graph_runner(make_checkpoint(tmp_path / "checkpoint", option), tmp_path)
