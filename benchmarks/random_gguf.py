@@ -36,9 +36,17 @@ class RandomWriter:
         values = offset + scale * self._random.standard_normal(shape, np.float32)
         self.writer.add_tensor(name, values.astype(np.float32))
 
-    def tokens(self, vocab: int) -> None:
-        """A vocabulary of the names t0, t1, …"""
+    def sizes(self, *, layers: int, hidden: int, inner: int, heads: int, kv_heads: int, vocab: int) -> None:
+        """What every decoder says of itself, and a vocabulary of the names t0, t1, …"""
         writer = self.writer
+        writer.add_block_count(layers)
+        writer.add_context_length(4096)
+        writer.add_embedding_length(hidden)
+        writer.add_feed_forward_length(inner)
+        writer.add_head_count(heads)
+        writer.add_head_count_kv(kv_heads)
+        writer.add_layer_norm_rms_eps(1e-6)
+        writer.add_rope_freq_base(10000.0)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("qwen2")
         writer.add_token_list(["t", "0", *(f"t{number}" for number in range(vocab - 2))])
@@ -58,16 +66,7 @@ def write_qwen(path: Path) -> None:
     """R1-Distill-Qwen-1.5B's shape."""
     hidden, inner, layers, heads, kv_heads, vocab = 1536, 8960, 28, 12, 2, 151936
     file = RandomWriter(path, "qwen2")
-    writer = file.writer
-    writer.add_block_count(layers)
-    writer.add_context_length(4096)
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    file.tokens(vocab)
+    file.sizes(layers=layers, hidden=hidden, inner=inner, heads=heads, kv_heads=kv_heads, vocab=vocab)
     file.matrix("token_embd", vocab, hidden)
     file.matrix("output", vocab, hidden)
     file.floats("output_norm.weight", hidden, offset=1.0)
@@ -92,14 +91,7 @@ def write_v2_lite(path: Path) -> None:
     rank, rope, nope, value, experts, inner = 512, 64, 128, 128, 64, 1408
     file = RandomWriter(path, "deepseek2")
     writer = file.writer
-    writer.add_block_count(layers)
-    writer.add_context_length(4096)
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(dense)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
+    file.sizes(layers=layers, hidden=hidden, inner=dense, heads=heads, kv_heads=1, vocab=vocab)
     writer.add_rope_dimension_count(rope)
     writer.add_vocab_size(vocab)
     writer.add_kv_lora_rank(rank)
@@ -114,7 +106,6 @@ def write_v2_lite(path: Path) -> None:
     writer.add_expert_feed_forward_length(inner)
     writer.add_expert_weights_scale(1.0)
     writer.add_expert_weights_norm(False)
-    file.tokens(vocab)
     file.matrix("token_embd", vocab, hidden)
     file.matrix("output", vocab, hidden)
     file.floats("output_norm.weight", hidden, offset=1.0)
