@@ -24,6 +24,7 @@ BLOCK_BYTES = 64 * 2**20  # converted and written at a time
 IR_VERSIONS = {23: 11, 24: 12}  # opset → the ONNX IR version it came with
 
 Progress = Callable[[int], None]
+Function = Callable[[int], onnx.FunctionProto]  # from the opset of its operators
 
 
 class GraphBuilder(NodeList):
@@ -41,7 +42,7 @@ class GraphBuilder(NodeList):
         (directory / self._data_name).unlink(missing_ok=True)
         self._data = (directory / self._data_name).open("wb")
         self._progress = progress
-        self._functions: list[onnx.FunctionProto] = []
+        self._functions: dict[Function, onnx.FunctionProto] = {}
         self._initializers: list[TensorProto] = []
         self._names: set[str] = set()
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -62,10 +63,10 @@ class GraphBuilder(NodeList):
         """Declare that the value called `name` leaves the graph."""
         self._outputs.append(helper.make_tensor_value_info(name, dtype, shape, doc_string=doc))
 
-    def function(self, function: onnx.FunctionProto) -> None:
+    def function(self, make: Function) -> None:
         """Define an operator by others, once; a runtime that has a kernel for it takes that instead."""
-        if all((known.domain, known.name) != (function.domain, function.name) for known in self._functions):
-            self._functions.append(function)
+        if make not in self._functions:
+            self._functions[make] = make(self.opset)
 
     def has(self, name: str) -> bool:
         """Is there a constant or weight called `name`?"""
@@ -138,7 +139,7 @@ class GraphBuilder(NodeList):
         used = {name for node in nodes for name in names_read(node)}
         initializers = [tensor for tensor in self._initializers if tensor.name in used]
         domains = {node.domain for node in nodes}
-        domains |= {opset.domain for function in self._functions for opset in function.opset_import}
+        domains |= {opset.domain for function in self._functions.values() for opset in function.opset_import}
         graph = helper.make_graph(nodes, self._name, self._inputs, self._outputs, initializers, doc_string=doc)
         model = helper.make_model(
             graph,
@@ -154,7 +155,7 @@ class GraphBuilder(NodeList):
         onnx.save(model, self._path)
         onnx.checker.check_model(str(self._path), full_check=True)
         if self._functions:  # without them their nodes are of a domain that isn't ONNX's: nothing is inferred of those
-            model.functions.extend(self._functions)
+            model.functions.extend(self._functions.values())
             onnx.save(model, self._path)
             onnx.checker.check_model(str(self._path))
         return self._path

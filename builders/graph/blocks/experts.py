@@ -34,7 +34,7 @@ class BlockExperts:
         g = self.g
         first, stacks = self._stack("in", inputs)
         last, more = self._stack("out", outputs)
-        g.function(functions.experts(g.opset))
+        g.function(functions.experts)
         hidden, inner = last.shape
         return g.node(
             "BlockExperts", [*values, *stacks, *more], self._own, domain=functions.DOMAIN,

@@ -28,10 +28,9 @@ def shifted_product(opset: int) -> onnx.FunctionProto:
     block_shape: x's, with the blocks as an axis.
     """
     g = FunctionNodes()
-    y = _shifted_product(g, ["x", "codes", "scale", "minimum"], "y", SIZES, g.attribute("block_shape"))
-    return g.function(
-        DOMAIN, "ShiftedBlockMatMul", ["x", "codes", "scale", "minimum"], y, [*SIZES, "block_shape"], opset
-    )
+    inputs = ["x", "codes", "scale", "minimum"]
+    y = _shifted_product(g, inputs, "y", SIZES, g.attribute("block_shape"))
+    return g.function(DOMAIN, "ShiftedBlockMatMul", inputs, y, [*SIZES, "block_shape"], opset)
 
 
 def experts(opset: int) -> onnx.FunctionProto:

@@ -45,9 +45,9 @@ class BlockNodes:
         operands = [value, f"{module}.codes", f"{module}.scale"]
         sizes: dict[str, Any] = {"K": k, "N": n, "bits": linear.bits, "block_size": linear.block_size}
         if linear.minimum is None:
-            g.function(functions.product(g.opset))
+            g.function(functions.product)
             return g.node("BlockMatMul", operands, name, domain=DOMAIN, **sizes)
-        g.function(functions.shifted_product(g.opset))
+        g.function(functions.shifted_product)
         sizes["block_shape"] = [*([0, 0] if has_rows else [0]), -1, linear.block_size]
         return g.node("ShiftedBlockMatMul", [*operands, f"{module}.minimum"], name, domain=DOMAIN, **sizes)
 

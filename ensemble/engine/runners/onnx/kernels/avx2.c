@@ -47,10 +47,7 @@ TARGET static void pack(const Weights *w, const float *x, size_t count, uint8_t 
             }
             for (int i = 0; i < w->block; i++) whole += codes[i];
             int32_t start = -middle * whole;
-            uint8_t *numbers = record + count * w->block;
-            memcpy(numbers + 4 * row, &scale, 4);
-            memcpy(numbers + 4 * (count + row), &start, 4);
-            memcpy(numbers + 4 * (2 * count + row), &sum, 4);
+            put_numbers(record + count * w->block, count, row, scale, start, sum);
         }
     }
 }

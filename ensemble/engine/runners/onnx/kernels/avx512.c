@@ -2,7 +2,6 @@
 #include "blocks.h"
 
 #include <immintrin.h>
-#include <string.h>
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
 #define INLINE TARGET static inline __attribute__((always_inline))
@@ -25,10 +24,7 @@ TARGET static void pack(const Weights *w, const float *x, size_t count, uint8_t 
                 _mm_storeu_si128((__m128i *)(record + row * w->block + 16 * half), _mm512_cvtsepi32_epi8(q));
             }
             int32_t start = -middle * _mm512_reduce_add_epi32(whole);
-            uint8_t *numbers = record + count * w->block;
-            memcpy(numbers + 4 * row, &scale, 4);
-            memcpy(numbers + 4 * (count + row), &start, 4);
-            memcpy(numbers + 4 * (2 * count + row), &sum, 4);
+            put_numbers(record + count * w->block, count, row, scale, start, sum);
         }
     }
 }

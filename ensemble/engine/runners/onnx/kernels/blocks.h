@@ -17,6 +17,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 /* All else is the library's own: nothing in the process can take its place. */
 #define EXPORTED __attribute__((visibility("default")))
@@ -32,7 +33,7 @@ enum { AHEAD = 2048 };
 typedef struct {
     size_t count, n, k; /* matrices in the stack, each [n, k] */
     int bits, block;    /* 4 or 8; codes in a block: 16 or 32 */
-    int half_scales; /* scales are float16 here: each was one */
+    int half_scales;    /* scales are float16 here: each was one */
     int has_minima;
     size_t panels, blocks, record; /* of n, rounded up; of k; bytes of one block of a panel */
     uint8_t *data;
@@ -42,6 +43,13 @@ typedef struct {
 /* Of x's row in a tile, each block takes its codes and, behind those of all rows, three numbers of 4 bytes: the scale,
    -2^(bits - 1) times the sum of codes, with which a sum of products starts, and the sum of x as it was. */
 enum { ROW_NUMBERS = 12 };
+
+/* numbers: behind the codes of a block of a tile of `count` rows. */
+static inline void put_numbers(uint8_t *numbers, size_t count, size_t row, float scale, int32_t start, float sum) {
+    memcpy(numbers + 4 * row, &scale, 4);
+    memcpy(numbers + 4 * (count + row), &start, 4);
+    memcpy(numbers + 4 * (2 * count + row), &sum, 4);
+}
 
 /* What one set of instructions does. */
 typedef struct {

@@ -23,7 +23,7 @@ typedef struct {
 typedef struct {
     const Weights *in, *out;
     const float *tokens, *weights;
-    size_t n, k, num_groups, num_tiles, together; /* together: panels */
+    size_t n, k, num_groups, num_tiles;
     Group *groups;
     size_t *tokens_of, *lines; /* by line: its token; by token and place: its line */
     float *x, *gated, *down;   /* a line's token, gate and up, contribution */
@@ -72,16 +72,15 @@ static void pack_gated(void *job_, size_t tile) {
     pack_lines(job, job->out, group, tile, job->x);
 }
 
-static void multiply_chunk(const Job *job, const Weights *w, size_t chunk, float *out) {
-    size_t chunks = (w->panels + job->together - 1) / job->together;
+static void multiply_lines(const Job *job, const Weights *w, size_t chunk, float *out) {
+    size_t chunks = num_chunks(w);
     const Group *group = job->groups + chunk / chunks;
-    size_t first = chunk % chunks * job->together, last = first + job->together;
-    multiply(w, group->expert, job->packed + rows_bytes(w, group->first), group->rows, first,
-             last < w->panels ? last : w->panels, out + group->first * w->n);
+    multiply_chunk(w, group->expert, job->packed + rows_bytes(w, group->first), group->rows, chunk % chunks,
+                   out + group->first * w->n);
 }
 
-static void multiply_in(void *job, size_t chunk) { multiply_chunk(job, ((Job *)job)->in, chunk, ((Job *)job)->gated); }
-static void multiply_out(void *job, size_t chunk) { multiply_chunk(job, ((Job *)job)->out, chunk, ((Job *)job)->down); }
+static void multiply_in(void *job, size_t chunk) { multiply_lines(job, ((Job *)job)->in, chunk, ((Job *)job)->gated); }
+static void multiply_out(void *job, size_t chunk) { multiply_lines(job, ((Job *)job)->out, chunk, ((Job *)job)->down); }
 
 /* A token's sum: its lines lie in the order of their experts. */
 static void add_up(void *job_, size_t token) {
@@ -126,21 +125,12 @@ static int group_pairs(Job *job, const int64_t *chosen, size_t num_experts, size
     return 1;
 }
 
-static OrtStatus *phase(OrtApi api, OrtKernelContext *context, void (*work)(void *, size_t), size_t total, Job *job) {
-    if (total == 1) work(job, 0);
-    return total > 1 ? KernelContext_ParallelFor(api)(context, work, total, 0, job) : NULL;
-}
-
 static OrtStatus *run(OrtApi api, OrtKernelContext *context, Job *job) {
-    OrtStatus *status = phase(api, context, pack_tokens, job->num_tiles, job);
-    job->together = panels_together(job->in);
-    size_t chunks = (job->in->panels + job->together - 1) / job->together;
-    if (!status) status = phase(api, context, multiply_in, job->num_groups * chunks, job);
-    if (!status) status = phase(api, context, pack_gated, job->num_tiles, job);
-    job->together = panels_together(job->out);
-    chunks = (job->out->panels + job->together - 1) / job->together;
-    if (!status) status = phase(api, context, multiply_out, job->num_groups * chunks, job);
-    return status ? status : phase(api, context, add_up, job->n, job);
+    OrtStatus *status = share_out(api, context, pack_tokens, job->num_tiles, job);
+    if (!status) status = share_out(api, context, multiply_in, job->num_groups * num_chunks(job->in), job);
+    if (!status) status = share_out(api, context, pack_gated, job->num_tiles, job);
+    if (!status) status = share_out(api, context, multiply_out, job->num_groups * num_chunks(job->out), job);
+    return status ? status : share_out(api, context, add_up, job->n, job);
 }
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }

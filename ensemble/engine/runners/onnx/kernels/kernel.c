@@ -8,7 +8,7 @@
 enum { CHUNKS = 16, CHUNK_BYTES = 32 << 10 };
 
 OrtStatus *attribute(OrtApi api, const OrtKernelInfo *info, const char *name, size_t *value) {
-    int64_t number;
+    int64_t number = 0;
     OrtStatus *status = KernelInfoGetAttribute_int64(api)(info, name, &number);
     if (!status && number < 1) status = CreateStatus(api)(ORT_INVALID_ARGUMENT, "sizes of blocks are positive");
     *value = number;
@@ -132,8 +132,24 @@ OrtStatus *constant_weights(OrtApi api, const OrtKernelInfo *info, size_t first,
     return NULL;
 }
 
-size_t panels_together(const Weights *w) {
+/* Panels in a chunk */
+static size_t panels_together(const Weights *w) {
     size_t bytes = w->blocks * w->record, least = (CHUNK_BYTES + bytes - 1) / bytes;
     size_t together = (w->panels + CHUNKS - 1) / CHUNKS;
     return together < least ? least : together;
+}
+
+size_t num_chunks(const Weights *w) {
+    size_t together = panels_together(w);
+    return (w->panels + together - 1) / together;
+}
+
+void multiply_chunk(const Weights *w, size_t matrix, const uint8_t *packed, size_t rows, size_t chunk, float *out) {
+    size_t together = panels_together(w), first = chunk * together, last = first + together;
+    multiply(w, matrix, packed, rows, first, last < w->panels ? last : w->panels, out);
+}
+
+OrtStatus *share_out(OrtApi api, const OrtKernelContext *context, void (*work)(void *, size_t), size_t total, void *job) {
+    if (total == 1) work(job, 0);
+    return total > 1 ? KernelContext_ParallelFor(api)(context, work, total, 0, job) : NULL;
 }

@@ -41,8 +41,11 @@ typedef struct {
    an axis for `count` if is_stack, and minima may be [count, blocks, 1] zeros then: there are none. */
 OrtStatus *constant_weights(OrtApi api, const OrtKernelInfo *info, size_t first, size_t last, int is_stack, size_t count,
                             const Sizes *sizes, Weights *w);
-/* How many panels a thread takes at a time. */
-size_t panels_together(const Weights *w);
+/* A matrix's outputs in chunks, of which a thread takes one at a time; `multiply_chunk` computes it for all rows. */
+size_t num_chunks(const Weights *w);
+void multiply_chunk(const Weights *w, size_t matrix, const uint8_t *packed, size_t rows, size_t chunk, float *out);
+/* work(job, 0) ... work(job, total - 1), shared by the session's threads. */
+OrtStatus *share_out(OrtApi api, const OrtKernelContext *context, void (*work)(void *, size_t), size_t total, void *job);
 
 extern const Operator PRODUCT_OPERATORS[2], EXPERTS_OPERATOR;
 

@@ -14,9 +14,11 @@ EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBa
     if (!instructions && !blocks_instructions(AVX512)) return CreateStatus(api)(ORT_FAIL, "this processor has no AVX2");
     pthread_mutex_lock(&lock);
     if (!domain) {
-        status = CreateCustomOpDomain(api)("deepseek_triton", &domain);
+        OrtCustomOpDomain *whole;
+        status = CreateCustomOpDomain(api)("deepseek_triton", &whole);
         for (size_t i = 0; !status && i < sizeof operators / sizeof *operators; i++)
-            status = CustomOpDomain_Add(api)(domain, &operators[i]->op);
+            status = CustomOpDomain_Add(api)(whole, &operators[i]->op);
+        if (!status) domain = whole;
     }
     pthread_mutex_unlock(&lock);
     return status ? status : AddCustomOpDomain(api)(options, domain);

@@ -13,7 +13,7 @@ typedef struct {
     const float *x;
     uint8_t *packed;
     float *out;
-    size_t rows, together;
+    size_t rows;
 } Job;
 
 static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo *info, void **out) {
@@ -36,10 +36,9 @@ static void pack_tile(void *job_, size_t tile) {
     rows_pack(job->weights, job->x, job->rows, tile, job->packed);
 }
 
-static void multiply_chunk(void *job_, size_t chunk) {
+static void multiply_rows(void *job_, size_t chunk) {
     const Job *job = job_;
-    size_t first = chunk * job->together, last = first + job->together, panels = job->weights->panels;
-    multiply(job->weights, 0, job->packed, job->rows, first, last < panels ? last : panels, job->out);
+    multiply_chunk(job->weights, 0, job->packed, job->rows, chunk, job->out);
 }
 
 static OrtStatus *compute(void *kernel_, OrtKernelContext *context) {
@@ -51,19 +50,15 @@ static OrtStatus *compute(void *kernel_, OrtKernelContext *context) {
     if (status) return status;
     if (!x.rank || (size_t)x.dims[x.rank - 1] != w->k)
         return CreateStatus(api)(ORT_INVALID_ARGUMENT, "x's last axis isn't K");
-    Job job = {.weights = w, .x = x.data, .rows = x.count / w->k, .together = panels_together(w)};
+    Job job = {.weights = w, .x = x.data, .rows = x.count / w->k};
     x.dims[x.rank - 1] = w->n;
     if ((status = output_tensor(api, context, &x)) || !job.rows) return status;
     job.out = x.data;
     Scratch scratch;
     if ((status = take_scratch(api, context, rows_bytes(w, job.rows), &scratch))) return status;
     job.packed = scratch.data;
-    size_t tiles = (job.rows + TILE - 1) / TILE, chunks = (w->panels + job.together - 1) / job.together;
-    if (tiles == 1)
-        pack_tile(&job, 0);
-    else
-        status = KernelContext_ParallelFor(api)(context, pack_tile, tiles, 0, &job);
-    if (!status) status = KernelContext_ParallelFor(api)(context, multiply_chunk, chunks, 0, &job);
+    status = share_out(api, context, pack_tile, (job.rows + TILE - 1) / TILE, &job);
+    if (!status) status = share_out(api, context, multiply_rows, num_chunks(w), &job);
     give_back(api, &scratch);
     return status;
 }
