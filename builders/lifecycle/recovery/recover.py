@@ -63,9 +63,15 @@ def digest(checkpoint: Checkpoint) -> str:
 
 
 def _train(
-    student: Checkpoint, teacher: Checkpoint, windows: Windows, options: RecoverOptions, digests: Mapping[str, str],
-    state: TrainingState, report: Report, say: Callable[[str], None],
-) -> Recovered:  # fmt: skip
+    student: Checkpoint,
+    teacher: Checkpoint,
+    windows: Windows,
+    options: RecoverOptions,
+    digests: Mapping[str, str],
+    state: TrainingState,
+    report: Report,
+    say: Callable[[str], None],
+) -> Recovered:
     with quick_imports():
         import peft  # noqa: F401  # and transformers
         import torch

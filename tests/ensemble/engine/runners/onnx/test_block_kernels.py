@@ -29,7 +29,6 @@ import sys
 from pathlib import Path
 import numpy as np
 from deepseek_triton.ensemble.engine.runners.onnx.session import open_session
-from tests.support.block_layers import IN, KINDS, OUT, Float32, expected, inputs, layer, needs_kernels
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 before = resident()
