@@ -2,7 +2,7 @@
 
 vLLM (its offline engine, FP8) and transformers (`generate`, BF16), each where it is installed, on a shape of
 benchmarks/decode_gpu.py with random weights. Adds to the same JSON; run both on one machine. `vllm --shape v2-lite`
-measures vLLM alone on DeepSeek-V2-Lite's shape.
+measures vLLM alone on DeepSeek-V2-Lite's shape, with `--gpus 2` on two GPUs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +32,31 @@ Answer = Callable[[np.ndarray[Any, np.dtype[np.int64]], int], None]
 
 def main(argv: Sequence[str] | None = None) -> int | str:
     """Measure each peer that is installed."""
-    parser = argparse.ArgumentParser(description="vLLM and transformers on one GPU")
+    parser = argparse.ArgumentParser(description="vLLM and transformers on one GPU, vLLM on several")
     parser.add_argument("peers", nargs="*", help="default: all")
     parser.add_argument("--shape", choices=SHAPES, default="r1-distill-qwen-7b", help="default: %(default)s")
     parser.add_argument("--output", type=Path, help=f"default: {FILE}, of another shape beside it")
+    parser.add_argument("--gpus", type=int, default=1, help="split vLLM's model over so many (default: %(default)s)")
+    parser.add_argument("--expert-parallel", action="store_true", help="each of them has whole experts of vLLM's")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         return "error: this needs an NVIDIA GPU"
     measured, shape = 0, SHAPES[arguments.shape]
+    split = f", {arguments.gpus} GPUs" if arguments.gpus > 1 else ""
+    split += ", expert parallel" if arguments.expert_parallel else ""
     for name, (open_peer, batches) in PEERS.items():
-        if arguments.peers and name not in arguments.peers:
+        if (arguments.peers and name not in arguments.peers) or (split and name != "vllm"):
             continue
         if importlib.util.find_spec(name) is None:
             print(f"{name} is not installed: left out", file=sys.stderr)
             continue
         with tempfile.TemporaryDirectory() as directory:
             (Path(directory) / "config.json").write_text(json.dumps(hf_config(shape)), encoding="utf-8")
+            if split:
+                open_peer = partial(open_vllm, gpus=arguments.gpus, is_expert_parallel=arguments.expert_parallel)
             figures = measure(open_peer(Path(directory)), batches, shape.vocab_size)
             print(json.dumps(figures, indent=1), flush=True)
-            write(arguments.output or file_of(arguments.shape), name, figures, shape)
+            write(arguments.output or file_of(arguments.shape), name + split, figures, shape)
         measured += 1
     return 0 if measured else "error: neither vLLM nor transformers is installed"
 
@@ -113,14 +120,19 @@ def measure(answer: Answer, batches: Sequence[int], vocab_size: int) -> dict[str
     }
 
 
-def open_vllm(directory: Path) -> Answer:
-    """vLLM's offline engine, FP8, dummy weights, those of experts as `spread_experts` makes them."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the weights are changed in this process
+def open_vllm(directory: Path, *, gpus: int = 1, is_expert_parallel: bool = False) -> Answer:
+    """vLLM's offline engine, FP8, dummy weights, those of experts as `spread_experts` makes them.
+
+    is_expert_parallel: attention is split over the GPUs as without it, but each has whole experts.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the weights are changed in this process, or its workers
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # CUDA may have been asked in this process
     from vllm import LLM, SamplingParams
 
     engine = LLM(
         model=str(directory), skip_tokenizer_init=True, load_format="dummy", quantization="fp8", max_model_len=4096,
         gpu_memory_utilization=0.85, max_num_seqs=max(BATCHES), enable_prefix_caching=False,
+        tensor_parallel_size=gpus, enable_expert_parallel=is_expert_parallel,
     )  # fmt: skip
     engine.apply_model(spread_experts)
 
@@ -135,12 +147,21 @@ def spread_experts(model: torch.nn.Module) -> None:
     """Give vLLM's mixture of experts weights like ours; a dense model is left as it is.
 
     vLLM's dummy weights are below 0.001: a layer adds nearly nothing, so equal tokens get equal experts and equal next
-    tokens, whatever was before them. Fewer experts are read then than real texts need.
+    tokens, whatever was before them. Fewer experts are read then than real texts need. On several GPUs each process
+    gets its own parts, and the same of what all have whole.
     """
+    from vllm.distributed import get_tensor_model_parallel_rank
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
     modules = list(model.modules())
     if not any(hasattr(module, "w13_weight") for module in modules):
         return
+    device = next(model.parameters()).device
+    whole, part_of_rank = (
+        torch.Generator(device).manual_seed(seed) for seed in (0, 1 + get_tensor_model_parallel_rank())
+    )
     for module in modules:
+        generator = whole if isinstance(module, ReplicatedLinear) else part_of_rank
         for name in ("weight", "w13_weight", "w2_weight"):
             weight = getattr(module, name, None)
             if not isinstance(weight, torch.Tensor):
@@ -150,15 +171,17 @@ def spread_experts(model: torch.nn.Module) -> None:
                 continue
             # A linear layer's FP8 weights are transposed.
             columns = getattr(module, "input_size", weight.shape[-1])
+            if name == "w2_weight":
+                columns *= getattr(getattr(module, "moe_config", None), "tp_size", 1)
             is_fp8 = weight.dtype == torch.float8_e4m3fn
             for part in weight.data if weight.dim() == 3 else [weight.data]:
-                noise = torch.randn(part.shape, device=part.device) * (CODES_STD if is_fp8 else columns**-0.5)
-                part.copy_(noise.clamp_(-448, 448))
+                noise = torch.randn(part.shape, device=device, generator=generator)
+                part.copy_(noise.mul_(CODES_STD if is_fp8 else columns**-0.5).clamp_(-448, 448))
             if is_fp8:
                 getattr(module, f"{name}_scale").data.fill_(columns**-0.5 / CODES_STD)
         for name in ("W_UK_T", "W_UV"):  # of latent attention
             if isinstance(matrix := getattr(module, name, None), torch.Tensor):
-                matrix.copy_(torch.randn(matrix.shape, device=matrix.device) * 512**-0.5)
+                matrix.copy_(torch.randn(matrix.shape, device=device, generator=generator) * 512**-0.5)
 
 
 def open_transformers(directory: Path) -> Answer:

@@ -22,7 +22,7 @@ ONE_OF_EXPERTS_S = 44e-6  # the same of a layer with experts on one GPU, whose k
 LAUNCH_S = 170e-6  # of a layer of a prompt at least: its kernels one after the other, however few tokens it has
 PEER_ROWS = 64  # that GPUs of a machine add up in each other's memory at most; NCCL does it with more
 # Of an all-reduce of few bytes
-REDUCE_S = {"one kernel": 1e-6, "nvlink": 9e-6, "nccl": 36e-6, "pcie": 30e-6, "network": 40e-6}
+REDUCE_S = {"one kernel": 1e-6, "one row": 5e-6, "nvlink": 9e-6, "nccl": 36e-6, "pcie": 30e-6, "network": 40e-6}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,10 @@ class StepTimes:
         layer = ONE_KERNEL_S if is_one_kernel else self._reached.step_layer_s
         if num_sequences == 1 and self.spec.experts is not None and self._where == "alone":
             layer = ONE_OF_EXPERTS_S
-        exchange = self._exchange(num_sequences, "one kernel" if is_one_kernel else self._where)
+        where = self._where
+        if num_sequences == 1 and where == "nvlink":
+            where = "one kernel" if is_one_kernel else "one row"
+        exchange = self._exchange(num_sequences, where)
         return read + operations / self._reached.step_compute + self.spec.num_layers * layer + exchange
 
     def prompts(self, num_prompts: int, num_tokens: int) -> float:

@@ -27,7 +27,7 @@ from deepseek_triton.ensemble.engine.runners.cuda.parts import PARTS
 from deepseek_triton.ensemble.engine.runners.cuda.parts.part import DecodeStep, Pass, Tools
 from deepseek_triton.ensemble.engine.runners.cuda.parts.residual import Residual
 from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import PeerBuffers, RowPeerBuffers
-from deepseek_triton.ensemble.engine.runners.cuda.persistent_decode import (
+from deepseek_triton.ensemble.engine.runners.cuda.persistent.kernel import (
     PersistentDecode,
     persistent_buffer_bytes,
     reason_against,
@@ -103,11 +103,12 @@ class Decoder:
         weights, device, dtype = self.weights, self.launch.device, self.launch.dtype
         is_fp8 = [linear.is_fp8 for layer in weights.layers for linear in layer.matrices]
         peer_buffers = PeerBuffers.alone(device) if self._group is None else self._share_buffers(self._group)
-        reason = reason_against(self.shape, is_fp8, device, dtype)
+        num_ranks = 1 if self._group is None else self._group.split.size
+        reason = reason_against(self.shape, is_fp8, device, dtype, num_ranks)
         if caches.key_scales is not None:
-            reason = "its cache is in FP8"
-        if not self.plan.gemv:
-            reason = "the plan has no GEMV kernels"
+            reason = "its cache is in INT8"
+        if not self._has_gemv:
+            reason = "batch 1 has no kernels of its own for this plan and these weights"
         if peer_buffers is None:
             reason = "the ranks have no peer access"
         elif self._agreed(reason is None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -28,6 +28,15 @@ class LatentTile:
     block: int = 32
     num_warps: int = 4
     num_stages: int = 5
+
+    def fitting(self, entry_bytes: int, shared_bytes: int) -> LatentTile:
+        """The same, reading no further ahead than shared memory has room.
+
+        entry_bytes: of an entry, and of a head's query; with blocks and their tables Triton reads nothing ahead.
+        """
+        queries = self.heads * (entry_bytes + 2 * self.block)
+        ahead = (shared_bytes - queries) // (self.block * entry_bytes)
+        return replace(self, num_stages=max(1, min(self.num_stages, 1 + ahead)))
 
 
 # Measured on an H200 with 16 heads: at 32 rows and more the short block is faster, with two programs on each
@@ -154,6 +163,9 @@ class LatentKernels:
         """Attend with one token of each slot, into `out` [rows, num_heads * v_head_dim]; amax [1]: max |out|."""
         launch, heads, count = self.launch, self.part.num_heads, len(positions)
         tile = self.tile or self._tile(count)
+        if not cache.page:
+            columns = self._blocks["rank"] + self._blocks["rope"]
+            tile = tile.fitting(columns * launch.dtype.itemsize, launch.shared_bytes)
         group = min(tile.heads, max(16, triton.next_power_of_2(heads)))
         groups = triton.cdiv(heads, group)
         # Few rows have half as many programs as in other attention: with more, each would read less than one block.

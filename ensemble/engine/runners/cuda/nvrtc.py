@@ -34,7 +34,7 @@ class Kernel:
 
     def __init__(self, source: str, name: str, macros: Mapping[str, object], *, shared_bytes: int) -> None:
         major, minor = torch.cuda.get_device_capability()
-        options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
+        options = [f"--gpu-architecture=sm_{major}{minor}a", "--std=c++17", "--prec-div=false"]
         options += [f"-D{macro}={value}" for macro, value in macros.items()]
         image = cached_image(source, options, _version(), lambda: _compile(source, f"{name}.cu", options))
         self._shared_bytes = shared_bytes

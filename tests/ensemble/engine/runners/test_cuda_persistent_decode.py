@@ -18,54 +18,22 @@ from deepseek_triton.ensemble.engine.runners.cuda.caches import Caches
 from deepseek_triton.ensemble.engine.runners.cuda.device import on_stream
 from deepseek_triton.ensemble.engine.runners.cuda.layers import DecoderWeights
 from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import PeerBuffers
-from deepseek_triton.ensemble.engine.runners.cuda.persistent_decode import (
+from deepseek_triton.ensemble.engine.runners.cuda.persistent.kernel import (
     CAPABILITY,
-    WARPS,
-    Memory,
     PersistentDecode,
     persistent_buffer_bytes,
     reason_against,
 )
+from deepseek_triton.ensemble.engine.runners.cuda.persistent.memory import WARPS
 from deepseek_triton.ensemble.engine.runners.cuda.runner import CudaRunner
 from deepseek_triton.ensemble.engine.runners.cuda.weights import RandomWeights, SplitWeights
+from tests.ensemble.engine.runners.test_persistent_families import DENSE_SHAPES, H100_BLOCKS, SMALL_DENSE
 
 HAS_HOPPER = HAS_GPU and torch.cuda.get_device_capability() >= CAPABILITY
-H100_BLOCKS, H100_LIMIT = 132, 232448
-
-SMALL = DecoderShape(
-    vocab_size=1000, hidden_size=576, intermediate_size=1536, num_layers=2, num_heads=9, num_kv_heads=3, head_dim=64,
-    rms_norm_eps=1e-5, max_seq_len=2048,
-)  # fmt: skip
-SHAPES = {
-    "rows that aren't whole groups": SMALL,
-    "qk norm, tied": replace(
-        SMALL, hidden_size=1024, intermediate_size=3072, num_heads=16, num_kv_heads=8, head_dim=128, qk_norm=True,
-        tie_word_embeddings=True,
-    ),
-    "multi-head": replace(
-        SMALL, hidden_size=512, intermediate_size=1024, num_heads=4, num_kv_heads=4, head_dim=128
-    ),
-    "rows of several stages": replace(
-        SMALL, hidden_size=3584, intermediate_size=18944, num_heads=28, num_kv_heads=4, head_dim=128
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("is_fp8", [False, True])
-def test_a_block_has_room_for_several_stages_and_for_what_it_works_on(name: str, is_fp8: bool) -> None:
-    shape = SHAPES[name]
-    memory = Memory.of(shape, is_fp8=is_fp8, blocks=H100_BLOCKS, limit=H100_LIMIT)
-    widest = max(shape.hidden_size, shape.q_size, shape.intermediate_size)
-    assert memory.stages >= 3
-    assert memory.total <= H100_LIMIT < memory.total + memory.stage_bytes + 16
-    assert memory.scratch_bytes >= widest * (2 if is_fp8 else 4)
-    assert memory.stage_bytes % 128 == 0 and 4 * memory.kv_block * shape.head_dim <= memory.stage_bytes
-    assert 2 * min(shape.hidden_size, 512) <= memory.stage_bytes
 
 
 def test_without_such_a_gpu_there_is_a_reason_against_it() -> None:
-    assert reason_against(SMALL, [True], torch.device("cpu"), torch.bfloat16) == "needs compute capability 9.0"
+    assert reason_against(SMALL_DENSE, [True], torch.device("cpu"), torch.bfloat16) == "needs compute capability 9.0"
 
 
 @pytest.mark.skipif(not HAS_HOPPER, reason="needs a Hopper GPU")
@@ -73,12 +41,12 @@ def test_without_such_a_gpu_there_is_a_reason_against_it() -> None:
 @pytest.mark.parametrize(
     ("shape", "fp8", "dtype", "reason"),
     [
-        (SMALL, [True], torch.bfloat16, None),
-        (SMALL, [True, False], torch.bfloat16, "some matrices are FP8 and some are not"),
-        (SMALL, [True], torch.float32, "needs bfloat16"),
-        (replace(SMALL, head_dim=48), [True], torch.bfloat16, "head_dim 48"),
-        (replace(SMALL, num_heads=32, num_kv_heads=1), [True], torch.bfloat16, "32 query heads on 1 key heads"),
-        (replace(SMALL, hidden_size=32 * WARPS * H100_BLOCKS + 16), [True], torch.bfloat16, "hidden_size"),
+        (SMALL_DENSE, [True], torch.bfloat16, None),
+        (SMALL_DENSE, [True, False], torch.bfloat16, "some matrices are FP8 and some are not"),
+        (SMALL_DENSE, [True], torch.float32, "needs bfloat16"),
+        (replace(SMALL_DENSE, head_dim=48), [True], torch.bfloat16, "head_dim 48"),
+        (replace(SMALL_DENSE, num_heads=32, num_kv_heads=1), [True], torch.bfloat16, "32 query heads on 1 key heads"),
+        (replace(SMALL_DENSE, hidden_size=32 * WARPS * H100_BLOCKS + 16), [True], torch.bfloat16, "hidden_size"),
     ],
 )
 def test_what_it_does_not_take_has_a_reason(
@@ -88,12 +56,12 @@ def test_what_it_does_not_take_has_a_reason(
     assert found is None if reason is None else found is not None and reason in found
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", DENSE_SHAPES)
 @pytest.mark.parametrize("is_fp8", [False, True])
 @pytest.mark.skipif(not HAS_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.gpu
 def test_it_computes_what_the_kernels_of_many_launches_do(name: str, is_fp8: bool) -> None:
-    shape = SHAPES[name]
+    shape = DENSE_SHAPES[name]
     runner = CudaRunner(
         RandomWeights(shape, is_fp8=is_fp8, has_qkv_bias=True),
         shape,
@@ -114,7 +82,7 @@ def test_it_computes_what_the_kernels_of_many_launches_do(name: str, is_fp8: boo
             where = torch.tensor([position], device="cuda")
             found = []
             with on_stream(runner._stream):
-                for kernel in (one, one, None):
+                for kernel in (one, *[one] * 20, None):
                     decoder._persistent = kernel
                     logits = decoder.decode(token, where, last, runner._caches, runner._finished_splits).double()
                     cached = [
@@ -122,8 +90,9 @@ def test_it_computes_what_the_kernels_of_many_launches_do(name: str, is_fp8: boo
                     ]
                     torch.cuda.synchronize()
                     found.append((logits, *cached))
-            assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True)), "not the same twice"
-            for a, b in zip(found[0], found[2], strict=True):
+            for again in found[1:-1]:  # a block that passes a barrier too early shows now and then
+                assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True)), "not the same twice"
+            for a, b in zip(found[0], found[-1], strict=True):
                 # An activation that moves by a rounding changes a code by a whole step: FP8 comes no closer.
                 cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
                 assert cosine > (0.99 if is_fp8 else 0.99999), position
@@ -137,7 +106,7 @@ def test_it_computes_what_the_kernels_of_many_launches_do(name: str, is_fp8: boo
 @pytest.mark.gpu
 def test_ranks_side_by_side_compute_what_one_does(size: int, is_fp8: bool) -> None:
     """All on one GPU, each with its share of the multiprocessors, step after step."""
-    shape = SHAPES["qk norm, tied"]
+    shape = DENSE_SHAPES["qk norm, tied"]
     source = RandomWeights(shape, is_fp8=is_fp8, has_qkv_bias=True)
     whole = CudaRunner(source, shape, max_num_seqs=1, max_num_batched_tokens=1024)
     ids = np.random.default_rng(0).integers(0, shape.vocab_size, 340)
@@ -185,7 +154,7 @@ def test_ranks_side_by_side_compute_what_one_does(size: int, is_fp8: bool) -> No
 @pytest.mark.skipif(not HAS_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.gpu
 def test_a_rank_whose_others_are_gone_can_be_told_not_to_wait() -> None:
-    shape = SHAPES["qk norm, tied"]
+    shape = DENSE_SHAPES["qk norm, tied"]
     source, split = RandomWeights(shape, is_fp8=True, has_qkv_bias=True), ShardedDecoder(shape, 0, 2)
     weights = DecoderWeights.load(split.shape, SplitWeights(source, split), DEVICE, torch.bfloat16, split)
     own = split.shape

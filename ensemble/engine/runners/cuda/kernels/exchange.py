@@ -1,6 +1,6 @@
 """All-reduce of one row over the tensor-parallel ranks, inside the kernel that reads the sum, through peer buffers.
 
-As in persistent_decode.cu, a value and the sequence number of its sum are stored in one 64-bit word: a reader that sees
+As in persistent/common.cu, a value and the sequence number of its sum are stored in one 64-bit word: a reader that sees
 the sequence number has the value, and needs no fence. Sums use the two halves of each buffer in turn. Program m of a
 rank exchanges with program m of the others.
 """

@@ -1,0 +1,89 @@
+"""The persistent kernels' sources, thread for thread on the CPU: that they compute a decoder needs no GPU."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
+from deepseek_triton.ensemble.decoder.options import ExpertOptions, LatentOptions
+from deepseek_triton.ensemble.engine.runners.cuda.persistent.dense import DenseFamily
+from deepseek_triton.ensemble.engine.runners.cuda.persistent.family import Family
+from deepseek_triton.ensemble.engine.runners.cuda.persistent.latent import LatentFamily
+from tests.support.persistent_host import COMPILER, HostKernel
+from tests.support.plain_decoder import logits, random_weights
+
+pytestmark = pytest.mark.skipif(
+    COMPILER is None or platform.machine() != "x86_64", reason="needs a C++ compiler for x86-64"
+)
+BLOCKS, LIMIT = 3, 232448
+PAGE = 64
+DENSE = DecoderShape(
+    vocab_size=130, hidden_size=128, intermediate_size=272, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64,
+    rms_norm_eps=1e-5, max_seq_len=192,
+)  # fmt: skip
+LATENT = LatentOptions(
+    q_lora_rank=None, kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, softmax_factor=1.3
+)
+EXPERTS = ExpertOptions(
+    num_experts=8, num_experts_per_tok=3, intermediate_size=48, num_shared_experts=2, first_dense_layers=1,
+    scores="softmax", choice="greedy",
+)  # fmt: skip
+V2 = replace(DENSE, num_kv_heads=4, head_dim=48, latent=LATENT, experts=EXPERTS)
+SIGMOID = replace(EXPERTS, scores="sigmoid", choice="group_top2", is_normalised=True, scale=2.5)
+SHAPES = {
+    "dense": DENSE,
+    "dense, normed q and k, rows of several stages": replace(DENSE, qk_norm=True, intermediate_size=4608, num_layers=1),
+    "latent and experts": V2,
+    "sigmoid, a bias for the choice, normalised, no shared experts": replace(
+        V2, experts=replace(SIGMOID, num_shared_experts=0, first_dense_layers=0)
+    ),
+}
+
+
+def kernel_of(shape: DecoderShape, folder: Path, *, is_fp8: bool, is_paged: bool) -> tuple[HostKernel, object]:
+    kind: type[Family] = DenseFamily if shape.latent is None else LatentFamily
+    family = kind(shape, is_fp8, BLOCKS, LIMIT)
+    assert family.reason_against(1) is None
+    weights = random_weights(shape, is_fp8=is_fp8, has_bias=True)
+    heads, width = (shape.num_kv_heads, shape.head_dim) if shape.latent is None else (1, 144)
+    blocks = shape.max_seq_len // PAGE
+    size = (blocks + 1, heads, PAGE, width) if is_paged else (1, heads, shape.max_seq_len, width)
+    keys, values = (torch.full((shape.num_layers, *size), torch.nan, dtype=torch.bfloat16) for _ in range(2))
+    table = torch.arange(blocks, 0, -1, dtype=torch.int32) if is_paged else None
+    return HostKernel(family, weights, keys, values if shape.latent is None else keys, folder, table), weights
+
+
+def worst_cosine(shape: DecoderShape, kernel: HostKernel, weights: object, num_tokens: int, slow: int = -1) -> float:
+    """Of a text's logits, token after token, with those of the whole text."""
+    ids = torch.randint(0, shape.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(1))
+    wanted = logits(shape, weights, ids)
+    found = [kernel(int(token), position, seed=position, slow=slow) for position, token in enumerate(ids)]
+    return float(torch.nn.functional.cosine_similarity(torch.stack(found), wanted, dim=1).min())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_it_computes_the_decoder(name: str, tmp_path: Path) -> None:
+    kernel, weights = kernel_of(SHAPES[name], tmp_path, is_fp8=False, is_paged=True)
+    tokens = 4 if "dense" in name else 16  # latent attention reads 14 at a time
+    assert worst_cosine(SHAPES[name], kernel, weights, tokens) > 0.9995
+
+
+@pytest.mark.parametrize("shape", [DENSE, V2], ids=["dense", "latent"])
+def test_it_computes_in_codes(shape: DecoderShape, tmp_path: Path) -> None:
+    kernel, weights = kernel_of(shape, tmp_path, is_fp8=True, is_paged=False)
+    assert worst_cosine(shape, kernel, weights, 2) > 0.99
+
+
+@pytest.mark.parametrize("shape", [DENSE, V2], ids=["dense", "latent"])
+def test_a_slow_block_changes_nothing(shape: DecoderShape, tmp_path: Path) -> None:
+    """A block without work in a phase goes ahead of the others; nobody may take it for the slow one."""
+    kernel, _ = kernel_of(shape, tmp_path, is_fp8=False, is_paged=False)
+    kernel(5, 0)
+    wanted = kernel(7, 1)
+    for slow in range(BLOCKS):
+        assert torch.equal(kernel(7, 1, seed=slow, slow=slow), wanted), slow
