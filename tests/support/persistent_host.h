@@ -53,7 +53,6 @@ struct Copy {
 
 struct Block {
     int index;
-    std::vector<u8> room;
     u8* memory;
     Gate all, consumers;
     std::vector<Warp> warps;
@@ -127,6 +126,15 @@ struct Barrier {
 };
 static_assert(sizeof(Barrier) == 8, "as a u64");
 
+// `size` bytes behind which nothing may be touched.
+static u8* guarded(size_t size, size_t& all) {
+    const size_t page = 4096;
+    all = (size + page - 1) / page * page + page;
+    u8* room = (u8*)mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    mprotect(room + all - page, page, PROT_NONE);
+    return room + (all - page - size) / 128 * 128;
+}
+
 // Run the grid to its end. slow: a block that gets a turn seldom, or -1. Returns 0, or 1 if it doesn't end.
 static int run_grid(int blocks, int threads, int shared_bytes, u32 seed, int slow, void (*kernel)()) {
     std::mt19937 random(seed);
@@ -134,11 +142,12 @@ static int run_grid(int blocks, int threads, int shared_bytes, u32 seed, int slo
     std::vector<Thread> all(blocks * threads);
     const size_t size = (size_t)STACK * all.size();
     u8* stacks = (u8*)mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    size_t room = 0;
     body = kernel;
     for (int i = 0; i < blocks; ++i) {
         grid[i].index = i;
-        grid[i].room.assign(shared_bytes + 128, 0xff);  // no numbers, until something is stored
-        grid[i].memory = (u8*)(((uintptr_t)grid[i].room.data() + 127) / 128 * 128);
+        grid[i].memory = guarded(shared_bytes, room);
+        memset(grid[i].memory, 0xff, shared_bytes);  // no numbers, until something is stored
         grid[i].warps.resize(threads / 32);
     }
     for (size_t i = 0; i < all.size(); ++i) {
@@ -171,6 +180,7 @@ static int run_grid(int blocks, int threads, int shared_bytes, u32 seed, int slo
         }
     }
     munmap(stacks, size);
+    for (Block& block : grid) munmap((u8*)((uintptr_t)block.memory / 4096 * 4096), room);
     return left != 0;
 }
 
