@@ -54,13 +54,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests on one worker, and all tests of a shared server on one; start with the longest groups."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a file's tests on one worker, and all tests of a shared server on one; start with the longest groups.
+
+    Of the timed tests, those with SmolLM2's server are kept on one worker: beside them run light loads on fakes alone.
+    """
     for item in items:
         if item.get_closest_marker("xdist_group") is not None:
             continue
+        file = item.nodeid.partition("::")[0]
         shared = next((group for fixture, group in SHARED.items() if uses_shared(item, fixture)), None)
-        item.add_marker(pytest.mark.xdist_group(shared or item.nodeid.partition("::")[0]))
+        if config.option.markexpr == "timed":
+            shared = "timed serving" if file.startswith("tests/serving/") else "timed"
+        item.add_marker(pytest.mark.xdist_group(shared or file))
     items.sort(key=rank)
 
 
