@@ -30,6 +30,7 @@ from deepseek_triton.ensemble.server.options import ADMIN_HEADER, ADMIN_KEY
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
 from deepseek_triton.examples.lifecycle.commands import resident_mib
 from deepseek_triton.free_ports import free_ports
+from tests.conftest import end_at_once
 from tests.support.byte_models import write_byte_model
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -160,6 +161,7 @@ def test_a_name_moves_to_its_candidate_and_back_under_load(directory: Path) -> N
             assert after < before * 1.2  # MiB: the old model's memory is the system's again
             assert min(moved["r1"], moved["r1-v2"]) >= 10 and load.models["r1"] > moved["r1"]
             assert server.exit_status is None
+            end_at_once(server)
         finally:
             gateway.terminate()
             gateway.wait(30)

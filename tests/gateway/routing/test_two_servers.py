@@ -21,7 +21,7 @@ from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
 from deepseek_triton.gateway.backend import addresses
-from tests.conftest import NAME
+from tests.conftest import NAME, end_at_once
 from tests.support.byte_models import write_byte_model
 from tests.support.gateway import gateway
 from tests.support.waiting import until
@@ -48,7 +48,10 @@ def pair(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """Two servers of the same model, which a test may end and start again."""
     folder = tmp_path_factory.mktemp("pair")
     with contextlib.ExitStack() as stack:
-        yield tuple(stack.enter_context(_server(repository, folder / f"{name}.log")) for name in "ab")
+        servers = tuple(stack.enter_context(_server(repository, folder / f"{name}.log")) for name in "ab")
+        yield servers
+        for server in servers:
+            end_at_once(server)
 
 
 def _server(repository: Path, log: Path) -> TritonServer:
@@ -179,6 +182,7 @@ def test_a_rolling_upgrade_behind_one_name_loses_no_request(
                 old.stop()  # SIGTERM
                 wait_for_answers(url, new)
                 load.end()
+                end_at_once(new)
     assert set(load.outcomes) == {"answered"}, load.outcomes
 
 
