@@ -57,7 +57,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep a file's tests on one worker, and all tests of a shared server on one; start with the longest groups.
 
-    Of the timed tests, those with SmolLM2's server are kept on one worker: beside them run light loads on fakes alone.
+    Of the timed tests, those of servers are kept on one worker: beside them run light loads on fakes.
     """
     for item in items:
         if item.get_closest_marker("xdist_group") is not None:
@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         file = item.nodeid.partition("::")[0]
         shared = next((group for fixture, group in SHARED.items() if uses_shared(item, fixture)), None)
         if config.option.markexpr == "timed":
-            shared = "timed serving" if file.startswith("tests/serving/") else "timed"
+            shared = "timed loads" if file.startswith("tests/loadtest/") else "timed"
         item.add_marker(pytest.mark.xdist_group(shared or file))
     items.sort(key=rank)
 
