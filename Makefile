@@ -39,13 +39,12 @@ lifecycle: $(VENV)/installed-train  ## learn facts, gate, promote under load, ro
 example-image: $(VENV)/installed-image  ## examples/image_report: an image in, a report out; OPTIONS=--page opens its page
 	$(BIN)/python -m scripts.example_image $(OPTIONS)
 
-# Some tests of a real server measure how soon it reacts. They wait most of the time: of two workers, one has these, the
-# other load tests of fakes, which take a tenth of a core (tests/conftest.py).
+# Some tests of a real server measure how soon it reacts: nothing else runs beside them.
 # A busy machine can make a test beside others fail that is right: a few that failed run once more, alone. Exit status 1 says
 # that there are no more than a few, and no error outside of a test (tests/conftest.py).
 test: $(VENV)/installed-test  ## the whole suite
 	$(PYTEST) $(PARALLEL) -n 4 -m 'not timed' --cache-clear || { [ $$? = 1 ] && $(AGAIN) -m 'not timed'; }
-	$(PYTEST) $(PARALLEL) -n 2 -m timed --cache-clear $(TIMED) || { [ $$? = 1 ] && $(AGAIN) -m timed $(TIMED); }
+	$(PYTEST) -m timed --cache-clear $(TIMED) || { [ $$? = 1 ] && $(AGAIN) -m timed $(TIMED); }
 
 test-fast: $(VENV)/installed-test  ## what needs no server and doesn't take long
 	$(PYTEST) $(PARALLEL) -n 2 -m 'not server and not slow' $(addprefix --ignore=,$(LONG))

@@ -54,19 +54,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups in the same hook
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep a file's tests on one worker, and all tests of a shared server on one; start with the longest groups.
-
-    Of the timed tests, those of servers are kept on one worker: beside them run light loads on fakes.
-    """
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests on one worker, and all tests of a shared server on one; start with the longest groups."""
     for item in items:
         if item.get_closest_marker("xdist_group") is not None:
             continue
-        file = item.nodeid.partition("::")[0]
         shared = next((group for fixture, group in SHARED.items() if uses_shared(item, fixture)), None)
-        if config.option.markexpr == "timed":
-            shared = "timed loads" if file.startswith("tests/loadtest/") else "timed"
-        item.add_marker(pytest.mark.xdist_group(shared or file))
+        item.add_marker(pytest.mark.xdist_group(shared or item.nodeid.partition("::")[0]))
     items.sort(key=rank)
 
 
