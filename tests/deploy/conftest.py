@@ -34,6 +34,7 @@ from deploy.prometheus_api import Prometheus
 from tests.conftest import NAME
 
 ROUTE = "routed"  # a name that the model answers by a route
+PAUSE_S = 0.3  # of the gateway's client between its rounds: enough for each panel, and the load test isn't slowed
 GPU = (Path(__file__).parent / "gpu_exposition.txt").read_text(encoding="utf-8")
 
 
@@ -139,6 +140,7 @@ def ask_the_gateway(gateway: Gateway, is_over: Callable[[], bool]) -> None:
             assert client.post("/v1/completions", json=body | {"model": "absent"}).status_code == 404
             if is_over():
                 return
+            time.sleep(PAUSE_S)
 
 
 @pytest.fixture(scope="package")

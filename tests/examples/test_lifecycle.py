@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -12,12 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_triton.builders.checkpoint.reader import open_checkpoint
 from deepseek_triton.examples.lifecycle.facts import FACTS, LIMITS, write_data
 from deepseek_triton.examples.lifecycle.load import AskedAnswer, Load, figures
-from tests.conftest import TINY_SMOLLM2
-from tests.support.checkpoints import random_tensors, write_tiny
-from tests.support.real_tokenizers import smollm2_directory
+from tests.support.byte_models import write_byte_model
 
 
 def test_every_fact_is_in_its_lines_and_the_checks_ask_in_other_words(tmp_path: Path) -> None:
@@ -66,9 +62,7 @@ def test_the_loop_that_is_killed_in_the_middle_goes_on(tmp_path: Path) -> None:
     if find_spec("pytriton") is None:
         pytest.skip("no tritonserver: pip install --no-deps nvidia-pytriton==0.7.0")
     checkpoint, folder, limits = tmp_path / "base", tmp_path / "loop", tmp_path / "limits.json"
-    tensors = random_tensors(open_checkpoint(write_tiny(checkpoint, **TINY_SMOLLM2)).spec)
-    write_tiny(checkpoint, {name: array * 0.1 for name, array in tensors.items()}, **TINY_SMOLLM2)
-    shutil.copytree(smollm2_directory(), checkpoint, dirs_exist_ok=True)
+    write_byte_model(checkpoint, scale=0.1)
     limits.write_text('{"old_data": {"max_loss_increase": 1}, "new_data": {"min_loss_decrease": 0.01}}', "utf-8")
     command = [
         sys.executable, "-c", LOOP, f"--folder={folder}", f"--checkpoint={checkpoint}",

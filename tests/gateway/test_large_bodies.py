@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -29,13 +28,14 @@ LARGE: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 
 
-@pytest.fixture
-def _frozen() -> Iterator[None]:
-    """The garbage collector knows what is loaded, as in a gateway's own process."""
+@pytest.fixture(scope="module")
+def _frozen() -> None:
+    """The garbage collector knows what is loaded, as in a gateway's own process.
+
+    It stays so: otherwise it would look at all that is loaded again and again, in the tests that follow too.
+    """
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.slow

@@ -27,9 +27,10 @@ else:
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("gateway thinker")]
 
 HI: Any = [{"role": "user", "content": "Hello"}]
-# Of `/v1/messages`: an answer that ends late.
+# Of `/v1/messages`: an answer that ends late. No thought comes before it, for the schema doesn't bind that one.
 LONG: Any = {
-    "output_config": {"format": {"type": "json_schema", "schema": {"type": "string", "minLength": MAX_SEQ_LEN - 148}}}
+    "thinking": {"type": "disabled"},
+    "output_config": {"format": {"type": "json_schema", "schema": {"type": "string", "minLength": MAX_SEQ_LEN - 148}}},
 }
 LEFT_S = 1.0 + PUBLISH_S  # a second, and the interval in which the server publishes its slots
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -182,6 +184,7 @@ def make_image(stage: Stage, root: Path, **arguments: str) -> Image:
     python = make_environment(root / "python")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | PIP_SETTINGS
     environment["PATH"] = f"{python.parent}{os.pathsep}{environment['PATH']}"
+    environment["CC"] = "false"  # the bases of these stages have no compiler; `kernels` installs one
     directory = root
     for name, value in stage.instructions:
         if name == "ENV":
@@ -194,8 +197,10 @@ def make_image(stage: Stage, root: Path, **arguments: str) -> Image:
         elif name == "COPY":
             *sources, target = value.split()
             if sources[0].startswith("--from="):
-                made = compiled(STAGES[sources[0].removeprefix("--from=")], root / "compiler")
-                shutil.copytree(made, target.replace("$PACKAGES", environment["PACKAGES"]), dirs_exist_ok=True)
+                folder = Path(target.replace("$PACKAGES", environment["PACKAGES"]))
+                folder.mkdir(parents=True, exist_ok=True)
+                for name, data in compiled(STAGES[sources[0].removeprefix("--from=")]).items():
+                    (folder / name).write_bytes(data)
                 continue
             for source in sources:
                 for file in context_files(source):
@@ -211,15 +216,19 @@ def make_image(stage: Stage, root: Path, **arguments: str) -> Image:
     return Image(root, environment)
 
 
-def compiled(stage: Stage, directory: Path) -> Path:
-    """The directory into which a stage has compiled what it copied."""
+@functools.cache  # as an engine does for a stage that two others copy from
+def compiled(stage: Stage) -> dict[str, bytes]:
+    """The files that a stage has compiled of what it copied."""
     (source,) = (value.split()[0] for value in stage.all("COPY"))
-    shutil.copytree(ROOT / source, directory / "source", ignore=shutil.ignore_patterns("*.so"))
     (command,) = (value for value in stage.all("RUN") if "gcc -std" in value)
-    command = command.replace("/compiled", str(directory / "compiled"))
-    subprocess.run(["sh", "-ec", command], cwd=directory / "source", check=True)
-    assert [path.name for path in (directory / "compiled").iterdir()] == ["_blocks.abi3.so"]
-    return directory / "compiled"
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        shutil.copytree(ROOT / source, directory / "source", ignore=shutil.ignore_patterns("*.so"))
+        command = command.replace("/compiled", str(directory / "compiled"))
+        subprocess.run(["sh", "-ec", command], cwd=directory / "source", check=True)
+        files = {path.name: path.read_bytes() for path in (directory / "compiled").iterdir()}
+    assert list(files) == ["_blocks.abi3.so"]
+    return files
 
 
 @pytest.fixture(scope="module")

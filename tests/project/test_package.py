@@ -105,7 +105,10 @@ def test_the_wheel_has_every_file_of_the_package_and_no_other(wheel: Path) -> No
 
 def test_without_a_compiler_the_package_is_installed_all_the_same(dist: Path, tmp_path: Path) -> None:
     (source,) = dist.glob("*.tar.gz")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
+    if uv := shutil.which("uv", path=str(Path(sys.executable).parent)):  # the same build, in a third of pip's time
+        command = [uv, "build", "-q", "--wheel", "--out-dir", str(tmp_path), str(source)]
+    else:
+        command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
     done = subprocess.run(command, env={**os.environ, "CC": "false"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")

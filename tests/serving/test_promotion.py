@@ -30,9 +30,8 @@ from deepseek_triton.ensemble.server.options import ADMIN_HEADER, ADMIN_KEY
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
 from deepseek_triton.examples.lifecycle.commands import resident_mib
 from deepseek_triton.free_ports import free_ports
-from tests.conftest import TINY_SMOLLM2
-from tests.support.checkpoints import random_tensors, write_tiny
-from tests.support.real_tokenizers import smollm2_directory
+from tests.conftest import end_at_once
+from tests.support.byte_models import write_byte_model
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 NUM_CALLERS = 6
@@ -45,9 +44,7 @@ CLI = [sys.executable, "-m", "deepseek_triton.builders.cli"]
 def directory(tmp_path: Path) -> Iterator[Path]:
     """A checkpoint, a candidate with other weights, and a repository with r1 built from the checkpoint."""
     for name, seed in (("checkpoint", 0), ("candidate", 1)):
-        checkpoint = write_tiny(tmp_path / name, **TINY_SMOLLM2)
-        write_tiny(checkpoint, random_tensors(open_checkpoint(checkpoint).spec, seed), **TINY_SMOLLM2)
-        shutil.copytree(smollm2_directory(), checkpoint, dirs_exist_ok=True)
+        write_byte_model(tmp_path / name, seed)
     words = ["--name=r1", f"--repository={tmp_path / 'models'}", "--max-seq-len=256", "--max-num-batched-tokens=32"]
     assert deepseek_triton(["build", str(tmp_path / "checkpoint"), *words, "--quiet"]) == 0
     yield tmp_path
@@ -164,6 +161,7 @@ def test_a_name_moves_to_its_candidate_and_back_under_load(directory: Path) -> N
             assert after < before * 1.2  # MiB: the old model's memory is the system's again
             assert min(moved["r1"], moved["r1-v2"]) >= 10 and load.models["r1"] > moved["r1"]
             assert server.exit_status is None
+            end_at_once(server)
         finally:
             gateway.terminate()
             gateway.wait(30)

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -203,13 +204,18 @@ def test_priorities_and_limits_are_checked(client: GrpcClient) -> None:
         client.generate(GenerateRequest(prompt="a", thinking_token_budget=5))
 
 
-def test_a_waiting_request_expires_in_the_queue(server: TritonServer, client: GrpcClient) -> None:
+def test_a_waiting_request_expires_in_the_queue(client: GrpcClient) -> None:
+    begun = threading.Semaphore(0)
+
     def fill(n: int) -> str:
-        return client.generate(GenerateRequest(prompt=f"{n} 2 3 4 5 6 7", max_tokens=24)).finish_reason
+        chunks = client.stream(GenerateRequest(prompt=f"{n} 2 3 4 5 6 7", max_tokens=24))
+        first = next(chunks)
+        begun.release()
+        return [first, *chunks][-1].finish_reason
 
     with ThreadPoolExecutor(8) as pool:
         busy = [pool.submit(fill, n) for n in range(8)]
-        wait_until(server, 10, slots_used=8)
+        assert all(begun.acquire(timeout=TIMEOUT_S) for _ in busy)  # every slot is at work
         with pytest.raises(RequestRejected, match="waiting for a slot"):
             client.generate(GenerateRequest(prompt="late", queue_timeout_ms=200))
         assert {future.result() for future in busy} <= {"length", "stop"}
@@ -254,6 +260,7 @@ def long_repository(tmp_path: Path) -> Path:
 # The command with shorter waits before it starts the server again: they grow, since no server here lives for long.
 SERVE = """
 import sys
+import threading
 from deepseek_triton.ensemble.server import backoff
 backoff.FIRST_S = 0.1
 from deepseek_triton.builders.cli import main

@@ -25,9 +25,19 @@ from tests.support.tuning import tiny_checkpoint
 ROUNDS = 5
 ROOT = Path(__file__).parents[3]
 # The command with one parameter to tune, of two values: each point and each measurement of a round takes a server.
+# Clients that pause leave the processor to what they are beside; a second is long enough for an answer all the same.
 TUNE = """
-import sys
+import sys, time
+from deepseek_triton.builders.commands import tuning
 from deepseek_triton.builders.tune import space
+asker = tuning.asker
+def patient(*options):
+    ask = asker(*options)
+    def ask_after_a_pause(client, text):
+        time.sleep(0.1)
+        return ask(client, text)
+    return ask_after_a_pause
+tuning.asker = patient
 space.GENERATING = tuple(one for one in space.GENERATING if one.name == "max_num_batched_tokens")
 from deepseek_triton.builders.cli import main
 sys.exit(main())
@@ -57,7 +67,7 @@ def arguments(repository: Path) -> list[str]:
     return [
         sys.executable, "-c", TUNE, "tune", "g", "--repository", str(repository),
         "--p99-ms", "5000",
-        "--seconds", "0.5", "--rounds", str(ROUNDS), "--clients", "2", "--max-tokens", "4", "--texts", str(texts),
+        "--seconds", "1", "--rounds", str(ROUNDS), "--clients", "2", "--max-tokens", "4", "--texts", str(texts),
         "--budget-s", "900", "--output", str(repository.parent / "out"),
     ]  # fmt: skip
 

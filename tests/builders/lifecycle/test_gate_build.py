@@ -26,9 +26,7 @@ from tests.builders.lifecycle.test_gate import limits_file
 from tests.builders.lifecycle.test_learn import write_lines
 from tests.builders.lifecycle.test_promote import FakeControl, FakeGateway, quick, serving
 from tests.builders.lifecycle.test_promote_killed import CLI
-from tests.conftest import TINY_SMOLLM2
-from tests.support.checkpoints import random_tensors, write_tiny
-from tests.support.real_tokenizers import smollm2_directory
+from tests.support.byte_models import write_byte_model
 
 pytestmark = pytest.mark.slow  # all stand on builds, and measure them
 __all__ = ["quick"]  # a fixture of all tests here: promotions look at once
@@ -46,9 +44,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """models: a repository with r1, in int8. base, candidate: checkpoints. new.jsonl and old.jsonl: data."""
     directory = tmp_path_factory.mktemp("gate")
     for name, seed in (("base", 0), ("candidate", 1)):
-        spec = open_checkpoint(write_tiny(directory / name, **TINY_SMOLLM2)).spec
-        write_tiny(directory / name, random_tensors(spec, seed), **TINY_SMOLLM2)
-        shutil.copytree(smollm2_directory(), directory / name, dirs_exist_ok=True)
+        write_byte_model(directory / name, seed, scale=0.3)
     options = ["--precision=int8", "--max-seq-len=64", "--max-num-seqs=4", "--max-num-batched-tokens=8", "-q"]
     words = ["build", str(directory / "base"), "--name=r1", f"--repository={directory / 'models'}", *options]
     assert cli.main(words) == 0

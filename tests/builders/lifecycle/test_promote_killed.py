@@ -22,9 +22,7 @@ from deepseek_triton.builders.lifecycle.gate.report import LimitVerdict, Report
 from deepseek_triton.builders.lifecycle.promotion.route import arms_of, write_route
 from deepseek_triton.builders.lifecycle.promotion.state import PROMOTED, RUNNING, Promotion, PromotionFile
 from tests.builders.lifecycle.test_promote import FakeGateway, serving
-from tests.conftest import TINY_SMOLLM2
-from tests.support.checkpoints import random_tensors, write_tiny
-from tests.support.real_tokenizers import smollm2_directory
+from tests.support.byte_models import write_byte_model
 
 HALT_S = 30.0  # in which a caller of a halting server is killed
 CLI = [sys.executable, "-c", "import sys; from deepseek_triton.builders.cli import main; sys.exit(main())"]
@@ -94,9 +92,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """models: a repository with r1. candidate: other weights, and report: the gate's, which let them pass."""
     directory = tmp_path_factory.mktemp("promote")
     for name, seed in (("base", 0), ("candidate", 1)):
-        spec = open_checkpoint(write_tiny(directory / name, **TINY_SMOLLM2)).spec
-        write_tiny(directory / name, random_tensors(spec, seed), **TINY_SMOLLM2)
-        shutil.copytree(smollm2_directory(), directory / name, dirs_exist_ok=True)
+        write_byte_model(directory / name, seed)
     repository = str(directory / "models")
     assert deepseek_triton(["build", str(directory / "base"), "--name=r1", f"--repository={repository}", "-q"]) == 0
     sha256 = digest_of(open_checkpoint(directory / "candidate"))

@@ -17,9 +17,12 @@ from typing import Any
 import httpx
 import pytest
 
+from deepseek_triton.builders.repository.build import build
+from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.ensemble.server.tritonserver import TritonServer
 from deepseek_triton.gateway.backend import addresses
-from tests.conftest import NAME
+from tests.conftest import NAME, end_at_once
+from tests.support.byte_models import write_byte_model
 from tests.support.gateway import gateway
 from tests.support.waiting import until
 
@@ -32,11 +35,23 @@ PAUSE_S = 0.4  # of a client between its requests: enough for load, and a server
 
 
 @pytest.fixture(scope="module")
-def pair(tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TritonServer, ...]]:
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of bytes."""
+    folder = tmp_path_factory.mktemp("bytes")
+    checkpoint = write_byte_model(folder / "checkpoint")
+    build(BuildOptions(checkpoint, NAME, folder / "models", max_seq_len=128))
+    return folder / "models"
+
+
+@pytest.fixture(scope="module")
+def pair(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TritonServer, ...]]:
     """Two servers of the same model, which a test may end and start again."""
     folder = tmp_path_factory.mktemp("pair")
     with contextlib.ExitStack() as stack:
-        yield tuple(stack.enter_context(_server(tiny_repository, folder / f"{name}.log")) for name in "ab")
+        servers = tuple(stack.enter_context(_server(repository, folder / f"{name}.log")) for name in "ab")
+        yield servers
+        for server in servers:
+            end_at_once(server)
 
 
 def _server(repository: Path, log: Path) -> TritonServer:
@@ -140,7 +155,7 @@ def test_a_drained_upgrade_loses_no_request(pair: tuple[TritonServer, ...], tmp_
 
 
 def test_a_rolling_upgrade_behind_one_name_loses_no_request(
-    tiny_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on Kubernetes: the new pod is ready, the old one's address leaves DNS, it runs empty, and SIGTERM comes."""
     there = ["127.0.0.1"]
@@ -149,14 +164,14 @@ def test_a_rolling_upgrade_behind_one_name_loses_no_request(
         return list(there)
 
     monkeypatch.setattr(addresses, "resolve", resolve)
-    old = _server(tiny_repository, tmp_path / "old.log")
+    old = _server(repository, tmp_path / "old.log")
     with old:
         port = int(old.grpc_url.rpartition(":")[2])
         settings: dict[str, Any] = {"backend_urls": (f"dns:r1-triton:{port}",), "models": (NAME,)}
         with gateway(**settings, probe_interval_s=0.2) as url, under_load(url) as load:
             wait_for_answers(url, old)
             new = TritonServer(
-                tiny_repository, host="127.0.0.2", http_port=0, grpc_port=port, metrics_port=0,
+                repository, host="127.0.0.2", http_port=0, grpc_port=port, metrics_port=0,
                 log_file=tmp_path / "new.log",
             )  # fmt: skip
             with new:
@@ -167,6 +182,7 @@ def test_a_rolling_upgrade_behind_one_name_loses_no_request(
                 old.stop()  # SIGTERM
                 wait_for_answers(url, new)
                 load.end()
+                end_at_once(new)
     assert set(load.outcomes) == {"answered"}, load.outcomes
 
 
