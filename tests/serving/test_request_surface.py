@@ -260,7 +260,6 @@ def long_repository(tmp_path: Path) -> Path:
 # The command with shorter waits before it starts the server again: they grow, since no server here lives for long.
 SERVE = """
 import sys
-import threading
 from deepseek_triton.ensemble.server import backoff
 backoff.FIRST_S = 0.1
 from deepseek_triton.builders.cli import main

@@ -162,7 +162,7 @@ static int run_grid(int blocks, int threads, int shared_bytes, u32 seed, int slo
         const int first = random() % blocks;
         for (int i = 0; i < blocks; ++i) {
             Block& block = grid[(first + i) % blocks];
-            if (block.index == slow && random() % 40) continue;
+            if (block.index == slow && random() % 12) continue;
             for (int copies = block.copies.size() / 2 + random() % 2; copies > 0 && !block.copies.empty(); --copies) {
                 const Copy copy = block.copies.front();
                 block.copies.pop_front();

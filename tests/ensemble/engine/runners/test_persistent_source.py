@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from functools import cache
 
 import pytest
 import torch
@@ -17,9 +18,12 @@ from deepseek_triton.ensemble.engine.runners.cuda.persistent.latent import Laten
 from tests.support.persistent_host import COMPILER, HostKernel
 from tests.support.plain_decoder import logits, random_weights
 
-pytestmark = pytest.mark.skipif(
-    COMPILER is None or platform.machine() != "x86_64", reason="needs a C++ compiler for x86-64"
-)
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None or platform.machine() != "x86_64", reason="needs a C++ compiler for x86-64"),
+    pytest.mark.slow,
+    pytest.mark.xdist_group("persistent kernels"),
+]
+KernelOf = Callable[..., tuple[HostKernel, object]]
 BLOCKS, LIMIT = 3, 232448
 PAGE = 64
 DENSE = DecoderShape(
@@ -45,17 +49,25 @@ SHAPES = {
 }
 
 
-def kernel_of(shape: DecoderShape, folder: Path, *, is_fp8: bool, is_paged: bool) -> tuple[HostKernel, object]:
-    kind: type[Family] = DenseFamily if shape.latent is None else LatentFamily
-    family = kind(shape, is_fp8, BLOCKS, LIMIT)
-    assert family.reason_against(1) is None
-    weights = random_weights(shape, is_fp8=is_fp8, has_bias=True)
-    heads, width = (shape.num_kv_heads, shape.head_dim) if shape.latent is None else (1, 144)
-    blocks = shape.max_seq_len // PAGE
-    size = (blocks + 1, heads, PAGE, width) if is_paged else (1, heads, shape.max_seq_len, width)
-    keys, values = (torch.full((shape.num_layers, *size), torch.nan, dtype=torch.bfloat16) for _ in range(2))
-    table = torch.arange(blocks, 0, -1, dtype=torch.int32) if is_paged else None
-    return HostKernel(family, weights, keys, values if shape.latent is None else keys, folder, table), weights
+@pytest.fixture(scope="module")
+def kernel_of(tmp_path_factory: pytest.TempPathFactory) -> KernelOf:
+    """Kernels by shape, compiled once, and their weights; in bfloat16 with blocks, in codes with slots."""
+
+    @cache
+    def make(shape: DecoderShape, is_fp8: bool = False) -> tuple[HostKernel, object]:
+        kind: type[Family] = DenseFamily if shape.latent is None else LatentFamily
+        family = kind(shape, is_fp8, BLOCKS, LIMIT)
+        assert family.reason_against(1) is None
+        weights = random_weights(shape, is_fp8=is_fp8, has_bias=True)
+        heads, width = (shape.num_kv_heads, shape.head_dim) if shape.latent is None else (1, 144)
+        blocks = shape.max_seq_len // PAGE
+        size = (1, heads, shape.max_seq_len, width) if is_fp8 else (blocks + 1, heads, PAGE, width)
+        keys, values = (torch.full((shape.num_layers, *size), torch.nan, dtype=torch.bfloat16) for _ in range(2))
+        table = None if is_fp8 else torch.arange(blocks, 0, -1, dtype=torch.int32)
+        folder = tmp_path_factory.mktemp("kernel")
+        return HostKernel(family, weights, keys, values if shape.latent is None else keys, folder, table), weights
+
+    return make
 
 
 def worst_cosine(shape: DecoderShape, kernel: HostKernel, weights: object, num_tokens: int, slow: int = -1) -> float:
@@ -67,22 +79,22 @@ def worst_cosine(shape: DecoderShape, kernel: HostKernel, weights: object, num_t
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_it_computes_the_decoder(name: str, tmp_path: Path) -> None:
-    kernel, weights = kernel_of(SHAPES[name], tmp_path, is_fp8=False, is_paged=True)
-    tokens = 4 if "dense" in name else 16  # latent attention reads 14 at a time
+def test_it_computes_the_decoder(name: str, kernel_of: KernelOf) -> None:
+    kernel, weights = kernel_of(SHAPES[name])
+    tokens = 4 if "dense" in name else 15  # latent attention reads 14 at a time
     assert worst_cosine(SHAPES[name], kernel, weights, tokens) > 0.9995
 
 
 @pytest.mark.parametrize("shape", [DENSE, V2], ids=["dense", "latent"])
-def test_it_computes_in_codes(shape: DecoderShape, tmp_path: Path) -> None:
-    kernel, weights = kernel_of(shape, tmp_path, is_fp8=True, is_paged=False)
+def test_it_computes_in_codes(shape: DecoderShape, kernel_of: KernelOf) -> None:
+    kernel, weights = kernel_of(shape, is_fp8=True)
     assert worst_cosine(shape, kernel, weights, 2) > 0.99
 
 
 @pytest.mark.parametrize("shape", [DENSE, V2], ids=["dense", "latent"])
-def test_a_slow_block_changes_nothing(shape: DecoderShape, tmp_path: Path) -> None:
+def test_a_slow_block_changes_nothing(shape: DecoderShape, kernel_of: KernelOf) -> None:
     """A block without work in a phase goes ahead of the others; nobody may take it for the slow one."""
-    kernel, _ = kernel_of(shape, tmp_path, is_fp8=False, is_paged=False)
+    kernel, _ = kernel_of(shape)
     kernel(5, 0)
     wanted = kernel(7, 1)
     for slow in range(BLOCKS):
