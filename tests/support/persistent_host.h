@@ -95,6 +95,10 @@ switch_stacks:
     ret
 )");
 
+// The GPU traps where `size` bytes aren't at a multiple of it; an x86-64 CPU doesn't.
+static bool is_misaligned = false;
+static void check_alignment(const void* p, int size) { is_misaligned |= (uintptr_t)p % size != 0; }
+
 static void yield() { switch_stacks(&me->stack_pointer, scheduler); }
 
 inline void Gate::pass(int count) {
@@ -135,7 +139,8 @@ static u8* guarded(size_t size, size_t& all) {
     return room + (all - page - size) / 128 * 128;
 }
 
-// Run the grid to its end. slow: a block that gets a turn seldom, or -1. Returns 0, or 1 if it doesn't end.
+// Run the grid to its end. slow: a block that gets a turn seldom, or -1. Returns 0; 1: it doesn't end; 2: it
+// accesses something misaligned.
 static int run_grid(int blocks, int threads, int shared_bytes, u32 seed, int slow, void (*kernel)()) {
     std::mt19937 random(seed);
     std::vector<Block> grid(blocks);
@@ -181,7 +186,7 @@ static int run_grid(int blocks, int threads, int shared_bytes, u32 seed, int slo
     }
     munmap(stacks, size);
     for (Block& block : grid) munmap((u8*)((uintptr_t)block.memory / 4096 * 4096), room);
-    return left != 0;
+    return left ? 1 : is_misaligned ? 2 : 0;
 }
 
 struct Index { int x; };
@@ -274,16 +279,17 @@ inline void wait(u64* barrier, u32 parity) {
 }
 
 inline void copy_bulk(void* target, const void* source, u32 bytes, u64* barrier, u64) {
+    for (const void* p : {(const void*)target, source, (const void*)(uintptr_t)bytes}) check_alignment(p, 16);
     me->block->copies.push_back({target, source, bytes, barrier});
 }
 
 inline void take_registers() {}
 inline void give_registers() {}
 inline void sync_consumers() { me->block->consumers.pass(32 * WARPS); }
-inline float4 load4(const float* p) { return *(const float4*)p; }
+inline float4 load4(const float* p) { check_alignment(p, 16); return *(const float4*)p; }
 inline float load1(const float* p) { return *p; }
 inline u32 load1(const u32* p) { return *p; }
-inline uint4 load16(const u16* p) { return *(const uint4*)p; }
+inline uint4 load16(const u16* p) { check_alignment(p, 16); return *(const uint4*)p; }
 
 inline void wait_for_count(const u32* counter, u32 count) {
     while (*counter < count) yield();
@@ -353,6 +359,7 @@ inline void multiply_bf16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0,
 
 template <int COUNT>
 void load_matrices(u32 (&r)[COUNT], u32 address, bool is_transposed) {
+    check_alignment(memory + address, 16);
     const Given given = give(address);
     const int lane = me->lane();
     for (int i = 0; i < COUNT; ++i) {

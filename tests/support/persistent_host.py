@@ -80,5 +80,6 @@ class HostKernel:
         ids, last, where = (torch.tensor([value]) for value in (token, 0, position))
         tensors = [ids, last, where, *self._fixed]
         pointers = (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
-        assert self._run(pointers, seed, slow) == 0, "the threads wait for each other"
+        reasons = "", "the threads wait for each other", "something is misaligned"
+        assert not (code := self._run(pointers, seed, slow)), reasons[code]
         return self._logits.clone()

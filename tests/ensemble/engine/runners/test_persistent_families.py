@@ -48,8 +48,8 @@ LITE = replace(
 )  # fmt: skip
 LATENT_SHAPES = {
     "fewer heads than a product's rows": SMALL_LATENT,
-    "more experts than blocks, no shared ones, all layers alike": replace(
-        SMALL_LATENT, experts=replace(EXPERTS, num_experts=160, num_shared_experts=0, first_dense_layers=0)
+    "an odd number of experts, more than blocks, no shared ones": replace(
+        SMALL_LATENT, experts=replace(EXPERTS, num_experts=161, num_shared_experts=0, first_dense_layers=0)
     ),
     "sigmoid, a bias for the choice, normalised": replace(
         SMALL_LATENT,
@@ -106,6 +106,7 @@ def test_a_block_has_room_for_latents_and_experts(name: str, is_fp8: bool) -> No
         (replace(SMALL_LATENT, experts=replace(EXPERTS, intermediate_size=72)), 1, "experts of width 72"),
         (replace(SMALL_LATENT, experts=replace(EXPERTS, intermediate_size=8192)), 1, "experts of width 8192"),
         (replace(SMALL_LATENT, hidden_size=7168), 1, "hidden_size 7168"),
+        (replace(SMALL_LATENT, experts=replace(EXPERTS, num_shared_experts=33)), 1, "33 experts of a token"),
     ],
 )
 def test_what_it_does_not_take_has_a_reason(shape: DecoderShape, num_ranks: int, reason: str) -> None:

@@ -43,8 +43,8 @@ SHAPES = {
     "dense": DENSE,
     "dense, normed q and k, rows of several stages": replace(DENSE, qk_norm=True, intermediate_size=4608, num_layers=1),
     "latent and experts": V2,
-    "sigmoid, a bias for the choice, normalised, no shared experts": replace(
-        V2, experts=replace(SIGMOID, num_shared_experts=0, first_dense_layers=0)
+    "an odd number of experts, sigmoid, normalised": replace(
+        V2, experts=replace(SIGMOID, num_experts=7, num_shared_experts=0, first_dense_layers=0)
     ),
 }
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from deepseek_triton.ensemble.engine.runners.cuda.layers import Layer
 
-MAX_SHARED_HEADS, MAX_KV_BLOCK = 16, 32  # as in the source
+HEAD_DIMS, MAX_SHARED_HEADS, MAX_KV_BLOCK = (32, 64, 128, 256), 16, 32  # as in the source
 
 
 class DenseFamily(Family):
@@ -22,14 +22,14 @@ class DenseFamily(Family):
 
     SOURCE: ClassVar[str] = "dense.cu"
 
-    def reason_against(self, num_ranks: int) -> str | None:
+    def own_reason_against(self, num_ranks: int) -> str | None:
         """See `Family`."""
         shape = self.shape
         widths = (shape.hidden_size, shape.q_size, shape.intermediate_size)
         if any(width % 16 for width in widths):
             return f"widths {widths} are not multiples of 16"
-        if shape.head_dim % 32 or 32 * WARPS % (shape.head_dim // 2):
-            return f"head_dim {shape.head_dim} is not 64, 128 or 256"
+        if shape.head_dim not in HEAD_DIMS:
+            return f"head_dim {shape.head_dim} is not 32, 64, 128 or 256"
         if shape.num_heads // shape.num_kv_heads > MAX_SHARED_HEADS or shape.num_kv_heads > self.blocks:
             return f"{shape.num_heads} query heads on {shape.num_kv_heads} key heads"
         return None

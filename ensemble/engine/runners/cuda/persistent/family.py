@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
-from deepseek_triton.ensemble.engine.runners.cuda.persistent.memory import Memory
+from deepseek_triton.ensemble.engine.runners.cuda.persistent.memory import MIN_STAGES, WARPS, Memory
 
 if TYPE_CHECKING:
     import torch
@@ -39,9 +39,19 @@ class Family(ABC):
 
     SOURCE: ClassVar[str]
 
-    @abstractmethod
     def reason_against(self, num_ranks: int) -> str | None:
         """Why the kernel can't run this decoder on so many GPUs; None: it can."""
+        if reason := self.own_reason_against(num_ranks):
+            return reason
+        if self.shape.hidden_size > 32 * WARPS * self.blocks:
+            return f"hidden_size {self.shape.hidden_size} is more than {32 * WARPS * self.blocks}"
+        if self.memory.stages < MIN_STAGES:
+            return "a multiprocessor has too little shared memory"
+        return None
+
+    @abstractmethod
+    def own_reason_against(self, num_ranks: int) -> str | None:
+        """The same, of what only this source asks for."""
 
     @property
     @abstractmethod
@@ -68,7 +78,8 @@ class Family(ABC):
         return {
             "HIDDEN": shape.hidden_size, "VOCAB": vocab, "LAYERS": shape.num_layers, "MAX_SEQ_LEN": extent,
             "PAGE": page, "RANK": rank, "RANKS": num_ranks, "FP8": int(self.is_fp8),
-            "EPS": f"{shape.rms_norm_eps:.9e}f", "BLOCKS": self.blocks, **self.memory.macros, **self.macros,
+            "EPS": f"{shape.rms_norm_eps:.9e}f", "BLOCKS": self.blocks, "WORK_BYTES": self.work_bytes,
+            **self.memory.macros, **self.macros,
         }  # fmt: skip
 
     @abstractmethod

@@ -15,7 +15,7 @@ from deepseek_triton.ensemble.engine.runners.cuda.peer_buffers import PeerBuffer
 from deepseek_triton.ensemble.engine.runners.cuda.persistent.dense import DenseFamily
 from deepseek_triton.ensemble.engine.runners.cuda.persistent.family import INSTRUCTIONS, SOURCES, Family
 from deepseek_triton.ensemble.engine.runners.cuda.persistent.latent import LatentFamily
-from deepseek_triton.ensemble.engine.runners.cuda.persistent.memory import MIN_STAGES, PRODUCER_WARPS, WARPS
+from deepseek_triton.ensemble.engine.runners.cuda.persistent.memory import PRODUCER_WARPS, WARPS
 
 CAPABILITY = (9, 0)
 NAME = "persistent_decode"  # of every source's kernel
@@ -42,13 +42,7 @@ def reason_against(
     family = family_of(shape, is_fp8=all(fp8), blocks=blocks, shared_limit=shared_bytes(device))
     if family is None:
         return f"it knows no {' with '.join(part.NOUN for part in shape.kinds)}"
-    if reason := family.reason_against(num_ranks):
-        return reason
-    if shape.hidden_size > 32 * WARPS * blocks:
-        return f"hidden_size {shape.hidden_size} is more than {32 * WARPS * blocks}"
-    if family.memory.stages < MIN_STAGES:
-        return "a multiprocessor has too little shared memory"
-    return None
+    return family.reason_against(num_ranks)
 
 
 class PersistentDecode:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # As in the source.
 MAX_HEADS, UNIT, ABSORBED, VALUE_ROWS, SHARE_STRIDE = 16, 14, 64, 16, 24
-MAX_EXPERTS_PER_TOKEN = 32
+MAX_EXPERTS = 32  # computed at a time: a lane has one
 MAX_PARTS = 2 * MAX_PAIRS
 
 
@@ -34,7 +34,7 @@ class LatentFamily(Family):
 
     SOURCE: ClassVar[str] = "latent.cu"
 
-    def reason_against(self, num_ranks: int) -> str | None:
+    def own_reason_against(self, num_ranks: int) -> str | None:
         """See `Family`."""
         if num_ranks > 1:
             return "latent attention runs on one GPU there"
@@ -49,7 +49,7 @@ class LatentFamily(Family):
         rank, rope, nope = latent.kv_lora_rank, latent.qk_rope_head_dim, latent.qk_nope_head_dim
         if rank not in (128, 256, 512, 1024) or rope % 16:
             return f"kv_lora_rank {rank} and qk_rope_head_dim {rope}"
-        if nope % WARPS or nope + rope // 2 > 32 * WARPS or latent.v_head_dim % VALUE_ROWS:
+        if nope < WARPS or nope % WARPS or nope + rope // 2 > 32 * WARPS or latent.v_head_dim % VALUE_ROWS:
             return f"qk_nope_head_dim {nope} and v_head_dim {latent.v_head_dim}"
         widths = (shape.hidden_size, shape.intermediate_size, shape.num_heads * latent.v_head_dim)
         if any(width % 16 for width in widths):
@@ -67,8 +67,8 @@ class LatentFamily(Family):
         pairs = -(-most * experts.intermediate_size // (8 * blocks)) * 8
         if experts.intermediate_size % 16 or pairs > MAX_PAIRS or most * down_rows > MAX_PARTS:
             return f"{most} experts of width {experts.intermediate_size}"
-        if experts.num_experts_per_tok > MAX_EXPERTS_PER_TOKEN:
-            return f"{experts.num_experts_per_tok} experts of a token"
+        if most > MAX_EXPERTS:
+            return f"{most} experts of a token"
         if 4 * self.shape.hidden_size > self._stage:
             return f"hidden_size {self.shape.hidden_size}"
         return None
@@ -84,7 +84,7 @@ class LatentFamily(Family):
             self._operand(shape.num_heads * self._latent.v_head_dim),
             operand_bytes(shape.hidden_size, is_fp8=False),
             (MAX_HEADS + 1) * self._entry_stride + MAX_HEADS * (2 * SHARE_STRIDE + 4),
-            4 * rank + 4 * (32 * WARPS * 8 + self.blocks),  # latents of each group of threads, a weight a split
+            4 * rank + 4 * (32 * WARPS * 8 + self.blocks),  # an operand, latents of groups of threads, a weight a split
             4 * rank + 4 * self._latent.qk_nope_head_dim,
         )
         board = 8 + 4 * (2 * experts.num_experts_per_tok + most + WARPS) + 8
@@ -103,7 +103,7 @@ class LatentFamily(Family):
             "ALWAYS": experts.num_shared_experts, "SIGMOID": int(experts.scores == "sigmoid"),
             "NORMALISED": int(experts.is_normalised), "EXPERT_SCALE": f"{experts.scale:.9e}f",
             "INNER_EPS": f"{INNER_NORM_EPS:.9e}f",
-            "SCORE_SCALE": f"{attention.softmax_scale * math.log2(math.e):.9e}f", "WORK_BYTES": self.work_bytes,
+            "SCORE_SCALE": f"{attention.softmax_scale * math.log2(math.e):.9e}f",
         }  # fmt: skip
 
     @property
@@ -115,7 +115,8 @@ class LatentFamily(Family):
             shape.num_heads * (latent.qk_head_dim + latent.v_head_dim) + entry + shape.hidden_size
             + max(shape.intermediate_size, experts.num_experts_per_tok * experts.intermediate_size)
             + max(1, experts.num_shared_experts) * experts.intermediate_size
-            + self.blocks * MAX_HEADS * (latent.kv_lora_rank + 2) + 2 * experts.num_experts + MAX_HEADS * entry // 2
+            + self.blocks * MAX_HEADS * (latent.kv_lora_rank // 2 + 2)
+            + 2 * experts.num_experts + MAX_HEADS * entry // 2
         )  # fmt: skip
         return aligned(4 * floats + 64)
 

@@ -10,14 +10,16 @@
 // diagonals of the result are the dot products: each lane's bytes meet the activations of their own columns, however
 // the bytes are distributed over the lanes.
 //
-// instructions.cu comes before this text, a kernel's source after it. It is compiled for one model: the names in capitals below are macros.
+// instructions.cu comes before this text, a family's source after it. All are compiled for one model: the names in capitals
+// below are macros.
 //   HIDDEN       width of the residual stream
 //   FP8          1: the layers' matrices are E4M3 codes, with a scale for each row; 0: bfloat16
 //   EPS          of the norms
 //   BLOCKS       blocks of the grid
-//   STAGES STAGE_BYTES SCRATCH_BYTES   layout of shared memory, see persistent/memory.py
+//   STAGES STAGE_BYTES SCRATCH_BYTES BOARD_BYTES   layout of shared memory, see persistent/memory.py
 //   IN_FLIGHT    maximum number of stages being copied at a time
 //   RANK RANKS   tensor-parallel rank, and number of ranks
+//   WORK_BYTES   at least a family's Work
 //
 // With tensor parallelism each rank has its own heads and its own columns of the MLP, hence a partial sum of everything
 // that is added to the residual stream, which every rank keeps whole. A thread sends its partial sum of an element to
@@ -81,14 +83,15 @@ struct Tiling {
     static_assert(ROW_BYTES % 16 == 0, "copied 16 bytes at a time");
 };
 
-// Barriers over the grid count arrivals in turn, because a block that has no work in a phase arrives ahead of others:
-// its next arrival may not be taken for another block's. It can't be COUNTERS barriers ahead, for it waits before.
+// Barriers over the grid count arrivals in turn, because a block that has no work in a phase arrives ahead of others: its
+// next arrival may not be taken for another block's. It may arrive at COUNTERS barriers in a row without waiting (latent.cu
+// does), but not at one more: phases that a block may skip, one after the other, have at most so many arrivals.
 constexpr int COUNTERS = 4;
 
 struct Grid {
     u32 arrived[COUNTERS];
     u32 done;      // blocks that have ended
-    u32 num_sums;  // sums over ranks by earlier kernels; equal on all ranks
+    u32 sequence;  // of numbers that earlier kernels sent; equal on all ranks
 };
 
 struct Share {
@@ -139,8 +142,6 @@ __device__ __forceinline__ void barriers_are_ready() {
 
 // ---- the producer
 
-// policy: of L2; weights are read once.
-
 // Wait for a free stage, and expect so many bytes in it. Messages between blocks queue behind the copies in flight, so no
 // more copies are in flight than saturate memory, even if more stages are free.
 __device__ __forceinline__ void begin_stage(const Ring& ring, int lane, u32 bytes) {
@@ -180,7 +181,7 @@ __device__ __forceinline__ Ring copy_rows(Ring ring, const u8* source, int rows,
 struct Producer {
     Ring ring;
     int lane;
-    u64 policy;
+    u64 policy;  // of L2: weights are read once
 
     template <int ROW_BYTES>
     __device__ __forceinline__ void rows(const u8* weight, Share share) {
@@ -244,10 +245,10 @@ __device__ __forceinline__ void multiply_group(float (&sums)[4][4], uint4 w, uin
     }
 }
 
-constexpr int BATCH = 4;  // stages whose sums are reduced together
+constexpr int TOGETHER = 4;  // stages whose sums are reduced together
 
 template <int WIDTH>
-__device__ __forceinline__ void halve(float (&sums)[2 * BATCH], int lane) {
+__device__ __forceinline__ void halve(float (&sums)[2 * TOGETHER], int lane) {
     const bool is_upper = lane & (WIDTH * 4);
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
@@ -256,12 +257,12 @@ __device__ __forceinline__ void halve(float (&sums)[2 * BATCH], int lane) {
     }
 }
 
-// Sum a batch's shares up over the lanes: lane / 4 of a warp has the sum with this number. Each shuffle halves the
+// Sum shares of stages up over the lanes: lane / 4 of a warp has the sum with this number. Each shuffle halves the
 // number of sums a lane works on: half of the lanes go on with some, half with the others.
-__device__ __forceinline__ float sum_batch(float (&sums)[2 * BATCH], int lane) {
-    halve<BATCH>(sums, lane);
-    halve<BATCH / 2>(sums, lane);
-    halve<BATCH / 4>(sums, lane);
+__device__ __forceinline__ float sum_together(float (&sums)[2 * TOGETHER], int lane) {
+    halve<TOGETHER>(sums, lane);
+    halve<TOGETHER / 2>(sums, lane);
+    halve<TOGETHER / 4>(sums, lane);
     float sum = sums[0];
     sum += __shfl_xor_sync(~0u, sum, 2);
     return sum + __shfl_xor_sync(~0u, sum, 1);
@@ -283,10 +284,10 @@ __device__ __forceinline__ void multiply(Ring& ring, int count, int operand, int
     G x;
     int left = 0;
 #pragma unroll 1
-    for (int first = 0; first < count; first += BATCH) {
-        float shares[2 * BATCH] = {};
+    for (int first = 0; first < count; first += TOGETHER) {
+        float shares[2 * TOGETHER] = {};
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
+        for (int i = 0; i < TOGETHER; ++i) {
             if (first + i >= count) break;
             if (left == 0) {
                 if (T::SPLITS == 1) x.load(from, from + ROW_BYTES, ROW_BYTES, member, lane);
@@ -320,8 +321,8 @@ __device__ __forceinline__ void multiply(Ring& ring, int count, int operand, int
             }
         }
 #pragma unroll
-        for (int i = 0; i < 2 * BATCH; ++i) shares[i] = is_diagonal ? shares[i] : 0.0f;
-        const float sum = sum_batch(shares, lane);
+        for (int i = 0; i < 2 * TOGETHER; ++i) shares[i] = is_diagonal ? shares[i] : 0.0f;
+        const float sum = sum_together(shares, lane);
         const int of = first + lane / 8, to = GATED ? of / 2 * T::ROWS + of % 2 * MAX_PAIRS : of * T::ROWS;
         if (lane % 4 == 0 && of < count) parts[to] = sum;
     }
@@ -343,7 +344,7 @@ __device__ __forceinline__ Affine affine_of(const Matrix& matrix, int row, bool 
 struct Consumer {
     Ring ring;
     Grid* grid;
-    float* hidden;  // [HIDDEN], the residual stream, of which each thread keeps its own element too
+    float* hidden;  // [HIDDEN], the residual stream, of which the first threads keep an element each
     u64* const* peer_buffers;  // [RANKS], each [2, RANKS, HIDDEN]
     const u32* given_up;       // not 0: don't wait for other ranks
     int thread, warp, lane;
@@ -463,6 +464,7 @@ struct Consumer {
     // Store x · factor in `scratch` as operand B.
     template <int K, bool CODES>
     __device__ __forceinline__ void store_operand(const Vector<K>& x, float factor) {
+        static_assert(K * (CODES ? 2 : 4) <= SCRATCH_BYTES, "scratch is too small");
 #pragma unroll
         for (int i = 0; i < Vector<K>::COUNT; ++i)
             if (holds<K>(thread, i)) store_four<K, CODES>(scratch, (i * THREADS + thread) * 4, x.values[i], factor);
@@ -630,12 +632,12 @@ struct Consumer {
         }
     }
 
-    // The last block to end resets the barriers for the next kernel. sums: over ranks, that this one took.
-    __device__ __forceinline__ void leave(u32 sums) {
+    // The last block to end resets the barriers for the next kernel. sent: numbers of this kernel's sequence.
+    __device__ __forceinline__ void leave(u32 sent) {
         if (thread) return;
         if (count_at(&grid->done) != BLOCKS - 1) return;
         for (int i = 0; i < COUNTERS; ++i) grid->arrived[i] = 0;
         grid->done = 0;
-        grid->num_sums += sums;
+        grid->sequence += sent;
     }
 };

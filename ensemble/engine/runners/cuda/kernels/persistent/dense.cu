@@ -50,9 +50,10 @@ struct Work {
     float partial[KV_HEADS][MAX_SPLITS][SHARED_HEADS][HEAD_DIM];
     float maxima[KV_HEADS][MAX_SPLITS][SHARED_HEADS];
     float sums[KV_HEADS][MAX_SPLITS][SHARED_HEADS];
-    Grid grid;  // zeros at first; each kernel leaves zeros again, except in `num_sums`
+    Grid grid;  // zeros at first; each kernel leaves zeros again, except in `sequence`
     u32 heads[KV_HEADS];  // splits of each that have ended
 };
+static_assert(sizeof(Work) <= WORK_BYTES, "the buffer is too small");
 
 struct Span {
     int head, split, num_splits;  // of a key head's cache; split ≥ num_splits: this block has no positions
@@ -396,7 +397,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
     }
     take_registers();
     const i64 id = ids[0], token = id < 0 ? last_tokens[0] : id;
-    const u32 num_sums = RANKS > 1 ? load1(&work->grid.num_sums) : 0;
+    const u32 num_sums = RANKS > 1 ? load1(&work->grid.sequence) : 0;
     DenseConsumer consumer{{{}, &work->grid, work->hidden, peer_buffers, given_up,
                             (int)threadIdx.x, warp, lane, num_sums},
                            work, table};

@@ -1,5 +1,5 @@
-// What the persistent kernels ask of the hardware, an instruction a function, and nothing else: tests/support/persistent_host.h
-// has the same functions for a CPU.
+// What the persistent kernels ask of the hardware, nearly an instruction a function: tests/support/persistent_host.h has the
+// same functions for a CPU.
 
 typedef unsigned char u8;
 typedef unsigned short u16;

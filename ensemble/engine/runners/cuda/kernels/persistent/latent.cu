@@ -16,7 +16,6 @@
 //   PAGE          0: a slot's entries lie side by side; else they are in blocks of so many, which a table names
 //   INNER_EPS     of the latent's norm
 //   SCORE_SCALE   factor of the attention scores, times log2(e)
-//   WORK_BYTES    at least a Work's
 
 constexpr int HALF = ROPE / 2;
 constexpr int QUERY = NOPE + ROPE;
@@ -37,7 +36,8 @@ constexpr int TILES = LATENT / ABSORBED;
 constexpr int ABSORB_UNITS = HEADS * TILES;
 constexpr int VALUE_ROWS = 16;             // values that a block makes at a time
 constexpr int VALUE_UNITS = VALUES / VALUE_ROWS;
-constexpr int FEW_SPLITS = BLOCKS < 64 ? BLOCKS : 64, MANY_UNITS = 512;  // merging more splits costs more than it saves
+constexpr int MANY_UNITS = 512;  // fewer use FEW_SPLITS blocks: merging more splits costs more than it saves
+constexpr int FEW_SPLITS = BLOCKS < 64 ? BLOCKS : 64;
 constexpr int CHUNK = Tiling<HIDDEN * ELEMENT>::ROWS;                    // rows of gate in a stage
 constexpr int CHUNKS = EXPERT_SIZE / CHUNK;
 constexpr int MOST = TOP_K > ALWAYS ? TOP_K : ALWAYS;  // experts computed at a time
@@ -48,12 +48,13 @@ constexpr int EXPERT_LANES = (EXPERTS + 31) / 32;
 
 static_assert(HEADS <= MAX_HEADS && LATENT % (16 * WARPS) == 0 && ENTRY % 16 == 0, "attention's tiles");
 static_assert(LATENT <= 4 * THREADS && THREADS % (LATENT / 8) == 0, "threads share a latent evenly");
-static_assert(UNIT <= 16 && UNIT * ENTRY_STRIDE <= STAGE_BYTES && 2 * NOPE * ABSORBED <= STAGE_BYTES && 4 * HIDDEN <= STAGE_BYTES,
-              "a stage is too small");
+static_assert(UNIT <= 16 && UNIT * ENTRY_STRIDE <= STAGE_BYTES, "a stage is too small for a unit");
+static_assert(2 * NOPE * ABSORBED <= STAGE_BYTES && 4 * HIDDEN <= STAGE_BYTES, "a stage is too small");
 static_assert(NOPE + HALF <= THREADS && NOPE % WARPS == 0 && VALUE % VALUE_ROWS == 0, "threads share a head");
 static_assert(EXPERT_SIZE % CHUNK == 0 && EXPERT_SIZE % 16 == 0, "whole stages of an expert");
 static_assert((MOST * CHUNKS + BLOCKS - 1) / BLOCKS * CHUNK <= MAX_PAIRS, "a thread sums one pair of rows");
-static_assert(MOST * ((OWN + DOWN_ROWS - 1) / DOWN_ROWS) * DOWN_ROWS <= MAX_SUMS && TOP_K <= 32, "sums of all experts are kept");
+static_assert(MOST * ((OWN + DOWN_ROWS - 1) / DOWN_ROWS) * DOWN_ROWS <= MAX_SUMS && MOST <= 32,
+              "sums of all experts are kept; a lane has an expert");
 
 struct Layer {
     const u16* attention_norm;  // [HIDDEN] bfloat16
@@ -78,8 +79,8 @@ struct Work {
     float maxima[BLOCKS][MAX_HEADS];
     float sums[BLOCKS][MAX_HEADS];
     u64 logits[EXPERTS];  // as `send` writes them: each with its number
-    u16 queries[MAX_HEADS][ENTRY];
-    Grid grid;  // zeros at first; each kernel leaves zeros again, except in `num_sums`: numbers of logits
+    alignas(16) u16 queries[MAX_HEADS][ENTRY];  // read 16 bytes at a time
+    Grid grid;  // zeros at first; each kernel leaves zeros again, except in `sequence`
 };
 static_assert(sizeof(Work) <= WORK_BYTES, "the buffer is too small");
 
@@ -700,10 +701,7 @@ struct LatentConsumer : Consumer {
             arrive_at_grid();
             if (blockIdx.x < VALUE_UNITS) {
                 wait_for_grid();
-                for (int unit = blockIdx.x; unit < VALUE_UNITS; unit += BLOCKS) {
-                    if (unit >= BLOCKS) sync_consumers();
-                    make_values(unit, span.num_splits);
-                }
+                for (int unit = blockIdx.x; unit < VALUE_UNITS; unit += BLOCKS) make_values(unit, span.num_splits);
             }
             arrive_at_grid();
             residual_gemv<VALUES>(layer.o, work->attention, own, residual);
@@ -730,7 +728,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const i64 position = positions[0];
     if (position < 0) return;  // the row holds no token
-    const u32 number = load1(&work->grid.num_sums);
+    const u32 number = load1(&work->grid.sequence);
     if (warp >= WARPS) {
         give_registers();
         if (warp > WARPS) return;
