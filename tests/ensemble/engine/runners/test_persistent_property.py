@@ -20,7 +20,7 @@ from tests.support.persistent_host import COMPILER, HostKernel
 from tests.support.plain_decoder import logits, random_weights
 
 pytestmark = pytest.mark.skipif(COMPILER is None or platform.machine() != "x86_64", reason="needs C++ for x86-64")
-CHOICES: tuple[Choice, Choice] = "greedy", "group_top2"
+CHOICES: tuple[Choice, ...] = ("greedy", "group_top2")
 LIMIT, LENGTH, TOKENS = 232448, 16, 15  # latent attention reads 14 positions at a time
 
 
@@ -34,7 +34,7 @@ def shapes(draw: st.DrawFn, is_latent: bool) -> DecoderShape:
         draw(st.integers(1, 200)), size(16, 12), size(16, 24), 2, keys * draw(st.integers(1, 4)), keys,
         draw(st.sampled_from([32, 64])), 1e-5, LENGTH, qk_norm=draw(st.booleans()))  # fmt: skip
     latent = LatentOptions(None, draw(st.sampled_from([128, 256])), size(8, 4), size(16, 2), size(16, 2))
-    experts, choice = draw(st.integers(2, 9)), draw(st.sampled_from(["greedy", "group_top2"]))
+    experts, choice = draw(st.integers(2, 9)), draw(st.sampled_from(CHOICES))
     options = ExpertOptions(
         experts, draw(st.integers(1, min(4, experts))), size(16, 4), draw(st.integers(0, 3)), draw(st.integers(0, 1)),
         draw(st.sampled_from(["softmax", "sigmoid"])), choice, is_normalised=draw(st.booleans()))  # fmt: skip
