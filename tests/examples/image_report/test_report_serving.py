@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -96,14 +96,34 @@ def test_a_bad_image_is_the_clients_error(report_server: TritonServer, image: by
 
 
 def test_a_client_that_leaves_frees_the_engine(report_server: TritonServer) -> None:
-    cancelled = metrics(report_server)["requests_cancelled_total"]
     with client(report_server) as asked:
-        with others_beside(report_server):
+
+        def leave() -> None:
             stream = asked.stream(tile_png())
             next(stream)
             stream.close()
-        wait_until(report_server, 60, slots_used=0, requests_cancelled_total=cancelled + 1)
+
+        frees_the_engine(report_server, leave)
         assert asked.report(tile_png()).findings
+
+
+def frees_the_engine(server: TritonServer, leave: Callable[[], None]) -> None:
+    """Check that a report whose client leaves is cancelled.
+
+    On a busy machine a report may be done before the server knows that its client has gone: it is asked three times.
+    """
+    wait_until(server, 60, slots_used=0)
+    cancelled = metrics(server)["requests_cancelled_total"]
+    for is_last in (False, False, True):
+        with others_beside(server):
+            leave()
+        try:
+            wait_until(server, 60 if is_last else 5, slots_used=0, requests_cancelled_total=cancelled + 1)
+        except AssertionError:
+            if is_last:
+                raise
+        else:
+            return
 
 
 def test_the_text_model_is_served_beside_it(report_server: TritonServer) -> None:
@@ -144,18 +164,12 @@ def test_the_gateway_streams_a_report_and_frees_the_engine(report_server: Triton
         assert read_report("".join(event["delta"] for event in events)).notice == NOTICE
         assert last["finish_reason"] == "stop"
         assert httpx.get(f"{url}/report").status_code == 200
-        wait_until(report_server, 60, slots_used=0)
-        cancelled = metrics(report_server)["requests_cancelled_total"]
-        for _ in range(3):  # on a busy machine a report may be done before the gateway knows that its client has gone
-            with (
-                others_beside(report_server),
-                httpx.stream("POST", f"{url}/v1/reports", json=body, timeout=60) as answer,
-            ):
-                next(answer.iter_raw())  # and leaves
-            wait_until(report_server, 60, slots_used=0)
-            if metrics(report_server)["requests_cancelled_total"] > cancelled:
-                break
-        assert metrics(report_server)["requests_cancelled_total"] == cancelled + 1
+
+        def leave() -> None:
+            with httpx.stream("POST", f"{url}/v1/reports", json=body, timeout=60) as answer:
+                next(answer.iter_raw())
+
+        frees_the_engine(report_server, leave)
         bad = httpx.post(f"{url}/v1/reports", json={**body, "image": "AAAA"}, timeout=60)
         assert (bad.status_code, bad.json()["error"]["message"]) == (400, "the image is neither a JPEG nor a PNG")
 
