@@ -568,9 +568,21 @@ struct Consumer {
         arrive_at_grid();
     }
 
-    // One phase: out = norm(x) · matrix, for this block's share of its rows; x: the residual stream.
-    __device__ __forceinline__ void normed_gemv(const Matrix& matrix, Vector<HIDDEN>& x, const Vector<HIDDEN>& norm,
-                                                Share own, Affine affine, float* out) {
+    // A layer's first phase: out [ROWS] = norm(residual stream) · matrix. embedded: of the first layer, the token's embedding,
+    // which is the residual stream; of the others null.
+    template <int ROWS>
+    __device__ __forceinline__ void project_in(const u16* norm_weights, const Matrix& matrix, const u16* embedded,
+                                               float* out) {
+        const Share own = share_of(ROWS);
+        Affine affine = affine_of(matrix, own.first + thread, thread < own.count);
+        Vector<HIDDEN> norm, x;
+        read_bf16<HIDDEN>(norm, norm_weights);
+        if (embedded) {
+            read_bf16<HIDDEN>(x, embedded);
+        } else {
+            wait_for_grid();
+            read<HIDDEN>(x, hidden);
+        }
         const float scale = store_normed<FP8>(x, norm);
         for (int first = 0; first < own.count; first += MAX_ROWS) {
             const int count = min(MAX_ROWS, own.count - first);

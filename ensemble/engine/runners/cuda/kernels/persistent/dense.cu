@@ -350,24 +350,13 @@ struct DenseConsumer : Consumer {
 
     __device__ __forceinline__ void run(const Layer* layers, const u16* embedding, const u16* last_norm,
                                         const float* cos, const float* sin, int position, i64 token, float* logits) {
-        const Share qkv = share_of(QKV_SIZE), own = share_of(HIDDEN);
+        const Share own = share_of(HIDDEN);
         const Span span = span_of(position);
         const u16* embedded = embedding + token * HIDDEN;
         float residual = thread < own.count ? from_bf16(__ldg(embedded + own.first + thread)) : 0.0f;
         for (int index = 0; index < LAYERS; ++index) {
             const Layer& layer = layers[index];
-            {
-                const Affine affine = affine_of(layer.qkv, qkv.first + thread, thread < qkv.count);
-                Vector<HIDDEN> norm, x;
-                read_bf16<HIDDEN>(norm, layer.attention_norm);
-                if (index == 0) {
-                    read_bf16<HIDDEN>(x, embedded);
-                } else {
-                    wait_for_grid();
-                    read<HIDDEN>(x, hidden);
-                }
-                normed_gemv(layer.qkv, x, norm, qkv, affine, work->qkv);
-            }
+            project_in<QKV_SIZE>(layer.attention_norm, layer.qkv, index ? nullptr : embedded, work->qkv);
             if (span.split < span.num_splits) {
                 wait_for_grid();
                 attend(layer, span, position, cos + (i64)position * HALF, sin + (i64)position * HALF);

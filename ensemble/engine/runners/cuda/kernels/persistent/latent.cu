@@ -663,7 +663,7 @@ struct LatentConsumer : Consumer {
 
     __device__ __forceinline__ void run(const Layer* layers, const u16* embedding, const u16* last_norm,
                                         const float* cos, const float* sin, int position, i64 token, float* logits) {
-        const Share projected = share_of(PROJECTED), own = share_of(HIDDEN);
+        const Share own = share_of(HIDDEN);
         const Span span = span_of(position);
         const u16* embedded = embedding + token * HIDDEN;
         float residual = thread < own.count ? from_bf16(__ldg(embedded + own.first + thread)) : 0.0f;
@@ -675,18 +675,7 @@ struct LatentConsumer : Consumer {
             renew(thread);
             renew(warp);
             renew(lane);
-            {
-                const Affine affine = affine_of(layer.q_kv_a, projected.first + thread, thread < projected.count);
-                Vector<HIDDEN> norm, x;
-                read_bf16<HIDDEN>(norm, layer.attention_norm);
-                if (index == 0) {
-                    read_bf16<HIDDEN>(x, embedded);
-                } else {
-                    wait_for_grid();
-                    read<HIDDEN>(x, hidden);
-                }
-                normed_gemv(layer.q_kv_a, x, norm, projected, affine, work->projected);
-            }
+            project_in<PROJECTED>(layer.attention_norm, layer.q_kv_a, index ? nullptr : embedded, work->projected);
             const bool writes_entry = blockIdx.x == BLOCKS - 1;
             if (blockIdx.x < ABSORB_UNITS || writes_entry) {
                 wait_for_grid();
