@@ -142,59 +142,59 @@ __device__ __forceinline__ void barriers_are_ready() {
 
 // ---- the producer
 
-// Wait for a free stage, and expect so many bytes in it. Messages between blocks queue behind the copies in flight, so no
-// more copies are in flight than saturate memory, even if more stages are free.
-__device__ __forceinline__ void begin_stage(const Ring& ring, int lane, u32 bytes) {
-    if (lane == 0) {
-        const bool is_same_lap = ring.index >= IN_FLIGHT;
-        wait(Ring::full(ring.index - IN_FLIGHT + (is_same_lap ? 0 : STAGES)), ring.parity ^ !is_same_lap);
-        wait(ring.empty(), ring.parity ^ 1);
-        arrive_expecting(ring.full(), bytes);
-    }
-    __syncwarp();
-}
-
-// Copy `bytes` at `source`, so many of them to each stage.
-__device__ __forceinline__ Ring copy_pieces(Ring ring, const u8* source, int bytes, int piece, u64 policy) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll 1
-    for (; bytes > 0; bytes -= piece, source += piece) {
-        const u32 count = min(bytes, piece);
-        begin_stage(ring, lane, count);
-        if (lane == 0) copy_bulk(ring.stage(), source, count, ring.full(), policy);
-        ring.advance();
-    }
-    return ring;
-}
-
-// Copy `bytes` of each of so many rows to one stage. pitch: from one row to the next; stride: likewise in the stage.
-__device__ __forceinline__ Ring copy_rows(Ring ring, const u8* source, int rows, int pitch, int bytes, int stride, u64 policy) {
-    const int lane = threadIdx.x % 32;
-    begin_stage(ring, lane, rows * bytes);
-#pragma unroll 1
-    for (int i = lane; i < rows; i += 32)
-        copy_bulk(ring.stage() + i * stride, source + (i64)i * pitch, bytes, ring.full(), policy);
-    ring.advance();
-    return ring;
-}
-
 struct Producer {
     Ring ring;
     int lane;
     u64 policy;  // of L2: weights are read once
+
+    // Wait for a free stage, and expect so many bytes in it. Messages between blocks queue behind the copies in flight,
+    // so no more copies are in flight than saturate memory, even if more stages are free.
+    __device__ __forceinline__ void begin(u32 bytes) {
+        if (lane == 0) {
+            const bool is_same_lap = ring.index >= IN_FLIGHT;
+            wait(Ring::full(ring.index - IN_FLIGHT + (is_same_lap ? 0 : STAGES)), ring.parity ^ !is_same_lap);
+            wait(ring.empty(), ring.parity ^ 1);
+            arrive_expecting(ring.full(), bytes);
+        }
+        __syncwarp();
+    }
+
+    // A lane copies to the stage that was begun.
+    __device__ __forceinline__ void copy(int at, const void* source, u32 bytes) {
+        copy_bulk(ring.stage() + at, source, bytes, ring.full(), policy);
+    }
+
+    // Copy `bytes` at `source`, so many of them to each stage.
+    __device__ __forceinline__ void copy_pieces(const u8* source, int bytes, int piece) {
+#pragma unroll 1
+        for (; bytes > 0; bytes -= piece, source += piece) {
+            const u32 count = min(bytes, piece);
+            begin(count);
+            if (lane == 0) copy(0, source, count);
+            ring.advance();
+        }
+    }
+
+    // Copy `bytes` of each of so many rows to one stage. pitch: from one row to the next; stride: likewise in the stage.
+    __device__ __forceinline__ void copy_rows(const u8* source, int rows, int pitch, int bytes, int stride) {
+        begin(rows * bytes);
+#pragma unroll 1
+        for (int i = lane; i < rows; i += 32) copy(i * stride, source + (i64)i * pitch, bytes);
+        ring.advance();
+    }
 
     template <int ROW_BYTES>
     __device__ __forceinline__ void rows(const u8* weight, Share share) {
         using T = Tiling<ROW_BYTES>;
         const u8* source = weight + (i64)share.first * ROW_BYTES;
         if (T::SPLITS == 1) {
-            ring = copy_pieces(ring, source, share.count * ROW_BYTES, T::ROWS * ROW_BYTES, policy);
+            copy_pieces(source, share.count * ROW_BYTES, T::ROWS * ROW_BYTES);
             return;
         }
         for (int i = 0; i < share.count; i += T::ROWS)
             for (int first = 0; first < ROW_BYTES; first += T::STRIDE)
-                ring = copy_rows(ring, source + (i64)i * ROW_BYTES + first, min(T::ROWS, share.count - i), ROW_BYTES,
-                                 min(T::STRIDE, ROW_BYTES - first), T::STRIDE, policy);
+                copy_rows(source + (i64)i * ROW_BYTES + first, min(T::ROWS, share.count - i), ROW_BYTES,
+                          min(T::STRIDE, ROW_BYTES - first), T::STRIDE);
     }
 
     // Rows of gate and of up in turn: `inner` rows of gate, then as many of up.
@@ -266,66 +266,6 @@ __device__ __forceinline__ float sum_together(float (&sums)[2 * TOGETHER], int l
     float sum = sums[0];
     sum += __shfl_xor_sync(~0u, sum, 2);
     return sum + __shfl_xor_sync(~0u, sum, 1);
-}
-
-// Multiply the rows of the next `count` stages (of rows in several stages: sets of them) with operands.
-// operand: where the first operand begins in the activations, in bytes; the others follow it. each: stages for one.
-// The partial sums of each team's members lie in [WARPS, MAX_SUMS], those of a stage's rows behind those of the stage
-// before it. GATED: stages hold rows of gate and of up in turn; the sums of gate begin at 0, those of up at MAX_PAIRS.
-template <int K, bool CODES, bool GATED>
-__device__ __forceinline__ void multiply(Ring& ring, int count, int operand, int each, int warp, int lane) {
-    using G = Groups<K, CODES>;
-    using T = typename G::T;
-    constexpr int PAIRS = G::PAIRS, TEAM = G::TEAM, ROW_BYTES = G::ROW_BYTES;
-    const int pair = warp / TEAM, member = warp % TEAM;
-    const bool is_odd = lane / 4 % 2, is_diagonal = lane % 4 == lane / 8;
-    const u8* from = memory + SCRATCH_AT + operand;
-    float* parts = (float*)(memory + PARTS_AT) + member * MAX_SUMS + pair + (lane / 4 % 2 ? PAIRS : 0);
-    G x;
-    int left = 0;
-#pragma unroll 1
-    for (int first = 0; first < count; first += TOGETHER) {
-        float shares[2 * TOGETHER] = {};
-#pragma unroll
-        for (int i = 0; i < TOGETHER; ++i) {
-            if (first + i >= count) break;
-            if (left == 0) {
-                if (T::SPLITS == 1) x.load(from, from + ROW_BYTES, ROW_BYTES, member, lane);
-                from += 2 * ROW_BYTES;
-                left = each;
-            }
-            --left;
-            float sums[4][4] = {};
-#pragma unroll
-            for (int split = 0; split < T::SPLITS; ++split) {
-                const int bytes = min(T::PART * GROUP, ROW_BYTES - split * T::PART * GROUP);
-                if (T::SPLITS > 1) {
-                    const u8* columns = from - 2 * ROW_BYTES + split * T::PART * GROUP;
-                    x.load(columns, columns + ROW_BYTES, bytes, member, lane);
-                }
-                wait(ring.full(), ring.parity);
-                const u8* weights = ring.stage() + pair * T::STRIDE;
-                G rows;
-                rows.load(weights, weights + PAIRS * T::STRIDE, bytes, member, lane);
-#pragma unroll
-                for (int j = 0; j < G::COUNT; ++j)
-                    multiply_group<CODES>(sums, rows.first[j], rows.second[j], x.first[j], x.second[j]);
-                __syncwarp();
-                if (lane == 0) arrive(ring.empty());
-                ring.advance();
-            }
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                shares[2 * i] += is_odd ? sums[j][1] : sums[j][0];
-                shares[2 * i + 1] += is_odd ? sums[j][3] : sums[j][2];
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < 2 * TOGETHER; ++i) shares[i] = is_diagonal ? shares[i] : 0.0f;
-        const float sum = sum_together(shares, lane);
-        const int of = first + lane / 8, to = GATED ? of / 2 * T::ROWS + of % 2 * MAX_PAIRS : of * T::ROWS;
-        if (lane % 4 == 0 && of < count) parts[to] = sum;
-    }
 }
 
 struct Affine {
@@ -526,18 +466,83 @@ struct Consumer {
 
     // ---- matrix products
 
+    // The producer may fill the stage again.
+    __device__ __forceinline__ void release_stage() {
+        __syncwarp();
+        if (lane == 0) arrive(ring.empty());
+        ring.advance();
+    }
+
+    // Multiply the rows of the next `count` stages (of rows in several stages: sets of them) with operands.
+    // operand: where the first operand begins in the activations, in bytes; the others follow it. each: stages for one.
+    // The partial sums of each team's members lie in [WARPS, MAX_SUMS], those of a stage's rows behind those of the stage
+    // before it. GATED: stages hold rows of gate and of up in turn; the sums of gate begin at 0, those of up at MAX_PAIRS.
+    template <int K, bool CODES, bool GATED>
+    __device__ __forceinline__ void multiply(int count, int operand, int each) {
+        using G = Groups<K, CODES>;
+        using T = typename G::T;
+        constexpr int PAIRS = G::PAIRS, TEAM = G::TEAM, ROW_BYTES = G::ROW_BYTES;
+        const int pair = warp / TEAM, member = warp % TEAM;
+        const bool is_odd = lane / 4 % 2, is_diagonal = lane % 4 == lane / 8;
+        const u8* from = scratch + operand;
+        float* sums_of_team = parts + member * MAX_SUMS + pair + (lane / 4 % 2 ? PAIRS : 0);
+        G x;
+        int left = 0;
+#pragma unroll 1
+        for (int first = 0; first < count; first += TOGETHER) {
+            float shares[2 * TOGETHER] = {};
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i) {
+                if (first + i >= count) break;
+                if (left == 0) {
+                    if (T::SPLITS == 1) x.load(from, from + ROW_BYTES, ROW_BYTES, member, lane);
+                    from += 2 * ROW_BYTES;
+                    left = each;
+                }
+                --left;
+                float sums[4][4] = {};
+#pragma unroll
+                for (int split = 0; split < T::SPLITS; ++split) {
+                    const int bytes = min(T::PART * GROUP, ROW_BYTES - split * T::PART * GROUP);
+                    if (T::SPLITS > 1) {
+                        const u8* columns = from - 2 * ROW_BYTES + split * T::PART * GROUP;
+                        x.load(columns, columns + ROW_BYTES, bytes, member, lane);
+                    }
+                    wait(ring.full(), ring.parity);
+                    const u8* weights = ring.stage() + pair * T::STRIDE;
+                    G rows;
+                    rows.load(weights, weights + PAIRS * T::STRIDE, bytes, member, lane);
+#pragma unroll
+                    for (int j = 0; j < G::COUNT; ++j)
+                        multiply_group<CODES>(sums, rows.first[j], rows.second[j], x.first[j], x.second[j]);
+                    release_stage();
+                }
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    shares[2 * i] += is_odd ? sums[j][1] : sums[j][0];
+                    shares[2 * i + 1] += is_odd ? sums[j][3] : sums[j][2];
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 2 * TOGETHER; ++i) shares[i] = is_diagonal ? shares[i] : 0.0f;
+            const float sum = sum_together(shares, lane);
+            const int of = first + lane / 8, to = GATED ? of / 2 * T::ROWS + of % 2 * MAX_PAIRS : of * T::ROWS;
+            if (lane % 4 == 0 && of < count) sums_of_team[to] = sum;
+        }
+    }
+
     // Multiply `count` rows with the operand in `scratch`.
     template <int K, bool CODES>
     __device__ __forceinline__ void multiply_rows(int count) {
         constexpr int ROWS = Tiling<CODES ? K : 2 * K>::ROWS;
         const int stages = (count + ROWS - 1) / ROWS;
-        multiply<K, CODES, false>(ring, stages, 0, stages, warp, lane);
+        multiply<K, CODES, false>(stages, 0, stages);
         sync_consumers();
     }
 
     // Multiply rows of gate and of up, ROWS of each in turn: the sums of gate begin at 0, those of up at MAX_PAIRS.
     __device__ __forceinline__ void multiply_gate_up(int stages) {
-        multiply<HIDDEN, FP8, true>(ring, stages, 0, stages, warp, lane);
+        multiply<HIDDEN, FP8, true>(stages, 0, stages);
         sync_consumers();
     }
 

@@ -80,15 +80,14 @@ struct DenseProducer : Producer {
     __device__ __forceinline__ void cache(const Layer& layer, const Span& span, const int* table) {
         for (int first = span.first; first < span.last; first += KV_BLOCK) {
             const int count = min(KV_BLOCK, span.last - first);
-            begin_stage(ring, lane, 2 * count * HEAD_DIM * 2);
+            begin(2 * count * HEAD_DIM * 2);
             // Lanes 0 and 1 copy the positions in the first one's block, lanes 2 and 3 those in the next block.
             const int in_block = PAGE ? min(count, PAGE - first % (PAGE ? PAGE : 1)) : count;
             const int from = lane < 2 ? 0 : in_block, to = lane < 2 ? in_block : count;
             if (lane < (PAGE ? 4 : 2) && from < to) {
                 const u16* cached = lane % 2 ? layer.values : layer.keys;
-                u8* target = ring.stage() + (lane % 2 * KV_BLOCK + from) * HEAD_DIM * 2;
-                copy_bulk(target, cached + cache_offset(table, span.head, first + from), (to - from) * HEAD_DIM * 2,
-                          ring.full(), policy);
+                const int at = (lane % 2 * KV_BLOCK + from) * HEAD_DIM * 2;
+                copy(at, cached + cache_offset(table, span.head, first + from), (to - from) * HEAD_DIM * 2);
             }
             ring.advance();
         }

@@ -1,5 +1,5 @@
-// What the persistent kernels ask of the hardware, nearly an instruction a function: tests/support/persistent_host.h has the
-// same functions for a CPU.
+// What the persistent kernels ask of the hardware, nearly an instruction a function: tests/support/persistent_host.h has
+// the same functions for a CPU.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -72,8 +72,8 @@ __device__ __forceinline__ u32 load1(const u32* p) {
     return v;
 }
 
-// Wait for a counter in L2. To acquire would empty L1, where spilled registers and constants are, and buys nothing: what other
-// blocks write is read from L2, after this.
+// Wait for a counter in L2. To acquire would empty L1, where spilled registers and constants are, and buys nothing: what
+// other blocks write is read from L2, after this.
 __device__ __forceinline__ void wait_for_count(const u32* counter, u32 count) {
     u32 found;
     do {

@@ -133,7 +133,7 @@ struct LatentProducer : Producer {
     __device__ __forceinline__ void absorbing(const u16* kv_b) {
         for (int unit = blockIdx.x; unit < ABSORB_UNITS; unit += BLOCKS) {
             const u16* source = kv_b + (i64)(unit / TILES) * (NOPE + VALUE) * LATENT + unit % TILES * ABSORBED;
-            ring = copy_rows(ring, (const u8*)source, NOPE, LATENT * 2, ABSORBED * 2, ABSORBED * 2, policy);
+            copy_rows((const u8*)source, NOPE, LATENT * 2, ABSORBED * 2, ABSORBED * 2);
         }
     }
 
@@ -141,10 +141,9 @@ struct LatentProducer : Producer {
     __device__ __forceinline__ void cache(const u16* entries, const Span& span, const int* table, int position) {
         for (int unit = span.first; unit < span.last; ++unit) {
             const int count = min(UNIT, position - unit * UNIT);
-            begin_stage(ring, lane, count * ENTRY_BYTES);
+            begin(count * ENTRY_BYTES);
             if (lane < count)
-                copy_bulk(ring.stage() + lane * ENTRY_STRIDE, entries + entry_offset(table, unit * UNIT + lane),
-                          ENTRY_BYTES, ring.full(), policy);
+                copy(lane * ENTRY_STRIDE, entries + entry_offset(table, unit * UNIT + lane), ENTRY_BYTES);
             ring.advance();
         }
     }
@@ -158,7 +157,7 @@ struct LatentProducer : Producer {
 
     __device__ __forceinline__ void router(const float* weight) {
         for (int expert = blockIdx.x; expert < EXPERTS; expert += BLOCKS)
-            ring = copy_pieces(ring, (const u8*)(weight + (i64)expert * HIDDEN), HIDDEN * 4, HIDDEN * 4, policy);
+            copy_pieces((const u8*)(weight + (i64)expert * HIDDEN), HIDDEN * 4, HIDDEN * 4);
     }
 
     // This block's rows of gate and up of several experts. mine: a lane's expert.
@@ -274,12 +273,6 @@ struct LatentConsumer : Consumer {
     Work* work;
     const int* table;  // slot 0's blocks of the cache
     u32 number;        // of logits
-
-    __device__ __forceinline__ void release_stage() {
-        __syncwarp();
-        if (lane == 0) arrive(ring.empty());
-        ring.advance();
-    }
 
     // ---- attention
 
@@ -596,7 +589,7 @@ struct LatentConsumer : Consumer {
         for (int i = warp; i < count; i += WARPS) store_activated(scratch + X_BYTES + i * OPERAND_BYTES, activated, i);
         sync_consumers();
         const int each = (own.count + DOWN_ROWS - 1) / DOWN_ROWS;
-        multiply<EXPERT_SIZE, FP8, false>(ring, count * each, X_BYTES, each, warp, lane);
+        multiply<EXPERT_SIZE, FP8, false>(count * each, X_BYTES, each);
         sync_consumers();
         float sum = 0.0f;
         if (is_mine) {
