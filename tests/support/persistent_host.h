@@ -1,6 +1,6 @@
 // The functions of kernels/persistent/instructions.cu on an x86-64 CPU, and a grid that runs on it: every CUDA thread has a
-// stack of its own and runs until it waits for others. Blocks take turns in a random order; copies to shared memory end
-// some time after they began.
+// stack of its own. Blocks, warps and lanes take turns in a random order, a warp may be slow; what a thread posts, and what is
+// copied to shared memory, comes some time later, in any order; products read their operands when they are waited for.
 
 #include <sys/mman.h>
 
@@ -9,6 +9,7 @@
 #include <cstring>
 #include <deque>
 #include <random>
+#include <unordered_set>
 #include <vector>
 
 #define __device__
@@ -59,12 +60,30 @@ struct Block {
     std::deque<Copy> copies;
 };
 
+// A number that a thread wrote to itself or others, and that isn't there yet.
+struct Late {
+    u32* target;
+    u32 value;
+    bool adds;
+    Block* block;
+};
+static std::vector<Late> late;
+
+struct Product {
+    float* sums;
+    void (*multiply)(float*, const u32*, bool);
+    u32 operands[6];
+    bool adds;
+};
+
 struct Thread {
     void* stack_pointer;
     int index;
     Block* block;
     bool has_ended = false;
     u32 turns = 0;  // of the warp's
+    std::vector<Product> products;  // begun
+    std::vector<std::pair<float*, const float*>> numbers;  // being copied
     int lane() const { return index % 32; }
     Warp& warp() const { return block->warps[index / 32]; }
 };
@@ -99,7 +118,38 @@ switch_stacks:
 static bool is_misaligned = false;
 static void check_alignment(const void* p, int size) { is_misaligned |= (uintptr_t)p % size != 0; }
 
+static u32 chance_state = 1;
+static u32 chance(u32 of) {
+    chance_state ^= chance_state << 13;
+    chance_state ^= chance_state >> 17;
+    chance_state ^= chance_state << 5;
+    return (chance_state >> 4) % of;
+}
+
 static void yield() { switch_stacks(&me->stack_pointer, scheduler); }
+
+// Another warp's turn, now and then.
+static void maybe_yield() {
+    if (!chance(8)) yield();
+}
+
+// Let some of what was written become visible, in any order, but for one word's: of a block all.
+static void settle(Block* block) {
+    std::unordered_set<u32*> waiting;
+    size_t kept = 0;
+    for (size_t i = 0; i < late.size(); ++i) {
+        const Late write = late[i];
+        if (!block ? chance(3) == 0 : write.block == block) {
+            if (write.adds || !waiting.count(write.target)) {
+                *write.target = write.adds ? *write.target + write.value : write.value;
+                continue;
+            }
+        }
+        waiting.insert(write.target);
+        late[kept++] = write;
+    }
+    late.resize(kept);
+}
 
 inline void Gate::pass(int count) {
     const u32 before = passed;
@@ -143,6 +193,8 @@ static u8* guarded(size_t size, size_t& all) {
 // accesses something misaligned.
 static int run_grid(int blocks, int threads, int shared_bytes, u32 seed, int slow, void (*kernel)()) {
     std::mt19937 random(seed);
+    chance_state = seed * 2654435761u | 1;
+    late.clear();
     std::vector<Block> grid(blocks);
     std::vector<Thread> all(blocks * threads);
     const size_t size = (size_t)STACK * all.size();
@@ -162,28 +214,38 @@ static int run_grid(int blocks, int threads, int shared_bytes, u32 seed, int slo
         top[0] = (void*)enter;
         all[i].stack_pointer = top - 6;
     }
-    int left = all.size();
-    for (int round = 0; left && round < 4000000; ++round) {
+    int left = all.size(), slow_warp = -1;
+    for (int round = 0; left && round < 400000; ++round) {
         const int first = random() % blocks;
         for (int i = 0; i < blocks; ++i) {
             Block& block = grid[(first + i) % blocks];
             if (block.index == slow && random() % 12) continue;
             for (int copies = block.copies.size() / 2 + random() % 2; copies > 0 && !block.copies.empty(); --copies) {
-                const Copy copy = block.copies.front();
-                block.copies.pop_front();
+                const size_t which = chance(block.copies.size());
+                const Copy copy = block.copies[which];
+                block.copies.erase(block.copies.begin() + which);
                 memcpy(copy.target, copy.source, copy.bytes);
                 ((Barrier*)copy.barrier)->bytes -= copy.bytes;
                 ((Barrier*)copy.barrier)->check();
             }
-            for (int t = 0; t < threads; ++t) {
-                Thread& thread = all[block.index * threads + t];
-                if (thread.has_ended) continue;
-                me = &thread;
-                switch_stacks(&scheduler, thread.stack_pointer);
-                left -= thread.has_ended;
+            const int warps = threads / 32, from = chance(warps), step = chance(2) ? 1 : warps - 1;
+            if (!chance(16)) slow_warp = chance(4 * warps);
+            for (int w = 0; w < warps; ++w) {
+                const int warp = (from + w * step) % warps;
+                if (warp == slow_warp && chance(16) || !chance(3)) continue;
+                const int lane = chance(32);
+                for (int l = 0; l < 32; ++l) {
+                    Thread& thread = all[block.index * threads + warp * 32 + (lane + l) % 32];
+                    if (thread.has_ended) continue;
+                    me = &thread;
+                    switch_stacks(&scheduler, thread.stack_pointer);
+                    left -= thread.has_ended;
+                }
             }
         }
+        settle(nullptr);
     }
+    while (!late.empty()) settle(nullptr);
     munmap(stacks, size);
     for (Block& block : grid) munmap((u8*)((uintptr_t)block.memory / 4096 * 4096), room);
     return left ? 1 : is_misaligned ? 2 : 0;
@@ -269,6 +331,10 @@ inline void arrive(u64* barrier) {
     ((Barrier*)barrier)->check();
 }
 
+inline void arrive(u64* barrier, u32 count) {
+    for (u32 i = 0; i < count; ++i) arrive(barrier);
+}
+
 inline void arrive_expecting(u64* barrier, u32 bytes) {
     ((Barrier*)barrier)->bytes += bytes;
     arrive(barrier);
@@ -280,20 +346,42 @@ inline void wait(u64* barrier, u32 parity) {
 
 inline void copy_bulk(void* target, const void* source, u32 bytes, u64* barrier, u64) {
     for (const void* p : {(const void*)target, source, (const void*)(uintptr_t)bytes}) check_alignment(p, 16);
+    memset(target, 0xff, bytes);
     me->block->copies.push_back({target, source, bytes, barrier});
 }
 
+inline void copy_number(float* target, const float* source) {
+    *target = NAN;
+    me->numbers.push_back({target, source});
+}
+inline void wait_for_numbers() {
+    maybe_yield();
+    for (auto [target, source] : me->numbers) *target = *source;
+    me->numbers.clear();
+}
 inline void take_registers() {}
 inline void give_registers() {}
-inline void sync_consumers() { me->block->consumers.pass(32 * WARPS); }
+inline void sync_consumers() { maybe_yield(); me->block->consumers.pass(32 * WARPS); }
 inline float4 load4(const float* p) { check_alignment(p, 16); return *(const float4*)p; }
 inline float load1(const float* p) { return *p; }
 inline u32 load1(const u32* p) { return *p; }
-inline uint4 load16(const u16* p) { check_alignment(p, 16); return *(const uint4*)p; }
 
-inline void wait_for_count(const u32* counter, u32 count) {
-    while (*counter < count) yield();
+inline void post(u32* p, u32 v) { maybe_yield(); late.push_back({p, v, false, me->block}); }
+inline void post(float* p, float v) { post((u32*)p, __float_as_uint(v)); }
+inline void post4(u32* p, uint4 v) {
+    check_alignment(p, 16);
+    post(p, v.x);
+    post(p + 1, v.y);
+    post(p + 2, v.z);
+    post(p + 3, v.w);
 }
+inline float look1(const float* p) { maybe_yield(); return *p; }
+inline float2 look2(const float* p) { maybe_yield(); check_alignment(p, 8); return *(const float2*)p; }
+inline float4 look4(const float* p) { maybe_yield(); check_alignment(p, 16); return *(const float4*)p; }
+inline uint4 look4(const u32* p) { maybe_yield(); check_alignment(p, 16); return *(const uint4*)p; }
+inline u32 look1(const u32* p) { maybe_yield(); return *p; }
+inline void count(u32* counter) { late.push_back({counter, 1, true, me->block}); }
+inline void pause() { yield(); }
 
 inline void send(u64* word, float number, u32 sum) { *word = (u64)sum << 32 | __float_as_uint(number); }
 
@@ -309,10 +397,18 @@ inline u32 to_bf16(float v) {
 
 inline u32 to_bf16x2(float low, float high) { return to_bf16(high) << 16 | to_bf16(low); }
 
-inline float of_code(u32 code) {
+static float decoded(u32 code) {
     const int exponent = code >> 3 & 15, mantissa = code & 7;
     const float size = exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
     return exponent == 15 && mantissa == 7 ? NAN : code & 0x80 ? -size : size;
+}
+
+inline float of_code(u32 code) {
+    static float numbers[256];
+    static bool is_ready = false;
+    for (u32 i = 0; !is_ready && i < 256; ++i) numbers[i] = decoded(i);
+    is_ready = true;
+    return numbers[code & 0xff];
 }
 
 inline u32 to_code(float v) {
@@ -331,7 +427,9 @@ inline u32 to_code(float v) {
 inline u16 to_half(float v) { const _Float16 half = v; u16 bits; memcpy(&bits, &half, 2); return bits; }
 inline float of_half(u16 bits) { _Float16 half; memcpy(&half, &bits, 2); return half; }
 inline u32 codes_to_halves(u16 codes) { return (u32)to_half(of_code(codes >> 8)) << 16 | to_half(of_code(codes & 0xff)); }
-inline u32 to_coded_halves(float low, float high) { return codes_to_halves(to_code(high) << 8 | to_code(low)); }
+inline u16 to_codes(float low, float high) { return to_code(high) << 8 | to_code(low); }
+inline u32 to_halves(float low, float high) { return (u32)to_half(high) << 16 | to_half(low); }
+inline float2 from_halves(u32 halves) { return {of_half(halves & 0xffff), of_half(halves >> 16)}; }
 
 struct Fragments { u32 a[4], b[2]; };
 
@@ -375,10 +473,59 @@ void load_matrices(u32 (&r)[COUNT], u32 address, bool is_transposed) {
 inline void load_four(u32 (&r)[4], u32 address) { load_matrices(r, address, false); }
 inline void load_four_transposed(u32 (&r)[4], u32 address) { load_matrices(r, address, true); }
 inline void load_two(u32 (&r)[2], u32 address) { load_matrices(r, address, false); }
+
+// Tiles of eight times 16 bytes in shared memory: see instructions.cu.
+struct Operand { u32 address, along_k, along_rows; };
+inline Operand operand_at(u32 address, u32 along_k, u32 along_rows) {
+    for (u32 bytes : {address, along_k, along_rows}) check_alignment((const void*)(uintptr_t)bytes, 16);
+    return {address, along_k, along_rows};
+}
+
+inline Operand further(Operand operand, u32 bytes) { return {operand.address + bytes, operand.along_k, operand.along_rows}; }
+
+template <bool CODES>
+float number_of(Operand tiles, int row, int k) {
+    const int byte = CODES ? k : 2 * k;
+    const u8* at = memory + tiles.address + row / 8 * tiles.along_rows + byte / 16 * tiles.along_k + row % 8 * 16 + byte % 16;
+    return CODES ? of_code(*at) : __uint_as_float((u32)*(const u16*)at << 16);
+}
+
+template <bool CODES, int COUNT>
+void multiply_now(float* sums, const u32* operands, bool adds) {
+    const Operand a{operands[0], operands[1], operands[2]}, b{operands[3], operands[4], operands[5]};
+    for (int i = 0; i < COUNT; ++i) {
+        const int row = me->index / 32 % 4 * 16 + me->lane() / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + me->lane() % 4 * 2 + i % 2;
+        float sum = adds ? sums[i] : 0.0f;
+        for (int k = 0; k < (CODES ? 32 : 16); ++k) sum += number_of<CODES>(a, row, k) * number_of<CODES>(b, column, k);
+        sums[i] = sum;
+    }
+}
+
+// Products read their operands some time before they are waited for.
+template <bool CODES, int COUNT>
+void multiply_tiles(float (&sums)[COUNT], Operand a, Operand b, bool adds) {
+    me->products.push_back({sums, multiply_now<CODES, COUNT>,
+                            {a.address, a.along_k, a.along_rows, b.address, b.along_k, b.along_rows}, adds});
+}
+
+inline void begin_products() { __syncwarp(); }  // of the whole warp, as the next two
+inline void end_products() {}
+inline void wait_for_products() {
+    maybe_yield();
+    for (const Product& product : me->products) product.multiply(product.sums, product.operands, product.adds);
+    me->products.clear();
+    __syncwarp();
+}
+template <int COUNT>
+void are_there(float (&)[COUNT]) {}
 inline void publish_barriers() {}
 inline void fence_copies() {}
-inline void arrive_at(u32* counter) { ++*counter; }
-inline u32 count_at(u32* counter) { return (*counter)++; }
+inline u32 count_at(u32* counter, u32 last) {
+    settle(me->block);
+    const u32 before = *counter;
+    *counter = before < last ? before + 1 : 0;
+    return before;
+}
 inline u64 read_once() { return 0; }
 template <class T>
 void renew(T&) {}

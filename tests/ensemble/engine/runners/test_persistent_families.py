@@ -104,7 +104,7 @@ def test_a_block_has_room_for_latents_and_experts(name: str, is_fp8: bool) -> No
             "its router chooses among groups",
         ),
         (replace(SMALL_LATENT, experts=replace(EXPERTS, intermediate_size=72)), 1, "experts of width 72"),
-        (replace(SMALL_LATENT, experts=replace(EXPERTS, intermediate_size=8192)), 1, "experts of width 8192"),
+        (replace(SMALL_LATENT, experts=replace(EXPERTS, intermediate_size=16384)), 1, "experts of width 16384"),
         (replace(SMALL_LATENT, hidden_size=7168), 1, "hidden_size 7168"),
         (replace(SMALL_LATENT, experts=replace(EXPERTS, num_shared_experts=33)), 1, "33 experts of a token"),
     ],

@@ -25,6 +25,7 @@ pytestmark = [
 ]
 KernelOf = Callable[..., tuple[HostKernel, object]]
 BLOCKS, LIMIT = 3, 232448
+MANY_BLOCKS = 9  # for wide rows
 PAGE = 64
 DENSE = DecoderShape(
     vocab_size=130, hidden_size=128, intermediate_size=272, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64,
@@ -39,10 +40,15 @@ EXPERTS = ExpertOptions(
 )  # fmt: skip
 V2 = replace(DENSE, num_kv_heads=4, head_dim=48, latent=LATENT, experts=EXPERTS)
 SIGMOID = replace(EXPERTS, scores="sigmoid", choice="group_top2", is_normalised=True, scale=2.5)
+# A stage has four of these rows; a part of them, as an expert's row, is an odd number of tiles.
+IN_PARTS = replace(DENSE, hidden_size=1152, num_layers=1)
+ODD_EXPERTS = replace(V2, hidden_size=384, num_layers=2, experts=replace(EXPERTS, intermediate_size=384))
 SHAPES = {
     "dense": DENSE,
+    "dense, rows in two parts": IN_PARTS,
     "dense, normed q and k, rows of several stages": replace(DENSE, qk_norm=True, intermediate_size=4608, num_layers=1),
     "latent and experts": V2,
+    "latent and experts, odd numbers of tiles": ODD_EXPERTS,
     "an odd number of experts, sigmoid, normalised": replace(
         V2, experts=replace(SIGMOID, num_experts=7, num_shared_experts=0, first_dense_layers=0)
     ),
@@ -54,9 +60,14 @@ def kernel_of(tmp_path_factory: pytest.TempPathFactory) -> KernelOf:
     """Kernels by shape, compiled once, and their weights; in bfloat16 with blocks, in codes with slots."""
 
     @cache
-    def make(shape: DecoderShape, is_fp8: bool = False) -> tuple[HostKernel, object]:
+    def make(shape: DecoderShape, is_fp8: bool = False, stages: int = 0) -> tuple[HostKernel, object]:
         kind: type[Family] = DenseFamily if shape.latent is None else LatentFamily
-        family = kind(shape, is_fp8, BLOCKS, LIMIT)
+        family = kind(shape, is_fp8, MANY_BLOCKS if shape.hidden_size > 256 else BLOCKS, LIMIT)
+        if stages:
+            memory = family.memory
+            limit = memory.total - (memory.stages - stages) * (memory.stage_bytes + 16)
+            family = replace(family, shared_limit=limit)
+            assert family.memory.stages == stages
         assert family.reason_against(1) is None
         weights = random_weights(shape, is_fp8=is_fp8, has_bias=True)
         heads, width = (shape.num_kv_heads, shape.head_dim) if shape.latent is None else (1, 144)
@@ -81,21 +92,58 @@ def worst_cosine(shape: DecoderShape, kernel: HostKernel, weights: object, num_t
 @pytest.mark.parametrize("name", SHAPES)
 def test_it_computes_the_decoder(name: str, kernel_of: KernelOf) -> None:
     kernel, weights = kernel_of(SHAPES[name])
-    tokens = 4 if "dense" in name else 15  # latent attention reads 14 at a time
+    tokens = 4 if "dense" in name or "tiles" in name else 15  # latent attention reads 14 at a time
     assert worst_cosine(SHAPES[name], kernel, weights, tokens) > 0.9995
 
 
-@pytest.mark.parametrize("shape", [DENSE, V2], ids=["dense", "latent"])
+@pytest.mark.parametrize(
+    "shape",
+    [DENSE, replace(IN_PARTS, hidden_size=2304), V2, ODD_EXPERTS],
+    ids=["dense", "dense, rows in two parts", "latent", "latent, odd numbers of tiles"],
+)
 def test_it_computes_in_codes(shape: DecoderShape, kernel_of: KernelOf) -> None:
     kernel, weights = kernel_of(shape, is_fp8=True)
     assert worst_cosine(shape, kernel, weights, 2) > 0.99
 
 
+@pytest.mark.parametrize("stages", [4, 5])
 @pytest.mark.parametrize("shape", [DENSE, V2], ids=["dense", "latent"])
-def test_a_slow_block_changes_nothing(shape: DecoderShape, kernel_of: KernelOf) -> None:
-    """A block without work in a phase goes ahead of the others; nobody may take it for the slow one."""
+def test_a_ring_of_few_stages_computes_the_same(shape: DecoderShape, stages: int, kernel_of: KernelOf) -> None:
+    """Warpgroups take stages in turn: none may take what lay in a stage's place a lap before for the stage."""
+    few, _ = kernel_of(shape, stages=stages)
+    many, _ = kernel_of(shape)
+    for position in range(3):
+        wanted = many(7, position)
+        assert all(torch.equal(few(7, position, seed=seed), wanted) for seed in range(4)), position
+
+
+DEEP = replace(V2, num_layers=5)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [DENSE, *(replace(DEEP, experts=replace(EXPERTS, first_dense_layers=num)) for num in (0, 1, 2, 3))],
+    ids=["dense", *(f"latent, {num} dense layers" for num in (0, 1, 2, 3))],
+)
+def test_nobody_takes_what_a_slow_block_wrote_before_for_what_it_is_writing(
+    shape: DecoderShape, kernel_of: KernelOf
+) -> None:
     kernel, _ = kernel_of(shape)
     kernel(5, 0)
     wanted = kernel(7, 1)
     for slow in range(BLOCKS):
+        kernel(9, 2)
         assert torch.equal(kernel(7, 1, seed=slow, slow=slow), wanted), slow
+
+
+def test_nobody_takes_a_split_of_an_earlier_text_for_a_new_one(kernel_of: KernelOf) -> None:
+    """A block has a split where a text is long enough; what it wrote then stays until it has one again."""
+    kernel, _ = kernel_of(V2)
+    for position in range(14):
+        kernel(position, position)
+    wanted = kernel(7, 14)
+    for times in range(3):
+        kernel(9, 14)
+        for _ in range(times):
+            kernel(0, 0)
+        assert torch.equal(kernel(7, 14, seed=times, slow=1), wanted), times

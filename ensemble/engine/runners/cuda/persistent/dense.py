@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from deepseek_triton.ensemble.engine.runners.cuda.persistent.family import Family, matrix
-from deepseek_triton.ensemble.engine.runners.cuda.persistent.memory import WARPS, Memory, operand_bytes, stage_bytes
+from deepseek_triton.ensemble.engine.runners.cuda.persistent.memory import (
+    GRID_BYTES,
+    WARPS,
+    Memory,
+    operand_bytes,
+    stage_bytes,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +21,9 @@ if TYPE_CHECKING:
     from deepseek_triton.ensemble.engine.runners.cuda.layers import Layer
 
 HEAD_DIMS, MAX_SHARED_HEADS, MAX_KV_BLOCK = (32, 64, 128, 256), 16, 32  # as in the source
+# Bytes that a block has in flight at most: enough to saturate memory; more delay what blocks tell each other
+# (benchmarks/decode_gpu_notes.md).
+IN_FLIGHT_BYTES = 4 * 14336
 
 
 class DenseFamily(Family):
@@ -41,7 +50,9 @@ class DenseFamily(Family):
         widest = max(shape.q_size, shape.intermediate_size, shape.hidden_size)
         activations = max(operand_bytes(widest, is_fp8=self.is_fp8), operand_bytes(shape.hidden_size, is_fp8=False))
         stage = stage_bytes(shape.hidden_size * (1 if self.is_fp8 else 2))
-        return Memory.of(stage, max(activations, self._attention_bytes), limit=self.shared_limit)
+        return Memory.of(
+            stage, max(activations, self._attention_bytes), limit=self.shared_limit, in_flight=IN_FLIGHT_BYTES
+        )
 
     @property
     def kv_block(self) -> int:
@@ -63,9 +74,9 @@ class DenseFamily(Family):
         """See `Family`."""
         shape = self.shape
         partial = self._splits * shape.num_heads * (shape.head_dim + 2)
-        grid = 6
+        grid = GRID_BYTES // 4
         return 4 * (
-            2 * shape.q_size + 2 * shape.kv_size + shape.hidden_size + shape.intermediate_size + partial
+            2 * shape.q_size + 2 * shape.kv_size + 2 * shape.hidden_size + shape.intermediate_size + partial
             + grid + shape.num_kv_heads
         )  # fmt: skip
 

@@ -45,6 +45,8 @@ class Family(ABC):
             return reason
         if self.shape.hidden_size > 32 * WARPS * self.blocks:
             return f"hidden_size {self.shape.hidden_size} is more than {32 * WARPS * self.blocks}"
+        if self.shape.hidden_size < self.blocks:
+            return f"hidden_size {self.shape.hidden_size} is less than a number for each of {self.blocks} blocks"
         if self.memory.stages < MIN_STAGES:
             return "a multiprocessor has too little shared memory"
         return None

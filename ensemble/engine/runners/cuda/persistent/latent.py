@@ -10,6 +10,7 @@ from deepseek_triton.ensemble.decoder.mla import INNER_NORM_EPS, LatentAttention
 from deepseek_triton.ensemble.decoder.options import ExpertOptions, LatentOptions
 from deepseek_triton.ensemble.engine.runners.cuda.persistent.family import Family, matrix
 from deepseek_triton.ensemble.engine.runners.cuda.persistent.memory import (
+    GRID_BYTES,
     MAX_PAIRS,
     WARPS,
     Memory,
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 
 # As in the source.
 MAX_HEADS, UNIT, ABSORBED, VALUE_ROWS, SHARE_STRIDE = 16, 14, 64, 16, 24
-MAX_EXPERTS = 32  # computed at a time: a lane has one
+MAX_EXPERTS = 32  # of a token: a lane has one
+PAIR = 2  # experts computed together
 MAX_PARTS = 2 * MAX_PAIRS
+IN_FLIGHT_BYTES = 3 * 16384  # of a block, at most: see dense.py
 
 
 class LatentFamily(Family):
@@ -57,16 +60,14 @@ class LatentFamily(Family):
         return None
 
     def _reason_against_experts(self) -> str | None:
-        experts, blocks = self.shape.experts, self.blocks
+        experts = self.shape.experts
         if experts is None:
             return "it has no experts"
         if experts.num_groups > 1 and experts.choice != "greedy":
             return "its router chooses among groups"
         most = max(experts.num_experts_per_tok, experts.num_shared_experts)
-        down_rows = 8 * -(-self.shape.hidden_size // (8 * blocks))
-        pairs = -(-most * experts.intermediate_size // (8 * blocks)) * 8
-        if experts.intermediate_size % 16 or pairs > MAX_PAIRS or most * down_rows > MAX_PARTS:
-            return f"{most} experts of width {experts.intermediate_size}"
+        if experts.intermediate_size % 16 or self._pair_rows > MAX_PAIRS or PAIR * self._down_rows > MAX_PARTS:
+            return f"experts of width {experts.intermediate_size}"
         if most > MAX_EXPERTS:
             return f"{most} experts of a token"
         if 4 * self.shape.hidden_size > self._stage:
@@ -78,17 +79,19 @@ class LatentFamily(Family):
         """See `Family`."""
         shape, experts, rank = self.shape, self._experts, self._latent.kv_lora_rank
         most = max(experts.num_experts_per_tok, experts.num_shared_experts)
+        groups = 8 * 32 * WARPS // rank
         scratch = max(
-            self._operand(shape.hidden_size) + most * self._operand(experts.intermediate_size),
+            self._operand(shape.hidden_size) + PAIR * self._operand(experts.intermediate_size),
             self._operand(shape.intermediate_size),
             self._operand(shape.num_heads * self._latent.v_head_dim),
             operand_bytes(shape.hidden_size, is_fp8=False),
             (MAX_HEADS + 1) * self._entry_stride + MAX_HEADS * (2 * SHARE_STRIDE + 4),
-            4 * rank + 4 * (32 * WARPS * 8 + self.blocks),  # an operand, latents of groups of threads, a weight a split
+            4 * (rank + groups * (rank + 2)),  # an operand; groups of threads have a latent, a maximum and a sum each
             4 * rank + 4 * self._latent.qk_nope_head_dim,
         )
-        board = 8 + 4 * (2 * experts.num_experts_per_tok + most + WARPS) + 8
-        return Memory.of(self._stage, scratch, limit=self.shared_limit, board=board // 8 * 8)
+        scales = -(-most // PAIR) * PAIR * (self._pair_rows + self._down_rows)
+        board = 8 + 4 * (2 * experts.num_experts_per_tok + WARPS + scales) + 8
+        return Memory.of(self._stage, scratch, limit=self.shared_limit, in_flight=IN_FLIGHT_BYTES, board=board // 8 * 8)
 
     @property
     def macros(self) -> dict[str, object]:
@@ -112,13 +115,12 @@ class LatentFamily(Family):
         shape, latent, experts = self.shape, self._latent, self._experts
         entry = latent.kv_lora_rank + latent.qk_rope_head_dim
         floats = (
-            shape.num_heads * (latent.qk_head_dim + latent.v_head_dim) + entry + shape.hidden_size
-            + max(shape.intermediate_size, experts.num_experts_per_tok * experts.intermediate_size)
+            shape.num_heads * (latent.qk_head_dim + latent.v_head_dim + entry) + 2 * entry + 2 * shape.hidden_size
+            + shape.intermediate_size + experts.num_experts_per_tok * experts.intermediate_size
             + max(1, experts.num_shared_experts) * experts.intermediate_size
-            + self.blocks * MAX_HEADS * (latent.kv_lora_rank // 2 + 2)
-            + 2 * experts.num_experts + MAX_HEADS * entry // 2
+            + self.blocks * shape.num_heads * (latent.kv_lora_rank // 2 + 2) + experts.num_experts
         )  # fmt: skip
-        return aligned(4 * floats + 64)
+        return aligned(4 * floats + GRID_BYTES)
 
     def tensors(self, layer: Layer, keys: torch.Tensor, values: torch.Tensor) -> Sequence[torch.Tensor | None]:
         """See `Family`."""
@@ -128,6 +130,16 @@ class LatentFamily(Family):
             attention.norm, mlp.norm, attention.kv_norm, *matrix(attention.q_kv_a), attention.kv_b,
             *matrix(attention.o), *matrix(mlp.gate_up), *matrix(mlp.down), *router, keys,
         ]  # fmt: skip
+
+    @property
+    def _pair_rows(self) -> int:
+        """Rows of gate of two experts that a block has, at most."""
+        return -(-PAIR * self._experts.intermediate_size // (8 * self.blocks)) * 8
+
+    @property
+    def _down_rows(self) -> int:
+        """Rows of down that a block has, at most."""
+        return -(-self.shape.hidden_size // (8 * self.blocks)) * 8
 
     def _operand(self, width: int) -> int:
         return operand_bytes(width, is_fp8=self.is_fp8)

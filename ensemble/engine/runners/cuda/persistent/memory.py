@@ -8,10 +8,12 @@ from dataclasses import dataclass
 WARPS, PRODUCER_WARPS, MAX_PAIRS = 8, 4, 160
 STAGE_BYTES = 16384  # of a stage, at most, where whole rows fit
 ALIGNMENT = 128
-MIN_STAGES = 3
-# Bytes that a block has in flight at most. On an H100 5.7 MB in flight saturate memory; more only delay the messages
-# between blocks (benchmarks/decode_gpu_notes.md).
-IN_FLIGHT_BYTES = 3 * 14336
+GRID_BYTES = 1536  # of the source's `Grid`, with what aligns it
+MAX_PADDING = 512  # of a row of bfloat16 activations whose parts are an odd number of tiles
+MIN_STAGES = 4
+# Stages that are not being copied, at least. Two warpgroups take stages in turn, so one may wait for a stage whose place
+# has the other's before. That one must have been copied: a barrier tells laps apart only by being odd or even.
+SPARE_STAGES = 3
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,13 @@ class Memory:
     total: int
 
     @classmethod
-    def of(cls, stage: int, scratch: int, *, limit: int, board: int = 0) -> Memory:
-        """The layout with as many stages as fit into `limit` bytes."""
+    def of(cls, stage: int, scratch: int, *, limit: int, in_flight: int, board: int = 0) -> Memory:
+        """The layout with as many stages as fit into `limit` bytes, of which `in_flight` bytes are copied at a time."""
         scratch = aligned(scratch)
         fixed = scratch + WARPS * 2 * MAX_PAIRS * 4 + 2 * WARPS * 4 + board
         stages = (limit - fixed) // (stage + 16)
-        in_flight = max(1, min(round(IN_FLIGHT_BYTES / stage), stages - 1))
-        return cls(stages, in_flight, stage, scratch, board, fixed + stages * (stage + 16))
+        copied = max(1, min(round(in_flight / stage), stages - SPARE_STAGES))
+        return cls(stages, copied, stage, scratch, board, fixed + stages * (stage + 16))
 
     @property
     def macros(self) -> dict[str, object]:
@@ -50,8 +52,8 @@ def stage_bytes(row: int) -> int:
 
 
 def operand_bytes(width: int, *, is_fp8: bool) -> int:
-    """Of a row of activations as the products read it."""
-    return width * (2 if is_fp8 else 4)
+    """Of a row of activations as the products read it, at most."""
+    return width * 2 if is_fp8 else width * 4 + MAX_PADDING
 
 
 def aligned(size: int) -> int:

@@ -3,12 +3,21 @@
 // At batch 1 memory bandwidth is the limit, so the weights must be read without a pause. One warp of each block, the
 // producer, copies the block's share of every matrix into a ring of stages in shared memory, in the order in which the
 // other warps, the consumers, read it. Weights depend on nothing, so the producer runs ahead while the consumers wait
-// for each other at barriers over the grid.
+// for what other blocks compute.
+//
+// Blocks have no barrier. A number that others read carries the tag of its layer in its two lowest bits, and who needs it
+// loads it until it has this tag: one trip, where a barrier takes four (a store, its acknowledgement, a count, a load).
+// Looking costs bandwidth, so blocks count those that have published, and wait for the count before they look.
+// A number may be written again in the next layer: all that depends on every block's part of the residual stream, and a block
+// writes its part only after it read all that it needs of the layer before.
+//
 // A block multiplies whole rows of a matrix on tensor cores. A stage holds 2, 4 or 8 rows as they lie in memory, or a
-// part of two rows. Two rows are operand A of m16n8k16: a lane's 16 bytes of the first belong to A's row lane / 4,
-// those of the second to the row eight further down; the activations of the same columns are column lane / 4 of B. So the
-// diagonals of the result are the dot products: each lane's bytes meet the activations of their own columns, however
-// the bytes are distributed over the lanes.
+// part of two rows. To a warpgroup's product they are tiles of eight times 16 bytes that lie side by side, so a tile is 128
+// bytes of one row, and the same bytes of the activations are a tile of the other operand: of a tile's result the diagonal
+// counts, and its sum is the dot product. See Tiles.
+// Rows that are no whole tiles are multiplied by single warps: two rows are operand A of m16n8k16, a lane's 16 bytes of the
+// first belong to A's row lane / 4, those of the second to the row eight further down; the activations of the same columns are
+// column lane / 4 of B. Again the diagonals of the result are the dot products.
 //
 // instructions.cu comes before this text, a family's source after it. All are compiled for one model: the names in capitals
 // below are macros.
@@ -31,14 +40,17 @@ constexpr int GROUP = 512;      // bytes of a row that a warp multiplies at once
 constexpr int MAX_ROWS = 256;   // of a matrix whose partial sums are kept at a time
 constexpr int MAX_PAIRS = 160;  // rows of gate and of up, likewise
 constexpr int MAX_SUMS = 2 * MAX_PAIRS;
+constexpr int LAST_BLOCKS = 8;  // so many may be missing when a block begins to look for their numbers
 constexpr int ELEMENT = FP8 ? 1 : 2;           // bytes of a weight
 constexpr float E4M3_MAX = 448.0f;
 constexpr float MIN_TOKEN_SCALE = 1.0f / 16384;
 constexpr float MASKED_SCORE = -1e30f;  // a score of weight 0; −∞ is none, because −∞ − −∞ is NaN
 
 static_assert(MAX_SUMS >= MAX_ROWS && MAX_PAIRS <= THREADS, "a thread sums one row, or a pair of rows");
-static_assert(0 < IN_FLIGHT && IN_FLIGHT < STAGES, "a stage can't be waited for before its copy started");
-static_assert(HIDDEN <= THREADS * BLOCKS, "a thread keeps one element of the residual stream");
+// A warpgroup may wait for a stage whose place has the other's before: that one must have been copied, because barriers
+// tell laps of the ring apart only by being odd or even.
+static_assert(0 < IN_FLIGHT && IN_FLIGHT + 3 <= STAGES, "too many copies at a time");
+static_assert(BLOCKS <= HIDDEN && HIDDEN <= THREADS * BLOCKS, "a block has a part of the residual stream, a thread an element");
 
 struct Matrix {
     const u8* weight;    // [out, in]
@@ -83,15 +95,35 @@ struct Tiling {
     static_assert(ROW_BYTES % 16 == 0, "copied 16 bytes at a time");
 };
 
-// Barriers over the grid count arrivals in turn, because a block that has no work in a phase arrives ahead of others: its
-// next arrival may not be taken for another block's. It may arrive at COUNTERS barriers in a row without waiting (latent.cu
-// does), but not at one more: phases that a block may skip, one after the other, have at most so many arrivals.
-constexpr int COUNTERS = 4;
+// How rows of K elements are a product's tiles, and their activations operand B, in shared memory.
+// Fewer than eight rows of a stage are so many parts that they are eight; each part of the activations has columns of its
+// own. bfloat16 activations are two vectors: rounded, and the rounding errors.
+template <int K, bool CODES>
+struct Tiles {
+    static constexpr int ROW_BYTES = CODES ? K : 2 * K;
+    static constexpr int ROWS = Tiling<ROW_BYTES>::ROWS, PARTS = 8 / ROWS, PART = ROW_BYTES / PARTS;
+    static constexpr bool FIT = Tiling<ROW_BYTES>::SPLITS == 1 && ROWS >= 4 && ROW_BYTES % (128 * PARTS) == 0;
+    static constexpr int STEPS = (PART + 255) / 256;  // products; each takes two tiles of a part
+    static constexpr int PITCH = STEPS * 256;         // of a part of the activations, with zeros for a tile that isn't there
+    static constexpr int VECTOR_BYTES = FIT ? PARTS * PITCH : 2 * K;
+    static constexpr int OPERAND_BYTES = CODES ? VECTOR_BYTES : 2 * VECTOR_BYTES;
+    static constexpr int COLUMNS = 8 * PARTS * (CODES ? 1 : 2);
+
+    // Where the activation that belongs to a row's byte lies.
+    static __device__ __forceinline__ int offset(int byte) {
+        return PARTS == 1 ? byte : byte / PART * PITCH + byte % PART;
+    }
+};
+
+// What blocks wait for.
+enum Phase { PROJECTED_IN, ABSORBED_IN, ATTENDED, VALUES_MADE, BETWEEN, ACTIVATED, LAYER_DONE, PHASES };
 
 struct Grid {
-    u32 arrived[COUNTERS];
+    struct alignas(128) {
+        u32 blocks;  // that have ended a phase, of this kernel's layers so far
+    } ended[PHASES];
     u32 done;      // blocks that have ended
-    u32 sequence;  // of numbers that earlier kernels sent; equal on all ranks
+    u32 sequence;  // kernels so far, modulo SEQUENCES; equal on all ranks
 };
 
 struct Share {
@@ -119,11 +151,8 @@ struct Ring {
     static __device__ __forceinline__ u64* full(int i) { return (u64*)(memory + FULL_AT) + i; }
     static __device__ __forceinline__ u64* empty(int i) { return (u64*)(memory + EMPTY_AT) + i; }
 
-    __device__ __forceinline__ void advance() {
-        if (++index == STAGES) {
-            index = 0;
-            parity ^= 1;
-        }
+    __device__ __forceinline__ void advance(int count = 1) {
+        for (index += count; index >= STAGES; index -= STAGES) parity ^= 1;
     }
 };
 
@@ -146,13 +175,14 @@ struct Producer {
     Ring ring;
     int lane;
     u64 policy;  // of L2: weights are read once
+    int limit = IN_FLIGHT;  // stages that are being copied at a time, at most
 
-    // Wait for a free stage, and expect so many bytes in it. Messages between blocks queue behind the copies in flight,
+    // Wait for a free stage, and expect so many bytes in it. Numbers of other blocks queue behind the copies in flight,
     // so no more copies are in flight than saturate memory, even if more stages are free.
     __device__ __forceinline__ void begin(u32 bytes) {
         if (lane == 0) {
-            const bool is_same_lap = ring.index >= IN_FLIGHT;
-            wait(Ring::full(ring.index - IN_FLIGHT + (is_same_lap ? 0 : STAGES)), ring.parity ^ !is_same_lap);
+            const bool is_same_lap = ring.index >= limit;
+            wait(Ring::full(ring.index - limit + (is_same_lap ? 0 : STAGES)), ring.parity ^ !is_same_lap);
             wait(ring.empty(), ring.parity ^ 1);
             arrive_expecting(ring.full(), bytes);
         }
@@ -206,6 +236,59 @@ struct Producer {
                 rows<HIDDEN * ELEMENT>(weight, {part * inner + share.first + i, min(ROWS, share.count - i)});
     }
 };
+
+// ---- numbers of other blocks
+
+// Tags are 1, 2 and 3 in turn, each number's in the order in which it is written; 0 is none. So a reader can't take what was
+// written before for what it waits for, if the number is written every time: count only the layers that write it.
+constexpr u32 TAG_BITS = 3;
+constexpr u32 SEQUENCES = 3 << 20;  // a multiple of the tags: they go on in turn when kernels are counted from 0 again
+
+__device__ __forceinline__ u32 tag_of(u32 times) { return 1 + times % 3; }
+
+__device__ __forceinline__ bool differs(float v, u32 tag) { return (__float_as_uint(v) ^ tag) & TAG_BITS; }
+
+__device__ __forceinline__ float with_tag(float v, u32 tag) { return __uint_as_float((__float_as_uint(v) & ~TAG_BITS) | tag); }
+
+__device__ __forceinline__ float without_tag(float v) { return with_tag(v, 0); }
+
+__device__ __forceinline__ float await1(const float* p, u32 tag) {
+    float v = look1(p);
+    while (differs(v, tag)) {
+        pause();
+        v = look1(p);
+    }
+    return without_tag(v);
+}
+
+// v: what was found there before.
+__device__ __forceinline__ float2 await2(float2 v, const float* p, u32 tag) {
+    while (differs(v.x, tag) || differs(v.y, tag)) {
+        pause();
+        v = look2(p);
+    }
+    return {without_tag(v.x), without_tag(v.y)};
+}
+
+__device__ __forceinline__ float4 await4(float4 v, const float* p, u32 tag) {
+    while (differs(v.x, tag) || differs(v.y, tag) || differs(v.z, tag) || differs(v.w, tag)) {
+        pause();
+        v = look4(p);
+    }
+    return {without_tag(v.x), without_tag(v.y), without_tag(v.z), without_tag(v.w)};
+}
+
+// Two halves have a bit of the tag each.
+__device__ __forceinline__ u32 tag_of_halves(u32 tag) { return (tag & 1) | (tag & 2) << 15; }
+
+__device__ __forceinline__ uint4 await_halves(uint4 v, const u32* p, u32 tag) {
+    constexpr u32 BITS = 0x00010001;
+    while (((v.x ^ tag) | (v.y ^ tag) | (v.z ^ tag) | (v.w ^ tag)) & BITS) {
+        pause();
+        v = look4(p);
+    }
+    return {v.x & ~BITS, v.y & ~BITS, v.z & ~BITS, v.w & ~BITS};
+}
 
 // ---- the consumers
 
@@ -284,47 +367,60 @@ __device__ __forceinline__ Affine affine_of(const Matrix& matrix, int row, bool 
 struct Consumer {
     Ring ring;
     Grid* grid;
-    float* hidden;  // [HIDDEN], the residual stream, of which the first threads keep an element each
+    float* hidden;   // [HIDDEN], the residual stream after a layer, of which the first threads keep an element each
+    float* between;  // [HIDDEN], the residual stream after its attention
     u64* const* peer_buffers;  // [RANKS], each [2, RANKS, HIDDEN]
     const u32* given_up;       // not 0: don't wait for other ranks
     int thread, warp, lane;
-    u32 num_sums;  // sums over ranks so far
-    u32 barriers = 0;
+    u32 sequence;         // kernels so far
+    u32 layers = 0;       // of this kernel so far
+    u32 tag = 0, mlp_tag = 0;  // of the layer's numbers, and of those that only layers with such an MLP write
+    u32 activations = 0;  // of this kernel so far: times that blocks ended the phase
     u8* const scratch = memory + SCRATCH_AT;             // the activations
-    float* const parts = (float*)(memory + PARTS_AT);    // [WARPS, MAX_SUMS]
+    float* const parts = (float*)(memory + PARTS_AT);    // [8 * MAX_SUMS], of dot products
     float* const shared = (float*)(memory + SHARED_AT);  // [2, WARPS]
 
-    // ---- the grid's barrier
+    // ---- the other blocks
 
-    __device__ __forceinline__ void arrive_at_grid() {
-        sync_consumers();
-        if (thread == 0) arrive_at(&grid->arrived[barriers % COUNTERS]);
-        ++barriers;
+    // To be called before a layer's first number is published. mlp, mlps: layers of this kernel with such an MLP, before this
+    // one and altogether.
+    __device__ __forceinline__ void begin_layer(u32 mlp, u32 mlps) {
+        tag = tag_of(sequence * LAYERS + layers);
+        mlp_tag = tag_of(sequence * mlps + mlp);
+        ++layers;
     }
 
-    // Wait until every block has arrived as often as this one.
-    __device__ __forceinline__ void wait_for_grid() {
-        if (thread == 0) {
-            const u32 last = barriers - 1;
-            wait_for_count(&grid->arrived[last % COUNTERS], (last / COUNTERS + 1) * BLOCKS);
-        }
+    __device__ __forceinline__ void publish(float* p, float v) const { post(p, with_tag(v, tag)); }
+    __device__ __forceinline__ void publish_mlp(float* p, float v) const { post(p, with_tag(v, mlp_tag)); }
+
+    // Threads that look all the time keep others from publishing, and weights from coming: so blocks count those that have
+    // published, and look when nearly all have. The count is a hint; tags tell what is there.
+    __device__ __forceinline__ void end(Phase phase) const {
+        if (thread == 0) count(&grid->ended[phase].blocks);
+    }
+
+    __device__ __forceinline__ void approach(Phase phase, u32 times) const {
+        if (thread == 0)
+            while (look1(&grid->ended[phase].blocks) + LAST_BLOCKS < times * BLOCKS) pause();
         sync_consumers();
     }
+
+    __device__ __forceinline__ void approach(Phase phase) const { approach(phase, layers); }
 
     // ---- the other ranks
 
-    // The sum of all ranks' `part` of a row. Sums use the two halves of a buffer in turn: a rank writes to a half again
-    // only after it received what the others sent to the other half, which they did after reading the first.
-    __device__ __forceinline__ float sum_over_ranks(float part, int row) const {
+    // The sum of all ranks' `part` of a row; number: the sum's. Sums use the two halves of a buffer in turn: a rank writes to a
+    // half again only after it received what the others sent to the other half, which they did after reading the first.
+    __device__ __forceinline__ float sum_over_ranks(float part, int row, u32 number) const {
         if (RANKS == 1) return part;
-        const int half = num_sums % 2 * RANKS * HIDDEN + row;
+        const int half = number % 2 * RANKS * HIDDEN + row;
 #pragma unroll
         for (int rank = 0; rank < RANKS; ++rank)
-            if (rank != RANK) send(peer_buffers[rank] + half + RANK * HIDDEN, part, num_sums);
+            if (rank != RANK) send(peer_buffers[rank] + half + RANK * HIDDEN, part, number);
         float sum = 0.0f;
 #pragma unroll
         for (int rank = 0; rank < RANKS; ++rank)
-            sum += rank == RANK ? part : receive(peer_buffers[RANK] + half + rank * HIDDEN, num_sums, given_up);
+            sum += rank == RANK ? part : receive(peer_buffers[RANK] + half + rank * HIDDEN, number, given_up);
         return sum;
     }
 
@@ -348,6 +444,23 @@ struct Consumer {
         }
     }
 
+    // Two maxima over all consumers, of numbers that aren't negative.
+    __device__ __forceinline__ void reduce_maxima(float& one, float& other) {
+        one = warp_max(one);
+        other = warp_max(other);
+        if (lane == 0) {
+            shared[warp] = one;
+            shared[WARPS + warp] = other;
+        }
+        sync_consumers();
+        one = other = 0.0f;
+#pragma unroll
+        for (int i = 0; i < WARPS; ++i) {
+            one = fmaxf(one, shared[i]);
+            other = fmaxf(other, shared[WARPS + i]);
+        }
+    }
+
     // A vector of K numbers, four at a time a thread.
     template <int K>
     struct Vector {
@@ -361,10 +474,24 @@ struct Consumer {
     }
 
     template <int K>
-    __device__ __forceinline__ void read(Vector<K>& x, const float* source) const {
+    __device__ __forceinline__ void look(Vector<K>& x, const float* source) const {
 #pragma unroll
         for (int i = 0; i < Vector<K>::COUNT; ++i)
-            if (holds<K>(thread, i)) x.values[i] = load4(source + (i * THREADS + thread) * 4);
+            if (holds<K>(thread, i)) x.values[i] = look4(source + (i * THREADS + thread) * 4);
+    }
+
+    // Go on looking for what wasn't there.
+    template <int K>
+    __device__ __forceinline__ void await(Vector<K>& x, const float* source, u32 tag) const {
+#pragma unroll
+        for (int i = 0; i < Vector<K>::COUNT; ++i)
+            if (holds<K>(thread, i)) x.values[i] = await4(x.values[i], source + (i * THREADS + thread) * 4, tag);
+    }
+
+    template <int K>
+    __device__ __forceinline__ void fetch(Vector<K>& x, const float* source, u32 tag) const {
+        look<K>(x, source);
+        await<K>(x, source, tag);
     }
 
     template <int K>
@@ -401,30 +528,53 @@ struct Consumer {
         return largest;
     }
 
-    // Store x · factor in `scratch` as operand B.
-    template <int K, bool CODES>
+    // Store x · factor as operand B, AT bytes behind the beginning of `scratch`.
+    template <int K, bool CODES, int AT = 0>
     __device__ __forceinline__ void store_operand(const Vector<K>& x, float factor) {
-        static_assert(K * (CODES ? 2 : 4) <= SCRATCH_BYTES, "scratch is too small");
+        static_assert(AT + Tiles<K, CODES>::OPERAND_BYTES <= SCRATCH_BYTES, "scratch is too small");
 #pragma unroll
         for (int i = 0; i < Vector<K>::COUNT; ++i)
-            if (holds<K>(thread, i)) store_four<K, CODES>(scratch, (i * THREADS + thread) * 4, x.values[i], factor);
+            if (holds<K>(thread, i)) store_four<K, CODES>(scratch + AT, (i * THREADS + thread) * 4, x.values[i], factor);
+        store_zeros<K, CODES>(scratch + AT, thread);
+    }
+
+    // To be called after an operand was stored.
+    __device__ __forceinline__ void operand_is_there() {
+        fence_copies();
         sync_consumers();
     }
 
-    // Store x · factor as four elements of operand B: E4M3 codes as halves, or bfloat16 and the rounding error beside it.
+    // Store x · factor as four elements of operand B: as E4M3 codes, which single warps want as halves, or in bfloat16 with
+    // the rounding error beside it.
     template <int K, bool CODES>
     static __device__ __forceinline__ void store_four(u8* operand, int element, float4 x, float factor) {
+        using T = Tiles<K, CODES>;
         const float4 v = {x.x * factor, x.y * factor, x.z * factor, x.w * factor};
-        if (CODES) {  // halves for the first eight of sixteen codes; K bytes further on those for the others
-            uint2* target = (uint2*)(operand + element % 16 / 8 * K + element / 16 * 16 + element % 8 * 2);
-            *target = {to_coded_halves(v.x, v.y), to_coded_halves(v.z, v.w)};
+        if (CODES) {
+            const u16 low = to_codes(v.x, v.y), high = to_codes(v.z, v.w);
+            if (T::FIT) {
+                *(u32*)(operand + T::offset(element)) = low | (u32)high << 16;
+            } else {  // the first eight of sixteen codes; K bytes further on the others
+                uint2* target = (uint2*)(operand + element % 16 / 8 * K + element / 16 * 16 + element % 8 * 2);
+                *target = {codes_to_halves(low), codes_to_halves(high)};
+            }
         } else {
+            u8* target = operand + (T::FIT ? T::offset(2 * element) : 2 * element);
             const uint2 high = {to_bf16x2(v.x, v.y), to_bf16x2(v.z, v.w)};
-            *(uint2*)(operand + 2 * element) = high;
-            *(uint2*)(operand + 2 * K + 2 * element) = {
+            *(uint2*)target = high;
+            *(uint2*)(target + T::VECTOR_BYTES) = {
                 to_bf16x2(v.x - from_bf16(high.x & 0xffff), v.y - from_bf16(high.x >> 16)),
                 to_bf16x2(v.z - from_bf16(high.y & 0xffff), v.w - from_bf16(high.y >> 16))};
         }
+    }
+
+    // The tiles of an operand that aren't there. index: of a thread, of at least 32.
+    template <int K, bool CODES>
+    static __device__ __forceinline__ void store_zeros(u8* operand, int index) {
+        using T = Tiles<K, CODES>;
+        static_assert(!T::FIT || T::COLUMNS <= 32, "a thread stores 16 bytes");
+        if (T::FIT && T::PITCH > T::PART && index < T::COLUMNS)
+            *(uint4*)(operand + index / 8 * T::PITCH + T::PART + index % 8 * 16) = {};
     }
 
     static __device__ __forceinline__ float token_scale(float largest) {
@@ -447,13 +597,13 @@ struct Consumer {
     __device__ __forceinline__ float store_normed(Vector<HIDDEN>& x, const Vector<HIDDEN>& norm) {
         const auto [inverse, scale] = normed<CODES>(x, norm);
         store_operand<HIDDEN, CODES>(x, inverse * (1.0f / scale));
+        operand_is_there();
         return scale;
     }
 
+    // Store x as operand B; returns the token's scale.
     template <int K>
-    __device__ __forceinline__ float store_scaled(const float* source) {
-        Vector<K> x;
-        read<K>(x, source);
+    __device__ __forceinline__ float store_scaled(const Vector<K>& x) {
         float scale = 1.0f;
         if (FP8) {
             float unused = 0.0f, largest = largest_of<K>(x);
@@ -461,6 +611,7 @@ struct Consumer {
             scale = token_scale(largest);
         }
         store_operand<K, FP8>(x, 1.0f / scale);
+        operand_is_there();
         return scale;
     }
 
@@ -473,39 +624,104 @@ struct Consumer {
         ring.advance();
     }
 
-    // Multiply the rows of the next `count` stages (of rows in several stages: sets of them) with operands.
-    // operand: where the first operand begins in the activations, in bytes; the others follow it. each: stages for one.
-    // The partial sums of each team's members lie in [WARPS, MAX_SUMS], those of a stage's rows behind those of the stage
-    // before it. GATED: stages hold rows of gate and of up in turn; the sums of gate begin at 0, those of up at MAX_PAIRS.
-    template <int K, bool CODES, bool GATED>
-    __device__ __forceinline__ void multiply(int count, int operand, int each) {
+    // Multiply the rows of the next `count` stages (of rows in several stages: sets of them) with the operand that lies AT
+    // bytes behind the beginning of `scratch`. `parts` gets what dot_product sums up, from row `to` on; a stage's rows come
+    // behind those of the stage before it. GATED: stages hold rows of gate and of up in turn; those of up begin MAX_PAIRS
+    // later.
+    template <int K, bool CODES, bool GATED, int AT>
+    __device__ __forceinline__ void multiply(int count, int to) {
+        if constexpr (Tiles<K, CODES>::FIT) multiply_tiled<K, CODES, GATED, AT>(count, to);
+        else multiply_by_warps<K, CODES, GATED, AT>(count, to);
+    }
+
+    // Warpgroups take stages in turn, two at a time. parts [MAX_SUMS, 8]: a tile's diagonal.
+    template <int K, bool CODES, bool GATED, int AT>
+    __device__ __forceinline__ void multiply_tiled(int count, int to) {
+        constexpr int TEAMS = WARPS / 4;
+        const int team = warp / 4;
+        Ring own = ring;
+        own.advance(team);
+        int stage = team;
+#pragma unroll 1
+        for (; stage + TEAMS < count; stage += 2 * TEAMS) multiply_stages<K, CODES, GATED, AT, 2>(own, stage, to);
+        if (stage < count) multiply_stages<K, CODES, GATED, AT, 1>(own, stage, to);
+        ring.advance(count);
+    }
+
+    template <int K, bool CODES, bool GATED, int AT, int COUNT>
+    __device__ __forceinline__ void multiply_stages(Ring& own, int first, int to) {
+        using T = Tiles<K, CODES>;
+        constexpr int TEAMS = WARPS / 4, OWN = T::ROWS / 4;  // rows of a warp in a stage
+        const int member = warp % 4;
+        const bool is_odd = lane / 4 % 2, is_diagonal = lane % 4 == lane / 8;
+        const Operand operand = operand_at(shared_address(scratch) + AT, 128, T::PITCH);
+        Ring stages[COUNT];
+        float sums[COUNT][T::COLUMNS / 2] = {};
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            wait(own.full(), own.parity);
+            stages[i] = own;
+            own.advance(TEAMS);
+        }
+        begin_products();
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const u32 at = shared_address(stages[i].stage());
+            const Operand rows = operand_at(at, 128, T::PART);
+            const Operand last = operand_at(at, 0, T::PART);  // the second tile isn't there
+#pragma unroll
+            for (int j = 0; j < T::STEPS; ++j) {
+                const bool is_half = T::PITCH > T::PART && j == T::STEPS - 1;
+                multiply_tiles<CODES>(sums[i], further(is_half ? last : rows, j * 256), further(operand, j * 256), j > 0);
+            }
+        }
+        end_products();
+        wait_for_products();
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            are_there(sums[i]);
+            if (lane == 0) arrive(stages[i].empty(), TEAMS);
+            // A lane's sums of columns 8 j, …: of its row sums[4 j] and the next, of the row eight further down the two
+            // behind.
+            float shares[2] = {};
+#pragma unroll
+            for (int j = 0; j < T::COLUMNS / 8; ++j) {
+                if (T::PARTS == 1 || j % 2 == 0) shares[0] += is_odd ? sums[i][4 * j + 1] : sums[i][4 * j];
+                if (T::PARTS == 1 || j % 2 == 1) shares[1] += is_odd ? sums[i][4 * j + 3] : sums[i][4 * j + 2];
+            }
+            const int stage = first + i * TEAMS;
+            const int row = to + (GATED ? stage / 2 * T::ROWS + stage % 2 * MAX_PAIRS : stage * T::ROWS) + member * OWN;
+            if (is_diagonal) {
+                parts[row * 8 + lane / 4] = OWN == 2 ? shares[0] : shares[0] + shares[1];
+                if (OWN == 2) parts[row * 8 + 8 + lane / 4] = shares[1];
+            }
+        }
+    }
+
+    // parts [WARPS, MAX_SUMS]: the partial sums of each team's members.
+    template <int K, bool CODES, bool GATED, int AT>
+    __device__ __forceinline__ void multiply_by_warps(int count, int offset) {
         using G = Groups<K, CODES>;
         using T = typename G::T;
         constexpr int PAIRS = G::PAIRS, TEAM = G::TEAM, ROW_BYTES = G::ROW_BYTES;
         const int pair = warp / TEAM, member = warp % TEAM;
         const bool is_odd = lane / 4 % 2, is_diagonal = lane % 4 == lane / 8;
-        const u8* from = scratch + operand;
-        float* sums_of_team = parts + member * MAX_SUMS + pair + (lane / 4 % 2 ? PAIRS : 0);
+        const u8* from = scratch + AT;
+        float* sums_of_team = parts + member * MAX_SUMS + offset + pair + (lane / 4 % 2 ? PAIRS : 0);
         G x;
-        int left = 0;
+        if (T::SPLITS == 1) x.load(from, from + ROW_BYTES, ROW_BYTES, member, lane);
 #pragma unroll 1
         for (int first = 0; first < count; first += TOGETHER) {
             float shares[2 * TOGETHER] = {};
 #pragma unroll
             for (int i = 0; i < TOGETHER; ++i) {
                 if (first + i >= count) break;
-                if (left == 0) {
-                    if (T::SPLITS == 1) x.load(from, from + ROW_BYTES, ROW_BYTES, member, lane);
-                    from += 2 * ROW_BYTES;
-                    left = each;
-                }
-                --left;
                 float sums[4][4] = {};
 #pragma unroll
                 for (int split = 0; split < T::SPLITS; ++split) {
                     const int bytes = min(T::PART * GROUP, ROW_BYTES - split * T::PART * GROUP);
                     if (T::SPLITS > 1) {
-                        const u8* columns = from - 2 * ROW_BYTES + split * T::PART * GROUP;
+                        const u8* columns = from + split * T::PART * GROUP;
                         x.load(columns, columns + ROW_BYTES, bytes, member, lane);
                     }
                     wait(ring.full(), ring.parity);
@@ -531,24 +747,27 @@ struct Consumer {
         }
     }
 
-    // Multiply `count` rows with the operand in `scratch`.
+    // Multiply `count` rows.
     template <int K, bool CODES>
     __device__ __forceinline__ void multiply_rows(int count) {
         constexpr int ROWS = Tiling<CODES ? K : 2 * K>::ROWS;
-        const int stages = (count + ROWS - 1) / ROWS;
-        multiply<K, CODES, false>(stages, 0, stages);
+        multiply<K, CODES, false, 0>((count + ROWS - 1) / ROWS, 0);
         sync_consumers();
     }
 
     // Multiply rows of gate and of up, ROWS of each in turn: the sums of gate begin at 0, those of up at MAX_PAIRS.
     __device__ __forceinline__ void multiply_gate_up(int stages) {
-        multiply<HIDDEN, FP8, true>(stages, 0, stages);
+        multiply<HIDDEN, FP8, true, 0>(stages, 0);
         sync_consumers();
     }
 
     template <int K, bool CODES>
     __device__ __forceinline__ float dot_product(int row) const {
         float sum = 0.0f;
+        if (Tiles<K, CODES>::FIT) {
+            const float4 v = *(const float4*)(parts + row * 8), w = *(const float4*)(parts + row * 8 + 4);
+            return (v.x + v.y) + (v.z + v.w) + ((w.x + w.y) + (w.z + w.w));
+        }
 #pragma unroll
         for (int i = 0; i < Groups<K, CODES>::TEAM; ++i) sum += parts[i * MAX_SUMS + row];
         return sum;
@@ -556,28 +775,29 @@ struct Consumer {
 
     // ---- parts of a decoder
 
-    // One phase: residual stream += source · matrix. residual: this thread's element.
-    template <int K>
+    // One phase: residual stream += source · matrix. residual: this thread's element. IS_LAST: of the layer.
+    template <int K, bool IS_LAST>
     __device__ __forceinline__ void residual_gemv(const Matrix& matrix, const float* source, Share own, float& residual) {
         const bool is_mine = thread < own.count;
         const Affine affine = affine_of(matrix, own.first + thread, is_mine);
-        ++num_sums;
-        wait_for_grid();
-        const float scale = store_scaled<K>(source);
+        if (IS_LAST) approach(ACTIVATED, activations);
+        else approach(VALUES_MADE);
+        Vector<K> x;
+        fetch<K>(x, source, IS_LAST ? mlp_tag : tag);
+        const float scale = store_scaled<K>(x);
         multiply_rows<K, FP8>(own.count);
-        if (is_mine) {
-            const float part = dot_product<K, FP8>(thread) * (affine.scale * scale);
-            residual += sum_over_ranks(part, own.first + thread) + affine.shift;
-            hidden[own.first + thread] = residual;
-        }
-        arrive_at_grid();
+        if (!is_mine) return;
+        const float part = dot_product<K, FP8>(thread) * (affine.scale * scale);
+        residual += sum_over_ranks(part, own.first + thread, 2 * (sequence * LAYERS + layers) + IS_LAST) + affine.shift;
+        publish((IS_LAST ? hidden : between) + own.first + thread, residual);
+        end(IS_LAST ? LAYER_DONE : BETWEEN);
     }
 
     // A layer's first phase: out [ROWS] = norm(residual stream) · matrix. embedded: of the first layer, the token's embedding,
-    // which is the residual stream; of the others null.
+    // which is the residual stream; of the others null. mlp, mlps: see begin_layer.
     template <int ROWS>
     __device__ __forceinline__ void project_in(const u16* norm_weights, const Matrix& matrix, const u16* embedded,
-                                               float* out) {
+                                               float* out, u32 mlp, u32 mlps) {
         const Share own = share_of(ROWS);
         Affine affine = affine_of(matrix, own.first + thread, thread < own.count);
         Vector<HIDDEN> norm, x;
@@ -585,20 +805,21 @@ struct Consumer {
         if (embedded) {
             read_bf16<HIDDEN>(x, embedded);
         } else {
-            wait_for_grid();
-            read<HIDDEN>(x, hidden);
+            approach(LAYER_DONE);
+            fetch<HIDDEN>(x, hidden, tag);
         }
+        begin_layer(mlp, mlps);
         const float scale = store_normed<FP8>(x, norm);
         for (int first = 0; first < own.count; first += MAX_ROWS) {
             const int count = min(MAX_ROWS, own.count - first);
             if (first) affine = affine_of(matrix, own.first + first + thread, thread < count);
             multiply_rows<HIDDEN, FP8>(count);
             if (thread < count)
-                out[own.first + first + thread] =
-                    dot_product<HIDDEN, FP8>(thread) * (affine.scale * scale) + affine.shift;
+                publish(out + own.first + first + thread,
+                        dot_product<HIDDEN, FP8>(thread) * (affine.scale * scale) + affine.shift);
             if (first + MAX_ROWS < own.count) sync_consumers();
         }
-        arrive_at_grid();
+        end(PROJECTED_IN);
     }
 
     // Two phases: residual stream += an MLP of INNER of it. activated: [INNER].
@@ -610,8 +831,8 @@ struct Consumer {
         Affine up = affine_of(gate_up, INNER + pairs.first + thread, thread < pairs.count);
         Vector<HIDDEN> norm, x;
         read_bf16<HIDDEN>(norm, norm_weights);
-        wait_for_grid();
-        read<HIDDEN>(x, hidden);
+        approach(BETWEEN);
+        fetch<HIDDEN>(x, between, tag);
         const float scale = store_normed<FP8>(x, norm);
         for (int first = 0; first < pairs.count; first += MAX_PAIRS) {
             const int count = min(MAX_PAIRS, pairs.count - first), row = pairs.first + first + thread;
@@ -624,12 +845,13 @@ struct Consumer {
             if (thread < count) {
                 const float g = dot_product<HIDDEN, FP8>(thread) * (gate.scale * scale) + gate.shift;
                 const float u = dot_product<HIDDEN, FP8>(MAX_PAIRS + thread) * (up.scale * scale) + up.shift;
-                activated[row] = silu(g) * u;
+                publish_mlp(activated + row, silu(g) * u);
             }
             if (first + MAX_PAIRS < pairs.count) sync_consumers();
         }
-        arrive_at_grid();
-        residual_gemv<INNER>(down, activated, own, residual);
+        end(ACTIVATED);
+        ++activations;
+        residual_gemv<INNER, true>(down, activated, own, residual);
     }
 
     // The last phase: logits [VOCAB] = norm(residual stream) · head, in bfloat16.
@@ -637,8 +859,8 @@ struct Consumer {
     __device__ __forceinline__ void project_head(const u16* norm_weights, float* logits) {
         Vector<HIDDEN> norm, x;
         read_bf16<HIDDEN>(norm, norm_weights);
-        wait_for_grid();
-        read<HIDDEN>(x, hidden);
+        approach(LAYER_DONE);
+        fetch<HIDDEN>(x, hidden, tag);
         store_normed<false>(x, norm);
         const Share vocab = share_of(VOCAB_SIZE);
         for (int first = 0; first < vocab.count; first += MAX_ROWS) {
@@ -649,12 +871,10 @@ struct Consumer {
         }
     }
 
-    // The last block to end resets the barriers for the next kernel. sent: numbers of this kernel's sequence.
-    __device__ __forceinline__ void leave(u32 sent) {
-        if (thread) return;
-        if (count_at(&grid->done) != BLOCKS - 1) return;
-        for (int i = 0; i < COUNTERS; ++i) grid->arrived[i] = 0;
-        grid->done = 0;
-        grid->sequence += sent;
+    // To be called at the end: the last block to do so prepares the next kernel.
+    __device__ __forceinline__ void leave() {
+        if (thread || count_at(&grid->done, BLOCKS - 1) != BLOCKS - 1) return;
+        for (int i = 0; i < PHASES; ++i) grid->ended[i].blocks = 0;
+        grid->sequence = (sequence + 1) % SEQUENCES;
     }
 };

@@ -46,6 +46,7 @@ struct Work {
     float qkv[QKV_SIZE];
     float attention[Q_SIZE];
     float hidden[HIDDEN];
+    float between[HIDDEN];
     float activated[INTERMEDIATE];
     float partial[KV_HEADS][MAX_SPLITS][SHARED_HEADS][HEAD_DIM];
     float maxima[KV_HEADS][MAX_SPLITS][SHARED_HEADS];
@@ -132,8 +133,8 @@ struct DenseConsumer : Consumer {
             const int d = i * 32 + lane;
             a[i] = b[i] = 0.0f;
             if (d < HALF) {
-                a[i] = load1(source + d);
-                b[i] = load1(source + d + HALF);
+                a[i] = await1(source + d, tag);
+                b[i] = await1(source + d + HALF, tag);
             }
             squares += a[i] * a[i] + b[i] * b[i];
         }
@@ -159,7 +160,7 @@ struct DenseConsumer : Consumer {
         const int head = span.head;
         const i64 row = cache_offset(table, head, position);
         float v = 0.0f;  // loaded before the loop below waits for its loads
-        if (span.has_new && thread < HEAD_DIM) v = load1(work->qkv + Q_SIZE + KV_SIZE + head * HEAD_DIM + thread);
+        if (span.has_new && thread < HEAD_DIM) v = await1(work->qkv + Q_SIZE + KV_SIZE + head * HEAD_DIM + thread, tag);
         for (int i = warp; i < SHARED_HEADS + span.has_new; i += WARPS) {
             if (i < SHARED_HEADS) {
                 rotate(at.q[i], work->qkv + (head * SHARED_HEADS + i) * HEAD_DIM, layer.qk_norms, cos, sin);
@@ -277,7 +278,7 @@ struct DenseConsumer : Consumer {
             float sum = 0.0f;
 #pragma unroll
             for (int j = 0; j < GROUPS; ++j) sum += at.outputs[j][h][i % HEAD_DIM];
-            if (is_whole) work->attention[span.head * SHARED_HEADS * HEAD_DIM + i] = sum / at.sums[h];
+            if (is_whole) publish(work->attention + span.head * SHARED_HEADS * HEAD_DIM + i, sum / at.sums[h]);
             else (&work->partial[span.head][span.split][0][0])[i] = sum;
         }
         if (!is_whole) merge(at, span);
@@ -291,8 +292,8 @@ struct DenseConsumer : Consumer {
         }
         sync_consumers();
         if (thread == 0) {
-            at.is_last = count_at(&work->heads[span.head]) == span.num_splits - 1;
-            if (at.is_last) work->heads[span.head] = 0;
+            const u32 last = span.num_splits - 1;
+            at.is_last = count_at(&work->heads[span.head], last) == last;
         }
         sync_consumers();
         if (!at.is_last) return;
@@ -334,7 +335,11 @@ struct DenseConsumer : Consumer {
                 if (j < n) add(sum, weights[j], is_first ? prefetched[j] : load4(source + j * PART + i));
 #pragma unroll 8
             for (int j = PREFETCHED; j < n; ++j) add(sum, weights[j], load4(source + j * PART + i));
-            *(float4*)(work->attention + span.head * PART + i) = sum;
+            float* to = work->attention + span.head * PART + i;
+            publish(to, sum.x);
+            publish(to + 1, sum.y);
+            publish(to + 2, sum.z);
+            publish(to + 3, sum.w);
         }
     }
 
@@ -355,13 +360,14 @@ struct DenseConsumer : Consumer {
         float residual = thread < own.count ? from_bf16(__ldg(embedded + own.first + thread)) : 0.0f;
         for (int index = 0; index < LAYERS; ++index) {
             const Layer& layer = layers[index];
-            project_in<QKV_SIZE>(layer.attention_norm, layer.qkv, index ? nullptr : embedded, work->qkv);
+            project_in<QKV_SIZE>(layer.attention_norm, layer.qkv, index ? nullptr : embedded, work->qkv, index, LAYERS);
             if (span.split < span.num_splits) {
-                wait_for_grid();
+                approach(PROJECTED_IN);
                 attend(layer, span, position, cos + (i64)position * HALF, sin + (i64)position * HALF);
+                sync_consumers();
             }
-            arrive_at_grid();
-            residual_gemv<Q_SIZE>(layer.o, work->attention, own, residual);
+            end(VALUES_MADE);
+            residual_gemv<Q_SIZE, false>(layer.o, work->attention, own, residual);
             mlp<INTERMEDIATE>(layer.mlp_norm, layer.gate_up, layer.down, work->activated, own, residual);
         }
         project_head<VOCAB>(last_norm, logits);
@@ -385,10 +391,10 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
     }
     take_registers();
     const i64 id = ids[0], token = id < 0 ? last_tokens[0] : id;
-    const u32 num_sums = RANKS > 1 ? load1(&work->grid.sequence) : 0;
-    DenseConsumer consumer{{{}, &work->grid, work->hidden, peer_buffers, given_up,
-                            (int)threadIdx.x, warp, lane, num_sums},
+    const u32 sequence = load1(&work->grid.sequence);
+    DenseConsumer consumer{{{}, &work->grid, work->hidden, work->between, peer_buffers, given_up,
+                            (int)threadIdx.x, warp, lane, sequence},
                            work, table};
     consumer.run(layers, embedding, last_norm, cos, sin, (int)position, token, logits);
-    consumer.leave(2 * LAYERS);
+    consumer.leave();
 }
