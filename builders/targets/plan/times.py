@@ -15,10 +15,13 @@ from deepseek_triton.builders.targets.plan.weights import Share
 from deepseek_triton.ensemble.decoder.spec import ModelSpec
 
 MEMORY_EFFICIENCY = 0.915  # of the published rate: a plain read of an H100's memory reaches 3,065 of 3,350 GB/s
-EXPERT_EFFICIENCY = 0.8  # the same of routed experts' weights: each is read for few tokens
+EXPERT_EFFICIENCY = 0.83  # the same of routed experts' weights: each is read for few tokens
 LINK_EFFICIENCY = 0.45  # all-reduces and the narrower products of a split
 ONE_KERNEL_S = 13e-6  # of a layer beyond reading, where one persistent kernel decodes one sequence
-ONE_OF_EXPERTS_S = 44e-6  # the same of a layer with experts on one GPU, whose kernels for one sequence are fewer
+ONE_LATENT_KERNEL_S = 14e-6  # the same of latent attention and experts
+ONE_OF_EXPERTS_S = 44e-6  # of other layers with experts on one GPU, whose kernels for one sequence are fewer
+SPLIT_PROMPT_LAYER_S = 20e-6  # of a prompt's layer besides, with experts on several GPUs: no kernel starts early there
+ONE_KERNEL_HEADS = 16  # of latent attention, at most
 LAUNCH_S = 170e-6  # of a layer of a prompt at least: its kernels one after the other, however few tokens it has
 PEER_ROWS = 64  # that GPUs of a machine add up in each other's memory at most; NCCL does it with more
 # Of an all-reduce of few bytes
@@ -41,7 +44,7 @@ class Reached:
 
 
 DENSE = Reached(0.54, 0.54, 31e-6, 31e-6, adds_reading=False)
-EXPERTS = Reached(0.22, 0.365, 44e-6, 47e-6, adds_reading=True)
+EXPERTS = Reached(0.22, 0.365, 44e-6, 40e-6, adds_reading=True)
 
 
 def formulas(has_experts: bool) -> tuple[str, ...]:
@@ -50,7 +53,8 @@ def formulas(has_experts: bool) -> tuple[str, ...]:
     experts = f" (routed experts: {EXPERT_EFFICIENCY})" if has_experts else ""
     one = f" ({ONE_KERNEL_S * 1e6:.0f} for one sequence)"
     if has_experts:
-        one = f" ({ONE_OF_EXPERTS_S * 1e6:.0f} for one sequence on one GPU)"
+        one = f" (one sequence, one GPU: {ONE_LATENT_KERNEL_S * 1e6:.0f} as V2-Lite, else {ONE_OF_EXPERTS_S * 1e6:.0f})"
+    split = f" ({SPLIT_PROMPT_LAYER_S * 1e6:.0f} more on several GPUs)" if has_experts else ""
     prompt = f"read + operations / ({kind.prompt_compute} · FLOP rate)"
     if not kind.adds_reading:
         prompt = prompt.replace("read +", "max(read,") + ")"
@@ -62,7 +66,7 @@ def formulas(has_experts: bool) -> tuple[str, ...]:
         "bytes read = weights every token needs + chosen experts · (1 - (1 - k/E)^tokens)"
         " + sequences · positions · cache",
         f"exchange = 2 · layers · (latency + bytes / ({LINK_EFFICIENCY} · link rate))",
-        f"prompts = {prompt} + layers · {kind.prompt_layer_s * 1e6:.0f} µs + exchange,"
+        f"prompts = {prompt} + layers · {kind.prompt_layer_s * 1e6:.0f} µs{split} + exchange,"
         f" at least layers · {LAUNCH_S * 1e6:.0f} µs",
         "tokens/s = users · answer / (prompts of all users + answer · step at half the answer)",
         "cost of a million tokens = GPUs · price of an hour / 3600 / tokens/s · 1e6",
@@ -92,8 +96,10 @@ class StepTimes:
         attention = num_positions * self.share.attention_flops
         operations = self._operations(self._own(num_sequences), self.share.flops_per_token, attention)
         is_one_kernel = num_sequences == 1 and self._has_one_kernel
-        layer = ONE_KERNEL_S if is_one_kernel else self._reached.step_layer_s
-        if num_sequences == 1 and self.spec.experts is not None and self._where == "alone":
+        layer = self._reached.step_layer_s
+        if is_one_kernel:
+            layer = ONE_KERNEL_S if self.spec.latent is None else ONE_LATENT_KERNEL_S
+        elif num_sequences == 1 and self.spec.experts is not None and self._where == "alone":
             layer = ONE_OF_EXPERTS_S
         where = self._where
         if num_sequences == 1 and where == "nvlink":
@@ -110,8 +116,10 @@ class StepTimes:
         operations = self._operations(self._own(num_prompts) * num_tokens, products, attention)
         compute = operations / self._reached.prompt_compute
         both = read + compute if self._reached.adds_reading else max(read, compute)
-        layers = self.spec.num_layers
-        whole = both + layers * self._reached.prompt_layer_s + self._exchange(total, self._where)
+        layers, layer = self.spec.num_layers, self._reached.prompt_layer_s
+        if self.spec.experts is not None and self._where != "alone":
+            layer += SPLIT_PROMPT_LAYER_S
+        whole = both + layers * layer + self._exchange(total, self._where)
         return max(whole, layers * LAUNCH_S)
 
     def tokens_per_s(self, num_users: int, prompt_tokens: int, answer_tokens: int) -> float:
@@ -125,8 +133,15 @@ class StepTimes:
 
     @property
     def _has_one_kernel(self) -> bool:
-        """Whether one persistent kernel decodes one sequence: it reads neither a latent nor integers."""
-        return self.spec.latent is None and self.cache_precision == "bf16" and self._where in ("alone", "nvlink")
+        """Whether one persistent kernel decodes one sequence: it reads no integers."""
+        latent, experts = self.spec.latent, self.spec.experts
+        if self.cache_precision != "bf16":
+            return False
+        if latent is None:
+            return self._where in ("alone", "nvlink")
+        has_groups = experts is not None and experts.num_groups > 1 and experts.choice != "greedy"
+        is_small = latent.q_lora_rank is None and self.spec.num_heads <= ONE_KERNEL_HEADS
+        return self._where == "alone" and is_small and experts is not None and not has_groups
 
     @property
     def _where(self) -> str:
