@@ -11,8 +11,8 @@ ALIGNMENT = 128
 GRID_BYTES = 1536  # of the source's `Grid`, with what aligns it
 MAX_PADDING = 512  # of a row of bfloat16 activations whose parts are an odd number of tiles
 MIN_STAGES = 4
-# Stages that are not being copied, at least. Two warpgroups take stages in turn, so one may wait for a stage whose place
-# has the other's before. That one must have been copied: a barrier tells laps apart only by being odd or even.
+# Stages that are not being copied, at least. Two warpgroups take stages in turn, so one may wait for a stage in whose
+# place the other's was before. That one must have been copied: a barrier tells laps apart only by being odd or even.
 SPARE_STAGES = 3
 
 
