@@ -362,9 +362,6 @@ inline void wait_for_numbers() {
 inline void take_registers() {}
 inline void give_registers() {}
 inline void sync_consumers() { maybe_yield(); me->block->consumers.pass(32 * WARPS); }
-inline float4 load4(const float* p) { check_alignment(p, 16); return *(const float4*)p; }
-inline float load1(const float* p) { return *p; }
-inline u32 load1(const u32* p) { return *p; }
 
 inline void post(u32* p, u32 v) { maybe_yield(); late.push_back({p, v, false, me->block}); }
 inline void post(float* p, float v) { post((u32*)p, __float_as_uint(v)); }

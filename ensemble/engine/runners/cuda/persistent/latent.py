@@ -87,7 +87,7 @@ class LatentFamily(Family):
             operand_bytes(shape.hidden_size, is_fp8=False),
             (MAX_HEADS + 1) * self._entry_stride + MAX_HEADS * (2 * SHARE_STRIDE + 4),
             4 * (rank + groups * (rank + 2)),  # an operand; groups of threads have a latent, a maximum and a sum each
-            4 * rank + 4 * self._latent.qk_nope_head_dim,
+            4 * self._latent.qk_head_dim,  # a head's query
         )
         scales = -(-most // PAIR) * PAIR * (self._pair_rows + self._down_rows)
         board = 8 + 4 * (2 * experts.num_experts_per_tok + WARPS + scales) + 8

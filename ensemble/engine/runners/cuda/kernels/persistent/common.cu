@@ -391,6 +391,12 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void publish(float* p, float v) const { post(p, with_tag(v, tag)); }
+    __device__ __forceinline__ void publish4(float* p, float4 v) const {
+        publish(p, v.x);
+        publish(p + 1, v.y);
+        publish(p + 2, v.z);
+        publish(p + 3, v.w);
+    }
     __device__ __forceinline__ void publish_mlp(float* p, float v) const { post(p, with_tag(v, mlp_tag)); }
 
     // Threads that look all the time keep others from publishing, and weights from coming: so blocks count those that have
@@ -426,27 +432,11 @@ struct Consumer {
 
     // ---- activations
 
-    // Sum and maximum over all consumers.
-    __device__ __forceinline__ void reduce(float& sum, float& largest) {
-        sum = warp_sum(sum);
-        largest = warp_max(largest);
-        if (lane == 0) {
-            shared[warp] = sum;
-            shared[WARPS + warp] = largest;
-        }
-        sync_consumers();
-        sum = 0.0f;
-        largest = 0.0f;
-#pragma unroll
-        for (int i = 0; i < WARPS; ++i) {
-            sum += shared[i];
-            largest = fmaxf(largest, shared[WARPS + i]);
-        }
-    }
-
-    // Two maxima over all consumers, of numbers that aren't negative.
-    __device__ __forceinline__ void reduce_maxima(float& one, float& other) {
-        one = warp_max(one);
+    // Over all consumers: the sum of `one` (ADDS) or its maximum, and the maximum of `other`. Maxima are of numbers that aren't
+    // negative.
+    template <bool ADDS>
+    __device__ __forceinline__ void reduce(float& one, float& other) {
+        one = ADDS ? warp_sum(one) : warp_max(one);
         other = warp_max(other);
         if (lane == 0) {
             shared[warp] = one;
@@ -456,7 +446,7 @@ struct Consumer {
         one = other = 0.0f;
 #pragma unroll
         for (int i = 0; i < WARPS; ++i) {
-            one = fmaxf(one, shared[i]);
+            one = ADDS ? one + shared[i] : fmaxf(one, shared[i]);
             other = fmaxf(other, shared[WARPS + i]);
         }
     }
@@ -587,7 +577,7 @@ struct Consumer {
         float squares = 0.0f;
         times<HIDDEN>(x, norm, squares);
         float largest = CODES ? largest_of<HIDDEN>(x) : 0.0f;
-        reduce(squares, largest);
+        reduce<true>(squares, largest);
         const float inverse = rsqrtf(squares / HIDDEN + EPS);
         return {inverse, CODES ? token_scale(largest * inverse) : 1.0f};
     }
@@ -607,7 +597,7 @@ struct Consumer {
         float scale = 1.0f;
         if (FP8) {
             float unused = 0.0f, largest = largest_of<K>(x);
-            reduce(unused, largest);
+            reduce<true>(unused, largest);
             scale = token_scale(largest);
         }
         store_operand<K, FP8>(x, 1.0f / scale);
@@ -819,7 +809,6 @@ struct Consumer {
                         dot_product<HIDDEN, FP8>(thread) * (affine.scale * scale) + affine.shift);
             if (first + MAX_ROWS < own.count) sync_consumers();
         }
-        end(PROJECTED_IN);
     }
 
     // Two phases: residual stream += an MLP of INNER of it. activated: [INNER].

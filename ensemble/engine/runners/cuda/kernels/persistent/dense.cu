@@ -303,15 +303,15 @@ struct DenseConsumer : Consumer {
         float4 prefetched[PREFETCHED];  // loaded while the weights are computed
 #pragma unroll
         for (int j = 0; j < PREFETCHED; ++j)
-            if (j < n && thread * 4 < PART) prefetched[j] = load4(source + j * PART + thread * 4);
+            if (j < n && thread * 4 < PART) prefetched[j] = look4(source + j * PART + thread * 4);
         for (int h = warp; h < SHARED_HEADS; h += WARPS) {
             constexpr int COUNT = (MAX_SPLITS + 31) / 32;
             float maxima[COUNT], sums[COUNT], largest = MASKED_SCORE, sum = 0.0f;
 #pragma unroll
             for (int i = 0; i < COUNT; ++i) {
                 const int split = i * 32 + lane;
-                maxima[i] = split < n ? load1(&work->maxima[span.head][split][h]) : MASKED_SCORE;
-                sums[i] = split < n ? load1(&work->sums[span.head][split][h]) : 0.0f;
+                maxima[i] = split < n ? look1(&work->maxima[span.head][split][h]) : MASKED_SCORE;
+                sums[i] = split < n ? look1(&work->sums[span.head][split][h]) : 0.0f;
                 largest = fmaxf(largest, maxima[i]);
             }
             largest = warp_max(largest);
@@ -332,14 +332,10 @@ struct DenseConsumer : Consumer {
             float4 sum = {};
 #pragma unroll
             for (int j = 0; j < PREFETCHED; ++j)
-                if (j < n) add(sum, weights[j], is_first ? prefetched[j] : load4(source + j * PART + i));
+                if (j < n) add(sum, weights[j], is_first ? prefetched[j] : look4(source + j * PART + i));
 #pragma unroll 8
-            for (int j = PREFETCHED; j < n; ++j) add(sum, weights[j], load4(source + j * PART + i));
-            float* to = work->attention + span.head * PART + i;
-            publish(to, sum.x);
-            publish(to + 1, sum.y);
-            publish(to + 2, sum.z);
-            publish(to + 3, sum.w);
+            for (int j = PREFETCHED; j < n; ++j) add(sum, weights[j], look4(source + j * PART + i));
+            publish4(work->attention + span.head * PART + i, sum);
         }
     }
 
@@ -361,6 +357,7 @@ struct DenseConsumer : Consumer {
         for (int index = 0; index < LAYERS; ++index) {
             const Layer& layer = layers[index];
             project_in<QKV_SIZE>(layer.attention_norm, layer.qkv, index ? nullptr : embedded, work->qkv, index, LAYERS);
+            end(PROJECTED_IN);
             if (span.split < span.num_splits) {
                 approach(PROJECTED_IN);
                 attend(layer, span, position, cos + (i64)position * HALF, sin + (i64)position * HALF);
@@ -391,7 +388,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
     }
     take_registers();
     const i64 id = ids[0], token = id < 0 ? last_tokens[0] : id;
-    const u32 sequence = load1(&work->grid.sequence);
+    const u32 sequence = look1(&work->grid.sequence);
     DenseConsumer consumer{{{}, &work->grid, work->hidden, work->between, peer_buffers, given_up,
                             (int)threadIdx.x, warp, lane, sequence},
                            work, table};

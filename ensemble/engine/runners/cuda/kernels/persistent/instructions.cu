@@ -61,29 +61,7 @@ __device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.
 
 __device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory"); }
 
-// Loads that bypass L1: other blocks' results are in L2, and this block's L1 may hold stale data.
-__device__ __forceinline__ float4 load4(const float* p) {
-    float4 v;
-    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "l"(p)
-                 : "memory");
-    return v;
-}
-
-__device__ __forceinline__ float load1(const float* p) {
-    float v;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
-    return v;
-}
-
-__device__ __forceinline__ u32 load1(const u32* p) {
-    u32 v;
-    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-}
-
-// Numbers that blocks tell each other, in L2: each is whole, and they come in any order.
+// Numbers that blocks tell each other, in L2, past L1, which may hold stale data: each is whole, and they come in any order.
 __device__ __forceinline__ void post(float* p, float v) {
     asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(p), "f"(v) : "memory");
 }
@@ -100,6 +78,12 @@ __device__ __forceinline__ void post4(u32* p, uint4 v) {
 __device__ __forceinline__ float look1(const float* p) {
     float v;
     asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ u32 look1(const u32* p) {
+    u32 v;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
     return v;
 }
 
@@ -129,12 +113,6 @@ __device__ __forceinline__ uint4 look4(const u32* p) {
 
 // Between two looks.
 __device__ __forceinline__ void pause() {}
-
-__device__ __forceinline__ u32 look1(const u32* p) {
-    u32 v;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-}
 
 // Count an arrival, in no order with what this thread posts.
 __device__ __forceinline__ void count(u32* counter) {

@@ -348,16 +348,13 @@ struct LatentConsumer : Consumer {
         }
         float squares = 0.0f, unused = 0.0f;
         times<LATENT>(x, norm, squares);
-        reduce(squares, unused);
+        reduce<true>(squares, unused);
         const float inverse = rsqrtf(squares / LATENT + INNER_EPS);
         if (!holds<LATENT>(thread, 0)) return;
         const float4 v = x.values[0];
         const uint2 pairs = {to_bf16x2(v.x * inverse, v.y * inverse), to_bf16x2(v.z * inverse, v.w * inverse)};
-        float* posted = work->entry + thread * 4;
-        publish(posted, from_bf16(pairs.x & 0xffff));
-        publish(posted + 1, from_bf16(pairs.x >> 16));
-        publish(posted + 2, from_bf16(pairs.y & 0xffff));
-        publish(posted + 3, from_bf16(pairs.y >> 16));
+        publish4(work->entry + thread * 4, {from_bf16(pairs.x & 0xffff), from_bf16(pairs.x >> 16),
+                                            from_bf16(pairs.y & 0xffff), from_bf16(pairs.y >> 16)});
         *(uint2*)(target + thread * 4) = pairs;
     }
 
@@ -686,7 +683,7 @@ struct LatentConsumer : Consumer {
         if (FP8) {
             scales[0] = largest_of<EXPERT_SIZE>(x[0]);
             scales[1] = count == PAIR ? largest_of<EXPERT_SIZE>(x[1]) : 0.0f;
-            reduce_maxima(scales[0], scales[1]);
+            reduce<false>(scales[0], scales[1]);
             scales[0] = token_scale(scales[0]);
             scales[1] = token_scale(scales[1]);
         }
@@ -817,7 +814,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const i64 position = positions[0];
     if (position < 0) return;  // the row holds no token
-    const u32 sequence = load1(&work->grid.sequence);
+    const u32 sequence = look1(&work->grid.sequence);
     if (warp >= WARPS) {
         give_registers();
         if (warp > WARPS) return;
