@@ -133,7 +133,10 @@ class StepTimes:
 
     @property
     def _has_one_kernel(self) -> bool:
-        """Whether one persistent kernel decodes one sequence: it reads no integers."""
+        """Whether one persistent kernel decodes one sequence: no integers, and of latent attention as V2-Lite's.
+
+        The kernel's conditions are in ensemble/engine/runners/cuda/persistent/latent.py; a test holds both together.
+        """
         latent, experts = self.spec.latent, self.spec.experts
         if self.cache_precision != "bf16":
             return False

@@ -15,12 +15,13 @@ from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.builders.targets.artefacts.decoder_shape import decoder_shape
 from deepseek_triton.builders.targets.cuda import TARGET
 from deepseek_triton.builders.targets.plan.gpus import PLANNED_GPUS
-from deepseek_triton.builders.targets.plan.models import find_model
+from deepseek_triton.builders.targets.plan.models import MODELS, find_model
 from deepseek_triton.builders.targets.plan.plan import Plan, Wanted, make_plan
 from deepseek_triton.builders.targets.plan.times import StepTimes, formulas
 from deepseek_triton.builders.targets.plan.weights import PAGE, can_split, share_of
 from deepseek_triton.ensemble.artefacts.cuda_split import ShardedDecoder
 from deepseek_triton.ensemble.decoder.part import Split
+from deepseek_triton.ensemble.engine.runners.cuda.persistent.latent import LatentFamily
 
 RESULTS = Path(__file__).parents[4] / "benchmarks" / "results"
 # Every file of benchmarks.decode_gpu's: its GPU and the model of its shape
@@ -143,6 +144,19 @@ def test_latent_attention_keeps_576_values_a_layer_and_a_token_chooses_its_exper
     assert share.read_bytes(1) < 0.07 * share.read_bytes(10_000)
     lite = share_of(find_model("v2-lite").spec, "bf16", "bf16", 1)
     assert lite.flops_per_token / 2 == pytest.approx(2.4e9, rel=0.05), "2.4 billion parameters are active"
+
+
+def test_the_one_kernel_of_latent_attention_takes_the_models_that_the_plan_says() -> None:
+    """Builders don't know the runners, so the plan has conditions of its own."""
+    specs = {name: find_model(name).spec for name in MODELS}
+    gpu, found = PLANNED_GPUS["h200"], {}
+    for name, spec in specs.items():
+        if spec.latent is None:
+            continue
+        found[name] = StepTimes(spec, share_of(spec, "fp8", "bf16", 1), gpu, "fp8")._has_one_kernel
+        family = LatentFamily(decoder_shape(spec, 4096), True, blocks=132, shared_limit=232_448)
+        assert found[name] == (family.reason_against(1) is None), name
+    assert set(found.values()) == {False, True}
 
 
 def test_eight_gpus_share_experts_and_users() -> None:
