@@ -8,6 +8,7 @@ from deepseek_triton.ensemble.decoder.moe import MixtureOfExperts
 MIB = 2**20
 RESERVE = 512 * MIB  # cuBLAS workspaces, kernels, fragmentation
 COLLECTIVES = 512 * MIB  # NCCL's buffers
+ONE_KERNEL_HEADS = 16  # latent attention of as many runs batch 1 in one kernel, which has the keys' matrices once more
 
 
 def step_bytes(shape: DecoderShape, max_num_seqs: int, max_num_batched_tokens: int, num_ranks: int = 1) -> int:
@@ -20,6 +21,10 @@ def step_bytes(shape: DecoderShape, max_num_seqs: int, max_num_batched_tokens: i
         own = MixtureOfExperts(shape.hidden_size, shape.experts, shape.expert_share).own
         widest += shape.experts.num_experts_per_tok * (own.intermediate_size + shape.hidden_size)
         widest += 3 * own.shared_size
+    tiles = 0
+    if shape.latent is not None and shape.latent.q_lora_rank is None and shape.num_heads <= ONE_KERNEL_HEADS:
+        keys = shape.latent.qk_nope_head_dim * shape.latent.kv_lora_rank
+        tiles = 2 * shape.num_layers * shape.num_heads * keys
     prefill = max_num_batched_tokens * 4 * (widest + attention)
     logits = 5 * max_num_seqs * shape.vocab_size * 4  # each decode graph has its own, some 3.5 times max_num_seqs rows
-    return prefill + logits + RESERVE + (COLLECTIVES + logits if num_ranks > 1 else 0)
+    return prefill + logits + tiles + RESERVE + (COLLECTIVES + logits if num_ranks > 1 else 0)

@@ -60,12 +60,13 @@ class HostKernel:
         options = [f"-D{name}={value}" for name, value in macros.items()]
         subprocess.run([COMPILER, *OPTIONS, *options, str(source), "-o", str(library)], check=True, timeout=300)
         self._run = ctypes.CDLL(str(library)).run
-        self._held = weights, keys, values, table
-        addresses = [
-            0 if tensor is None else tensor.data_ptr()
+        tensors = [
+            tensor
             for index, layer in enumerate(weights.layers)
             for tensor in family.tensors(layer, keys[index], values[index])
         ]
+        self._held = weights, keys, values, table, tensors
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         self._layers = torch.tensor(addresses, dtype=torch.int64)
         self._work = torch.zeros(-(-family.work_bytes // 16), 2, dtype=torch.int64)
         self._peers, self._given_up = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)

@@ -76,12 +76,13 @@ class PersistentDecode:
         )
         instructions = (SOURCES / INSTRUCTIONS).read_text("utf-8")
         self._kernel = Kernel(family.source(instructions), NAME, macros, shared_bytes=family.memory.total)
-        self._held = weights, caches  # keeps alive what the table points to
-        table = [
-            0 if tensor is None else tensor.data_ptr()
+        tensors = [
+            tensor
             for index, layer in enumerate(weights.layers)
             for tensor in family.tensors(layer, caches.keys[index], caches.values[index])
         ]
+        self._held = weights, caches, tensors  # keeps alive what the table points to
+        table = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         layers = torch.tensor(table, dtype=torch.int64, device=device)
         work = torch.zeros(-(-family.work_bytes // 4), dtype=torch.int32, device=device)
         self._logits = torch.empty(1, len(head), dtype=torch.float32, device=device)

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from deepseek_triton.ensemble.engine.runners.cuda.layers import Layer
 
 # As in the source.
-MAX_HEADS, UNIT, ABSORBED, VALUE_ROWS, SHARE_STRIDE = 16, 14, 64, 16, 24
+MAX_HEADS, UNIT, ABSORBED, VALUE_ROWS, SHARES = 16, 14, 64, 16, 24  # SHARES: of a head, with padding
 MAX_EXPERTS = 32  # of a token: a lane has one
 PAIR = 2  # experts computed together
+LAYER_BYTES = 160  # of the source's `Layer`
 MAX_PARTS = 2 * MAX_PAIRS
 IN_FLIGHT_BYTES = 3 * 16384  # of a block, at most: see dense.py
 
@@ -85,12 +86,14 @@ class LatentFamily(Family):
             self._operand(shape.intermediate_size),
             self._operand(shape.num_heads * self._latent.v_head_dim),
             operand_bytes(shape.hidden_size, is_fp8=False),
-            (MAX_HEADS + 1) * self._entry_stride + MAX_HEADS * (2 * SHARE_STRIDE + 4),
+            (MAX_HEADS + 1) * self._entry_stride + MAX_HEADS * (2 * SHARES + 8),
             4 * (rank + groups * (rank + 2)),  # an operand; groups of threads have a latent, a maximum and a sum each
             4 * self._latent.qk_head_dim,  # a head's query
         )
-        scales = -(-most // PAIR) * PAIR * (self._pair_rows + self._down_rows)
-        board = 8 + 4 * (2 * experts.num_experts_per_tok + WARPS + scales) + 8
+        scales = -(-most // PAIR) * PAIR * self._pair_rows + most * self._down_rows
+        known = max(3, experts.first_dense_layers + 2) * LAYER_BYTES
+        # A barrier, layers, 8 numbers of its splits, the experts chosen, scores, sums and scales.
+        board = 8 + known + 4 * (8 + experts.num_experts_per_tok + experts.num_experts + WARPS + scales) + 8
         return Memory.of(self._stage, scratch, limit=self.shared_limit, in_flight=IN_FLIGHT_BYTES, board=board // 8 * 8)
 
     @property
@@ -103,7 +106,7 @@ class LatentFamily(Family):
             "ROPE": latent.qk_rope_head_dim, "VALUE": latent.v_head_dim, "LATENT": latent.kv_lora_rank,
             "DENSE_LAYERS": min(experts.first_dense_layers, shape.num_layers), "EXPERTS": experts.num_experts,
             "TOP_K": experts.num_experts_per_tok, "EXPERT_SIZE": experts.intermediate_size,
-            "ALWAYS": experts.num_shared_experts, "SIGMOID": int(experts.scores == "sigmoid"),
+            "ALWAYS": experts.num_shared_experts, "SIGMOID": int(experts.scores == "sigmoid"), "BIASED": int(experts.choice == "group_top2"),
             "NORMALISED": int(experts.is_normalised), "EXPERT_SCALE": f"{experts.scale:.9e}f",
             "INNER_EPS": f"{INNER_NORM_EPS:.9e}f",
             "SCORE_SCALE": f"{attention.softmax_scale * math.log2(math.e):.9e}f",
@@ -128,8 +131,16 @@ class LatentFamily(Family):
         router = (mlp.router.weight, mlp.router.bias) if hasattr(mlp, "router") else (None, None)
         return [
             attention.norm, mlp.norm, attention.kv_norm, *matrix(attention.q_kv_a), attention.kv_b,
-            *matrix(attention.o), *matrix(mlp.gate_up), *matrix(mlp.down), *router, keys,
+            self._key_tiles(attention.kv_b), *matrix(attention.o), *matrix(mlp.gate_up), *matrix(mlp.down), *router, keys,
         ]  # fmt: skip
+
+    def _key_tiles(self, kv_b: torch.Tensor) -> torch.Tensor:
+        """The rows of `kv_b` that make keys [heads, kv_lora_rank / ABSORBED, qk_nope_head_dim, ABSORBED].
+
+        A block's part lies side by side there: to copy it row by row takes longer than to read it.
+        """
+        tiles = kv_b[:, : self._latent.qk_nope_head_dim].unflatten(2, (-1, ABSORBED))
+        return tiles.transpose(1, 2).contiguous()
 
     @property
     def _pair_rows(self) -> int:

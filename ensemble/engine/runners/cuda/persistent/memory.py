@@ -8,7 +8,7 @@ from dataclasses import dataclass
 WARPS, PRODUCER_WARPS, MAX_PAIRS = 8, 4, 160
 STAGE_BYTES = 16384  # of a stage, at most, where whole rows fit
 ALIGNMENT = 128
-GRID_BYTES = 1536  # of the source's `Grid`, with what aligns it
+GRID_BYTES = 5120  # of the source's `Grid`, with what aligns it
 MAX_PADDING = 512  # of a row of bfloat16 activations whose parts are an odd number of tiles
 MIN_STAGES = 4
 # Stages that are not being copied, at least. Two warpgroups take stages in turn, so one may wait for a stage in whose

@@ -41,6 +41,7 @@ constexpr int MAX_ROWS = 256;   // of a matrix whose partial sums are kept at a 
 constexpr int MAX_PAIRS = 160;  // rows of gate and of up, likewise
 constexpr int MAX_SUMS = 2 * MAX_PAIRS;
 constexpr int LAST_BLOCKS = 8;  // so many may be missing when a block begins to look for their numbers
+constexpr int MAX_GROUPS = 16;                 // of heads
 constexpr int ELEMENT = FP8 ? 1 : 2;           // bytes of a weight
 constexpr float E4M3_MAX = 448.0f;
 constexpr float MIN_TOKEN_SCALE = 1.0f / 16384;
@@ -81,6 +82,11 @@ __device__ __forceinline__ float warp_max(float v) {
     return v;
 }
 
+// Of numbers that aren't negative: their bits have the numbers' order.
+__device__ __forceinline__ float warp_max_magnitude(float v) {
+    return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(v)));
+}
+
 // ---- shared by producer and consumers
 
 // How rows of ROW_BYTES are laid out in stages.
@@ -116,12 +122,16 @@ struct Tiles {
 };
 
 // What blocks wait for.
-enum Phase { PROJECTED_IN, ABSORBED_IN, ATTENDED, VALUES_MADE, BETWEEN, ACTIVATED, LAYER_DONE, PHASES };
+enum Phase { PROJECTED_IN, VALUES_MADE, BETWEEN, ACTIVATED, LAYER_DONE, PHASES };
+
+struct alignas(128) Counter {
+    u32 count;  // of this kernel's layers so far
+};
 
 struct Grid {
-    struct alignas(128) {
-        u32 blocks;  // that have ended a phase, of this kernel's layers so far
-    } ended[PHASES];
+    Counter ended[PHASES];            // blocks that have ended a phase
+    Counter absorbed[MAX_GROUPS];     // of a group of heads: parts of their queries; see Splits
+    Counter attended[MAX_GROUPS];     // blocks that have attended
     u32 done;      // blocks that have ended
     u32 sequence;  // kernels so far, modulo SEQUENCES; equal on all ranks
 };
@@ -194,15 +204,28 @@ struct Producer {
         copy_bulk(ring.stage() + at, source, bytes, ring.full(), policy);
     }
 
-    // Copy `bytes` at `source`, so many of them to each stage.
-    __device__ __forceinline__ void copy_pieces(const u8* source, int bytes, int piece) {
+    // Bytes that lie side by side, and how many of them a stage gets.
+    struct Run {
+        const u8* source;
+        int bytes, piece;
+    };
+
+    __device__ __forceinline__ void copy_run(Run run) {
 #pragma unroll 1
-        for (; bytes > 0; bytes -= piece, source += piece) {
-            const u32 count = min(bytes, piece);
+        for (; run.bytes > 0; run.bytes -= run.piece, run.source += run.piece) {
+            const u32 count = min(run.bytes, run.piece);
             begin(count);
-            if (lane == 0) copy(0, source, count);
+            if (lane == 0) copy(0, run.source, count);
             ring.advance();
         }
+    }
+
+    // Rows of which a stage holds several.
+    template <int ROW_BYTES>
+    static __device__ __forceinline__ Run run_of(const u8* weight, Share share) {
+        using T = Tiling<ROW_BYTES>;
+        static_assert(T::SPLITS == 1, "a stage is too small for two rows");
+        return {weight + (i64)share.first * ROW_BYTES, share.count * ROW_BYTES, T::ROWS * ROW_BYTES};
     }
 
     // Copy `bytes` of each of so many rows to one stage. pitch: from one row to the next; stride: likewise in the stage.
@@ -216,15 +239,15 @@ struct Producer {
     template <int ROW_BYTES>
     __device__ __forceinline__ void rows(const u8* weight, Share share) {
         using T = Tiling<ROW_BYTES>;
-        const u8* source = weight + (i64)share.first * ROW_BYTES;
-        if (T::SPLITS == 1) {
-            copy_pieces(source, share.count * ROW_BYTES, T::ROWS * ROW_BYTES);
-            return;
+        if constexpr (T::SPLITS == 1) {
+            copy_run(run_of<ROW_BYTES>(weight, share));
+        } else {
+            const u8* source = weight + (i64)share.first * ROW_BYTES;
+            for (int i = 0; i < share.count; i += T::ROWS)
+                for (int first = 0; first < ROW_BYTES; first += T::STRIDE)
+                    copy_rows(source + (i64)i * ROW_BYTES + first, min(T::ROWS, share.count - i), ROW_BYTES,
+                              min(T::STRIDE, ROW_BYTES - first), T::STRIDE);
         }
-        for (int i = 0; i < share.count; i += T::ROWS)
-            for (int first = 0; first < ROW_BYTES; first += T::STRIDE)
-                copy_rows(source + (i64)i * ROW_BYTES + first, min(T::ROWS, share.count - i), ROW_BYTES,
-                          min(T::STRIDE, ROW_BYTES - first), T::STRIDE);
     }
 
     // Rows of gate and of up in turn: `inner` rows of gate, then as many of up.
@@ -252,8 +275,18 @@ __device__ __forceinline__ float with_tag(float v, u32 tag) { return __uint_as_f
 
 __device__ __forceinline__ float without_tag(float v) { return with_tag(v, 0); }
 
-__device__ __forceinline__ float await1(const float* p, u32 tag) {
-    float v = look1(p);
+__device__ __forceinline__ bool differ(float4 v, u32 tag) {
+    const u32 bits = (__float_as_uint(v.x) ^ tag) | (__float_as_uint(v.y) ^ tag) | (__float_as_uint(v.z) ^ tag) |
+                     (__float_as_uint(v.w) ^ tag);
+    return bits & TAG_BITS;
+}
+
+__device__ __forceinline__ float4 without_tags(float4 v) {
+    return {without_tag(v.x), without_tag(v.y), without_tag(v.z), without_tag(v.w)};
+}
+
+// v: what was found there before.
+__device__ __forceinline__ float await1(float v, const float* p, u32 tag) {
     while (differs(v, tag)) {
         pause();
         v = look1(p);
@@ -261,33 +294,24 @@ __device__ __forceinline__ float await1(const float* p, u32 tag) {
     return without_tag(v);
 }
 
-// v: what was found there before.
-__device__ __forceinline__ float2 await2(float2 v, const float* p, u32 tag) {
-    while (differs(v.x, tag) || differs(v.y, tag)) {
-        pause();
-        v = look2(p);
-    }
-    return {without_tag(v.x), without_tag(v.y)};
-}
+__device__ __forceinline__ float await1(const float* p, u32 tag) { return await1(look1(p), p, tag); }
 
-__device__ __forceinline__ float4 await4(float4 v, const float* p, u32 tag) {
-    while (differs(v.x, tag) || differs(v.y, tag) || differs(v.z, tag) || differs(v.w, tag)) {
+__device__ __forceinline__ float4 await4(const float* p, u32 tag) {
+    float4 v = look4(p);
+    while (differ(v, tag)) {
         pause();
         v = look4(p);
     }
-    return {without_tag(v.x), without_tag(v.y), without_tag(v.z), without_tag(v.w)};
+    return without_tags(v);
 }
 
 // Two halves have a bit of the tag each.
+constexpr u32 HALVES_TAG_BITS = 0x00010001;
+
 __device__ __forceinline__ u32 tag_of_halves(u32 tag) { return (tag & 1) | (tag & 2) << 15; }
 
-__device__ __forceinline__ uint4 await_halves(uint4 v, const u32* p, u32 tag) {
-    constexpr u32 BITS = 0x00010001;
-    while (((v.x ^ tag) | (v.y ^ tag) | (v.z ^ tag) | (v.w ^ tag)) & BITS) {
-        pause();
-        v = look4(p);
-    }
-    return {v.x & ~BITS, v.y & ~BITS, v.z & ~BITS, v.w & ~BITS};
+__device__ __forceinline__ bool halves_differ(uint4 v, u32 tag) {
+    return ((v.x ^ tag) | (v.y ^ tag) | (v.z ^ tag) | (v.w ^ tag)) & HALVES_TAG_BITS;
 }
 
 // ---- the consumers
@@ -402,13 +426,18 @@ struct Consumer {
     // Threads that look all the time keep others from publishing, and weights from coming: so blocks count those that have
     // published, and look when nearly all have. The count is a hint; tags tell what is there.
     __device__ __forceinline__ void end(Phase phase) const {
-        if (thread == 0) count(&grid->ended[phase].blocks);
+        if (thread == 0) count(&grid->ended[phase].count);
+    }
+
+    // Wait until all but some of so many have counted.
+    __device__ __forceinline__ void approach(const Counter& counter, u32 all, u32 last) const {
+        if (thread == 0)
+            while (look1(&counter.count) + last < all) pause();
+        sync_consumers();
     }
 
     __device__ __forceinline__ void approach(Phase phase, u32 times) const {
-        if (thread == 0)
-            while (look1(&grid->ended[phase].blocks) + LAST_BLOCKS < times * BLOCKS) pause();
-        sync_consumers();
+        approach(grid->ended[phase], times * BLOCKS, LAST_BLOCKS);
     }
 
     __device__ __forceinline__ void approach(Phase phase) const { approach(phase, layers); }
@@ -436,8 +465,8 @@ struct Consumer {
     // negative.
     template <bool ADDS>
     __device__ __forceinline__ void reduce(float& one, float& other) {
-        one = ADDS ? warp_sum(one) : warp_max(one);
-        other = warp_max(other);
+        one = ADDS ? warp_sum(one) : warp_max_magnitude(one);
+        other = warp_max_magnitude(other);
         if (lane == 0) {
             shared[warp] = one;
             shared[WARPS + warp] = other;
@@ -445,9 +474,10 @@ struct Consumer {
         sync_consumers();
         one = other = 0.0f;
 #pragma unroll
-        for (int i = 0; i < WARPS; ++i) {
-            one = ADDS ? one + shared[i] : fmaxf(one, shared[i]);
-            other = fmaxf(other, shared[WARPS + i]);
+        for (int i = 0; i < WARPS; i += 4) {
+            const float4 v = *(const float4*)(shared + i), w = *(const float4*)(shared + WARPS + i);
+            one = ADDS ? one + ((v.x + v.y) + (v.z + v.w)) : fmaxf(one, fmaxf(fmaxf(v.x, v.y), fmaxf(v.z, v.w)));
+            other = fmaxf(other, fmaxf(fmaxf(w.x, w.y), fmaxf(w.z, w.w)));
         }
     }
 
@@ -470,12 +500,21 @@ struct Consumer {
             if (holds<K>(thread, i)) x.values[i] = look4(source + (i * THREADS + thread) * 4);
     }
 
-    // Go on looking for what wasn't there.
+    // x: what was found there before. Go on looking until all is there.
     template <int K>
     __device__ __forceinline__ void await(Vector<K>& x, const float* source, u32 tag) const {
+        for (;;) {
+            bool is_missing = false;
+#pragma unroll
+            for (int i = 0; i < Vector<K>::COUNT; ++i)
+                if (holds<K>(thread, i)) is_missing |= differ(x.values[i], tag);
+            if (!is_missing) break;
+            pause();
+            look<K>(x, source);
+        }
 #pragma unroll
         for (int i = 0; i < Vector<K>::COUNT; ++i)
-            if (holds<K>(thread, i)) x.values[i] = await4(x.values[i], source + (i * THREADS + thread) * 4, tag);
+            if (holds<K>(thread, i)) x.values[i] = without_tags(x.values[i]);
     }
 
     template <int K>
@@ -518,14 +557,14 @@ struct Consumer {
         return largest;
     }
 
-    // Store x · factor as operand B, AT bytes behind the beginning of `scratch`.
-    template <int K, bool CODES, int AT = 0>
-    __device__ __forceinline__ void store_operand(const Vector<K>& x, float factor) {
-        static_assert(AT + Tiles<K, CODES>::OPERAND_BYTES <= SCRATCH_BYTES, "scratch is too small");
+    // Store x · factor as operand B, `at` bytes behind the beginning of `scratch`.
+    template <int K, bool CODES>
+    __device__ __forceinline__ void store_operand(const Vector<K>& x, float factor, int at = 0) {
+        static_assert(Tiles<K, CODES>::OPERAND_BYTES <= SCRATCH_BYTES, "scratch is too small");
 #pragma unroll
         for (int i = 0; i < Vector<K>::COUNT; ++i)
-            if (holds<K>(thread, i)) store_four<K, CODES>(scratch + AT, (i * THREADS + thread) * 4, x.values[i], factor);
-        store_zeros<K, CODES>(scratch + AT, thread);
+            if (holds<K>(thread, i)) store_four<K, CODES>(scratch + at, (i * THREADS + thread) * 4, x.values[i], factor);
+        store_zeros<K, CODES>(scratch + at, thread);
     }
 
     // To be called after an operand was stored.
@@ -614,89 +653,88 @@ struct Consumer {
         ring.advance();
     }
 
-    // Multiply the rows of the next `count` stages (of rows in several stages: sets of them) with the operand that lies AT
-    // bytes behind the beginning of `scratch`. `parts` gets what dot_product sums up, from row `to` on; a stage's rows come
-    // behind those of the stage before it. GATED: stages hold rows of gate and of up in turn; those of up begin MAX_PAIRS
-    // later.
-    template <int K, bool CODES, bool GATED, int AT>
-    __device__ __forceinline__ void multiply(int count, int to) {
-        if constexpr (Tiles<K, CODES>::FIT) multiply_tiled<K, CODES, GATED, AT>(count, to);
-        else multiply_by_warps<K, CODES, GATED, AT>(count, to);
+    // Multiply the rows of the next `count` stages (of rows in several stages: sets of them) with the operand at the beginning
+    // of `scratch`. `parts` gets what dot_product sums up; a stage's rows come behind those of the
+    // stage before it. GATED: stages hold rows of gate and of up in turn; those of up begin MAX_PAIRS later.
+    template <int K, bool CODES, bool GATED>
+    __device__ __forceinline__ void multiply(int count) {
+        if constexpr (Tiles<K, CODES>::FIT) multiply_tiled<K, CODES, GATED>(count, {count, 0, 0}, 0);
+        else multiply_by_warps<K, CODES, GATED>(count, 0, 0);
     }
 
-    // Warpgroups take stages in turn, two at a time. parts [MAX_SUMS, 8]: a tile's diagonal.
-    template <int K, bool CODES, bool GATED, int AT>
-    __device__ __forceinline__ void multiply_tiled(int count, int to) {
-        constexpr int TEAMS = WARPS / 4;
-        const int team = warp / 4;
-        Ring own = ring;
-        own.advance(team);
-        int stage = team;
+    // Several matrices, each with an operand of its own; the first one's lies `at` bytes behind the beginning of `scratch`.
+    struct Sets {
+        int each;   // stages of a matrix
+        int rows;   // from the first row of a matrix's sums to the next one's
+        int bytes;  // from an operand to the next one
+    };
+
+    template <int K, bool CODES>
+    __device__ __forceinline__ void multiply_sets(int count, const Sets& sets, int at) {
+        if constexpr (Tiles<K, CODES>::FIT) {
+            multiply_tiled<K, CODES, false>(count * sets.each, sets, at);
+        } else {
 #pragma unroll 1
-        for (; stage + TEAMS < count; stage += 2 * TEAMS) multiply_stages<K, CODES, GATED, AT, 2>(own, stage, to);
-        if (stage < count) multiply_stages<K, CODES, GATED, AT, 1>(own, stage, to);
-        ring.advance(count);
+            for (int i = 0; i < count; ++i)
+                multiply_by_warps<K, CODES, false>(sets.each, i * sets.rows, at + i * sets.bytes);
+        }
     }
 
-    template <int K, bool CODES, bool GATED, int AT, int COUNT>
-    __device__ __forceinline__ void multiply_stages(Ring& own, int first, int to) {
+    // Warpgroups take stages in turn. parts [MAX_SUMS, 8]: a tile's diagonal.
+    template <int K, bool CODES, bool GATED>
+    __device__ __forceinline__ void multiply_tiled(int count, const Sets& sets, int at) {
         using T = Tiles<K, CODES>;
         constexpr int TEAMS = WARPS / 4, OWN = T::ROWS / 4;  // rows of a warp in a stage
-        const int member = warp % 4;
         const bool is_odd = lane / 4 % 2, is_diagonal = lane % 4 == lane / 8;
-        const Operand operand = operand_at(shared_address(scratch) + AT, 128, T::PITCH);
-        Ring stages[COUNT];
-        float sums[COUNT][T::COLUMNS / 2] = {};
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
+        const Operand operand = operand_at(shared_address(scratch) + at, 128, T::PITCH);
+        Ring own = ring;
+        own.advance(warp / 4);
+        int set = 0, place = warp / 4;  // of a stage among its set's
+#pragma unroll 1
+        for (int stage = warp / 4; stage < count; stage += TEAMS, place += TEAMS, own.advance(TEAMS)) {
+            for (; place >= sets.each; place -= sets.each) ++set;
+            const Operand activations = further(operand, set * sets.bytes);
+            float sums[T::COLUMNS / 2] = {};
             wait(own.full(), own.parity);
-            stages[i] = own;
-            own.advance(TEAMS);
-        }
-        begin_products();
+            begin_products();
+            const u32 weights = shared_address(own.stage());
+            const Operand rows = operand_at(weights, 128, T::PART);
+            const Operand last = operand_at(weights, 0, T::PART);  // the second tile isn't there
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-            const u32 at = shared_address(stages[i].stage());
-            const Operand rows = operand_at(at, 128, T::PART);
-            const Operand last = operand_at(at, 0, T::PART);  // the second tile isn't there
-#pragma unroll
-            for (int j = 0; j < T::STEPS; ++j) {
-                const bool is_half = T::PITCH > T::PART && j == T::STEPS - 1;
-                multiply_tiles<CODES>(sums[i], further(is_half ? last : rows, j * 256), further(operand, j * 256), j > 0);
+            for (int i = 0; i < T::STEPS; ++i) {
+                const bool is_half = T::PITCH > T::PART && i == T::STEPS - 1;
+                multiply_tiles<CODES>(sums, further(is_half ? last : rows, i * 256), further(activations, i * 256), i > 0);
             }
-        }
-        end_products();
-        wait_for_products();
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-            are_there(sums[i]);
-            if (lane == 0) arrive(stages[i].empty(), TEAMS);
-            // A lane's sums of columns 8 j, …: of its row sums[4 j] and the next, of the row eight further down the two
-            // behind.
+            end_products();
+            wait_for_products();
+            are_there(sums);
+            if (lane == 0) arrive(own.empty(), TEAMS);
+            // A lane's sums of columns 8 i, …: of its row sums[4 i] and the next, of the row eight further down the two behind.
             float shares[2] = {};
 #pragma unroll
-            for (int j = 0; j < T::COLUMNS / 8; ++j) {
-                if (T::PARTS == 1 || j % 2 == 0) shares[0] += is_odd ? sums[i][4 * j + 1] : sums[i][4 * j];
-                if (T::PARTS == 1 || j % 2 == 1) shares[1] += is_odd ? sums[i][4 * j + 3] : sums[i][4 * j + 2];
+            for (int i = 0; i < T::COLUMNS / 8; ++i) {
+                if (T::PARTS == 1 || i % 2 == 0) shares[0] += is_odd ? sums[4 * i + 1] : sums[4 * i];
+                if (T::PARTS == 1 || i % 2 == 1) shares[1] += is_odd ? sums[4 * i + 3] : sums[4 * i + 2];
             }
-            const int stage = first + i * TEAMS;
-            const int row = to + (GATED ? stage / 2 * T::ROWS + stage % 2 * MAX_PAIRS : stage * T::ROWS) + member * OWN;
+            const int first = set * sets.rows + (GATED ? place / 2 * T::ROWS + place % 2 * MAX_PAIRS : place * T::ROWS);
+            const int row = first + warp % 4 * OWN;
             if (is_diagonal) {
                 parts[row * 8 + lane / 4] = OWN == 2 ? shares[0] : shares[0] + shares[1];
                 if (OWN == 2) parts[row * 8 + 8 + lane / 4] = shares[1];
             }
         }
+        ring.advance(count);
     }
 
     // parts [WARPS, MAX_SUMS]: the partial sums of each team's members.
-    template <int K, bool CODES, bool GATED, int AT>
-    __device__ __forceinline__ void multiply_by_warps(int count, int offset) {
+    template <int K, bool CODES, bool GATED>
+    __device__ __forceinline__ void multiply_by_warps(int count, int offset, int at) {
         using G = Groups<K, CODES>;
         using T = typename G::T;
         constexpr int PAIRS = G::PAIRS, TEAM = G::TEAM, ROW_BYTES = G::ROW_BYTES;
         const int pair = warp / TEAM, member = warp % TEAM;
         const bool is_odd = lane / 4 % 2, is_diagonal = lane % 4 == lane / 8;
-        const u8* from = scratch + AT;
+        const u8* from = scratch + at;
         float* sums_of_team = parts + member * MAX_SUMS + offset + pair + (lane / 4 % 2 ? PAIRS : 0);
         G x;
         if (T::SPLITS == 1) x.load(from, from + ROW_BYTES, ROW_BYTES, member, lane);
@@ -741,13 +779,13 @@ struct Consumer {
     template <int K, bool CODES>
     __device__ __forceinline__ void multiply_rows(int count) {
         constexpr int ROWS = Tiling<CODES ? K : 2 * K>::ROWS;
-        multiply<K, CODES, false, 0>((count + ROWS - 1) / ROWS, 0);
+        multiply<K, CODES, false>((count + ROWS - 1) / ROWS);
         sync_consumers();
     }
 
     // Multiply rows of gate and of up, ROWS of each in turn: the sums of gate begin at 0, those of up at MAX_PAIRS.
     __device__ __forceinline__ void multiply_gate_up(int stages) {
-        multiply<HIDDEN, FP8, true, 0>(stages, 0);
+        multiply<HIDDEN, FP8, true>(stages);
         sync_consumers();
     }
 
@@ -863,7 +901,9 @@ struct Consumer {
     // To be called at the end: the last block to do so prepares the next kernel.
     __device__ __forceinline__ void leave() {
         if (thread || count_at(&grid->done, BLOCKS - 1) != BLOCKS - 1) return;
-        for (int i = 0; i < PHASES; ++i) grid->ended[i].blocks = 0;
+        for (Counter& counter : grid->ended) counter.count = 0;
+        for (Counter& counter : grid->absorbed) counter.count = 0;
+        for (Counter& counter : grid->attended) counter.count = 0;
         grid->sequence = (sequence + 1) % SEQUENCES;
     }
 };
