@@ -472,6 +472,8 @@ inline void load_four_transposed(u32 (&r)[4], u32 address) { load_matrices(r, ad
 inline void load_two(u32 (&r)[2], u32 address) { load_matrices(r, address, false); }
 
 // Tiles of eight times 16 bytes in shared memory: see instructions.cu.
+u32 uniform(u32 number) { return number; }
+
 struct Operand { u32 address, along_k, along_rows; };
 inline Operand operand_at(u32 address, u32 along_k, u32 along_rows) {
     for (u32 bytes : {address, along_k, along_rows}) check_alignment((const void*)(uintptr_t)bytes, 16);

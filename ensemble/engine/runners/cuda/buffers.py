@@ -1,7 +1,8 @@
 """Inputs and outputs of a step: page-locked host memory, and device memory at fixed addresses.
 
-A decode step's inputs are one block of bytes, copied at once. The host has two of each buffer, so that it can prepare a
-step while the previous one runs. It knows nothing of models.
+A decode step's inputs are one block of bytes, copied at once. The kernel that finds its results writes them to the
+host's memory itself: a copy would begin after that kernel's end, and the next step after the copy's. The host has two
+of each buffer, so that it can prepare a step while the previous one runs. It knows nothing of models.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ STEPS_IN_FLIGHT = 2
 NO_TOKEN = -1  # position of a row without a token
 INPUTS: dict[str, torch.dtype] = {
     "ids": torch.int64, "positions": torch.int64, "seeds": torch.int64, "steps": torch.int64, "top_ks": torch.int32,
-    "temperatures": torch.float32, "top_ps": torch.float32, "min_ps": torch.float32,
+    "places": torch.int32, "temperatures": torch.float32, "top_ps": torch.float32, "min_ps": torch.float32,
 }  # fmt: skip
 
 
@@ -43,24 +44,38 @@ class StepInputs:
         return {name: tensor.numpy() for name, tensor in self.tensors.items()}
 
 
+class StepResults:
+    """Host memory for what steps of up to `num_rows` rows sample, which kernels write to.
+
+    tokens [STEPS_IN_FLIGHT, num_rows] int64, log_probs likewise float32.
+    """
+
+    def __init__(self, num_rows: int, *, is_pinned: bool) -> None:
+        size = (STEPS_IN_FLIGHT, num_rows)
+        self.tokens = torch.zeros(size, dtype=torch.int64, pin_memory=is_pinned)
+        self.log_probs = torch.zeros(size, dtype=torch.float32, pin_memory=is_pinned)
+
+    def slots(self) -> list[StepSlot]:
+        """A slot for each step in flight."""
+        num_rows, is_pinned, host = self.tokens.shape[1], self.tokens.is_pinned(), torch.device("cpu")
+        slots = []
+        for index, (tokens, log_probs) in enumerate(zip(self.tokens, self.log_probs, strict=True)):
+            inputs = StepInputs(num_rows, host, is_pinned=is_pinned)
+            arrays = inputs.arrays()
+            arrays["places"][:] = np.arange(index * num_rows, (index + 1) * num_rows)
+            slots.append(StepSlot(inputs, arrays, tokens, log_probs))
+        return slots
+
+
 @dataclass
 class StepSlot:
-    """Host memory of one decode step."""
+    """Host memory of one decode step: its inputs, and its part of `StepResults`."""
 
     inputs: StepInputs
     arrays: dict[str, NDArray[np.generic]]
     tokens: torch.Tensor  # [rows] int64
     log_probs: torch.Tensor  # [rows] float32
     logits: torch.Tensor | None = None  # [k, vocab_size] float32, allocated on first use
-
-    @classmethod
-    def make(cls, num_rows: int, *, is_pinned: bool) -> StepSlot:
-        """Allocate for steps of up to `num_rows` rows."""
-        host = torch.device("cpu")
-        inputs = StepInputs(num_rows, host, is_pinned=is_pinned)
-        tokens = torch.zeros(num_rows, dtype=torch.int64, pin_memory=is_pinned)
-        log_probs = torch.zeros(num_rows, dtype=torch.float32, pin_memory=is_pinned)
-        return cls(inputs, inputs.arrays(), tokens, log_probs)
 
     def fill(self, ids: Ids, positions: Ids, samplings: Sequence[DeviceSampling | None], size: int) -> None:
         """Set rows 0 … size − 1; rows after those of `ids` have no token. A row without sampling is greedy."""
@@ -91,7 +106,7 @@ class StepSlot:
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A step in flight: the host memory of its results, and the event after their copy."""
+    """A step in flight: the host memory of its results, and the event after them."""
 
     slot: StepSlot
     num_rows: int
@@ -102,26 +117,22 @@ class PendingStep:
     def fetch(
         cls,
         slot: StepSlot,
-        tokens: torch.Tensor,
-        log_probs: torch.Tensor,
+        n: int,
         logits: torch.Tensor,
         logits_rows: Sequence[int],
     ) -> PendingStep:
-        """Start copying tokens and log probabilities [n], and `logits_rows` of the logits, to the host's `slot`."""
-        n = len(tokens)
-        slot.tokens[:n].copy_(tokens, non_blocking=True)
-        slot.log_probs[:n].copy_(log_probs, non_blocking=True)
+        """Start copying `logits_rows` of the logits to the host's `slot`, where n tokens are written."""
         target = slot.logits_rows(len(logits_rows), logits.shape[1])
         for index, row in enumerate(logits_rows):
             target[index].copy_(logits[row], non_blocking=True)
         done = None
-        if tokens.is_cuda:
+        if logits.is_cuda:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
         return cls(slot, n, target, done)
 
     def wait(self) -> Decoded:
-        """Wait for the copies; the results."""
+        """Wait for the results."""
         if self.done is not None:
             self.done.synchronize()
         tokens, log_probs = self.slot.tokens[: self.num_rows], self.slot.log_probs[: self.num_rows]

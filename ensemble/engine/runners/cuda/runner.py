@@ -35,7 +35,7 @@ from deepseek_triton.ensemble.engine.runners.cuda.buffers import (
     PendingStep,
     Prompts,
     StepInputs,
-    StepSlot,
+    StepResults,
 )
 from deepseek_triton.ensemble.engine.runners.cuda.caches import PAGE
 from deepseek_triton.ensemble.engine.runners.cuda.decoder import Decoder
@@ -185,7 +185,7 @@ class CudaRunner(PackingRunner):
         self._pending_prefills.clear()
         for name in (
             "_decoder", "_caches", "_table_changes",
-            "_inputs", "_tokens", "_log_probs", "_finished_splits", "_slots", "_first_tokens",
+            "_inputs", "_tokens", "_results", "_finished_splits", "_slots", "_first_tokens",
             "_prompt_logits",
         ):  # fmt: skip
             self.__dict__.pop(name, None)
@@ -276,7 +276,7 @@ class CudaRunner(PackingRunner):
             self._table_changes.copy()
             self._inputs.block.copy_(slot.inputs.block, non_blocking=True)
             logits = self._run(size)
-            self._pending.append(PendingStep.fetch(slot, self._tokens[:n], self._log_probs[:n], logits, logits_rows))
+            self._pending.append(PendingStep.fetch(slot, n, logits, logits_rows))
 
     def finish_decode(self) -> Decoded:
         """See SamplingRunner: the earliest step that was begun."""
@@ -298,7 +298,7 @@ class CudaRunner(PackingRunner):
             inputs["ids"], inputs["positions"], self._tokens[:size], self._caches, self._finished_splits
         )
         scanned = Scanned.empty(self._decoder.launch, *logits.shape)
-        sample_rows(self._decoder.launch, logits, inputs, scanned, self._tokens, self._log_probs)
+        sample_rows(self._decoder.launch, logits, inputs, scanned, self._tokens, self._results)
         return logits
 
     # ---- memory and graphs
@@ -311,9 +311,9 @@ class CudaRunner(PackingRunner):
         self.cache_bytes = sum(tensor.nbytes for tensor in self._caches.tensors)
         self._inputs = StepInputs(slots, device)
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._log_probs = torch.zeros(slots, dtype=torch.float32, device=device)
+        self._results = StepResults(slots, is_pinned=self._is_cuda)
         self._finished_splits = torch.zeros(slots, shape.num_kv_heads, dtype=torch.int32, device=device)
-        self._slots = deque(StepSlot.make(slots, is_pinned=self._is_cuda) for _ in range(STEPS_IN_FLIGHT))
+        self._slots = deque(self._results.slots())
         self._first_tokens = FirstTokens(self._decoder.launch, slots, shape.vocab_size, device)
         self._prompt_logits = torch.zeros(slots, shape.vocab_size, dtype=torch.float32, device=device)
 
@@ -339,7 +339,7 @@ class CudaRunner(PackingRunner):
     def _addresses(self) -> tuple[int, ...]:
         """Addresses of the tensors that graphs read and write."""
         tensors = (
-            *self._caches.tensors, self._inputs.block, self._tokens, self._log_probs,
+            *self._caches.tensors, self._inputs.block, self._tokens, self._results.tokens, self._results.log_probs,
             self._finished_splits, self._prompt_logits,
         )  # fmt: skip
         return tuple(tensor.data_ptr() for tensor in tensors)

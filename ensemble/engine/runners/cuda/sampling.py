@@ -13,7 +13,7 @@ import torch
 import triton
 
 from deepseek_triton.ensemble.engine.runners.base import DeviceSampling, Ids
-from deepseek_triton.ensemble.engine.runners.cuda.buffers import STEPS_IN_FLIGHT, PendingStep, StepInputs, StepSlot
+from deepseek_triton.ensemble.engine.runners.cuda.buffers import PendingStep, StepInputs, StepResults
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import sampling
 from deepseek_triton.ensemble.engine.runners.cuda.launcher import Launcher
 
@@ -53,9 +53,9 @@ def sample_rows(
     inputs: Mapping[str, torch.Tensor],
     scanned: Scanned,
     tokens: torch.Tensor,
-    log_probs: torch.Tensor,
+    results: StepResults,
 ) -> None:
-    """Sample a token for each row of `logits` [n, vocab_size] into `tokens` and `log_probs` [≥ n]; inputs: `INPUTS`."""
+    """Sample a token for each row of `logits` [n, vocab_size] into `tokens` [≥ n] and `results`; inputs: `INPUTS`."""
     size, vocab_size = logits.shape
     chunks = scanned.best.shape[1]
     best, where, total = scanned.best, scanned.where, scanned.total
@@ -63,7 +63,7 @@ def sample_rows(
     launch(
         sampling.sample_tokens, (size,), logits, best, where, total,
         inputs["temperatures"], inputs["top_ks"], inputs["top_ps"], inputs["min_ps"], inputs["seeds"],
-        inputs["steps"], tokens, log_probs,
+        inputs["steps"], tokens, inputs["places"], results.tokens, results.log_probs,
         V=vocab_size, CHUNKS=chunks, BLOCK_CHUNKS=triton.next_power_of_2(chunks), BLOCK=SAMPLE_BLOCK, num_warps=16,
     )  # fmt: skip
 
@@ -76,9 +76,8 @@ class FirstTokens:
         self._scanned = Scanned.empty(launch, max_num_seqs, vocab_size)
         self._inputs = StepInputs(max_num_seqs, device)
         self._tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self._log_probs = torch.zeros(max_num_seqs, dtype=torch.float32, device=device)
-        is_pinned = device.type == "cuda"
-        self._slots = deque(StepSlot.make(max_num_seqs, is_pinned=is_pinned) for _ in range(STEPS_IN_FLIGHT))
+        self._results = StepResults(max_num_seqs, is_pinned=device.type == "cuda")
+        self._slots = deque(self._results.slots())
 
     def start(
         self,
@@ -98,6 +97,6 @@ class FirstTokens:
         self._slots.rotate(-1)
         step.fill(slots, slots, samplings, n)
         self._inputs.block.copy_(step.inputs.block, non_blocking=True)
-        sample_rows(self._launch, logits[:n], self._inputs.tensors, self._scanned, self._tokens, self._log_probs)
+        sample_rows(self._launch, logits[:n], self._inputs.tensors, self._scanned, self._tokens, self._results)
         last_tokens.index_copy_(0, self._inputs.tensors["ids"][:n], self._tokens[:n])
-        return PendingStep.fetch(step, self._tokens[:n], self._log_probs[:n], logits, logits_rows)
+        return PendingStep.fetch(step, n, logits, logits_rows)

@@ -20,7 +20,7 @@ from tests.support.cuda_device import DEVICE, DTYPE, HAS_GPU  # isort: skip  # b
 from benchmarks.cuda_reference import rms_norm, rotate, round_rows
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 from deepseek_triton.ensemble.engine.runners.base import DeviceSampling, PromptChunk
-from deepseek_triton.ensemble.engine.runners.cuda.buffers import Prompts
+from deepseek_triton.ensemble.engine.runners.cuda.buffers import Prompts, StepResults
 from deepseek_triton.ensemble.engine.runners.cuda.caches import PAGE, Caches
 from deepseek_triton.ensemble.engine.runners.cuda.decoder import Decoder
 from deepseek_triton.ensemble.engine.runners.cuda.kernels import sampling
@@ -483,12 +483,18 @@ def sample(
         )
     ]  # fmt: skip
     tokens = torch.full((m,), -1, dtype=torch.int64, device=DEVICE)
-    log_probs = torch.full((m,), torch.nan, device=DEVICE)
+    results = StepResults(m, is_pinned=DEVICE == "cuda")
+    places = torch.arange(
+        2 * m - 1, m - 1, -1, dtype=torch.int32, device=DEVICE
+    )  # the second step's, from the last one on
     d.launch(
-        sampling.sample_tokens, (m,), logits, maxima, best, sums, *columns, tokens, log_probs,
-        V=v, CHUNKS=chunks, BLOCK_CHUNKS=4, BLOCK=256,
+        sampling.sample_tokens, (m,), logits, maxima, best, sums, *columns, tokens, places, results.tokens,
+        results.log_probs, V=v, CHUNKS=chunks, BLOCK_CHUNKS=4, BLOCK=256,
     )  # fmt: skip
-    return tokens.cpu().numpy(), log_probs.cpu().numpy()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    assert torch.equal(results.tokens[1].flip(0), tokens.cpu())
+    return tokens.cpu().numpy(), results.log_probs[1].flip(0).numpy()
 
 
 def kept_tokens(logits: torch.Tensor, one: DeviceSampling) -> set[int]:

@@ -76,7 +76,9 @@ def sample_tokens(
     seeds,  # [M] int64
     steps,  # [M] int64
     tokens,  # [M] int64
-    log_probs,  # [M] float32, of the token at temperature 1, without top-k, top-p and min-p
+    places,  # [M] int32, of a row's results in the next two
+    host_tokens,  # [results] int64, in the host's memory
+    host_log_probs,  # [results] float32, likewise: of the token at temperature 1, without top-k, top-p and min-p
     V: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
@@ -142,5 +144,7 @@ def sample_tokens(
                 found = reached < V
             before += tl.sum(weight)
         token = sampled
+    place = tl.load(places + m)
     tl.store(tokens + m, token.to(tl.int64))
-    tl.store(log_probs + m, tl.load(row + token) - best - log_sum)
+    tl.store(host_tokens + place, token.to(tl.int64))
+    tl.store(host_log_probs + place, tl.load(row + token) - best - log_sum)

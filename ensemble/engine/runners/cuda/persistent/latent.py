@@ -106,7 +106,8 @@ class LatentFamily(Family):
             "ROPE": latent.qk_rope_head_dim, "VALUE": latent.v_head_dim, "LATENT": latent.kv_lora_rank,
             "DENSE_LAYERS": min(experts.first_dense_layers, shape.num_layers), "EXPERTS": experts.num_experts,
             "TOP_K": experts.num_experts_per_tok, "EXPERT_SIZE": experts.intermediate_size,
-            "ALWAYS": experts.num_shared_experts, "SIGMOID": int(experts.scores == "sigmoid"), "BIASED": int(experts.choice == "group_top2"),
+            "ALWAYS": experts.num_shared_experts, "SIGMOID": int(experts.scores == "sigmoid"),
+            "BIASED": int(experts.choice == "group_top2"),
             "NORMALISED": int(experts.is_normalised), "EXPERT_SCALE": f"{experts.scale:.9e}f",
             "INNER_EPS": f"{INNER_NORM_EPS:.9e}f",
             "SCORE_SCALE": f"{attention.softmax_scale * math.log2(math.e):.9e}f",
@@ -131,7 +132,8 @@ class LatentFamily(Family):
         router = (mlp.router.weight, mlp.router.bias) if hasattr(mlp, "router") else (None, None)
         return [
             attention.norm, mlp.norm, attention.kv_norm, *matrix(attention.q_kv_a), attention.kv_b,
-            self._key_tiles(attention.kv_b), *matrix(attention.o), *matrix(mlp.gate_up), *matrix(mlp.down), *router, keys,
+            self._key_tiles(attention.kv_b), *matrix(attention.o),
+            *matrix(mlp.gate_up), *matrix(mlp.down), *router, keys,
         ]  # fmt: skip
 
     def _key_tiles(self, kv_b: torch.Tensor) -> torch.Tensor:

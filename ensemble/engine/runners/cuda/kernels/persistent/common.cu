@@ -142,8 +142,8 @@ struct Share {
 
 // This block's rows of `rows`.
 __device__ __forceinline__ Share share_of(int rows) {
-    const int first = (int)((i64)rows * blockIdx.x / BLOCKS);
-    return {first, (int)((i64)rows * (blockIdx.x + 1) / BLOCKS) - first};
+    const u32 first = (u32)rows * blockIdx.x / BLOCKS;  // rows of a matrix times blocks are less than 2³²
+    return {(int)first, (int)((u32)rows * (blockIdx.x + 1) / BLOCKS - first)};
 }
 
 // In shared memory: the ring's stages, the activations, partial sums, what threads tell each other, barriers.
@@ -161,7 +161,16 @@ struct Ring {
     static __device__ __forceinline__ u64* full(int i) { return (u64*)(memory + FULL_AT) + i; }
     static __device__ __forceinline__ u64* empty(int i) { return (u64*)(memory + EMPTY_AT) + i; }
 
+    // By less than a lap.
     __device__ __forceinline__ void advance(int count = 1) {
+        index += count;
+        if (index < STAGES) return;
+        index -= STAGES;
+        parity ^= 1;
+    }
+
+    __device__ __forceinline__ void advance_far(int count) {
+#pragma unroll 1
         for (index += count; index >= STAGES; index -= STAGES) parity ^= 1;
     }
 };
@@ -658,7 +667,7 @@ struct Consumer {
     // stage before it. GATED: stages hold rows of gate and of up in turn; those of up begin MAX_PAIRS later.
     template <int K, bool CODES, bool GATED>
     __device__ __forceinline__ void multiply(int count) {
-        if constexpr (Tiles<K, CODES>::FIT) multiply_tiled<K, CODES, GATED>(count, {count, 0, 0}, 0);
+        if constexpr (Tiles<K, CODES>::FIT) multiply_tiled<K, CODES, GATED, false>(count, {}, 0);
         else multiply_by_warps<K, CODES, GATED>(count, 0, 0);
     }
 
@@ -672,7 +681,7 @@ struct Consumer {
     template <int K, bool CODES>
     __device__ __forceinline__ void multiply_sets(int count, const Sets& sets, int at) {
         if constexpr (Tiles<K, CODES>::FIT) {
-            multiply_tiled<K, CODES, false>(count * sets.each, sets, at);
+            multiply_tiled<K, CODES, false, true>(count * sets.each, sets, at);
         } else {
 #pragma unroll 1
             for (int i = 0; i < count; ++i)
@@ -680,24 +689,27 @@ struct Consumer {
         }
     }
 
-    // Warpgroups take stages in turn. parts [MAX_SUMS, 8]: a tile's diagonal.
-    template <int K, bool CODES, bool GATED>
+    // Warpgroups take stages in turn. parts [MAX_SUMS, 8]: a tile's diagonal. SEVERAL: `sets` tells how many matrices.
+    template <int K, bool CODES, bool GATED, bool SEVERAL>
     __device__ __forceinline__ void multiply_tiled(int count, const Sets& sets, int at) {
         using T = Tiles<K, CODES>;
         constexpr int TEAMS = WARPS / 4, OWN = T::ROWS / 4;  // rows of a warp in a stage
         const bool is_odd = lane / 4 % 2, is_diagonal = lane % 4 == lane / 8;
-        const Operand operand = operand_at(shared_address(scratch) + at, 128, T::PITCH);
         Ring own = ring;
         own.advance(warp / 4);
         int set = 0, place = warp / 4;  // of a stage among its set's
 #pragma unroll 1
         for (int stage = warp / 4; stage < count; stage += TEAMS, place += TEAMS, own.advance(TEAMS)) {
-            for (; place >= sets.each; place -= sets.each) ++set;
-            const Operand activations = further(operand, set * sets.bytes);
+            if constexpr (SEVERAL) {
+#pragma unroll 1
+                for (; place >= sets.each; place -= sets.each) ++set;
+            }
+            const u32 address = uniform(shared_address(scratch) + at + (SEVERAL ? set * sets.bytes : 0));
+            const Operand activations = operand_at(address, 128, T::PITCH);
             float sums[T::COLUMNS / 2] = {};
             wait(own.full(), own.parity);
             begin_products();
-            const u32 weights = shared_address(own.stage());
+            const u32 weights = uniform(shared_address(own.stage()));
             const Operand rows = operand_at(weights, 128, T::PART);
             const Operand last = operand_at(weights, 0, T::PART);  // the second tile isn't there
 #pragma unroll
@@ -716,14 +728,14 @@ struct Consumer {
                 if (T::PARTS == 1 || i % 2 == 0) shares[0] += is_odd ? sums[4 * i + 1] : sums[4 * i];
                 if (T::PARTS == 1 || i % 2 == 1) shares[1] += is_odd ? sums[4 * i + 3] : sums[4 * i + 2];
             }
-            const int first = set * sets.rows + (GATED ? place / 2 * T::ROWS + place % 2 * MAX_PAIRS : place * T::ROWS);
-            const int row = first + warp % 4 * OWN;
+            const int of_stage = GATED ? place / 2 * T::ROWS + place % 2 * MAX_PAIRS : place * T::ROWS;
+            const int row = (SEVERAL ? set * sets.rows : 0) + of_stage + warp % 4 * OWN;
             if (is_diagonal) {
                 parts[row * 8 + lane / 4] = OWN == 2 ? shares[0] : shares[0] + shares[1];
                 if (OWN == 2) parts[row * 8 + 8 + lane / 4] = shares[1];
             }
         }
-        ring.advance(count);
+        ring.advance_far(count);
     }
 
     // parts [WARPS, MAX_SUMS]: the partial sums of each team's members.

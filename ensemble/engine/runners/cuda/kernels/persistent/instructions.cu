@@ -205,6 +205,9 @@ __device__ __forceinline__ void load_two(u32 (&r)[2], u32 address) {
                  : "memory");
 }
 
+// A number that is the same in all lanes, which the compiler is to know: it computes such numbers with fewer instructions.
+__device__ __forceinline__ u32 uniform(u32 number) { return __shfl_sync(~0u, number, 0); }
+
 // Where a warpgroup's tensor cores find an operand in shared memory: tiles of eight times 16 bytes that lie side by side.
 // along_k, along_rows: bytes from one tile to the next.
 typedef u64 Operand;

@@ -175,23 +175,24 @@ __device__ __forceinline__ Share chunks_of(int experts, int turn) {
 
 __device__ __forceinline__ u16 bits_of(float v) { return (u16)to_bf16x2(v, 0.0f); }
 
-// A warp turns the router's logits into scores; a lane has some that lie side by side.
-__device__ __forceinline__ void to_scores(float (&scores)[EXPERT_LANES], int lane) {
-    float largest = scores[0], sum = 0.0f;
-    if (!SIGMOID) {
+// What a warp needs to turn the router's logits into scores; a lane has some of them.
+struct Softmax {
+    float largest = 0.0f, factor = 1.0f;
+
+    static __device__ __forceinline__ Softmax of(const float (&logits)[EXPERT_LANES]) {
+        if (SIGMOID) return {};
+        float largest = logits[0], sum = 0.0f;
 #pragma unroll
-        for (int i = 1; i < EXPERT_LANES; ++i) largest = fmaxf(largest, scores[i]);
+        for (int i = 1; i < EXPERT_LANES; ++i) largest = fmaxf(largest, logits[i]);
         largest = warp_max(largest);
-    }
 #pragma unroll
-    for (int i = 0; i < EXPERT_LANES; ++i) {
-        scores[i] = SIGMOID ? 1.0f / (1.0f + __expf(-scores[i])) : __expf(scores[i] - largest);
-        sum += scores[i];
+        for (int i = 0; i < EXPERT_LANES; ++i) sum += __expf(logits[i] - largest);
+        return {largest, 1.0f / warp_sum(sum)};
     }
-    if (SIGMOID) return;
-    const float divisor = 1.0f / warp_sum(sum);
-#pragma unroll
-    for (int i = 0; i < EXPERT_LANES; ++i) scores[i] *= divisor;
+};
+
+__device__ __forceinline__ float score_of(float logit, const Softmax& softmax) {
+    return SIGMOID ? 1.0f / (1.0f + __expf(-logit)) : __expf(logit - softmax.largest) * softmax.factor;
 }
 
 // Unsigned numbers in the order of the floats.
@@ -277,7 +278,11 @@ struct LatentProducer : Producer {
 #pragma unroll
         for (int i = 0; i < EXPERT_LANES; ++i)
             if (lane * EXPERT_LANES + i < EXPERTS) board->scores[lane * EXPERT_LANES + i] = scores[i];
-        if (SIGMOID || BIASED) to_scores(scores, lane);
+        if (SIGMOID || BIASED) {  // else logits have the scores' order
+            const Softmax softmax = Softmax::of(scores);
+#pragma unroll
+            for (int i = 0; i < EXPERT_LANES; ++i) scores[i] = score_of(scores[i], softmax);
+        }
         u32 best = 0;  // of this lane's
 #pragma unroll
         for (int i = 0; i < EXPERT_LANES; ++i) {
@@ -875,16 +880,11 @@ struct LatentConsumer : Consumer {
     // A warp turns the router's logits on the board into the chosen experts' weights.
     __device__ __forceinline__ void weigh() const {
         float scores[EXPERT_LANES];
+        const float logit = lane < TOP_K ? board->scores[board->experts[lane]] : MASKED_SCORE;
 #pragma unroll
         for (int i = 0; i < EXPERT_LANES; ++i)
             scores[i] = lane * EXPERT_LANES + i < EXPERTS ? board->scores[lane * EXPERT_LANES + i] : MASKED_SCORE;
-        to_scores(scores, lane);
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < EXPERT_LANES; ++i)
-            if (lane * EXPERT_LANES + i < EXPERTS) board->scores[lane * EXPERT_LANES + i] = scores[i];
-        __syncwarp();
-        float weight = lane < TOP_K ? board->scores[board->experts[lane]] : 0.0f;
+        float weight = score_of(logit, Softmax::of(scores));
         if (NORMALISED) weight /= warp_sum(weight) + 1e-20f;
         __syncwarp();
         if (lane < TOP_K) board->scores[lane] = weight * EXPERT_SCALE;
