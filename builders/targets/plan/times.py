@@ -12,16 +12,16 @@ from dataclasses import dataclass
 
 from deepseek_triton.builders.targets.plan.gpus import GPUS_PER_MACHINE, NETWORK, Gpu
 from deepseek_triton.builders.targets.plan.weights import Share
+from deepseek_triton.ensemble.artefacts.cuda_memory import ONE_KERNEL_HEADS
 from deepseek_triton.ensemble.decoder.spec import ModelSpec
 
 MEMORY_EFFICIENCY = 0.915  # of the published rate: a plain read of an H100's memory reaches 3,065 of 3,350 GB/s
 EXPERT_EFFICIENCY = 0.83  # the same of routed experts' weights: each is read for few tokens
 LINK_EFFICIENCY = 0.45  # all-reduces and the narrower products of a split
-ONE_KERNEL_S = 13e-6  # of a layer beyond reading, where one persistent kernel decodes one sequence
-ONE_LATENT_KERNEL_S = 14e-6  # the same of latent attention and experts
+ONE_KERNEL_S = 11e-6  # of a layer beyond reading, where one persistent kernel decodes one sequence
+ONE_LATENT_KERNEL_S = 9e-6  # the same of latent attention and experts
 ONE_OF_EXPERTS_S = 44e-6  # of other layers with experts on one GPU, whose kernels for one sequence are fewer
 SPLIT_PROMPT_LAYER_S = 20e-6  # of a prompt's layer besides, with experts on several GPUs: no kernel starts early there
-ONE_KERNEL_HEADS = 16  # of latent attention, at most
 LAUNCH_S = 170e-6  # of a layer of a prompt at least: its kernels one after the other, however few tokens it has
 PEER_ROWS = 64  # that GPUs of a machine add up in each other's memory at most; NCCL does it with more
 # Of an all-reduce of few bytes
