@@ -483,7 +483,7 @@ def sample(
         )
     ]  # fmt: skip
     tokens = torch.full((m,), -1, dtype=torch.int64, device=DEVICE)
-    results = StepResults(m, is_pinned=DEVICE == "cuda")
+    results = StepResults(m, is_pinned=DEVICE.type == "cuda")
     places = torch.arange(
         2 * m - 1, m - 1, -1, dtype=torch.int32, device=DEVICE
     )  # the second step's, from the last one on
@@ -491,7 +491,7 @@ def sample(
         sampling.sample_tokens, (m,), logits, maxima, best, sums, *columns, tokens, places, results.tokens,
         results.log_probs, V=v, CHUNKS=chunks, BLOCK_CHUNKS=4, BLOCK=256,
     )  # fmt: skip
-    if DEVICE == "cuda":
+    if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     assert torch.equal(results.tokens[1].flip(0), tokens.cpu())
     return tokens.cpu().numpy(), results.log_probs[1].flip(0).numpy()

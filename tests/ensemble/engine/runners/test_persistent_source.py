@@ -25,7 +25,6 @@ pytestmark = [
 ]
 KernelOf = Callable[..., tuple[HostKernel, object]]
 BLOCKS, LIMIT = 3, 232448
-MANY_BLOCKS = 9  # for wide rows
 PAGE = 64
 DENSE = DecoderShape(
     vocab_size=130, hidden_size=128, intermediate_size=272, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64,
@@ -39,6 +38,8 @@ EXPERTS = ExpertOptions(
     scores="softmax", choice="greedy",
 )  # fmt: skip
 V2 = replace(DENSE, num_kv_heads=4, head_dim=48, latent=LATENT, experts=EXPERTS)
+MANY_HEADS = replace(V2, num_heads=16, num_kv_heads=16, num_layers=1, experts=replace(EXPERTS, first_dense_layers=0))
+WIDE = replace(V2, hidden_size=2064, num_layers=1, experts=replace(EXPERTS, first_dense_layers=0))
 SIGMOID = replace(EXPERTS, scores="sigmoid", choice="group_top2", is_normalised=True, scale=2.5)
 # A stage has four of these rows; a part of them, as an expert's row, is an odd number of tiles.
 IN_PARTS = replace(DENSE, hidden_size=1152, num_layers=1)
@@ -49,10 +50,18 @@ SHAPES = {
     "dense, normed q and k, rows of several stages": replace(DENSE, qk_norm=True, intermediate_size=4608, num_layers=1),
     "latent and experts": V2,
     "latent and experts, odd numbers of tiles": ODD_EXPERTS,
+    "latent and experts, a stage for one row of the router": WIDE,
     "an odd number of experts, sigmoid, normalised": replace(
         V2, experts=replace(SIGMOID, num_experts=7, num_shared_experts=0, first_dense_layers=0)
     ),
 }
+
+
+def blocks_of(shape: DecoderShape) -> int:
+    """Few, but enough for wide rows; for many heads as many as they have groups."""
+    if shape.num_heads == MANY_HEADS.num_heads:
+        return 4
+    return 15 if shape == WIDE else 9 if shape.hidden_size > 256 else BLOCKS
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +71,7 @@ def kernel_of(tmp_path_factory: pytest.TempPathFactory) -> KernelOf:
     @cache
     def make(shape: DecoderShape, is_fp8: bool = False, stages: int = 0) -> tuple[HostKernel, object]:
         kind: type[Family] = DenseFamily if shape.latent is None else LatentFamily
-        family = kind(shape, is_fp8, MANY_BLOCKS if shape.hidden_size > 256 else BLOCKS, LIMIT)
+        family = kind(shape, is_fp8, blocks_of(shape), LIMIT)
         if stages:
             memory = family.memory
             limit = memory.total - (memory.stages - stages) * (memory.stage_bytes + 16)
@@ -92,7 +101,7 @@ def worst_cosine(shape: DecoderShape, kernel: HostKernel, weights: object, num_t
 @pytest.mark.parametrize("name", SHAPES)
 def test_it_computes_the_decoder(name: str, kernel_of: KernelOf) -> None:
     kernel, weights = kernel_of(SHAPES[name])
-    tokens = 4 if "dense" in name or "tiles" in name else 15  # latent attention reads 14 at a time
+    tokens = 4 if "dense" in name or "tiles" in name or "router" in name else 15  # latent attention reads 14 at a time
     assert worst_cosine(SHAPES[name], kernel, weights, tokens) > 0.9995
 
 
@@ -104,6 +113,12 @@ def test_it_computes_the_decoder(name: str, kernel_of: KernelOf) -> None:
 def test_it_computes_in_codes(shape: DecoderShape, kernel_of: KernelOf) -> None:
     kernel, weights = kernel_of(shape, is_fp8=True)
     assert worst_cosine(shape, kernel, weights, 2) > 0.99
+
+
+def test_heads_attend_in_groups_which_grow_with_the_text(kernel_of: KernelOf) -> None:
+    """Four groups of a block with four heads each, and two of two with eight from the fifth unit of 14 positions on."""
+    kernel, weights = kernel_of(MANY_HEADS)
+    assert worst_cosine(MANY_HEADS, kernel, weights, 72) > 0.9995
 
 
 @pytest.mark.parametrize("stages", [4, 5])

@@ -55,10 +55,11 @@ class LatentFamily(Family):
             return f"kv_lora_rank {rank} and qk_rope_head_dim {rope}"
         if nope < WARPS or nope % WARPS or nope + rope // 2 > 32 * WARPS or latent.v_head_dim % VALUE_ROWS:
             return f"qk_nope_head_dim {nope} and v_head_dim {latent.v_head_dim}"
-        widths = (shape.hidden_size, shape.intermediate_size, shape.num_heads * latent.v_head_dim)
+        values = shape.num_heads * latent.v_head_dim
+        widths = (shape.hidden_size, shape.intermediate_size, values)
         if any(width % 16 for width in widths):
             return f"widths {widths} are not multiples of 16"
-        return None
+        return None if self._are_whole(values) else f"values of width {values}"
 
     def _reason_against_experts(self) -> str | None:
         experts = self.shape.experts
@@ -67,8 +68,10 @@ class LatentFamily(Family):
         if experts.num_groups > 1 and experts.choice != "greedy":
             return "its router chooses among groups"
         most = max(experts.num_experts_per_tok, experts.num_shared_experts)
-        if experts.intermediate_size % 16 or self._pair_rows > MAX_PAIRS or PAIR * self._down_rows > MAX_PARTS:
-            return f"experts of width {experts.intermediate_size}"
+        width = experts.intermediate_size
+        has_room = self._pair_rows <= MAX_PAIRS and PAIR * self._down_rows <= MAX_PARTS
+        if width % 16 or not has_room or not self._are_whole(width):
+            return f"experts of width {width}"
         if most > MAX_EXPERTS:
             return f"{most} experts of a token"
         if 4 * self.shape.hidden_size > self._stage:
@@ -141,8 +144,9 @@ class LatentFamily(Family):
 
         A block's part lies side by side there: to copy it row by row takes longer than to read it.
         """
-        tiles = kv_b[:, : self._latent.qk_nope_head_dim].unflatten(2, (-1, ABSORBED))
-        return tiles.transpose(1, 2).contiguous()
+        heads, _, rank = kv_b.shape
+        keys = kv_b[:, : self._latent.qk_nope_head_dim]
+        return keys.reshape(heads, -1, rank // ABSORBED, ABSORBED).transpose(1, 2).contiguous()
 
     @property
     def _pair_rows(self) -> int:
@@ -153,6 +157,10 @@ class LatentFamily(Family):
     def _down_rows(self) -> int:
         """Rows of down that a block has, at most."""
         return -(-self.shape.hidden_size // (8 * self.blocks)) * 8
+
+    def _are_whole(self, width: int) -> bool:
+        """Whether a stage holds two rows of so many elements."""
+        return 2 * width * (1 if self.is_fp8 else 2) <= self._stage
 
     def _operand(self, width: int) -> int:
         return operand_bytes(width, is_fp8=self.is_fp8)

@@ -127,7 +127,7 @@ __device__ constexpr int fewest_heads() {
 __device__ __forceinline__ Splits splits_of(int position) {
     int heads = fewest_heads(), blocks = BLOCKS / (HEADS / heads);
     const int units = position / UNIT + 1;
-    while (heads < HEADS && units > BATCH_UNITS * blocks) {
+    while (heads < HEADS && units > heads * blocks) {
         heads *= 2;
         blocks = BLOCKS / (HEADS / heads);
     }
@@ -155,12 +155,12 @@ static_assert(LAYER_WORDS <= 32, "a lane brings a word");
 
 // What the producer and the consumers tell each other in shared memory, and the consumers themselves.
 struct Board {
-    u64 chosen;  // barrier: experts and weights are there
+    u64 chosen;  // barrier: `experts` and the logits are there
     Layer layers[KNOWN_LAYERS];
     Splits splits;
     Span span;
     int experts[TOP_K];
-    float scores[EXPERTS];  // the router's logits; then, at the beginning, the chosen experts' weights
+    float scores[EXPERTS];  // the router's logits; then, at the beginning, weights of `experts`
     float sums[WARPS];
     float scales[MOST_PAIRS][2][PAIR_ROWS];  // of rows of gate and of up
     float down_scales[MOST_EXPERTS][OWN];
@@ -222,22 +222,25 @@ struct LatentProducer : Producer {
     // cache too.
     __device__ __forceinline__ void before_experts(const Layer& layer, const int* table, int position, bool has_router) {
         const Share own = share_of(HIDDEN);
-        enum { PROJECTING, ABSORBING, VALUES_OF, ADDING, ROUTING, ALL };
+        enum { PROJECTING, ABSORBING, MAKING_VALUES, ADDING, ROUTING, ALL };
 #pragma unroll 1
         for (int i = 0; i < (has_router ? ALL : ROUTING); ++i) {
-            if (i == VALUES_OF) cache(layer.entries, board->span, table, position);
+            if (i == MAKING_VALUES) cache(layer.entries, board->span, table, position);
             // A block has one unit, or those that are a multiple of BLOCKS further on too.
-            const int units = i == ABSORBING ? ABSORB_UNITS : i == VALUES_OF ? VALUE_UNITS : i == ROUTING ? EXPERTS : BLOCKS;
+            const int units = i == ABSORBING       ? ABSORB_UNITS
+                              : i == MAKING_VALUES ? VALUE_UNITS
+                              : i == ROUTING       ? EXPERTS
+                                                   : BLOCKS;
 #pragma unroll 1
             for (int unit = blockIdx.x; unit < units; unit += BLOCKS) {
                 const int head = unit * VALUE_ROWS / VALUE;
                 copy_run(i == PROJECTING  ? run_of<HIDDEN * ELEMENT>(layer.q_kv_a.weight, share_of(PROJECTED))
                          : i == ABSORBING ? Run{(const u8*)(layer.key_tiles + (i64)unit * NOPE * ABSORBED),
                                                 NOPE * ABSORBED * 2, NOPE * ABSORBED * 2}
-                         : i == VALUES_OF ? run_of<LATENT * 2>((const u8*)layer.kv_b,
-                                                               {(head + 1) * NOPE + unit * VALUE_ROWS, VALUE_ROWS})
+                         : i == MAKING_VALUES
+                             ? run_of<LATENT * 2>((const u8*)layer.kv_b, {(head + 1) * NOPE + unit * VALUE_ROWS, VALUE_ROWS})
                          : i == ADDING    ? run_of<VALUES * ELEMENT>(layer.o.weight, own)
-                                          : run_of<HIDDEN * 4>((const u8*)layer.router, {unit, 1}));
+                                          : Run{(const u8*)(layer.router + (i64)unit * HIDDEN), HIDDEN * 4, HIDDEN * 4});
             }
         }
     }
