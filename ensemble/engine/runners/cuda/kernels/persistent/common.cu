@@ -41,7 +41,7 @@ constexpr int MAX_ROWS = 256;   // of a matrix whose partial sums are kept at a 
 constexpr int MAX_PAIRS = 160;  // rows of gate and of up, likewise
 constexpr int MAX_SUMS = 2 * MAX_PAIRS;
 constexpr int LAST_BLOCKS = 8;  // so many may be missing when a block begins to look for their numbers
-constexpr int MAX_GROUPS = 16;                 // of heads
+constexpr int MAX_GROUPS = 16;  // of heads
 constexpr int ELEMENT = FP8 ? 1 : 2;           // bytes of a weight
 constexpr float E4M3_MAX = 448.0f;
 constexpr float MIN_TOKEN_SCALE = 1.0f / 16384;
@@ -129,11 +129,11 @@ struct alignas(128) Counter {
 };
 
 struct Grid {
-    Counter ended[PHASES];            // blocks that have ended a phase
-    Counter absorbed[MAX_GROUPS];     // of a group of heads: parts of their queries; see Splits
-    Counter attended[MAX_GROUPS];     // blocks that have attended
-    u32 done;      // blocks that have ended
-    u32 sequence;  // kernels so far, modulo SEQUENCES; equal on all ranks
+    Counter ended[PHASES];         // blocks that have ended a phase
+    Counter absorbed[MAX_GROUPS];  // of latent.cu's groups of heads: parts of their queries that are there
+    Counter attended[MAX_GROUPS];  // likewise: blocks that have attended
+    u32 done;                      // blocks that have ended
+    u32 sequence;                  // kernels so far, modulo SEQUENCES; equal on all ranks
 };
 
 struct Share {
@@ -663,8 +663,8 @@ struct Consumer {
     }
 
     // Multiply the rows of the next `count` stages (of rows in several stages: sets of them) with the operand at the beginning
-    // of `scratch`. `parts` gets what dot_product sums up; a stage's rows come behind those of the
-    // stage before it. GATED: stages hold rows of gate and of up in turn; those of up begin MAX_PAIRS later.
+    // of `scratch`. `parts` gets what dot_product sums up; a stage's rows come behind those of the stage before it. GATED:
+    // stages hold rows of gate and of up in turn; those of up begin MAX_PAIRS later.
     template <int K, bool CODES, bool GATED>
     __device__ __forceinline__ void multiply(int count) {
         if constexpr (Tiles<K, CODES>::FIT) multiply_tiled<K, CODES, GATED, false>(count, {}, 0);

@@ -1,6 +1,6 @@
 // A decoder of latent attention and experts; its first layers may have dense MLPs. Phases of a layer:
-//   projected = norm(hidden) Wq_kv_a | queries absorbed, the new token's entry | attention, by heads and splits of the entries |
-//   values of what was attended to | hidden += values Wo |
+//   projected = norm(hidden) Wq_kv_a | queries absorbed, the new token's entry |
+//   attention, by groups of heads and splits of the entries | values of what was attended to | hidden += values Wo |
 //   the router's logits, the shared experts' gate and up | hidden += the shared experts' down |
 //   the chosen experts' gate and up | hidden += the chosen experts' down
 // The shared experts hide the router: the producer itself waits for its logits and chooses, so that it can go on with
@@ -29,18 +29,18 @@ constexpr int UNIT = 14;       // positions of a stage, at most 16: more would n
 constexpr int ENTRY_BYTES = 2 * ENTRY;
 constexpr int ENTRY_STRIDE = ENTRY_BYTES + 16;  // 16 bytes of eight rows lie in different banks
 constexpr int SHARE_PADDING = 8, SCORE_PADDING = 4, SORTED_STRIDE = LATENT / 2 + 4;
-constexpr int SCORE_PARTS = 4;             // warps that share a tile of scores
+constexpr int SCORE_PARTS = 4;  // warps that share a tile of scores
 constexpr int SCORE_STEPS = (ENTRY / 16 + SCORE_PARTS - 1) / SCORE_PARTS;  // products of a warp
-constexpr int COLUMNS = LATENT / WARPS;    // of what is attended to, of a warp
-constexpr int ABSORBED = 64;               // columns of a head's query that a block absorbs at a time
+constexpr int COLUMNS = LATENT / WARPS;  // of what is attended to, of a warp
+constexpr int ABSORBED = 64;             // columns of a head's query that a block absorbs at a time
 constexpr int TILES = LATENT / ABSORBED;
 constexpr int ABSORB_UNITS = HEADS * TILES;
-constexpr int VALUE_ROWS = 16;             // values that a block makes at a time
+constexpr int VALUE_ROWS = 16;  // values that a block makes at a time
 constexpr int VALUE_UNITS = VALUES / VALUE_ROWS;
-constexpr int FEW_HEADS = 4;               // that blocks attend with at least, see Splits
-constexpr int LAST_OF = 16;                // one of so many of a group may be missing when a block looks for their numbers
-constexpr int BATCH_UNITS = 4;             // units that are attended to at once, at most
-constexpr int CHUNK = Tiling<HIDDEN * ELEMENT>::ROWS;                    // rows of gate in a stage
+constexpr int FEW_HEADS = 4;    // that blocks attend with at least, see Splits
+constexpr int LAST_OF = 16;     // one of so many of a group may be missing when a block looks for their numbers
+constexpr int BATCH_UNITS = 4;  // units that are attended to at once, at most
+constexpr int CHUNK = Tiling<HIDDEN * ELEMENT>::ROWS;  // rows of gate in a stage
 constexpr int CHUNKS = EXPERT_SIZE / CHUNK;
 // Stages in flight while blocks have much to tell each other. With the chosen experts memory is the limit.
 constexpr int FEW_IN_FLIGHT = IN_FLIGHT < 2 ? IN_FLIGHT : 2;
@@ -67,8 +67,8 @@ struct Layer {
     const u16* mlp_norm;
     const u16* kv_norm;  // [LATENT] bfloat16
     Matrix q_kv_a;
-    const u16* kv_b;      // [HEADS, NOPE + VALUE, LATENT] bfloat16
-    const u16* key_tiles;  // [HEADS, TILES, NOPE, ABSORBED] of it
+    const u16* kv_b;       // [HEADS, NOPE + VALUE, LATENT] bfloat16
+    const u16* key_tiles;  // its rows that make keys, [HEADS, TILES, NOPE, ABSORBED]
     Matrix o;
     Matrix gate_up, down;  // of a dense MLP; or [EXPERTS + ALWAYS, …]
     const float* router;   // [EXPERTS, HIDDEN]
@@ -103,7 +103,8 @@ __device__ __forceinline__ i64 entry_offset(const int* table, int position) {
 }
 
 // Groups of blocks attend with some heads each, and share out the text's units. The fewer heads a group has, the fewer blocks
-// tell each other what they found, and the more groups read the same entries, from L2: so the longer a text, the more heads.
+// tell each other what they found, and the more groups read the same entries, from L2: so the longer a text, the more heads
+// (benchmarks/decode_gpu_notes.md).
 struct Splits {
     int heads;   // of a group
     int blocks;  // of a group
@@ -148,7 +149,7 @@ __device__ __forceinline__ Span span_of(const Splits& splits) {
 }
 
 // The producer brings a layer's addresses to shared memory while it copies the layer before. It is at most a layer ahead of the
-// consumers, because it waits for what they tell it about the experts; but for layers without.
+// consumers, because its choice of experts waits for what they make of the layer; but layers without experts don't hold it.
 constexpr int KNOWN_LAYERS = DENSE_LAYERS + 2 > 3 ? DENSE_LAYERS + 2 : 3;
 constexpr int LAYER_WORDS = sizeof(Layer) / 8;
 static_assert(LAYER_WORDS <= 32, "a lane brings a word");
