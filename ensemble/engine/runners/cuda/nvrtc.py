@@ -33,10 +33,8 @@ class Kernel:
     """
 
     def __init__(self, source: str, name: str, macros: Mapping[str, object], *, shared_bytes: int) -> None:
-        major, minor = torch.cuda.get_device_capability()
-        options = [f"--gpu-architecture=sm_{major}{minor}a", "--std=c++17", "--prec-div=false"]
-        options += [f"-D{macro}={value}" for macro, value in macros.items()]
-        image = cached_image(source, options, _version(), lambda: _compile(source, f"{name}.cu", options))
+        options = options_for(torch.cuda.get_device_capability(), macros)
+        image = cached_image(source, options, _version(), lambda: compile_source(source, f"{name}.cu", options)[0])
         self._shared_bytes = shared_bytes
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         torch.cuda.current_stream().synchronize()  # torch's context is this thread's from here on
@@ -55,22 +53,36 @@ class Kernel:
         )  # fmt: skip
 
 
-def _compile(source: str, name: str, options: Sequence[str]) -> bytes:
+def options_for(capability: tuple[int, int], macros: Mapping[str, object]) -> list[str]:
+    """The compiler's options for a device of this compute capability, and this one alone."""
+    major, minor = capability
+    options = [f"--gpu-architecture=sm_{major}{minor}a", "--std=c++17", "--prec-div=false"]
+    return options + [f"-D{macro}={value}" for macro, value in macros.items()]
+
+
+def compile_source(source: str, name: str, options: Sequence[str]) -> tuple[bytes, str]:
+    """The image of `source`, and the compiler's messages; no GPU is needed. name: of a file, for messages.
+
+    Raises:
+        KernelError: NVRTC is not installed; or with the compiler's first error.
+    """
     library, program, size = _library(), ctypes.c_void_p(), ctypes.c_size_t()
     if library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None):
         raise KernelError(f"{name}: NVRTC can't create a program")
     try:
         encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-        if library.nvrtcCompileProgram(program, len(options), encoded):
-            library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-            log = ctypes.create_string_buffer(size.value)
-            library.nvrtcGetProgramLog(program, log)
-            lines = [line for line in log.value.decode().splitlines() if "error" in line] or ["no reason given"]
+        failed = library.nvrtcCompileProgram(program, len(options), encoded)
+        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetProgramLog(program, log)
+        messages = log.value.decode()
+        if failed:
+            lines = [line for line in messages.splitlines() if "error" in line] or ["no reason given"]
             raise KernelError(lines[0])
         library.nvrtcGetCUBINSize(program, ctypes.byref(size))
         image = ctypes.create_string_buffer(size.value)
         library.nvrtcGetCUBIN(program, image)
-        return image.raw
+        return image.raw, messages
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
@@ -90,6 +102,9 @@ def _library() -> ctypes.CDLL:
         names += [str(path) for path in Path(folder).glob(f"*/lib/libnvrtc.so.{major}")]
     for name in names:
         try:
+            if (path := Path(name)).is_absolute():  # NVRTC asks the loader for its own part by name
+                for part in path.parent.glob("libnvrtc-builtins.so.*"):
+                    ctypes.CDLL(str(part))
             return ctypes.CDLL(name)
         except OSError:
             continue
