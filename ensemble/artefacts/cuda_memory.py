@@ -22,7 +22,8 @@ def step_bytes(shape: DecoderShape, max_num_seqs: int, max_num_batched_tokens: i
         widest += shape.experts.num_experts_per_tok * (own.intermediate_size + shape.hidden_size)
         widest += 3 * own.shared_size
     tiles = 0
-    if shape.latent is not None and shape.latent.q_lora_rank is None and shape.num_heads <= ONE_KERNEL_HEADS:
+    is_one_kernel = num_ranks == 1 and shape.num_heads <= ONE_KERNEL_HEADS
+    if is_one_kernel and shape.latent is not None and shape.latent.q_lora_rank is None:
         keys = shape.latent.qk_nope_head_dim * shape.latent.kv_lora_rank
         tiles = 2 * shape.num_layers * shape.num_heads * keys
     prefill = max_num_batched_tokens * 4 * (widest + attention)

@@ -270,13 +270,13 @@ class CudaRunner(PackingRunner):
         n = len(ids)
         size = captured_size(n, self.max_num_seqs)
         slot = self._slots[0]
-        self._slots.rotate(-1)
         slot.fill(ids, positions, samplings, size)
         with on_stream(self._stream), attributed():
             self._table_changes.copy()
             self._inputs.block.copy_(slot.inputs.block, non_blocking=True)
             logits = self._run(size)
             self._pending.append(PendingStep.fetch(slot, n, logits, logits_rows))
+        self._slots.rotate(-1)  # not if something failed: the other slot's step may be in flight
 
     def finish_decode(self) -> Decoded:
         """See SamplingRunner: the earliest step that was begun."""

@@ -94,9 +94,10 @@ class FirstTokens:
         """
         n = len(slots)
         step = self._slots[0]
-        self._slots.rotate(-1)
         step.fill(slots, slots, samplings, n)
         self._inputs.block.copy_(step.inputs.block, non_blocking=True)
         sample_rows(self._launch, logits[:n], self._inputs.tensors, self._scanned, self._tokens, self._results)
         last_tokens.index_copy_(0, self._inputs.tensors["ids"][:n], self._tokens[:n])
-        return PendingStep.fetch(step, n, logits, logits_rows)
+        pending = PendingStep.fetch(step, n, logits, logits_rows)
+        self._slots.rotate(-1)  # not if something failed: the other slot's step may be in flight
+        return pending

@@ -201,6 +201,24 @@ def test_a_prompt_s_first_token_is_sampled_on_the_gpu_and_decoded_before_it_is_k
     assert [ahead[0], ahead[3]] == [again[0], again[3]]
 
 
+def test_a_step_that_cannot_begin_leaves_the_one_in_flight_its_tokens(
+    runner: CudaRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, position = texts(6)[0], np.array([6])
+    ids = np.array([runner.prefill(0, text, 0).argmax()])
+    runner.start_decode(ids, position, [GREEDY], [])
+    wanted = int(runner.finish_decode().tokens[0])
+    other = (wanted + 1) % SHAPE.vocab_size
+    runner.start_decode(ids, position, [GREEDY], [])
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_run", lambda _size: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            runner.start_decode(ids, position, [GREEDY], [])
+    runner.start_decode(np.array([other]), position + 1, [GREEDY], [])
+    assert runner.finish_decode().tokens[0] == wanted
+    assert runner.finish_decode().log_probs[0] < 0
+
+
 def test_what_is_abandoned_is_never_heard_of_again(runner: CudaRunner) -> None:
     text = texts(6)[0]
     runner.start_prefill([PromptChunk(0, text, 0)], [GREEDY], [])
