@@ -1,7 +1,8 @@
 """Measure the overhead of the engine's loop: requests through the loop, and the same on the runner alone.
 
-The runner takes the times that the cuda runner took on an H100 (results/decode-gpu.json) and computes nothing, so any
-machine can measure whether the loop keeps it busy. Each response takes the loop's thread as long as one of Triton's.
+The runner takes the times that the cuda runner took (one stream: V2-Lite's shape on an H200, the shortest; else the 7B's
+on an H100) and computes nothing, so any machine can measure whether the loop keeps it busy. Each response takes the loop's
+thread as long as one of Triton's.
     python -m benchmarks.loop_pace
 measures one and two steps in flight, writes benchmarks/results/loop-pace.json; the status is 1 if a target is missed.
 """
@@ -34,7 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 PROMPT, ANSWER = 512, 128  # tokens
 VOCAB_SIZE, MAX_SEQ_LEN = 152064, 4096
 CHUNK = 4096
-STEP_S = {1: 3.4e-3, 64: 5.2e-3, 128: 6.3e-3}  # rows → a decode's seconds
+STEP_S = {1: 0.89e-3, 64: 5.2e-3, 128: 6.3e-3}  # rows → a decode's seconds
 PROMPT_TOKEN_S = 13e-6
 SEND_S = 1e-4  # time of the loop's thread for each response
 MAX_BETWEEN_TOKENS = 1.05  # times the runner's own, one stream

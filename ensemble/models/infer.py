@@ -13,7 +13,7 @@ import threading
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,11 +40,16 @@ Outputs = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True, eq=False)
 class InferCall:
-    """One request, and what the call of the ensemble for it has: its id, and the key that stops it and no other."""
+    """One request, and what the call of the ensemble for it has: its id, and the key that stops it and no other.
+
+    lock: held to ask Triton whether the client has gone, and to end the call before its response is sent. Triton frees
+    with the last response what the question is about, and a server that is asked later crashes.
+    """
 
     request: Any
     id: str
     stop_key: str
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class TritonPythonModel:
@@ -105,7 +110,8 @@ class TritonPythonModel:
             log.error("a request can't be answered", exc_info=error)
             response = _failure(f"the request can't be answered: {one_line(error)}", "internal")
         finally:
-            self._close(call)
+            with call.lock:
+                self._close(call)
         _send(sender, response)
 
     def _ask(self, call: InferCall) -> Any:
@@ -136,7 +142,9 @@ class TritonPythonModel:
             with self._lock:
                 calls = list(self._open)
             for call in calls:
-                if call.request.is_cancelled():
+                with call.lock:
+                    has_gone = call in self._open and call.request.is_cancelled()
+                if has_gone:
                     self._close(call)
                     self._stop(call)
 

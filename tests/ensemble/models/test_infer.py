@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -222,3 +223,34 @@ def test_two_requests_with_the_same_id_have_keys_of_their_own_unless_the_client_
         ask(model, Request(request_id="1", **parameters))
     keys = [call["parameters"]["stop_key"] for call in calls.made]
     assert len(set(keys)) == 3 and keys[2] == "secret"
+
+
+class SlowlyAsked(Request):
+    """Triton takes its time to say whether the client has gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked, self.may_answer = threading.Event(), threading.Event()
+        self.was_sent_when_asked = False
+
+    def is_cancelled(self) -> bool:
+        self.was_sent_when_asked = bool(self.sent)
+        self.is_asked.set()
+        self.may_answer.wait(20)
+        self.was_sent_when_asked |= bool(self.sent)
+        return False
+
+
+def test_triton_is_never_asked_about_a_request_that_it_has_freed(model: Any, calls: Calls) -> None:
+    """The last response frees it; a question on the way then ends tritonserver with a segmentation fault."""
+    calls.may_end.clear()
+    request = SlowlyAsked()
+    model.execute([request])
+    assert request.is_asked.wait(20)
+    calls.may_end.set()
+    time.sleep(0.3)  # in which the answer is made
+    assert not request.sent
+    request.may_answer.set()
+    wait_until(lambda: request.sent)
+    request.is_asked.clear()
+    assert not request.is_asked.wait(0.5) and not request.was_sent_when_asked
