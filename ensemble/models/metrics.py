@@ -84,10 +84,12 @@ class MetricsPublisher:
         self._thread.start()
 
     def close(self) -> None:
-        """Publish a last time and stop."""
+        """Publish a last time, stop, and let go of the series: the backend's process crashes if its end finds them."""
         self._is_closed.set()
         if self._thread.is_alive():
             self._thread.join()
+        self._series.clear()
+        self._families.clear()
 
     def publish(self) -> None:
         """Bring every series up to date."""

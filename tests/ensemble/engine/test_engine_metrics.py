@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -89,6 +92,27 @@ def test_it_publishes_by_itself_and_a_last_time_at_the_end(monkeypatch: pytest.M
     publish.close()
     assert families.value(f"{PREFIX}requests_total", **LABELS) == 5
     assert "metrics" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_nothing_of_tritons_is_kept_after_the_end() -> None:
+    """What the end of the backend's process finds of it ends that with a segmentation fault."""
+    metrics, families = EngineMetrics(slots=4), FakeMetricFamilies()
+    made = weakref.WeakSet[object]()
+
+    class Families:
+        COUNTER, GAUGE = families.COUNTER, families.GAUGE
+
+        def __call__(self, **options: str) -> Any:
+            family = families(**options)
+            made.add(family)
+            return family
+
+    publish = MetricsPublisher(metrics, Families(), LABELS, has_trt_llm_names=True)
+    publish.start()
+    assert len(made) > 5
+    publish.close()
+    gc.collect()
+    assert not made
 
 
 def test_nvidias_names_are_published_where_they_are_asked_for() -> None:
