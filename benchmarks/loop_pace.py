@@ -1,8 +1,8 @@
 """Measure the overhead of the engine's loop: requests through the loop, and the same on the runner alone.
 
 The runner takes the times that the cuda runner took (one stream: V2-Lite's shape on an H200, the shortest; else the
-7B's on an H100) and computes nothing, so any machine can measure whether the loop keeps it busy. Each response takes the
-loop's thread as long as one of Triton's.
+7B's on an H100) and computes nothing, so any machine can measure whether the loop keeps it busy. Each response takes
+the loop's thread as long as one of Triton's.
     python -m benchmarks.loop_pace
 measures one and two steps in flight, writes benchmarks/results/loop-pace.json; the status is 1 if a target is missed.
 """
