@@ -15,7 +15,7 @@ from deepseek_triton.builders.commands.table import COMMANDS, PROGRAM, make_comm
 from deepseek_triton.clients.nearest import did_you_mean
 from deepseek_triton.clients.printable import printable
 from deepseek_triton.command_parser import CommandParser, PrintVersion
-from deepseek_triton.interrupts import INTERRUPTED, interrupts_arrive
+from deepseek_triton.interrupts import INTERRUPTED, end_within, interrupts_arrive
 from deepseek_triton.quick_imports import collect_rarely
 
 
@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run: Callable[[argparse.Namespace], int] = arguments.run
         return run(arguments)
     except KeyboardInterrupt:
+        if argv is None:
+            end_within()
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has left, `| head` for one. The interpreter's own flush at exit must not complain.

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -48,6 +49,20 @@ def interrupts_arrive() -> Iterator[None]:
     finally:
         sys.unraisablehook = before
         is_over.set()
+
+
+def end_within(seconds: float = END_S) -> None:
+    """End the process, with status INTERRUPTED, if it still runs so many seconds later.
+
+    For a process that was interrupted and has nothing more to do: at its end the interpreter waits for threads, which
+    may be at work for long, or wait for a lock that the interrupt left taken.
+    """
+
+    def end() -> None:
+        time.sleep(seconds)
+        os._exit(INTERRUPTED)
+
+    _thread.start_new_thread(end, ())  # the interpreter doesn't wait for it
 
 
 @contextlib.contextmanager

@@ -141,6 +141,26 @@ print("alive")
     assert (done.returncode, done.stdout.split()) == (0, ["interrupted", "interrupted", "alive"]), done.stderr
 
 
+def test_an_interrupted_command_ends_though_a_thread_of_its_own_does_not() -> None:
+    """The interpreter waits for it at the process's end; the caller has waited long enough."""
+    done = ended("""
+import sys
+from types import SimpleNamespace
+from deepseek_triton import interrupts
+from deepseek_triton.builders import cli
+
+cli.end_within = lambda: interrupts.end_within(0.3)
+
+def run(arguments):
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    raise KeyboardInterrupt
+
+cli.parse = lambda argv: SimpleNamespace(verbose=False, run=run)
+sys.exit(cli.main())
+""")
+    assert done.returncode == 130, done.stderr
+
+
 def test_another_handler_of_ctrl_c_stays() -> None:
     done = ended("""
 signal.signal(signal.SIGINT, lambda *_: print("its own"))

@@ -15,7 +15,7 @@ COMMAND = """
 import fcntl, sys, termios
 from deepseek_triton.builders.cli import main
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches this process
-sys.exit(main(sys.argv[1:]))
+sys.exit(main())
 """
 
 
