@@ -169,7 +169,10 @@ def test_known_times_are_measured_over_every_protocol(tmp_path: Path) -> None:
         assert part.latency_s.p50 is not None and 0.149 < part.latency_s.p50 < 0.4, name
         if name.endswith("-stream"):
             assert part.first_token_s.p50 is not None and 0.099 < part.first_token_s.p50 < 0.3, name
-            assert part.inter_token_s.p50 is not None and 0.008 < part.inter_token_s.p50 < 0.06, name
+            assert part.inter_token_s.p50 is not None and 0.004 < part.inter_token_s.p50 < 0.06, name
+            # A first token seen late shortens the times between the next; all together are at least what was sent.
+            assert part.first_token_s.mean is not None and part.inter_token_s.mean is not None, name
+            assert 0.149 < part.first_token_s.mean + 5 * part.inter_token_s.mean < 0.5, name
         else:
             assert part.first_token_s.count == 0, "what isn't streamed has no first token"
     assert result.summary.output_tokens.mean == 6
