@@ -242,10 +242,10 @@ def test_speed_is_judged_against_a_recorded_run(tmp_path: Path) -> None:
     with fake_triton(Behaviour(first_s=0.5)) as ports:
         _, first = run_on_fake(ports, profile, output="recorded")
     assert [level.name for level in first.levels] == ["requests without a complete answer"]
+    if not first.is_valid:  # the tests' machine was too busy, and against such a run nothing is judged
+        pytest.skip("the recorded run is invalid")
     with fake_triton(Behaviour(first_s=1.5)) as ports:
         done, result = run_on_fake(ports, profile, "--against", str(recorded))
-        if not first.is_valid:  # the tests' machine was too busy
-            pytest.skip("the recorded run is invalid")
     assert "latency, 99th percentile" in [level.name for level in result.missed]
     assert done.returncode == status_of(result)
 
