@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from deepseek_triton.builders.targets.plan.gpus import GPUS_PER_MACHINE, NETWORK, Gpu
 from deepseek_triton.builders.targets.plan.weights import Share
-from deepseek_triton.ensemble.artefacts.cuda_memory import ONE_KERNEL_HEADS
+from deepseek_triton.ensemble.artefacts.cuda_memory import has_one_latent_kernel
 from deepseek_triton.ensemble.decoder.spec import ModelSpec
 
 MEMORY_EFFICIENCY = 0.915  # of the published rate: a plain read of an H100's memory reaches 3,065 of 3,350 GB/s
@@ -133,18 +133,13 @@ class StepTimes:
 
     @property
     def _has_one_kernel(self) -> bool:
-        """Whether one persistent kernel decodes one sequence: no integers, and of latent attention as V2-Lite's.
-
-        The kernel's conditions are in ensemble/engine/runners/cuda/persistent/latent.py; a test holds both together.
-        """
-        latent, experts = self.spec.latent, self.spec.experts
+        """Whether one persistent kernel decodes one sequence: no integers, and of latent attention as V2-Lite's."""
+        spec = self.spec
         if self.cache_precision != "bf16":
             return False
-        if latent is None:
+        if spec.latent is None:
             return self._where in ("alone", "nvlink")
-        has_groups = experts is not None and experts.num_groups > 1 and experts.choice != "greedy"
-        is_small = latent.q_lora_rank is None and self.spec.num_heads <= ONE_KERNEL_HEADS
-        return self._where == "alone" and is_small and experts is not None and not has_groups
+        return self._where == "alone" and has_one_latent_kernel(spec.num_heads, spec.latent, spec.experts)
 
     @property
     def _where(self) -> str:
