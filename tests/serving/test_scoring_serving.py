@@ -193,14 +193,15 @@ def tiny_scorer(tiny_scoring: Path, tmp_path: Path) -> Iterator[TritonServer]:
 
 @pytest.mark.timed
 def test_a_request_alone_waits_no_longer_than_was_promised(tiny_scorer: TritonServer) -> None:
-    waited_ns = []
+    waited_us = []
     with GrpcClient(tiny_scorer.grpc_url, NAME, 60) as client:
         for _ in range(9):
             before = stats(tiny_scorer)["inference_stats"]["queue"]["ns"]
             one(client, GOOD)
-            waited_ns.append(stats(tiny_scorer)["inference_stats"]["queue"]["ns"] - before)
-    # Triton's timer rings some 0.1 ms late, which the configuration allows for; a machine may wake up later still.
-    assert 0.9 * DELAY_US < np.median(waited_ns) / 1e3 <= DELAY_US + 500
+            waited_us.append((stats(tiny_scorer)["inference_stats"]["queue"]["ns"] - before) / 1e3)
+    # The least disturbed of nine: a busy machine wakes a thread up 1 ms late as a rule, and two are woken here. That the
+    # configuration's delay is shorter by what Triton's own timer is late, a test of config.pbtxt holds.
+    assert 0.9 * DELAY_US < min(waited_us) <= 1.02 * DELAY_US
 
 
 @pytest.mark.parametrize(
