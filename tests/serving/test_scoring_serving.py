@@ -199,8 +199,8 @@ def test_a_request_alone_waits_no_longer_than_was_promised(tiny_scorer: TritonSe
             before = stats(tiny_scorer)["inference_stats"]["queue"]["ns"]
             one(client, GOOD)
             waited_us.append((stats(tiny_scorer)["inference_stats"]["queue"]["ns"] - before) / 1e3)
-    # The least disturbed of nine: a busy machine wakes a thread up 1 ms late as a rule, and two are woken here. That the
-    # configuration's delay is shorter by what Triton's own timer is late, a test of config.pbtxt holds.
+    # The least disturbed of nine: a busy machine wakes a thread up 1 ms late as a rule, and two are woken here. That
+    # the configured delay is shorter, by what Triton's own timer is late, test_scoring_build.py holds.
     assert 0.9 * DELAY_US < min(waited_us) <= 1.02 * DELAY_US
 
 
