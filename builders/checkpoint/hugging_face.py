@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek_triton.builders.checkpoint.config.deepseek import V3
+from deepseek_triton.builders.checkpoint.config.deepseek import V3, V32
 from deepseek_triton.builders.checkpoint.config.hf_config import from_hf, unknown_config_keys, with_ends
 from deepseek_triton.builders.checkpoint.config.sampling import GENERATION, hf_sampling, unknown_generation_keys
 from deepseek_triton.builders.checkpoint.config.values import count
@@ -162,7 +162,9 @@ class HuggingFaceCheckpoint:
 
     def reopened(self) -> HuggingFaceCheckpoint:
         """See Checkpoint."""
-        return HuggingFaceCheckpoint(self.path)
+        again = HuggingFaceCheckpoint(self.path)
+        again.spec = self.spec
+        return again
 
     def write_tokenizer(self, directory: Path) -> None:
         """See Checkpoint."""
@@ -188,7 +190,7 @@ def _located(path: Path) -> dict[str, TensorLocation]:
 
 def _prediction_layers(values: Mapping[str, Any], num_layers: int) -> tuple[str, ...]:
     """The prefixes of DeepSeek-V3's layers for multi-token prediction, which follow the decoder's own."""
-    if values["model_type"] != V3:
+    if values["model_type"] not in (V3, V32):
         return ()
     number = count(values, "num_nextn_predict_layers", count(values, "num_mtp_layers", 0))
     return tuple(layer_prefix(num_layers + index) for index in range(number))

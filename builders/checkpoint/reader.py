@@ -35,6 +35,8 @@ BYTES_OF_GGUF = re.compile(r".*\.gguf[.-](?:part|split)[-.]?\w+")
 class Checkpoint(Protocol):
     """Where weights come from: its spec, one tensor by name, its tokenizer, and what identifies it.
 
+    spec: of the decoder to be made; a build for short sequences sets it to one that needs fewer of the tensors.
+
     notes: a line for the user on each thing that was found and has no effect. sampling: request option → the value that
     the checkpoint proposes. adapter: what was merged into the weights, as the manifest records it; empty for nothing.
     """
@@ -67,7 +69,7 @@ class Checkpoint(Protocol):
         """
 
     def reopened(self) -> Checkpoint:
-        """The same checkpoint, of which nothing has been read yet."""
+        """The same checkpoint with the same spec, of which nothing has been read yet."""
 
     def write_tokenizer(self, directory: Path) -> None:
         """Put tokenizer.json, and what else the tokenizer needs, into `directory`."""

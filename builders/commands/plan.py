@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; a model that doesn't fit is an answer, not an error."""
+    from deepseek_triton.builders.targets.cuda import TARGET
     from deepseek_triton.builders.targets.plan.gpus import PLANNED_GPUS
     from deepseek_triton.builders.targets.plan.models import find_model
     from deepseek_triton.builders.targets.plan.plan import Wanted, make_plan
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     from deepseek_triton.clients.printing import json_line
 
     model, gpu = find_model(arguments.model, did_you_mean), PLANNED_GPUS[arguments.gpu]
-    context = arguments.context or min(8192, model.spec.max_seq_len)
+    context = arguments.context or min(8192, TARGET.computed_tokens(model.spec, "generate"))
     answer = arguments.answer_tokens or max(1, context // SHARE_OF_ANSWER)
     wanted = Wanted(
         gpu=gpu, context=context, users=arguments.users, prompt_tokens=arguments.prompt_tokens or context - answer,

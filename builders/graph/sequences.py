@@ -35,8 +35,19 @@ class Sequences(Protocol):
     def remembered(self, layer: int, tensor: CacheTensor, rows: str) -> str:
         """What stands in a cache, `rows` among it: [batch, num_heads, kv_len, head_dim]."""
 
-    def attention(self, heads: Heads, qkv: tuple[str, str, str], name: str, scale: float | None = None) -> str:
-        """Attention of `rows` to what is remembered: [batch, num_heads, seq_len, head_dim]; None: its usual scale."""
+    def attention(
+        self, heads: Heads, qkv: tuple[str, str, str], name: str, scale: float | None = None, mask: str | None = None
+    ) -> str:
+        """Attention of `rows` to what is remembered: [batch, num_heads, seq_len, head_dim].
+
+        scale: None: its usual one. mask: BOOL [batch, 1, seq_len, kv_len], of `chosen`; None: of all earlier positions.
+        """
+
+    def chosen(self, scores: Body, topk: int, name: str) -> str:
+        """The mask `name` of the `topk` earlier positions with the highest scores: BOOL [batch, 1, seq_len, kv_len].
+
+        scores: adds the nodes that give them, float32 [batch, seq_len, kv_len].
+        """
 
     def grouped_query(self, layer: int, part: GroupedQueryAttention, qkv: tuple[str, ...], name: str) -> str:
         """All of grouped-query attention, cache and rotation included, in one node called `name`.

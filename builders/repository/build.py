@@ -84,6 +84,7 @@ def build(
     if options.max_seq_len is None:
         say(chosen.describe())
     options = within_max_seq_len(options, chosen.tokens, given, say)
+    checkpoint.spec = checkpoint.spec.for_length(chosen.tokens)
     options = _fitting(options, checkpoint.spec, chosen.tokens, say)
     compile_s = target_named(options.target).compile_seconds(checkpoint.spec)
     if compile_s:

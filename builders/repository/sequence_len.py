@@ -34,18 +34,25 @@ def choose_max_seq_len(options: BuildOptions, spec: ModelSpec) -> SequenceLen:
     A length that the budget bounds is a power of two.
 
     Raises:
-        BuildError: it is more than the model was trained for.
+        BuildError: it is more than the model was trained for, or than the target computes.
     """
-    limit = spec.max_seq_len
+    own, target = spec.max_seq_len, target_named(options.target)
+    limit = target.computed_tokens(spec, options.task)
     if options.max_seq_len is not None:
         # Whether max_position_embeddings is the length before linear scaling or after it, a file doesn't say.
-        allowed = int(limit * spec.rope.factor) if spec.rope.scaling == "linear" else limit
+        allowed = int(own * spec.rope.factor) if spec.rope.scaling == "linear" else own
         if options.max_seq_len > allowed:
             raise BuildError(f"max_seq_len is {options.max_seq_len}, the model was trained for {allowed} tokens")
+        if options.max_seq_len > limit < own:
+            raise BuildError(
+                f"max_seq_len is {options.max_seq_len}: texts of more than {limit:,} tokens need the model's indexer, "
+                f"which {_named(options)} doesn't compute; give --max-seq-len {limit} or less"
+            )
         return SequenceLen(options.max_seq_len)
+    reason = f"the model's own is {own:,}, but {_named(options)} doesn't compute its indexer"
     if options.task == "score":
-        return SequenceLen(min(limit, SCORING_MAX_SEQ_LEN), f"the model's own is {limit:,}")
-    target = target_named(options.target)
+        return SequenceLen(min(limit, SCORING_MAX_SEQ_LEN), reason if limit < own else f"the model's own is {own:,}")
+    spec = spec.for_length(limit)
     budget = target.cache_budget()
     num_seqs = target.whole_sequences({"max_num_seqs": budget.num_seqs, **options.settings})
     needed = num_seqs * target.cache_bytes(options, spec, limit)
@@ -61,7 +68,11 @@ def choose_max_seq_len(options: BuildOptions, spec: ModelSpec) -> SequenceLen:
             f"sequence{'s' * (num_seqs > 1)}, "
             f"{budget.what} is {budget.num_bytes / 2**30:.1f} GiB",
         )
-    return SequenceLen(limit, "the model's own")
+    return SequenceLen(limit, reason if limit < own else "the model's own")
+
+
+def _named(options: BuildOptions) -> str:
+    return f"target {options.target}" if options.task == "generate" else f"task {options.task}"
 
 
 def require_usable(options: BuildOptions, spec: ModelSpec, chosen: SequenceLen) -> None:

@@ -29,6 +29,7 @@ class OnnxTarget(Target):
     tasks = ("generate", "score")
     parts = PARTS
     quantized_parts = PARTS
+    indexed_tasks = ("generate",)
     packages = ("onnx", "onnxruntime")
 
     def cache_budget(self) -> CacheBudget:

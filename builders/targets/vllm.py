@@ -32,6 +32,7 @@ class VllmTarget(Target):
     precisions = ("stored",)
     parts = PARTS
     quantized_parts = PARTS
+    indexed_tasks = ("generate",)
     own_settings = VLLM_SETTINGS
     beside = (VLLM_SUFFIX,)
 

@@ -80,4 +80,5 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": Architecture(qk_norm=True, default_head_dim=128, default_num_kv_heads=32),  # R1-0528-Qwen3
     "deepseek_v2": Architecture(parts=latent_layer, gguf_interleaves_heads=True),  # V2, V2-Lite, Coder-V2, V2.5
     "deepseek_v3": Architecture(parts=latent_layer, gguf_interleaves_heads=True),  # V3, R1, V3.1
+    "deepseek_v32": Architecture(parts=latent_layer),  # V3.2-Exp, V3.2
 }

@@ -1,6 +1,7 @@
 """Multi-head latent attention: keys and values of all heads are made from one short vector a token, the latent.
 
-Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.
+Source: DeepSeek-V2, arXiv 2405.04434, section 2.1. The indexer, which chooses the tokens that are attended to:
+DeepSeek-V3.2, arXiv 2512.02556, section 2.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from deepseek_triton.ensemble.decoder.part import (
     CacheTensor,
     Linear,
     Norm,
+    Plain,
     Rotary,
     Shard,
     SharedChannels,
@@ -29,6 +31,11 @@ Q, Q_A, Q_B, KV_A, KV_B, OUT = (
 Q_NORM, KV_NORM = "self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"
 ATTENDED = "self_attn.attention_flat"  # what attention gives, heads side by side
 INNER_NORM_EPS = 1e-6  # of q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps is
+INDEX_NORM_EPS = 1e-6  # of the indexer's layer norm
+INDEX_Q, INDEX_K, INDEX_NORM, INDEX_BIAS, INDEX_WEIGHTS = (
+    f"self_attn.indexer.{name}"
+    for name in ("wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight")
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class LatentAttention:
         return Linear(Q_B, "attn_q_b", heads * self.qk_head_dim, options.q_lora_rank, rotary=rotary)
 
     @property
-    def modules(self) -> tuple[Norm | Linear, ...]:
+    def modules(self) -> tuple[Norm | Linear | Plain, ...]:
         """See `Part`."""
         options, hidden, rank = self.options, self.hidden_size, self.options.q_lora_rank
         compressed: tuple[Norm | Linear, ...] = ()
@@ -86,15 +93,34 @@ class LatentAttention:
             Linear(KV_A, "attn_kv_a_mqa", self.entry_size, hidden, options.has_bias, key),
             Norm(KV_NORM, "attn_kv_a_norm", "kv_a_norm", options.kv_lora_rank),
             Linear(KV_B, "attn_kv_b", self.num_heads * options.qk_nope_head_dim + values, options.kv_lora_rank),
+            *self._indexer,
             Linear(OUT, "attn_output", hidden, values, options.has_bias),
         )
 
     @property
+    def _indexer(self) -> tuple[Plain, ...]:
+        """What an indexer is made of; its rotary channels are the first of a head, halves in every checkpoint."""
+        indexer, rank = self.options.indexer, self.options.q_lora_rank
+        if indexer is None or rank is None:
+            return ()
+        return (
+            Plain(INDEX_Q, "indexer.attn_q_b.weight", "indexer.q", (indexer.num_heads * indexer.head_dim, rank)),
+            Plain(INDEX_K, "indexer.attn_k.weight", "indexer.k", (indexer.head_dim, self.hidden_size)),
+            Plain(INDEX_NORM, "indexer.k_norm.weight", "indexer.k_norm", (indexer.head_dim,)),
+            Plain(INDEX_BIAS, "indexer.k_norm.bias", "indexer.k_norm_bias", (indexer.head_dim,)),
+            Plain(INDEX_WEIGHTS, "indexer.proj.weight", "indexer.weights", (indexer.num_heads, self.hidden_size)),
+        )
+
+    @property
     def taps(self) -> tuple[Tap, ...]:
-        """See `Part`. The output's channels are sums over the latent: no module's channels can be divided for them."""
+        """See `Part`. The output's channels are sums over the latent: no module's channels can be divided for them.
+
+        An indexer reads the norms' outputs too, and its matrices stay as they are: then those can't be divided either.
+        """
         if self.options.q_lora_rank is None:
             return Tap(NORM, (Q, KV_A), producer=NORM), Tap(ATTENDED, (OUT,))
-        return Tap(NORM, (Q_A, KV_A), producer=NORM), Tap(Q_NORM, (Q_B,), producer=Q_NORM), Tap(ATTENDED, (OUT,))
+        norm, q_norm = (NORM, Q_NORM) if self.options.indexer is None else (None, None)
+        return Tap(NORM, (Q_A, KV_A), producer=norm), Tap(Q_NORM, (Q_B,), producer=q_norm), Tap(ATTENDED, (OUT,))
 
     @property
     def fused(self) -> dict[str, tuple[str, ...]]:
@@ -110,8 +136,11 @@ class LatentAttention:
 
     @property
     def cache(self) -> tuple[CacheTensor, ...]:
-        """One entry for all heads."""
-        return (CacheTensor("latent", 1, self.entry_size),)
+        """One entry for all heads, and one for an indexer."""
+        latent = CacheTensor("latent", 1, self.entry_size)
+        if self.options.indexer is None:
+            return (latent,)
+        return latent, CacheTensor("index", 1, self.options.indexer.head_dim)
 
     def shared_channels(self, tap: str) -> SharedChannels | None:
         """None: see `taps`."""

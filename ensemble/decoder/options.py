@@ -12,12 +12,25 @@ Choice = Literal["greedy", "group_maximum", "group_top2"]
 
 
 @dataclass(frozen=True)
+class IndexerOptions:
+    """The indexer of DeepSeek's sparse attention: by its scores a token attends to `topk` tokens at most.
+
+    num_heads, head_dim: of its queries; it has one key a token, of head_dim elements.
+    """
+
+    num_heads: int
+    head_dim: int
+    topk: int
+
+
+@dataclass(frozen=True)
 class LatentOptions:
     """Multi-head latent attention. Dimensions in elements.
 
     q_lora_rank: None: the query has one matrix, not two. has_bias: on the matrices that read or write hidden states,
     but for a query's only one. is_interleaved: the checkpoint's rotary channels are pairs of neighbours, not halves.
-    softmax_factor: multiplies the softmax scale, (qk_nope_head_dim + qk_rope_head_dim) ** -0.5.
+    softmax_factor: multiplies the softmax scale, (qk_nope_head_dim + qk_rope_head_dim) ** -0.5. indexer: None: every
+    earlier token is attended to.
     """
 
     q_lora_rank: int | None
@@ -28,12 +41,21 @@ class LatentOptions:
     has_bias: bool = False
     is_interleaved: bool = True
     softmax_factor: float = 1.0
+    indexer: IndexerOptions | None = None
 
     def __post_init__(self) -> None:
         if self.qk_rope_head_dim % 2:
             raise SpecError(f"qk_rope_head_dim is {self.qk_rope_head_dim}, must be even for rotary embedding")
         if not 0 < self.softmax_factor < math.inf:
             raise SpecError(f"the softmax factor is {self.softmax_factor}, must be a number above 0")
+        if self.indexer is None:
+            return
+        if self.q_lora_rank is None:
+            raise SpecError("an indexer needs q_lora_rank: it reads what the query's first matrix gives")
+        if self.indexer.head_dim < self.qk_rope_head_dim:
+            raise SpecError(
+                f"index_head_dim is {self.indexer.head_dim}, must hold the {self.qk_rope_head_dim} rotary channels"
+            )
 
     @property
     def qk_head_dim(self) -> int:

@@ -48,7 +48,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Plain:
-    """A tensor that is no linear layer's and no norm's, float32 in the cuda layout.
+    """A tensor that no engine quantises and that is no RMS norm's; float32 in the cuda layout.
 
     name, gguf, stored: its whole name in a checkpoint, in GGUF and in the cuda layout.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from deepseek_triton.ensemble.decoder.architectures import ARCHITECTURES
@@ -81,6 +81,13 @@ class ModelSpec:
             stretched = int(self.rope.original_max_position_embeddings * self.rope.factor)
             return max(self.max_position_embeddings, stretched)
         return self.max_position_embeddings
+
+    def for_length(self, max_seq_len: int) -> ModelSpec:
+        """The decoder for sequences of so many tokens at most: without an indexer that would choose all of them."""
+        indexer = None if self.latent is None else self.latent.indexer
+        if self.latent is None or indexer is None or max_seq_len > indexer.topk:
+            return self
+        return replace(self, latent=replace(self.latent, indexer=None))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as the manifest stores them."""

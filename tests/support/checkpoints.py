@@ -77,6 +77,7 @@ LATENT_SMALL: dict[str, Any] = {
     "num_experts_per_tok": 3, "n_shared_experts": 2, "first_k_dense_replace": 1,
 }  # fmt: skip
 _STRETCHED = rope("yarn", factor=4.0, original_max_position_embeddings=64, mscale=0.707, mscale_all_dim=0.707)
+_INDEXER = {"index_n_heads": 16, "index_head_dim": 24, "index_topk": 20}
 # The same for latent attention and experts: name → model type and what differs from LATENT_SMALL
 LATENT_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "v2": ("deepseek_v2", {}),
@@ -99,6 +100,17 @@ LATENT_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "v3-halves": (
         "deepseek_v3",
         {"n_group": 2, "topk_group": 2, "rope_interleave": False, "norm_topk_prob": False, "q_lora_rank": None},
+    ),
+    # Many heads: of few, the scores of many positions would be 0, and which of those count, nobody says.
+    "v32": ("deepseek_v32", {"n_group": 4, "topk_group": 2, "n_shared_experts": 1, **_INDEXER}),
+    "v32-stretched": (
+        "deepseek_v32",
+        {
+            "n_group": 2,
+            "topk_group": 1,
+            **_INDEXER,
+            **rope("yarn", factor=4.0, original_max_position_embeddings=64, mscale=0.707, mscale_all_dim=1.0),
+        },
     ),
 }
 

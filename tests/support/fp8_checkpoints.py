@@ -13,6 +13,7 @@ from tests.support.checkpoints import make_checkpoint
 
 E4M3_MAX = 448.0
 LAYERS = 3  # of the small checkpoints
+FP8_LAYERS = ("_proj.weight", "_with_mqa.weight", "indexer.wq_b.weight", "indexer.wk.weight")
 FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
 
 
@@ -115,7 +116,7 @@ def write_fp8(directory: Path, kind: Kind, option: str = "llama", **config: Any)
     path = make_checkpoint(directory, option, dtype="bfloat16", **config)
     file = path / "model.safetensors"
     tensors: dict[str, Any] = safetensors.load_file(file)
-    for name in [name for name in tensors if name.endswith(("_proj.weight", "_with_mqa.weight"))]:
+    for name in [name for name in tensors if name.endswith(FP8_LAYERS) and "weights_proj" not in name]:
         module = name.removesuffix(".weight")
         tensors[name], tensors[f"{module}.{kind.scale}"] = encoded(tensors[name].float(), kind)
         if kind.input_scale:

@@ -94,7 +94,7 @@ def draw_latent(seed: int) -> Drawn:
     transformers takes even sizes alone for what stands beside rotary channels.
     """
     rng = random.Random(seed)
-    model_type = rng.choice(("deepseek_v2", "deepseek_v3"))
+    model_type = rng.choice(("deepseek_v2", "deepseek_v3", "deepseek_v32"))
     num_heads, num_layers = rng.choice((1, 2, 3, 4)), rng.randint(1, 3)
     num_groups = rng.choice((1, 2, 4))
     topk_group = rng.randint(1, num_groups)
@@ -124,11 +124,13 @@ def draw_latent(seed: int) -> Drawn:
         "initializer_range": rng.choice((0.05, 0.1, 0.3)),
         "eos_token_id": 257,
     }
-    if model_type == "deepseek_v3" or rng.random() < 0.5:
+    if model_type != "deepseek_v2" or rng.random() < 0.5:
         config |= {"n_group": num_groups, "topk_group": topk_group}
     if model_type == "deepseek_v3":
         config |= {"rope_interleave": rng.random() < 0.7, "norm_topk_prob": rng.random() < 0.7}
-    elif "n_group" in config:
+    if model_type == "deepseek_v32":
+        config |= _indexer(rng, config)
+    elif model_type == "deepseek_v2" and "n_group" in config:
         config["topk_method"] = "group_limited_greedy"
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": round(10 ** rng.uniform(1.5, 5), 2)}
     if rng.random() < 0.6:
@@ -148,6 +150,17 @@ def draw_latent(seed: int) -> Drawn:
         dropped=tuple(key for key in ("initializer_range",) if rng.random() < 0.5),
         lengths=(rng.randint(2, longest), longest),
     )
+
+
+def _indexer(rng: random.Random, config: dict[str, Any]) -> dict[str, Any]:
+    """An indexer that chooses from most prompts; of many heads, so that no two positions score the same."""
+    return {
+        "q_lora_rank": config["q_lora_rank"] or 8,
+        "index_n_heads": rng.choice((16, 24, 32)),
+        "index_head_dim": config["qk_rope_head_dim"] + rng.choice((0, 2, 16)),
+        "index_topk": rng.choice((4, 12, 40)),
+        "norm_topk_prob": rng.random() < 0.7,
+    }
 
 
 def _longest(config: dict[str, Any]) -> int:

@@ -120,7 +120,9 @@ class AdaptedCheckpoint:
 
     def reopened(self) -> AdaptedCheckpoint:
         """See Checkpoint."""
-        return AdaptedCheckpoint(self._base.reopened(), self._adapter)
+        again = AdaptedCheckpoint(self._base.reopened(), self._adapter)
+        again.spec = self.spec
+        return again
 
     def write_tokenizer(self, directory: Path) -> None:
         """See Checkpoint."""

@@ -1,6 +1,6 @@
-"""What DeepSeek-V2 and V3 add to a `config.json`: latent attention and experts.
+"""What DeepSeek-V2, V3 and V3.2 add to a `config.json`: latent attention, experts, and V3.2's indexer.
 
-Defaults and meaning: transformers' `DeepseekV2Config` and `DeepseekV3Config`.
+Defaults and meaning: transformers' `DeepseekV2Config`, `DeepseekV3Config` and `DeepseekV32Config`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 from deepseek_triton.builders.checkpoint.config.hf_rope import softmax_factor
 from deepseek_triton.builders.checkpoint.config.values import count, flag, number, whole
 from deepseek_triton.builders.errors import UnsupportedError
-from deepseek_triton.ensemble.decoder.options import Choice, ExpertOptions, LatentOptions
+from deepseek_triton.ensemble.decoder.options import Choice, ExpertOptions, IndexerOptions, LatentOptions
 
-V2, V3 = "deepseek_v2", "deepseek_v3"
+V2, V3, V32 = "deepseek_v2", "deepseek_v3", "deepseek_v32"
 V2_CHOICES: dict[object, Choice] = {"greedy": "greedy", "group_limited_greedy": "group_maximum"}
 # What only one value has a meaning for: key → (that of V2, that of V3), None: any.
 FIXED: dict[str, tuple[object, object]] = {
@@ -47,6 +47,15 @@ def latent_options(config: Mapping[str, Any], num_heads: int) -> LatentOptions:
         has_bias=flag(config, "attention_bias"),
         is_interleaved=config["model_type"] == V2 or flag(config, "rope_interleave", default=True),
         softmax_factor=softmax_factor(config),
+        indexer=_indexer_options(config) if config["model_type"] == V32 else None,
+    )
+
+
+def _indexer_options(config: Mapping[str, Any]) -> IndexerOptions:
+    return IndexerOptions(
+        num_heads=whole(config, "index_n_heads", 64),
+        head_dim=whole(config, "index_head_dim", 128),
+        topk=whole(config, "index_topk", 2048),
     )
 
 
@@ -56,7 +65,7 @@ def expert_options(config: Mapping[str, Any]) -> ExpertOptions:
     Raises:
         CheckpointError, UnsupportedError: as `from_hf`.
     """
-    is_v3 = config["model_type"] == V3
+    is_v3 = config["model_type"] != V2
     for key, values in FIXED.items():
         value, wanted = config.get(key), values[is_v3]
         if value is not None and wanted is not None and value != wanted:
@@ -70,6 +79,7 @@ def expert_options(config: Mapping[str, Any]) -> ExpertOptions:
             )
         choice = V2_CHOICES[method]
     is_grouped = choice != "greedy"
+    _require_dense_first(config)
     return ExpertOptions(
         num_experts=whole(config, "n_routed_experts", 256 if is_v3 else 64),
         num_experts_per_tok=whole(config, "num_experts_per_tok", 8 if is_v3 else None),
@@ -83,3 +93,15 @@ def expert_options(config: Mapping[str, Any]) -> ExpertOptions:
         is_normalised=is_v3 and flag(config, "norm_topk_prob", default=True),
         scale=number(config, "routed_scaling_factor", 2.5 if is_v3 else 1.0),
     )
+
+
+def _require_dense_first(config: Mapping[str, Any]) -> None:
+    """V3.2's `mlp_layer_types` must be what `first_k_dense_replace` says: dense layers, then experts."""
+    kinds = config.get("mlp_layer_types")
+    if kinds is None:
+        return
+    num_layers, dense = whole(config, "num_hidden_layers"), count(config, "first_k_dense_replace", 3)
+    if kinds != ["dense"] * min(dense, num_layers) + ["sparse"] * (num_layers - dense):
+        raise UnsupportedError(
+            f"config.json has mlp_layer_types {kinds!r:.80}: only those of first_k_dense_replace {dense} are supported"
+        )

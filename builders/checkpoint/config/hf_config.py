@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from deepseek_triton.builders.checkpoint.config.deepseek import expert_options, latent_options
+from deepseek_triton.builders.checkpoint.config.deepseek import V32, expert_options, latent_options
 from deepseek_triton.builders.checkpoint.config.hf_rope import rope_from_hf, unused_rope_keys
 from deepseek_triton.builders.checkpoint.config.known_keys import config_keys, describe_unknown
 from deepseek_triton.builders.checkpoint.config.values import (
@@ -127,11 +127,12 @@ def _refuse_windows(config: Mapping[str, Any], spec: ModelSpec) -> None:
 def _has_window(config: Mapping[str, Any], num_layers: int) -> list[bool]:
     """Which layers have a sliding window: `layer_types` says it, or `use_sliding_window` with `max_window_layers`."""
     types, uses_window = config.get("layer_types"), flag(config, "use_sliding_window")
+    of_indexer = "indexed_attention" if config["model_type"] == V32 else "full_attention"
     if types is not None:
         if not isinstance(types, list) or len(types) != num_layers:
             raise CheckpointError(f"layer_types is {types!r:.60}, must be a list with {num_layers} entries")
         for kind in types:
-            if kind not in ("full_attention", "sliding_attention"):
+            if kind not in ("full_attention", "sliding_attention", of_indexer):
                 raise UnsupportedError(f"config.json has layer_types {kind!r}: only full_attention is supported")
         return [kind == "sliding_attention" for kind in types]
     is_used = uses_window and config.get("sliding_window", 4096) is not None

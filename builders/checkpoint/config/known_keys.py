@@ -110,14 +110,19 @@ _ARCHITECTURE_READ: dict[str, frozenset[str]] = {
     "qwen3": words("attention_bias sliding_window max_window_layers"),
     "deepseek_v2": _LATENT_READ,
     "deepseek_v3": _LATENT_READ | {"rope_interleave"},
+    "deepseek_v32": _LATENT_READ | words("index_n_heads index_head_dim index_topk mlp_layer_types"),
 }
 _ARCHITECTURE_UNUSED: dict[str, frozenset[str]] = {
     "llama": words("pretraining_tp"),  # how the products were cut; the same sums
     "qwen2": words("attention_bias"),  # q, k and v always have one, the output has none
     "deepseek_v2": _LATENT_UNUSED,
     "deepseek_v3": _LATENT_UNUSED,
+    "deepseek_v32": _LATENT_UNUSED,
 }
-_ARCHITECTURE_NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {"deepseek_v2": {"mlp_bias": OFF}}
+_ARCHITECTURE_NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
+    "deepseek_v2": {"mlp_bias": OFF},
+    "deepseek_v32": {"mlp_bias": OFF, "rope_interleave": (True,)},
+}
 
 _GENERATION_READ = words("eos_token_id temperature top_k top_p min_p repetition_penalty do_sample")
 GENERATION_KEYS = KnownKeys(

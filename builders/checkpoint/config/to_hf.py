@@ -17,6 +17,7 @@ from deepseek_triton.ensemble.decoder.spec import ModelSpec
 CLASSES = {
     "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
 }  # fmt: skip
 # How a checkpoint was stored, or what only its removed layers had: what is written has neither.
 DROPPED = ("quantization_config", "compression_config", "torch_dtype", "num_mtp_layers", "head_dim")
@@ -86,6 +87,13 @@ def _dimensions(spec: ModelSpec) -> dict[str, Any]:
         }
         if not latent.is_interleaved:
             values["rope_interleave"] = False
+        if latent.indexer is not None:
+            indexer = latent.indexer
+            values |= {
+                "index_n_heads": indexer.num_heads,
+                "index_head_dim": indexer.head_dim,
+                "index_topk": indexer.topk,
+            }
     if spec.experts is not None:
         experts = spec.experts
         values |= {

@@ -12,9 +12,7 @@ from deepseek_triton.ensemble.decoder.errors import SpecError
 
 # Architectures of this family that nothing here computes, by their names in config.json and in GGUF → what they have.
 NOT_YET = {
-    **dict.fromkeys(
-        ("deepseek_v32", "deepseek32"), "an indexer with a cache of its own, that picks the tokens to attend to"
-    ),
+    "deepseek32": "an indexer, which is read of Hugging Face's checkpoints alone",
     **dict.fromkeys(
         ("deepseek_v4", "deepseek4"), "attention over compressed tokens, sinks, and hyper-connections of four streams"
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from deepseek_triton.builders.fp8.forward.gqa import rotated
+from deepseek_triton.builders.fp8.forward.indexer import not_chosen
 from deepseek_triton.builders.fp8.forward.values import LayerValues
 from deepseek_triton.builders.fp8.rounding.arrays import Array
 from deepseek_triton.ensemble.decoder.mla import (
@@ -24,10 +25,10 @@ def run_latent_attention(values: LayerValues, part: LatentAttention, hidden: Arr
     xp, lead, length, sizes = values.xp, hidden.shape[:-2], hidden.shape[-2], part.options
     nope, rank = sizes.qk_nope_head_dim, sizes.kv_lora_rank
     normed = values.taps[NORM] = values.norm(hidden, NORM)
-    query = normed
+    query_input = normed
     if sizes.q_lora_rank is not None:
-        query = values.taps[Q_NORM] = values.norm(values.linear(normed, Q_A), Q_NORM, INNER_NORM_EPS)
-    query = values.linear(query, part.query.module).reshape(*lead, length, part.num_heads, part.qk_head_dim)
+        query_input = values.taps[Q_NORM] = values.norm(values.linear(normed, Q_A), Q_NORM, INNER_NORM_EPS)
+    query = values.linear(query_input, part.query.module).reshape(*lead, length, part.num_heads, part.qk_head_dim)
     query = xp.swapaxes(query, -3, -2)
 
     compressed = values.linear(normed, KV_A)
@@ -42,6 +43,8 @@ def run_latent_attention(values: LayerValues, part: LatentAttention, hidden: Arr
     scores = scores * part.softmax_scale
     if length > 1:
         scores = scores + values.causal_mask(length, total)
+    if sizes.indexer is not None:
+        scores = scores + not_chosen(values, sizes.indexer, normed, query_input)[..., None, :, :]
     scores = xp.exp(scores - xp.amax(scores, -1, keepdims=True))
     attended = (scores / xp.sum(scores, -1, keepdims=True)) @ made[..., nope:]
     flat = values.taps[ATTENDED] = xp.swapaxes(attended, -3, -2).reshape(*lead, length, -1)

@@ -77,11 +77,14 @@ class LayerValues:
 
     def cached(self, k: Array, v: Array) -> tuple[Array, Array]:
         """Keys and values [..., kv_heads, seq_len, head_dim], behind those of the cache where there is one."""
+        return self.kept("k", k), self.kept("v", v)
+
+    def kept(self, name: str, new: Array) -> Array:
+        """What the cache has of that name, and behind it `new` [..., seq_len, width]; without a cache `new` alone."""
         if self.cache is None:
-            return k, v
-        for name, new in (("k", k), ("v", v)):
-            self.cache[name] = self.xp.concatenate([self.cache[name], new], -2) if name in self.cache else new
-        return self.cache["k"], self.cache["v"]
+            return new
+        self.cache[name] = self.xp.concatenate([self.cache[name], new], -2) if name in self.cache else new
+        return self.cache[name]
 
     def causal_mask(self, length: int, total: int) -> Array:
         """[length, total]: 0 where one of the last `length` positions may look, else minus infinity."""

@@ -134,7 +134,12 @@ class ScoringRows:
     def by_length(self, most: int, few: Body, many: Body, name: str) -> str:
         return self._score.add("Identity", [many()], name)
 
-    def attention(self, heads: Heads, qkv: tuple[str, str, str], name: str, scale: float | None = None) -> str:
+    def chosen(self, scores: Body, topk: int, name: str) -> str:
+        raise NotImplementedError("rows are no longer than what an indexer chooses")
+
+    def attention(
+        self, heads: Heads, qkv: tuple[str, str, str], name: str, scale: float | None = None, mask: str | None = None
+    ) -> str:
         """What comes back is packed again."""
         add, ints = self._score.add, self._score.int
         scaled = {} if scale is None else {"scale": scale}

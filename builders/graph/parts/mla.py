@@ -7,6 +7,7 @@ Source: DeepSeek-V2, arXiv 2405.04434, appendix C.
 
 from __future__ import annotations
 
+from deepseek_triton.builders.graph.indexer import add_indexer
 from deepseek_triton.builders.graph.nodes import DecoderNodes
 from deepseek_triton.builders.graph.sequences import Heads, Sequences
 from deepseek_triton.ensemble.decoder.mla import (
@@ -35,10 +36,10 @@ def add_latent_attention(
     sizes = part.options
     normed = nodes.rms_norm(hidden, prefix + NORM)
 
-    query = normed
+    query_input = normed
     if sizes.q_lora_rank is not None:
-        query = nodes.rms_norm(nodes.linear(normed, prefix, linears[Q_A]), prefix + Q_NORM, INNER_NORM_EPS)
-    query = nodes.linear(query, prefix, part.query)
+        query_input = nodes.rms_norm(nodes.linear(normed, prefix, linears[Q_A]), prefix + Q_NORM, INNER_NORM_EPS)
+    query = nodes.linear(query_input, prefix, part.query)
     query = g.node("Reshape", [query, ints([0, 0, part.num_heads, part.qk_head_dim])], f"{own}.q_split")
     query = g.node("Transpose", [query], f"{own}.q_heads", perm=[0, 2, 1, 3])
     q_plain, q_rotary = f"{own}.q_plain", f"{own}.q_rotary"
@@ -63,6 +64,7 @@ def add_latent_attention(
     values = by_head[:, sizes.qk_nope_head_dim :].transpose(0, 2, 1)
     to_values = g.weight(f"{prefix}{KV_B}.values", values, nodes.dtype)  # [heads, rank, v_head_dim]
     scale = part.softmax_scale
+    mask = add_indexer(nodes, sequences, part, layer, prefix, (normed, query_input))
 
     def absorbed() -> str:
         name = f"{own}.absorbed"
@@ -70,7 +72,7 @@ def add_latent_attention(
         keys = g.node("Concat", [keys, q_rotary], f"{name}.query", axis=-1)
         # The entries are the values too: the columns behind the latent are cut off afterwards, without a copy of them.
         shape = Heads(part.num_heads, part.entry_size)
-        attended = sequences.attention(shape, (keys, entries, entries), f"{name}.attention", scale)
+        attended = sequences.attention(shape, (keys, entries, entries), f"{name}.attention", scale, mask)
         ends = [ints([0]), ints([sizes.kv_lora_rank]), ints([-1])]
         attended = g.node("Slice", [attended, *ends], f"{name}.latents")
         return g.node("MatMul", [attended, to_values], f"{name}.values")
@@ -86,7 +88,7 @@ def add_latent_attention(
         made = g.node("MatMul", [f"{name}.latents", to_values], f"{name}.values")
         query = g.node("Concat", [q_plain, q_rotary], f"{name}.query", axis=-1)
         shape = Heads(part.num_heads, sizes.v_head_dim)
-        return sequences.attention(shape, (query, keys, made), f"{name}.attention", scale)
+        return sequences.attention(shape, (query, keys, made), f"{name}.attention", scale, mask)
 
     attended = sequences.by_length(break_even(part), absorbed, decompressed, f"{own}.attention")
     attended = g.node("Transpose", [attended], f"{own}.attention_rows", perm=[0, 2, 1, 3])

@@ -99,7 +99,8 @@ class Target(ABC):
     the common ones; its runner has the same. compiled_settings: those whose highest value is fixed at the build.
     packages: those beside the common ones whose versions its artefacts depend on. parts: the kinds of layers' parts
     that it builds. quantized_parts: those that it builds in FP8 or in blocks of integers. why_not: why it
-    builds no others, for its message. beside: the suffixes of the models that it needs beside the steps of the
+    builds no others, for its message. indexed_tasks: those for which it computes an indexer, which texts of more tokens
+    than it chooses need. beside: the suffixes of the models that it needs beside the steps of the
     ensemble.
     """
 
@@ -111,6 +112,7 @@ class Target(ABC):
     parts: ClassVar[tuple[type[Part], ...]] = (GroupedQueryAttention, DenseMlp)
     quantized_parts: ClassVar[tuple[type[Part], ...]] = (GroupedQueryAttention, DenseMlp)
     why_not: ClassVar[str] = ""
+    indexed_tasks: ClassVar[tuple[str, ...]] = ()
     own_settings: ClassVar[TargetSettings] = TargetSettings()
     compiled_settings: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[tuple[str, ...]] = ()
@@ -145,6 +147,13 @@ class Target(ABC):
             BuildError: as `write`.
         """
         raise BuildError(f"target {self.name} has no task score")
+
+    def computed_tokens(self, spec: ModelSpec, task: str) -> int:
+        """The longest text that it computes, in tokens: without the model's indexer one that is attended to whole."""
+        indexer = None if spec.latent is None else spec.latent.indexer
+        if indexer is None or task in self.indexed_tasks:
+            return spec.max_seq_len
+        return min(spec.max_seq_len, indexer.topk)
 
     def takes_blocks(self, options: BuildOptions, spec: ModelSpec) -> bool:
         """Whether it keeps the codes of an FP8 checkpoint whose scales are for blocks; else they are rounded anew."""

@@ -41,6 +41,11 @@ _LATENT = {
 }  # fmt: skip
 _V2 = {**_LATENT, "model_type": "deepseek_v2", "vocab_size": 102400, "n_shared_experts": 2, "num_experts_per_tok": 6,
        "first_k_dense_replace": 1, "scoring_func": "softmax", "norm_topk_prob": False}  # fmt: skip
+_V3 = {**_LATENT, "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+       "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536,
+       "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 3,
+       "n_group": 8, "topk_group": 4, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True,
+       "routed_scaling_factor": 2.5}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,19 +89,18 @@ PUBLISHED = (
     ),
     Published(
         "DeepSeek-V3",
-        {**_LATENT, "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168,
-         "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61,
-         "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536, "n_routed_experts": 256,
-         "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4,
-         "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True, "routed_scaling_factor": 2.5},
+        {**_V3, "model_type": "deepseek_v3"},
         ("v3-base", "v3-0324", "v3.1", "v3.1-base", "v3.1-terminus", "r1", "r1-zero", "r1-0528", "prover-v2-671b"),
+    ),
+    Published(
+        "DeepSeek-V3.2-Exp",
+        {**_V3, "model_type": "deepseek_v32", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048},
+        ("v3.2", "v3.2-exp-base", "v3.2-speciale"),
     ),
 )  # fmt: skip
 # Models that no code here can run, and why.
 OTHERS = {
     "moe-16b": "its model_type is deepseek, experts with ordinary attention",
-    "v3.2": "its attention is chosen by an indexer",
-    "v3.2-exp": "its attention is chosen by an indexer",
     "v4-flash": "its attention and its connections are of another kind",
     "vl2": "it sees images",
 }

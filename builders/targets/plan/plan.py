@@ -108,6 +108,7 @@ def make_plan(model: PlannedModel, wanted: Wanted) -> Plan:
         BuildError: a number doesn't fit the model, or it can't be shared out over so many GPUs.
     """
     _check(model, wanted)
+    model = replace(model, spec=model.spec.for_length(wanted.context))
     num_gpus = wanted.num_gpus or _fewest(model, wanted) or _largest(model)
     split, share, memory = _placed(model, wanted, num_gpus)
     times = StepTimes(model.spec, share, wanted.gpu, wanted.precision, wanted.cache_precision)
@@ -181,6 +182,11 @@ def _sequences(wanted: Wanted, pages: int) -> int:
 def _check(model: PlannedModel, wanted: Wanted) -> None:
     if wanted.context > model.spec.max_seq_len:
         raise BuildError(f"context is {wanted.context}, but {model.name} has at most {model.spec.max_seq_len} tokens")
+    if wanted.context > (limit := TARGET.computed_tokens(model.spec, "generate")):
+        raise BuildError(
+            f"context is {wanted.context}: texts of more than {limit} tokens need the indexer of {model.name}, which "
+            "target cuda doesn't compute"
+        )
     if min(wanted.prompt_tokens, wanted.answer_tokens) < 1:
         raise BuildError(f"context is {wanted.context}, must have room for a prompt and an answer")
     if wanted.prompt_tokens + wanted.answer_tokens > wanted.context:

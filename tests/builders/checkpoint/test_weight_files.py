@@ -235,7 +235,6 @@ def test_an_adapter_is_not_a_model(has_config: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model_type", "needs"),
     [
-        ("deepseek_v32", "an indexer with a cache of its own, that picks the tokens to attend to"),
         ("deepseek_v4", "attention over compressed tokens, sinks, and hyper-connections of four streams"),
         ("kimi_k2", "DeepSeek-V3's layers"),
         ("qwen3_moe", "experts without latent attention"),

@@ -172,9 +172,11 @@ def test_a_whole_quantisation_in_torch_is_numpys(tmp_path: Path, torch_arrays: A
         assert (np.asarray(torch_linear.weight, E4M3).view(np.uint8) == linear.weight.view(np.uint8)).mean() > 0.8
 
 
-@pytest.mark.parametrize("option", ["qwen2", "llama-mha-tied"])
-def test_a_decoder_in_arrays_writes_what_its_graph_writes(option: str, arrays: Arrays, tmp_path: Path) -> None:
-    path = make_checkpoint(tmp_path / "checkpoint", option)
+@pytest.mark.parametrize(("option", "changes"), [("qwen2", {}), ("llama-mha-tied", {}), ("v32", {"index_topk": 6})])
+def test_a_decoder_in_arrays_writes_what_its_graph_writes(
+    option: str, changes: dict[str, Any], arrays: Arrays, tmp_path: Path
+) -> None:
+    path = make_checkpoint(tmp_path / "checkpoint", option, **changes)
     tokens = np.random.default_rng(0).integers(0, 319, (3, 8))
 
     def likeliest(logits: Array) -> Array:

@@ -22,6 +22,7 @@ from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.builders.scoring.options import Batching, ScoringOptions
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
+from deepseek_triton.ensemble.decoder.mla import INDEX_BIAS, INDEX_K, INDEX_NORM, INDEX_Q
 from deepseek_triton.ensemble.engine.runners.load import load_scoring_runner
 from deepseek_triton.ensemble.engine.runners.onnx.runner import OnnxRunner
 from deepseek_triton.ensemble.scoring.rows import make_row
@@ -46,14 +47,14 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(option: str, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["v2-lite", "v3-stretched"])
+@pytest.mark.parametrize("option", ["v2-lite", "v3-stretched", "v32-stretched"])
 def test_opset_23_agrees_too(option: str, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", option)
     assert_agrees(graph_runner(checkpoint, tmp_path, opset=23), load_reference(checkpoint), prompt())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["v2", "v3"])
+@pytest.mark.parametrize("option", ["v2", "v3", "v32"])
 def test_absorbed_and_decompressed_attention_agree(
     option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,9 +80,10 @@ def test_a_few_positions_read_the_latents_and_many_make_keys() -> None:
 
 
 @pytest.mark.slow
-def test_what_is_filled_gives_the_bits_of_the_whole_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("option", "changes"), [("v2", {}), ("v32", {"index_topk": 140})])
+def test_what_is_filled_gives_the_bits_of_the_whole_cache(option: str, changes: dict[str, Any], tmp_path: Path) -> None:
     """On a CPU attention sees steps of 128 positions; 300 isn't a multiple of them."""
-    path = make_checkpoint(tmp_path / "hf", "v2")
+    path = make_checkpoint(tmp_path / "hf", option, **changes)
     seen, whole = (graph_runner(path, tmp_path, max_seq_len=300, fuses=fuses) for fuses in (True, False))
     for length in (1, 127, 128, 129, 250, 299):
         ids = prompt(length)
@@ -95,7 +97,7 @@ def test_what_is_filled_gives_the_bits_of_the_whole_cache(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["v2", "v3"])
+@pytest.mark.parametrize("option", ["v2", "v3", "v32"])
 def test_padding_takes_no_part_in_a_batch(option: str, tmp_path: Path) -> None:
     runner = graph_runner(make_checkpoint(tmp_path / "checkpoint", option), tmp_path)
     prompts = [prompt(length, seed=length) for length in (3, 40, 17)]
@@ -279,6 +281,42 @@ def nodes_of(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     return [*graph.node, *(node for each in inner for node in nodes_of(each))]
 
 
+def indexed(order: Array) -> Callable[[Callable[[str], Array], str], Array]:
+    """Reads a checkpoint with the channels of each head of the indexer in another order."""
+
+    def read(read: Callable[[str], Array], name: str) -> Array:
+        values = read(name)
+        if not name.endswith((INDEX_Q, INDEX_K, INDEX_NORM, INDEX_BIAS)):
+            return values
+        return values.reshape(-1, len(order), values.size // len(values))[:, order].reshape(values.shape)
+
+    return read
+
+
+def chosen_before_the_mask(node: onnx.NodeProto) -> None:
+    if node.name.endswith("indexer.mask.ranked"):
+        node.input[2] = node.input[1]
+
+
+def products_below_zero(node: onnx.NodeProto) -> None:
+    if node.op_type == "Relu":
+        node.op_type = "Identity"
+
+
+def rms_norm_of_the_key(node: onnx.NodeProto) -> None:
+    if node.op_type == "LayerNormalization":
+        node.op_type = "RMSNormalization"
+        del node.input[2]
+
+
+def every_token_attended(spec: Any) -> Any:
+    return replace(spec, latent=replace(spec.latent, indexer=None))
+
+
+# The indexer's rotary channels are the first 8 of 24: halves, not pairs.
+PAIRS = np.array([*range(0, 8, 2), *range(1, 8, 2), *range(8, 24)])
+ROTARY_LAST = np.roll(np.arange(24), 8)
+
 TRAPS: dict[str, tuple[str, dict[str, Any]]] = {
     "correction bias in bfloat16": ("v3", {"read": bias_in_bfloat16, "bias": 8.0}),
     "correction bias in the weights": ("v3", {"node": bias_in_the_weights}),
@@ -289,6 +327,12 @@ TRAPS: dict[str, tuple[str, dict[str, Any]]] = {
     "softmax factor missing, V2": ("v2-lite", {"spec": unstretched_softmax}),
     "softmax factor missing, V3": ("v3-stretched", {"spec": unstretched_softmax}),
     "mscale_all_dim alone on cos and sin": ("v3-stretched", {"spec": mscale_all_dim_alone}),
+    "no indexer": ("v32", {"spec": every_token_attended}),
+    "an indexer's rope in pairs": ("v32", {"read": indexed(PAIRS)}),
+    "an indexer's rope on the last channels": ("v32", {"read": indexed(ROTARY_LAST)}),
+    "tokens chosen among later ones too": ("v32", {"node": chosen_before_the_mask}),
+    "an indexer's products below zero": ("v32", {"node": products_below_zero}),
+    "an indexer's key under an RMS norm": ("v32", {"node": rms_norm_of_the_key}),
 }
 
 

@@ -107,7 +107,7 @@ def test_logits_are_those_of_transformers_with_the_same_rounding(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["v2-lite", "v2-groups", "v3", "v3-stretched", "v3-halves"])
+@pytest.mark.parametrize("option", ["v2-lite", "v2-groups", "v3", "v3-stretched", "v3-halves", "v32-stretched"])
 def test_a_layer_in_arrays_computes_what_its_graph_computes(option: str, tmp_path: Path) -> None:
     source = open_checkpoint(make_checkpoint(tmp_path / "checkpoint", option))
     ids = prompt(90)  # past the trained length of the stretched ones

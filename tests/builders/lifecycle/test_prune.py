@@ -79,6 +79,7 @@ LATENT_CASES = [
     ("v2", "experts", "experts"), ("v2-groups", "experts", "experts"), ("v3", "experts", "experts"),
     ("v2-lite", "l1", "heads"), ("v3", "activation", "heads"), ("v3-halves", "l1", "heads"), ("v2", "l1", "ffn"),
     ("v3", "activation", "ffn"), ("v2-experts-everywhere", "activation", "ffn"), ("v3-stretched", "depth", "layers"),
+    ("v32", "activation", "heads"), ("v32", "depth", "layers"),
 ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Target onnx: the ONNX Runtime runner, on a CPU, with a KV cache that is updated in place.
 
-Each layer's keys and values have a NumPy buffer [max_num_seqs, kv_heads, max_seq_len, head_dim]. A binding gives a
+Each of a layer's caches has a NumPy buffer [max_num_seqs, num_heads, max_seq_len, head_dim]. A binding gives a
 slice of it to the graph as past input and as present output, so the graph writes into the memory that it reads, and no
 cache is copied.
 """
@@ -8,6 +8,7 @@ cache is copied.
 from __future__ import annotations
 
 import logging
+import math
 import mmap
 import os
 from pathlib import Path
@@ -47,22 +48,20 @@ class OnnxRunner:
         self._session = open_session(path, num_threads)
         inputs = {value.name: value for value in self._session.get_inputs()}
         caches = [name for name in inputs if name.startswith("past_")]
-        _, kv_heads, self.max_seq_len, head_dim = inputs[caches[0]].shape
+        self.max_seq_len = inputs[caches[0]].shape[2]
         self.max_num_seqs = max_num_seqs
         outputs = {value.name: value for value in self._session.get_outputs()}
         self.vocab_size = int(outputs["logits"].shape[-1])
         dtype = np.float16 if inputs[caches[0]].type == "tensor(float16)" else np.float32
-        self.cache_bytes = (
-            len(caches) * max_num_seqs * kv_heads * self.max_seq_len * head_dim * np.dtype(dtype).itemsize
-        )
+        shapes = {name: (max_num_seqs, *inputs[name].shape[1:]) for name in caches}
+        self.cache_bytes = sum(math.prod(shape) for shape in shapes.values()) * np.dtype(dtype).itemsize
         if self.cache_bytes > (available := _available_bytes()):
             # The kernel would grant the memory, and end this process later when the caches fill.
             raise RunnerError(
                 f"{max_num_seqs} slots of {self.max_seq_len} tokens need {self.cache_bytes // MIB} MiB, "
                 f"{available // MIB} MiB are free; lower max_num_seqs"
             )
-        shape = (max_num_seqs, kv_heads, self.max_seq_len, head_dim)
-        self._caches: dict[str, NDArray[Any]] = {name: _zeros(shape, dtype) for name in caches}
+        self._caches: dict[str, NDArray[Any]] = {name: _zeros(shape, dtype) for name, shape in shapes.items()}
         weight_bytes = path.with_name(path.name + ".data").stat().st_size
         log.info(
             "KV cache: %d slots x %d tokens x %d bytes = %d MiB; weights: %d MiB; %d threads",

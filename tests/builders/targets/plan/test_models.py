@@ -17,7 +17,7 @@ PARAMETERS = {
     "r1-distill-qwen-1.5b": 1.78, "r1-distill-qwen-7b": 7.62, "r1-distill-qwen-14b": 14.8,
     "r1-distill-qwen-32b": 32.8, "r1-distill-llama-8b": 8.03, "r1-distill-llama-70b": 70.6, "r1-0528-qwen3-8b": 8.19,
     "v2-lite": 15.7, "coder-v2-lite": 15.7, "v2": 236, "v2.5": 236, "coder-v2": 236, "v3": 671, "v3.1": 671,
-    "r1": 671,
+    "r1": 671, "v3.2-exp": 671,
 }  # fmt: skip
 
 
