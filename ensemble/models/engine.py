@@ -22,6 +22,7 @@ from deepseek_triton.ensemble.artefacts.manifest import Manifest
 from deepseek_triton.ensemble.engine.admission import Admission
 from deepseek_triton.ensemble.engine.loop import EngineLoop
 from deepseek_triton.ensemble.engine.remote.admission import RemoteAdmission
+from deepseek_triton.ensemble.engine.remote.calls import Calls
 from deepseek_triton.ensemble.engine.remote.loop import RemoteLoop
 from deepseek_triton.ensemble.engine.remote.model import RemoteModel
 from deepseek_triton.ensemble.engine.remote.vllm import VllmModel
@@ -77,9 +78,11 @@ class TritonPythonModel:
         self._acknowledgements = AcknowledgementReceiver(pipe_path(served_name, version))
         self._seal = model_seal(served_name, version)
         self._compilers = LowPriorityPool(MAX_COMPILING, MAX_WAITING_GUIDES, "guide compiler")
+        self._calls = Calls()
         admission: type[Admission] = Admission
         if isinstance(runner, RemoteModel):
-            admission, ask = RemoteAdmission, VllmModel(pb_utils, model_name(served_name, VLLM_SUFFIX))
+            admission = RemoteAdmission
+            ask = VllmModel(pb_utils, model_name(served_name, VLLM_SUFFIX), self._calls)
             self._loop: RequestLoop = RemoteLoop(
                 runner, ask, settings=settings, acknowledgements=self._acknowledgements
             )
@@ -105,6 +108,7 @@ class TritonPythonModel:
         self._watchdog.close()
         self._compilers.close()
         self._loop.close()
+        self._calls.close()
         self._admission.close()
         self._metrics.close()
         self._acknowledgements.close()

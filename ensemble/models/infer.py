@@ -20,6 +20,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from deepseek_triton.ensemble.engine.remote.calls import Calls
 from deepseek_triton.ensemble.models.fields import check_fields
 from deepseek_triton.ensemble.models.tensors import RequestError, array, parameters
 from deepseek_triton.ensemble.processes.low_priority import BusyError
@@ -60,6 +61,7 @@ class TritonPythonModel:
         self._served_name = args["model_name"].removesuffix(f"-{INFER_SUFFIX}")
         self._calls = ThreadPoolExecutor(MAX_CALLS, thread_name_prefix="infer")
         self._open: set[InferCall] = set()
+        self._sent = Calls()
         self._lock = threading.Lock()
         self._is_closed = threading.Event()
         self._poller = threading.Thread(target=self._poll, name="poller", daemon=True)
@@ -88,6 +90,7 @@ class TritonPythonModel:
         self._calls.shutdown()
         self._is_closed.set()
         self._poller.join()
+        self._sent.close()
 
     def _accept(self, request: Any) -> InferCall:
         check_fields(request, contract.ENSEMBLE.inputs)
@@ -125,11 +128,12 @@ class TritonPythonModel:
             parameters={contract.STOP_KEY: call.stop_key, KIND_PARAMETER: True},
         )
         answers: list[Outputs] = []
-        for response in ask.exec(decoupled=True):
-            if response.has_error():
-                return _failure(*split_kind(response.error().message()))
-            if tensors := response.output_tensors():
-                answers.append({tensor.name(): tensor.as_numpy() for tensor in tensors})
+        with self._sent.responses(ask) as responses:
+            for response in responses:
+                if response.has_error():
+                    return _failure(*split_kind(response.error().message()))
+                if tensors := response.output_tensors():
+                    answers.append({tensor.name(): tensor.as_numpy() for tensor in tensors})
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, values) for name, values in joined(answers).items()])
 
     def _close(self, call: InferCall) -> None:
@@ -157,8 +161,9 @@ class TritonPythonModel:
             parameters={contract.STOP_KEY: call.stop_key},
         )
         try:
-            for _ in stop.exec(decoupled=True):
-                pass
+            with self._sent.responses(stop) as responses:
+                for _ in responses:
+                    pass
         except Exception as error:  # the request then runs to its end
             log.error("an abandoned request can't be stopped", exc_info=error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,8 +25,7 @@ from tests.conftest import TINY_SMOLLM2, end_at_once
 from tests.support.checkpoints import write_tiny
 from tests.support.real_tokenizers import smollm2_directory
 
-# Alone: beside other servers the engine once died of SIGSEGV, which isn't explained yet.
-pytestmark = [pytest.mark.timed, pytest.mark.server]
+pytestmark = pytest.mark.server
 NAME = "far"
 BACKEND = Path(__file__).parents[1] / "support" / "fake_vllm_backend.py"
 
@@ -101,6 +101,17 @@ def test_stop_words_and_length(vllm_server: TritonServer) -> None:
     assert (stopped.text, stopped.finish_reason) == ("ONE TWO ", "stop")
     short = ask(vllm_server, prompt="one two three four", max_tokens=2)
     assert (short.finish_reason, short.num_output_tokens) == ("length", 2)
+
+
+def test_long_answers_to_several_clients_damage_nothing(vllm_server: TritonServer) -> None:
+    """Triton frees the responses of a call without Python's lock, if nobody else has them: after ten calls it died."""
+
+    def parameters(_: int) -> str:
+        return str(ask(vllm_server, prompt="parameters", max_tokens=400).text)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(parameters, range(48)))) == 1
+    assert vllm_server.exit_status is None
 
 
 def test_log_probs(vllm_server: TritonServer) -> None:

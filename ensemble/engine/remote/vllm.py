@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from deepseek_triton.ensemble.engine.remote.calls import Calls
 from deepseek_triton.ensemble.engine.remote.model import RemoteError, RemoteTokens
 from deepseek_triton.ensemble.sampling import Sampled
 from deepseek_triton.ensemble.text.errors import one_line
@@ -21,10 +22,10 @@ FLAGS = ("stream", "exclude_input_in_output", "return_finish_reason", "return_lo
 
 
 class VllmModel:
-    """Asks model `name`; `pb_utils` is `triton_python_backend_utils`."""
+    """Asks model `name`; `pb_utils` is `triton_python_backend_utils`. calls: the process's own."""
 
-    def __init__(self, pb_utils: Any, name: str) -> None:
-        self._pb_utils, self._name = pb_utils, name
+    def __init__(self, pb_utils: Any, name: str, calls: Calls) -> None:
+        self._pb_utils, self._name, self._calls = pb_utils, name, calls
 
     def __call__(
         self, text: str, parameters: Mapping[str, Any], is_wanted: Callable[[], bool]
@@ -41,20 +42,20 @@ class VllmModel:
             ],
         )
         num_top = int(parameters["logprobs"])
-        responses = request.exec(decoupled=True)
         is_cancelled = False
-        for response in responses:
-            if is_cancelled:
-                continue  # Triton wants every response to be taken
-            if response.has_error():
-                raise RemoteError(f"vLLM: {one_line(response.error().message())}")
-            found = {item.name(): item.as_numpy() for item in response.output_tensors()}
-            if found:
-                yield read_tokens(found, num_top)
-            if not is_wanted():
-                is_cancelled = True
-                if hasattr(responses, "cancel"):  # which Triton 2.51 doesn't have yet
-                    responses.cancel()
+        with self._calls.responses(request) as responses:
+            for response in responses:
+                if is_cancelled:
+                    continue  # Triton wants every response to be taken
+                if response.has_error():
+                    raise RemoteError(f"vLLM: {one_line(response.error().message())}")
+                found = {item.name(): item.as_numpy() for item in response.output_tensors()}
+                if found:
+                    yield read_tokens(found, num_top)
+                if not is_wanted():
+                    is_cancelled = True
+                    if hasattr(responses, "cancel"):  # which Triton 2.51 doesn't have yet
+                        responses.cancel()
 
 
 def read_tokens(outputs: Mapping[str, Any], num_top: int) -> RemoteTokens:
