@@ -26,7 +26,7 @@ class TritonPythonModel:
         self._model = load_model(args)
         self._window = DriftWindow(self._model.reference)
         kind = pb_utils.MetricFamily.GAUGE
-        # Families go before their metrics do: they are kept.
+        # A family must outlive its metrics: both are kept.
         self._psi_family = pb_utils.MetricFamily(
             "deepseek_drift_psi", "Population stability index of the latest records against the training ones", kind
         )
@@ -51,6 +51,12 @@ class TritonPythonModel:
             )
             for inputs in batch
         ]
+
+    def finalize(self) -> None:
+        """Let go of the metrics, then of their families: the backend's process crashes if its end finds them."""
+        self._psi.clear()
+        del self._records
+        del self._psi_family, self._records_family
 
     def _publish(self) -> None:
         psi = self._window.psi()

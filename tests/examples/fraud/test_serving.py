@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
+import sys
 import urllib.request
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +28,7 @@ from deepseek_triton.examples.fraud.serving.contracts import DRIFT, EXPLANATION,
 from deepseek_triton.examples.fraud.serving.repository import TEXT_MODEL, build_text_model, write_fraud_models
 from deepseek_triton.examples.fraud.training import TREES, features_of, hidden_states, train
 from tests.support.checkpoints import make_tokenizer, write_tiny
+from tests.support.fakes import FakeMetricFamilies, FakeMetricFamily
 from tests.support.waiting import until
 
 HIDDEN = 8
@@ -33,6 +39,32 @@ def test_the_judges_take_nothing_of_each_other_so_that_triton_runs_them_at_the_s
     made = {name: set(steps[name].output_map.values()) for name in judges(HIDDEN)}
     for name in judges(HIDDEN):
         assert not set(steps[name].input_map.values()) & set().union(*made.values())
+
+
+def test_the_drift_model_lets_go_of_its_metrics_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the end of the backend's process finds of Triton's metrics ends it with a segmentation fault."""
+    name = "deepseek_triton.examples.fraud.serving.drift"
+    made = weakref.WeakSet[object]()
+
+    class Families(FakeMetricFamilies):
+        def __call__(self, *options: str) -> FakeMetricFamily:
+            made.add(family := super().__call__(*options))
+            return family
+
+    fake = SimpleNamespace(MetricFamily=Families())
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    module = importlib.import_module(name)
+    monkeypatch.setitem(sys.modules, name, module)  # and out of them again, with the fake in it
+    reference = SimpleNamespace(names=("amount", "hour"))
+    monkeypatch.setattr(module, "load_model", lambda args: SimpleNamespace(reference=reference))
+    monkeypatch.setattr(module, "DriftWindow", lambda reference: None)
+    model = module.TritonPythonModel()
+    model.initialize({})
+    assert len(made) == 2
+    model.finalize()
+    gc.collect()
+    assert len(made) == 0
 
 
 @dataclass(frozen=True)
