@@ -32,6 +32,7 @@ from deepseek_triton.examples.lifecycle.commands import resident_mib
 from deepseek_triton.free_ports import free_ports
 from tests.conftest import end_at_once
 from tests.support.byte_models import write_byte_model
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 NUM_CALLERS = 6
@@ -140,8 +141,9 @@ def test_a_name_moves_to_its_candidate_and_back_under_load(directory: Path) -> N
             control = TritonControl(server.http_url, key)
             with httpx.Client(base_url=url, timeout=120) as client:
                 alone = {number: ask(client, number) for number in range(NUM_CALLERS)}
-            before = resident_mib(server.pid)
             with Load(url) as load:
+                until(lambda: len(load.answers) >= 4 * NUM_CALLERS)  # what their requests take, the server has by then
+                before = resident_mib(server.pid)
                 for line in ("loading r1-v2", "r1-v2 has 25 %", "unloading r1"):
                     killed_at(line, promote, environment)
                 ended = subprocess.run(promote, env=environment, capture_output=True, text=True, check=False)
