@@ -5,7 +5,7 @@
 #   docker run --rm -v "$PWD:/data" deepseek-triton-builder CHECKPOINT --name NAME --repository models
 #
 #   docker build -t deepseek-triton .
-#   docker run --rm --gpus all -p 8000:8000 -p 8001:8001 -v "$PWD/models:/models:ro" deepseek-triton
+#   docker run --rm --gpus all --shm-size 1g -p 8000:8000 -p 8001:8001 -v "$PWD/models:/models:ro" deepseek-triton
 #
 # Without a GPU, `docker build --build-arg RUNNERS=serve` leaves torch out, and `docker run` has no --gpus.
 # All run as uid 1000: it must be able to write the directory that is mounted as /data, and to read /models. `serve` and

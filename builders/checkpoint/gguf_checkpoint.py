@@ -126,7 +126,9 @@ class GGUFCheckpoint:
 
     def reopened(self) -> GGUFCheckpoint:
         """See Checkpoint."""
-        return GGUFCheckpoint(self.path)
+        again = GGUFCheckpoint(self.path)
+        again.spec = self.spec
+        return again
 
     def write_tokenizer(self, directory: Path) -> None:
         from deepseek_triton.builders.checkpoint.tokenizer.gguf_tokenizer import write_tokenizer

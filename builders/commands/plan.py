@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+DEFAULT_CONTEXT = 8192
 SHARE_OF_ANSWER = 4  # of a context, an answer takes one part in so many where nothing else is said
 
 
@@ -16,7 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a DeepSeek model's name as r1-distill-qwen-7b, a checkpoint's folder, a .gguf")
     parser.add_argument("--gpu", choices=PLANNED_GPUS, default="h100", help="the kind of GPU (default: %(default)s)")
     parser.add_argument("--gpus", type=_count, metavar="N", help="how many (default: as few as it fits on)")
-    parser.add_argument("--context", type=_count, metavar="TOKENS", help="of each user (default: 8192 or the model's)")
+    parser.add_argument(
+        "--context",
+        type=_count,
+        metavar="TOKENS",
+        help="of each user (default: 8192, or as much as the model and target cuda can)",
+    )
     parser.add_argument("--users", type=_count, default=1, metavar="N", help="at once (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=_count, metavar="N", help="default: what the answer leaves of it")
     parser.add_argument("--answer-tokens", type=_count, metavar="N", help="default: a quarter of the context")
@@ -39,7 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     from deepseek_triton.clients.printing import json_line
 
     model, gpu = find_model(arguments.model, did_you_mean), PLANNED_GPUS[arguments.gpu]
-    context = arguments.context or min(8192, TARGET.computed_tokens(model.spec, "generate"))
+    bound = TARGET.bound_by_indexer(model.spec, "generate") or model.spec.max_seq_len
+    context = arguments.context or min(DEFAULT_CONTEXT, bound, model.spec.max_seq_len)
     answer = arguments.answer_tokens or max(1, context // SHARE_OF_ANSWER)
     wanted = Wanted(
         gpu=gpu, context=context, users=arguments.users, prompt_tokens=arguments.prompt_tokens or context - answer,

@@ -39,7 +39,8 @@ def add_indexer(
     query = g.node("MatMul", [query_input, nodes.weight(prefix + INDEX_Q, transpose=True)], f"{own}.q")
     query = g.node("Reshape", [query, ints([0, 0, indexer.num_heads, indexer.head_dim])], f"{own}.q_split")
     query = g.node("Transpose", [query], f"{own}.q_heads", perm=[0, 2, 1, 3])
-    query = _rotated(nodes, sequences, indexer, query, f"{own}.query")  # [batch, heads, seq_len, head_dim]
+    query = _rotated(nodes, sequences, indexer, query, f"{own}.rotated_heads")  # [batch, heads, seq_len, head_dim]
+    query = g.node("Transpose", [query], f"{own}.query", perm=[0, 2, 1, 3])
     key = g.node("MatMul", [hidden, nodes.weight(prefix + INDEX_K, transpose=True)], f"{own}.k")
     norm = [nodes.weight(prefix + name) for name in (INDEX_NORM, INDEX_BIAS)]
     key = g.node("LayerNormalization", [key, *norm], f"{own}.k_normed", axis=-1, epsilon=INDEX_NORM_EPS)
@@ -56,8 +57,7 @@ def add_indexer(
         weights = g.node("Unsqueeze", [weights, ints([2])], f"{own}.weights_row")
         across = g.node("Transpose", [_wide(nodes, keys, f"{own}.keys")], f"{own}.keys_across", perm=[0, 1, 3, 2])
         products = g.node("MatMul", [_wide(nodes, query, f"{own}.query"), across], f"{own}.products")
-        above = g.node("Relu", [products], f"{own}.above")  # [batch, heads, seq_len, kv_len]
-        above = g.node("Transpose", [above], f"{own}.by_query", perm=[0, 2, 1, 3])
+        above = g.node("Relu", [products], f"{own}.above")  # [batch, seq_len, heads, kv_len]
         total = g.node("MatMul", [weights, above], f"{own}.total")  # [batch, seq_len, 1, kv_len]
         return g.node("Squeeze", [total, ints([2])], f"{own}.scores")
 

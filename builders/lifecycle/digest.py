@@ -1,4 +1,7 @@
-"""The digest of a whole checkpoint, as a build's manifest has it in `checkpoint_sha256`."""
+"""The digest of a whole checkpoint, as a build's manifest has it in `checkpoint_sha256`.
+
+A build that leaves out the indexer, for short texts, has the digest of what it read.
+"""
 
 from __future__ import annotations
 

@@ -37,38 +37,42 @@ def choose_max_seq_len(options: BuildOptions, spec: ModelSpec) -> SequenceLen:
         BuildError: it is more than the model was trained for, or than the target computes.
     """
     own, target = spec.max_seq_len, target_named(options.target)
-    limit = target.computed_tokens(spec, options.task)
+    bound = target.bound_by_indexer(spec, options.task)
     if options.max_seq_len is not None:
         # Whether max_position_embeddings is the length before linear scaling or after it, a file doesn't say.
         allowed = int(own * spec.rope.factor) if spec.rope.scaling == "linear" else own
         if options.max_seq_len > allowed:
             raise BuildError(f"max_seq_len is {options.max_seq_len}, the model was trained for {allowed} tokens")
-        if options.max_seq_len > limit < own:
+        if bound is not None and options.max_seq_len > bound:
             raise BuildError(
-                f"max_seq_len is {options.max_seq_len}: texts of more than {limit:,} tokens need the model's indexer, "
-                f"which {_named(options)} doesn't compute; give --max-seq-len {limit} or less"
+                f"max_seq_len is {options.max_seq_len}: texts of more than {bound:,} tokens need the model's indexer, "
+                f"which {_named(options)} doesn't compute; give --max-seq-len {bound} or less"
             )
         return SequenceLen(options.max_seq_len)
-    reason = f"the model's own is {own:,}, but {_named(options)} doesn't compute its indexer"
+    limit, reason = own, "the model's own"
+    if bound is not None and bound < own:
+        limit, reason = bound, f"the model's own is {own:,}, but {_named(options)} doesn't compute its indexer"
+        spec = spec.for_length(bound)
     if options.task == "score":
-        return SequenceLen(min(limit, SCORING_MAX_SEQ_LEN), reason if limit < own else f"the model's own is {own:,}")
-    spec = spec.for_length(limit)
+        is_bound = limit < own and limit <= SCORING_MAX_SEQ_LEN
+        return SequenceLen(min(limit, SCORING_MAX_SEQ_LEN), reason if is_bound else f"the model's own is {own:,}")
     budget = target.cache_budget()
     num_seqs = target.whole_sequences({"max_num_seqs": budget.num_seqs, **options.settings})
     needed = num_seqs * target.cache_bytes(options, spec, limit)
     fitting = limit if needed <= budget.num_bytes else _power_of_two(limit * budget.num_bytes // needed)
     if budget.max_tokens is not None and budget.max_tokens < min(limit, fitting):
         return SequenceLen(
-            budget.max_tokens, f"the model's own is {limit:,}, but target {options.target} slows down with the length"
+            budget.max_tokens, f"the model's own is {own:,}, but target {options.target} slows down with the length"
         )
     if fitting < limit:
+        what = "the model's own" if limit == own else "what its indexer chooses,"
         return SequenceLen(
             fitting,
-            f"the model's own {limit:,} would need {needed / 2**30:.1f} GiB of cache for {num_seqs} "
+            f"{what} {limit:,} would need {needed / 2**30:.1f} GiB of cache for {num_seqs} "
             f"sequence{'s' * (num_seqs > 1)}, "
             f"{budget.what} is {budget.num_bytes / 2**30:.1f} GiB",
         )
-    return SequenceLen(limit, reason if limit < own else "the model's own")
+    return SequenceLen(limit, reason)
 
 
 def _named(options: BuildOptions) -> str:

@@ -79,7 +79,8 @@ def expert_options(config: Mapping[str, Any]) -> ExpertOptions:
             )
         choice = V2_CHOICES[method]
     is_grouped = choice != "greedy"
-    _require_dense_first(config)
+    if config["model_type"] == V32:
+        _require_dense_first(config)
     return ExpertOptions(
         num_experts=whole(config, "n_routed_experts", 256 if is_v3 else 64),
         num_experts_per_tok=whole(config, "num_experts_per_tok", 8 if is_v3 else None),
@@ -96,7 +97,7 @@ def expert_options(config: Mapping[str, Any]) -> ExpertOptions:
 
 
 def _require_dense_first(config: Mapping[str, Any]) -> None:
-    """V3.2's `mlp_layer_types` must be what `first_k_dense_replace` says: dense layers, then experts."""
+    """`mlp_layer_types` must be what `first_k_dense_replace` says: dense layers, then experts."""
     kinds = config.get("mlp_layer_types")
     if kinds is None:
         return

@@ -91,7 +91,9 @@ class CachedSequences:
             visible = g.node("Squeeze", ["mask", ints([1])], f"{name}.visible")  # [batch, seq_len, kv_len]
             lowest = g.constant(f"{name}.lowest", np.array(-np.inf, np.float32))
             ranked = g.node("Where", [visible, scores(), lowest], f"{name}.ranked")
-            g.nodes("TopK", [ranked, ints([topk])], [f"{name}.best", f"{name}.positions"], f"{name}.topk", axis=-1)
+            g.nodes(
+                "TopK", [ranked, ints([topk])], [f"{name}.best", f"{name}.positions"], f"{name}.topk", axis=-1, sorted=0
+            )
             none, every = filled("ranked", False), filled("positions", True)
             of_all = g.node("ScatterElements", [none, f"{name}.positions", every], f"{name}.of_all", axis=-1)
             seen = g.node("And", [of_all, visible], f"{name}.seen")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from deepseek_triton.builders.errors import BuildError
 from deepseek_triton.ensemble.artefacts.cuda_layout import DecoderShape
 from deepseek_triton.ensemble.decoder.spec import ModelSpec
 
 
 def decoder_shape(spec: ModelSpec, max_seq_len: int) -> DecoderShape:
-    """The dimensions that the runner needs."""
+    """The dimensions that the runner needs.
+
+    Raises:
+        BuildError: the decoder has an indexer, which no kernel computes.
+    """
+    if spec.latent is not None and spec.latent.indexer is not None:
+        raise BuildError(f"target cuda doesn't compute the indexer of {spec.architecture}")
     return DecoderShape(
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,

@@ -56,7 +56,11 @@ class BuildJob:
         from deepseek_triton.builders.fp8.journal import BuildJournal, journal_directory, subject_of
         from deepseek_triton.builders.fp8.rounding.arrays import best_arrays
 
-        subject = {**subject_of(self.checkpoint.path, best_arrays().name), "adapter": dict(self.checkpoint.adapter)}
+        subject = {
+            **subject_of(self.checkpoint.path, best_arrays().name),
+            "adapter": dict(self.checkpoint.adapter),
+            "has_indexer": self.spec.latent is not None and self.spec.latent.indexer is not None,
+        }
         return BuildJournal(journal_directory(self.options.repository, self.options.name), subject)
 
 
@@ -148,12 +152,10 @@ class Target(ABC):
         """
         raise BuildError(f"target {self.name} has no task score")
 
-    def computed_tokens(self, spec: ModelSpec, task: str) -> int:
-        """The longest text that it computes, in tokens: without the model's indexer one that is attended to whole."""
+    def bound_by_indexer(self, spec: ModelSpec, task: str) -> int | None:
+        """The longest text in tokens where the model has an indexer and it doesn't: one that is attended to whole."""
         indexer = None if spec.latent is None else spec.latent.indexer
-        if indexer is None or task in self.indexed_tasks:
-            return spec.max_seq_len
-        return min(spec.max_seq_len, indexer.topk)
+        return None if indexer is None or task in self.indexed_tasks else indexer.topk
 
     def takes_blocks(self, options: BuildOptions, spec: ModelSpec) -> bool:
         """Whether it keeps the codes of an FP8 checkpoint whose scales are for blocks; else they are rounded anew."""

@@ -182,9 +182,10 @@ def _sequences(wanted: Wanted, pages: int) -> int:
 def _check(model: PlannedModel, wanted: Wanted) -> None:
     if wanted.context > model.spec.max_seq_len:
         raise BuildError(f"context is {wanted.context}, but {model.name} has at most {model.spec.max_seq_len} tokens")
-    if wanted.context > (limit := TARGET.computed_tokens(model.spec, "generate")):
+    bound = TARGET.bound_by_indexer(model.spec, "generate")
+    if bound is not None and wanted.context > bound:
         raise BuildError(
-            f"context is {wanted.context}: texts of more than {limit} tokens need the indexer of {model.name}, which "
+            f"context is {wanted.context}: texts of more than {bound} tokens need the indexer of {model.name}, which "
             "target cuda doesn't compute"
         )
     if min(wanted.prompt_tokens, wanted.answer_tokens) < 1:

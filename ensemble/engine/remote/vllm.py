@@ -42,20 +42,15 @@ class VllmModel:
             ],
         )
         num_top = int(parameters["logprobs"])
-        is_cancelled = False
         with self._calls.responses(request) as responses:
             for response in responses:
-                if is_cancelled:
-                    continue  # Triton wants every response to be taken
                 if response.has_error():
                     raise RemoteError(f"vLLM: {one_line(response.error().message())}")
                 found = {item.name(): item.as_numpy() for item in response.output_tensors()}
                 if found:
                     yield read_tokens(found, num_top)
                 if not is_wanted():
-                    is_cancelled = True
-                    if hasattr(responses, "cancel"):  # which Triton 2.51 doesn't have yet
-                        responses.cancel()
+                    return
 
 
 def read_tokens(outputs: Mapping[str, Any], num_top: int) -> RemoteTokens:

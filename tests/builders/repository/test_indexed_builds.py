@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from deepseek_triton.builders.repository.build import build
 from deepseek_triton.builders.repository.options import BuildOptions
 from deepseek_triton.builders.repository.sequence_len import choose_max_seq_len
 from deepseek_triton.builders.scoring.options import ScoringOptions
+from deepseek_triton.builders.targets.artefacts.decoder_shape import decoder_shape
 from deepseek_triton.builders.targets.plan.models import find_model
 from deepseek_triton.ensemble.artefacts.manifest import Manifest
+from deepseek_triton.ensemble.decoder.rope import RopeSpec
+from deepseek_triton.ensemble.decoder.spec import ModelSpec
 from deepseek_triton.ensemble.engine.runners.onnx.runner import OnnxRunner
 from tests.builders.graph.test_parity import assert_agrees, graph_runner, greedy, prompt
 from tests.support.checkpoints import load_reference, make_checkpoint, make_tokenizer, safetensors_bytes
@@ -109,19 +113,42 @@ def test_long_texts_are_refused_where_no_indexer_is_computed(
     assert not (tmp_path / "models").exists()
 
 
+PRECISIONS = {"cuda": "bf16", "onnx": "fp32", "vllm": "stored"}
+
+
 def test_a_length_that_was_not_asked_for_is_one_that_the_target_computes() -> None:
     spec = find_model("v3.2").spec
 
-    def chosen(target: str, task: str = "generate") -> tuple[int, str]:
-        precision = {"cuda": "bf16", "onnx": "fp32", "vllm": "stored"}[target]
-        options = BuildOptions(Path("c"), "m", target=target, task=task, precision=precision)
+    def chosen(target: str, task: str = "generate", spec: ModelSpec = spec) -> tuple[int, str]:
+        options = BuildOptions(Path("c"), "m", target=target, task=task, precision=PRECISIONS[target])
         found = choose_max_seq_len(options, spec)
         return found.tokens, found.reason
 
     assert chosen("cuda") == (2048, "the model's own is 163,840, but target cuda doesn't compute its indexer")
     assert chosen("onnx", "score") == (2048, "the model's own is 163,840, but task score doesn't compute its indexer")
     assert chosen("vllm")[0] > 2048
+    assert chosen("onnx", "score", with_topk(spec, 4096)) == (2048, "the model's own is 163,840")
     assert spec.for_length(2048).cache_elements() == 61 * 576 and spec.for_length(2049).cache_elements() == 61 * 704
+
+
+def with_topk(spec: ModelSpec, topk: int) -> ModelSpec:
+    assert spec.latent is not None and spec.latent.indexer is not None
+    return replace(spec, latent=replace(spec.latent, indexer=replace(spec.latent.indexer, topk=topk)))
+
+
+@pytest.mark.parametrize(("target", "task"), [("cuda", "generate"), ("onnx", "score")])
+def test_a_length_that_only_linear_scaling_allows_needs_the_indexer_too(target: str, task: str) -> None:
+    rope = RopeSpec(scaling="linear", factor=4.0)
+    spec = replace(with_topk(find_model("v3.2").spec, 20), max_position_embeddings=16, rope=rope)
+    options = BuildOptions(Path("c"), "m", target=target, task=task, precision=PRECISIONS[target], max_seq_len=20)
+    assert choose_max_seq_len(options, spec).tokens == 20
+    with pytest.raises(BuildError, match="max_seq_len is 21: texts of more than 20 tokens need the model's indexer"):
+        choose_max_seq_len(replace(options, max_seq_len=21), spec)
+
+
+def test_no_kernel_is_given_an_indexer() -> None:
+    with pytest.raises(BuildError, match="target cuda doesn't compute the indexer of deepseek_v32"):
+        decoder_shape(find_model("v3.2").spec, 4096)
 
 
 @pytest.mark.slow
