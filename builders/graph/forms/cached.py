@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
+from deepseek_triton.builders.graph.forms.chosen import chosen_mask
 from deepseek_triton.builders.graph.node_list import Body
 from deepseek_triton.builders.graph.nodes import DecoderNodes
 from deepseek_triton.builders.graph.sequences import Heads
@@ -84,29 +85,7 @@ class CachedSequences:
         return self._nodes.g.node("Attention", [*qkv, mask or "mask"], name, **attributes)
 
     def chosen(self, scores: Body, topk: int, name: str) -> str:
-        g, ints = self._nodes.g, self._nodes.int
-
-        def best() -> str:
-            """Positions that may not be seen are the last ones chosen, and stay hidden."""
-            visible = g.node("Squeeze", ["mask", ints([1])], f"{name}.visible")  # [batch, seq_len, kv_len]
-            lowest = g.constant(f"{name}.lowest", np.array(-np.inf, np.float32))
-            ranked = g.node("Where", [visible, scores(), lowest], f"{name}.ranked")
-            g.nodes(
-                "TopK", [ranked, ints([topk])], [f"{name}.best", f"{name}.positions"], f"{name}.topk", axis=-1, sorted=0
-            )
-            none, every = filled("ranked", False), filled("positions", True)
-            of_all = g.node("ScatterElements", [none, f"{name}.positions", every], f"{name}.of_all", axis=-1)
-            seen = g.node("And", [of_all, visible], f"{name}.seen")
-            return g.node("Unsqueeze", [seen, ints([1])], f"{name}.best_mask")
-
-        def filled(like: str, value: bool) -> str:
-            shape = g.node("Shape", [f"{name}.{like}"], f"{name}.{like}_shape")
-            constant = numpy_helper.from_array(np.array([value]))
-            return g.node("ConstantOfShape", [shape], f"{name}.{like}_filled", value=constant)
-
-        num_keys = g.node("Size", ["key_positions"], f"{name}.num_keys")
-        is_all = g.node("LessOrEqual", [num_keys, ints(topk)], f"{name}.is_all")
-        return g.branch(is_all, lambda: g.node("Identity", ["mask"], f"{name}.every_mask"), best, name)
+        return chosen_mask(self._nodes, scores, topk, name)
 
     def grouped_query(self, layer: int, part: GroupedQueryAttention, qkv: tuple[str, ...], name: str) -> str:
         raise NotImplementedError("attention has nodes of its own here")
