@@ -38,6 +38,8 @@ class Span:
 class Collector(ThreadingHTTPServer):
     """Keeps the spans that it is sent, as protobuf by the gateway and as JSON by Triton."""
 
+    request_queue_size = 128  # exporters drop what isn't taken in time
+
     def __init__(self) -> None:
         self.spans: list[Span] = []
         super().__init__(("127.0.0.1", 0), Handler)
