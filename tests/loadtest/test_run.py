@@ -146,6 +146,15 @@ def run_on_fake(
     return done, load(directory / "result.json")
 
 
+def run_on_fake_without_stalls(ports: Ports, profile: Path) -> tuple[subprocess.CompletedProcess[str], LoadTestResult]:
+    """The first of three runs in which the machine didn't hold up the generator; other runs count for nothing."""
+    for number in range(3):
+        done, result = run_on_fake(ports, profile, output=f"output{number}")
+        if met(result, "event loop's lag, 99th percentile"):
+            return done, result
+    pytest.skip("the machine held up the generator in three runs of three")
+
+
 def reading(server: TritonServer) -> Reading:
     """Its counters now."""
     with urllib.request.urlopen(server.metrics_url, timeout=30) as response:
@@ -214,7 +223,7 @@ def test_closed_users_wait_for_their_answer(tmp_path: Path) -> None:
 def test_a_missed_level_is_named_with_its_value_and_limit(tmp_path: Path) -> None:
     profile = write_profile(tmp_path, levels="p99_latency_s = 0.05\nmax_error_ratio = 0", level=8, seconds=2)
     with fake_triton(Behaviour(first_s=1.0)) as ports:
-        done, result = run_on_fake(ports, profile)
+        done, result = run_on_fake_without_stalls(ports, profile)
     assert done.returncode == Status.MISSED, done.stdout
     assert result.is_valid and [level.name for level in result.missed] == ["latency, 99th percentile"]
     assert met(result, "requests without a complete answer")
@@ -226,7 +235,7 @@ def test_a_missed_level_is_named_with_its_value_and_limit(tmp_path: Path) -> Non
 def test_levels_that_hold_and_a_client_with_headroom_make_a_run_that_counts(tmp_path: Path) -> None:
     profile = write_profile(tmp_path, levels="p99_latency_s = 5\nmax_error_ratio = 0", level=10)
     with fake_triton(Behaviour(first_s=1.0)) as ports:
-        done, result = run_on_fake(ports, profile)
+        done, result = run_on_fake_without_stalls(ports, profile)
     assert done.returncode == Status.OK, done.stdout
     assert all(check.is_met for check in result.checks)
     share = next(

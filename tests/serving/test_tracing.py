@@ -24,7 +24,8 @@ from deepseek_triton.ensemble.server.tritonserver import TritonServer
 from tests.support.gateway import gateway
 from tests.support.tuning import tiny_checkpoint
 
-TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+TRACES = ("0af7651916cd43dd8448eb211c80319c", "0af7651916cd43dd8448eb211c80319d", "0af7651916cd43dd8448eb211c80319e")
+PARENT = "b7ad6b7169203331"
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,12 @@ class Collector(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def wait_for(self, names: set[str]) -> dict[str, Span]:
-        """The spans of the client's trace; what the gateway asks by itself, now and then, has traces of its own."""
-        until = time.monotonic() + 30
-        while not names <= (found := {span.name: span for span in self.spans if span.trace == TRACE}).keys():
-            assert time.monotonic() < until, self.spans
+    def wait_for(self, names: set[str], trace: str, limit_s: float = 15) -> dict[str, Span] | None:
+        """The spans of a client's trace, or None: an exporter drops what it can't send at once, on a busy machine."""
+        until = time.monotonic() + limit_s
+        while not names <= (found := {span.name: span for span in self.spans if span.trace == trace}).keys():
+            if time.monotonic() > until:
+                return None
             time.sleep(0.1)
         return found
 
@@ -108,14 +110,15 @@ def test_a_clients_trace_goes_through_the_gateway_to_each_model(collector: Colle
         gateway(backend_urls=(server.grpc_url,), models=("g",), trace_endpoint=collector.url) as url,
     ):
         body = {"model": "g", "prompt": "x", "max_tokens": 3}
-        answer = httpx.post(
-            f"{url}/v1/completions", json=body, headers={"traceparent": f"00-{TRACE}-{PARENT}-01"}, timeout=60
-        )
-        assert answer.status_code == 200
         models = {"g", "g-tokenizer", "g-engine", "g-detokenizer"}
-        collector.wait_for({"InferRequest", *models})
+        for trace in TRACES:
+            headers = {"traceparent": f"00-{trace}-{PARENT}-01"}
+            assert httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60).status_code == 200
+            if collector.wait_for({"InferRequest", *models}, trace):
+                break
         # The gateway sends the last of its spans when it ends.
-    found = collector.wait_for({"POST /v1/completions", "triton g", "InferRequest", *models})
+    found = collector.wait_for({"POST /v1/completions", "triton g", "InferRequest", *models}, trace)
+    assert found is not None, collector.spans
     assert found["POST /v1/completions"].parent == PARENT
     assert found["triton g"].parent == found["POST /v1/completions"].id
     assert found["InferRequest"].parent == found["triton g"].id
