@@ -9,7 +9,7 @@ from typing import Any
 
 from deepseek_triton.ensemble.decoder.architectures import ARCHITECTURES
 from deepseek_triton.ensemble.decoder.errors import SpecError
-from deepseek_triton.ensemble.decoder.options import ExpertOptions, LatentOptions
+from deepseek_triton.ensemble.decoder.options import ExpertOptions, IndexerOptions, LatentOptions
 from deepseek_triton.ensemble.decoder.part import Norm, Part, Plain, Tap
 from deepseek_triton.ensemble.decoder.rope import RopeSpec
 
@@ -82,10 +82,14 @@ class ModelSpec:
             return max(self.max_position_embeddings, stretched)
         return self.max_position_embeddings
 
+    @property
+    def indexer(self) -> IndexerOptions | None:
+        """The indexer of latent attention; None: every earlier token is attended to."""
+        return None if self.latent is None else self.latent.indexer
+
     def for_length(self, max_seq_len: int) -> ModelSpec:
         """The decoder for sequences of so many tokens at most: without an indexer that would choose all of them."""
-        indexer = None if self.latent is None else self.latent.indexer
-        if self.latent is None or indexer is None or max_seq_len > indexer.topk:
+        if self.latent is None or self.indexer is None or max_seq_len > self.indexer.topk:
             return self
         return replace(self, latent=replace(self.latent, indexer=None))
 

@@ -41,10 +41,10 @@ def run_latent_attention(values: LayerValues, part: LatentAttention, hidden: Arr
     scores = query[..., :nope] @ xp.swapaxes(made[..., :nope], -2, -1)
     scores = scores + rotated(values, query[..., nope:]) @ xp.swapaxes(rotary_keys, -2, -1)
     scores = scores * part.softmax_scale
-    if sizes.indexer is None:
-        scores = scores + values.causal_mask(length, total) if length > 1 else scores
-    else:
+    if sizes.indexer is not None:
         scores = scores + not_chosen(values, sizes.indexer, normed, query_input)[..., None, :, :]
+    elif length > 1:
+        scores = scores + values.causal_mask(length, total)
     scores = xp.exp(scores - xp.amax(scores, -1, keepdims=True))
     attended = (scores / xp.sum(scores, -1, keepdims=True)) @ made[..., nope:]
     flat = values.taps[ATTENDED] = xp.swapaxes(attended, -3, -2).reshape(*lead, length, -1)

@@ -13,7 +13,7 @@ def decoder_shape(spec: ModelSpec, max_seq_len: int) -> DecoderShape:
     Raises:
         BuildError: the decoder has an indexer, which no kernel computes.
     """
-    if spec.latent is not None and spec.latent.indexer is not None:
+    if spec.indexer is not None:
         raise BuildError(f"target cuda doesn't compute the indexer of {spec.architecture}")
     return DecoderShape(
         vocab_size=spec.vocab_size,

@@ -59,7 +59,7 @@ class BuildJob:
         subject = {
             **subject_of(self.checkpoint.path, best_arrays().name),
             "adapter": dict(self.checkpoint.adapter),
-            "has_indexer": self.spec.latent is not None and self.spec.latent.indexer is not None,
+            "has_indexer": self.spec.indexer is not None,
         }
         return BuildJournal(journal_directory(self.options.repository, self.options.name), subject)
 
@@ -154,8 +154,7 @@ class Target(ABC):
 
     def bound_by_indexer(self, spec: ModelSpec, task: str) -> int | None:
         """The longest text in tokens where the model has an indexer and it doesn't: one that is attended to whole."""
-        indexer = None if spec.latent is None else spec.latent.indexer
-        return None if indexer is None or task in self.indexed_tasks else indexer.topk
+        return None if spec.indexer is None or task in self.indexed_tasks else spec.indexer.topk
 
     def takes_blocks(self, options: BuildOptions, spec: ModelSpec) -> bool:
         """Whether it keeps the codes of an FP8 checkpoint whose scales are for blocks; else they are rounded anew."""
